@@ -1,0 +1,52 @@
+# `make` prints what there is. PYTHON=path/to/python names the interpreter to make .venv with.
+
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+SOURCES := megatron_dion tools tests setup.py $(wildcard pretrain_gpt.py)
+
+# One thread per process: the tests and the CPU training start several processes.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format clean
+
+help:
+	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
+	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
+	@echo "             ARGS='--train-iters 50' adds or overrides flags of pretrain_gpt.py"
+	@echo 'make test    run all tests'
+	@echo 'make lint    check style and types'
+	@echo 'make format  rewrite the code in the project style'
+	@echo 'make clean   remove $(VENV), data/ and caches; runs/ is kept'
+
+setup: $(INSTALLED)
+
+# In a container that brings its own torch, leave the constraints out: `pip install -e ".[data,run]"`.
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	@$(PYTHON_IN_VENV) -m pip --version >/dev/null 2>&1 || { \
+	  python=$$(PYTHON='$(PYTHON)' tools/find_python.sh) && \
+	  echo "making $(VENV) with $$python" && \
+	  "$$python" -m venv --clear $(VENV); }
+	@echo 'installing into $(VENV): about 2 minutes and 6 GB'
+	@$(PYTHON_IN_VENV) -m pip install --disable-pip-version-check --quiet \
+	  -c constraints.txt -e '.[data,run,dev]'
+	@touch $@
+
+train: setup
+	@$(PYTHON_IN_VENV) tools/quick_start.py $(if $(ARGS),-- $(ARGS))
+
+test: setup
+	$(PYTHON_IN_VENV) -m pytest
+
+lint: setup
+	$(PYTHON_IN_VENV) -m ruff check $(SOURCES)
+	$(PYTHON_IN_VENV) -m ruff format --check $(SOURCES)
+	$(PYTHON_IN_VENV) -m mypy
+
+format: setup
+	$(PYTHON_IN_VENV) -m ruff check --fix $(SOURCES)
+	$(PYTHON_IN_VENV) -m ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

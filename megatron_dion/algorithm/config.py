@@ -1,0 +1,74 @@
+"""What one can choose about Dion, and the two rules that follow from a matrix's shape."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ORTHONORMALIZERS = ("rcqr", "cqr", "qr")
+
+_SCALE_FACTORS: dict[str, Callable[[int, int], float]] = {
+    # Dion paper, section 3.3: an orthonormal update of this size has an RMS-to-RMS norm of one.
+    "dion": lambda m, n: math.sqrt(m / n),
+    # Moonlight (arXiv 2502.16982), section 2.2: the update's RMS is that of a typical AdamW update.
+    "spectral": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    # The name that Megatron-core's Muon gives to the same factor as `dion`.
+    "unit_rms_norm": lambda m, n: math.sqrt(m / n),
+}
+SCALE_MODES = tuple(_SCALE_FACTORS)
+
+
+@dataclass(frozen=True)
+class DionConfig:
+    """Hyperparameters of Dion that are the same for every matrix.
+
+    Attributes:
+        momentum: error-feedback coefficient mu, in [0, 1).
+        rank_fraction: rank of the update as a share of the smaller side, in (0, 1].
+        rank_multiple_of: ranks are rounded up to a multiple of this.
+        scale_mode: how the learning rate scales with the shape, one of `SCALE_MODES`.
+        extra_scale_factor: multiplies the scale of every matrix.
+        orthonormalizer: one of `ORTHONORMALIZERS`.
+        oversample: rows of the sketch of `rcqr` per column, at least 1.
+        eps: added to the column norms of R before dividing by them.
+        seed: of the right factors' first values and of the sketches.
+
+    Raises:
+        ValueError: a value is outside of its range.
+    """
+
+    momentum: float = 0.95
+    rank_fraction: float = 0.25
+    rank_multiple_of: int = 1
+    scale_mode: str = "spectral"
+    extra_scale_factor: float = 1.0
+    orthonormalizer: str = "rcqr"
+    oversample: float = 1.25
+    eps: float = 1e-8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._require("rank_fraction", 0 < self.rank_fraction <= 1, "in (0, 1]")
+        self._require("rank_multiple_of", self.rank_multiple_of >= 1, "at least 1")
+        self._require("scale_mode", self.scale_mode in SCALE_MODES, f"one of {SCALE_MODES}")
+        finite_scale = math.isfinite(self.extra_scale_factor) and self.extra_scale_factor > 0
+        self._require("extra_scale_factor", finite_scale, "positive and finite")
+        known = self.orthonormalizer in ORTHONORMALIZERS
+        self._require("orthonormalizer", known, f"one of {ORTHONORMALIZERS}")
+        self._require("oversample", 1 <= self.oversample < math.inf, "at least 1 and finite")
+        self._require("eps", 0 < self.eps < math.inf, "positive and finite")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    def rank(self, m: int, n: int) -> int:
+        """Rank of the update of an m x n matrix: min(m, n, K ceil(fraction min(m, n) / K))."""
+        multiple = self.rank_multiple_of
+        # The small subtraction keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
+        multiples = math.ceil(self.rank_fraction * min(m, n) / multiple - 1e-9)
+        return min(m, n, multiple * max(1, multiples))
+
+    def scale(self, m: int, n: int) -> float:
+        """Factor on the learning rate for the update of an m x n matrix (output x input)."""
+        return self.extra_scale_factor * _SCALE_FACTORS[self.scale_mode](m, n)

@@ -1,0 +1,90 @@
+"""Megatron's distributed optimizer, with Dion on the shards of its buffers."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from megatron_dion.optimizer.dion import Dion, Distribution
+from megatron_dion.optimizer.routing import weight_of
+from megatron_dion.sharding import Placement
+
+
+class DionDistributedOptimizer(DistributedOptimizer):
+    """A `DistributedOptimizer` whose inner optimizer is `Dion`.
+
+    Buffers, layout, master weights, gradient norm, clipping and parameter gather are Megatron's.
+    Dion takes the flat float32 shards as they lie and needs to know only which rows they are.
+
+    Args:
+        tensor_group: tensor-parallel group of the matrices.
+        *args, **kwargs: as for `DistributedOptimizer`.
+    """
+
+    def __init__(self, *args: Any, tensor_group: ProcessGroup, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_stub_optimizer:
+            return
+        self._dion: Dion = self.optimizer
+        self._dion.distribute(self._distribution(tensor_group))
+        self._dion.init_state()
+        self.exchanged_bytes_per_step = self._dion.bytes_per_step
+
+    def _distribution(self, tensor_group: ProcessGroup) -> Distribution:
+        """All of Dion's weights in these buffers, in the order that all ranks share."""
+        shards = self._shards()
+        placements: list[Placement] = []
+        tensors: dict[int, Tensor] = {}
+        for buffer in self.buffers:
+            for parameter, (start, _, bucket) in buffer.param_index_map.items():
+                if parameter in shards:
+                    tensors[len(placements)] = shards[parameter]
+                placements.append(_placement(buffer, parameter, start, bucket))
+        return Distribution(placements, tensors, tensor_group, self.data_parallel_group)
+
+    def _shards(self) -> dict[Parameter, Tensor]:
+        """Each parameter's flat float32 piece on this rank."""
+        models = [*self.model_fp32_groups, *self.model_float16_groups]
+        shards = [*self.shard_fp32_groups, *self.shard_fp32_from_float16_groups]
+        return {
+            parameter: shard
+            for model_group, shard_group in zip(models, shards, strict=True)
+            for parameter, shard in zip(model_group, shard_group, strict=True)
+        }
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """As the base class; without a loss scaler a non-finite gradient is an error.
+
+        Raises:
+            FloatingPointError: names the parameters; nothing has changed.
+        """
+        found_inf = super().prepare_grads()
+        if not self.is_stub_optimizer and not self.grad_scaler:
+            self._dion.check_gradients()
+        return found_inf
+
+    def start_param_sync_for_bucket_group_subset(self) -> None:
+        """Gathers the updated parameters of this optimizer's own buckets.
+
+        The base class passes over the buckets with the tag that separates Dion's matrices, which
+        it takes for the layer-wise optimizer's (MC/optimizer/distrib_optimizer.py:3129).
+        """
+        mine = {id(bucket) for buffer in self.buffers for bucket in buffer.buckets}
+        for chunk in self.model_chunks:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                if any(id(bucket) in mine for bucket in group.buckets):
+                    chunk._start_bucket_group_param_sync(group, force_sync=False)
+
+
+def _placement(
+    buffer: _ParamAndGradBuffer, parameter: Parameter, start: int, bucket_id: int
+) -> Placement:
+    weight = weight_of(parameter)
+    assert weight is not None, "a parameter of another optimizer lies in one of Dion's buffers"
+    bucket = buffer.buckets[bucket_id]
+    return Placement(weight, start - bucket.offset, bucket.grad_data.numel())

@@ -1,0 +1,196 @@
+"""Which optimizer updates a parameter: one decision, made from names and global shapes.
+
+The decision depends on nothing that a topology changes. It is written on the parameters before
+Megatron's DDP lays out its buffers, because Dion's matrices get buffers of their own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.fsdp_dtensor_checkpoint import get_global_unique_param_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import Parameter
+
+from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.sharding import Part, Weight
+
+DION = "dion"
+_BUFFER_TAG = "is_managed_by_layer_wise_optimizer"
+_WEIGHT_TAG = "dion_weight"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a parameter goes.
+
+    Attributes:
+        parameter: global name.
+        shape: global shape.
+        optimizer: `dion` or the name of the scalar optimizer.
+        reason: why.
+        matrices: the logical matrices of a parameter that goes to Dion.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    optimizer: str
+    reason: str
+    matrices: tuple[Matrix, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """The routes of all parameters of the model, of all pipeline stages."""
+
+    routes: tuple[Route, ...]
+
+    def to_tsv(self) -> str:
+        """A line for each logical matrix, and for each parameter of the scalar optimizer."""
+        lines = ["parameter\tshape\toptimizer\treason\tmatrix\trows\tcolumns\trank"]
+        for route in self.routes:
+            shape = "x".join(map(str, route.shape))
+            start = f"{route.parameter}\t{shape}\t{route.optimizer}\t{route.reason}"
+            lines += [f"{start}\t{m.name}\t{m.rows}\t{m.columns}\t{m.rank}" for m in route.matrices]
+            if not route.matrices:
+                lines.append(f"{start}\t\t\t\t")
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """One line for each kind of matrix or parameter, layers and experts counted together."""
+        kinds: Counter[str] = Counter()
+        for route in self.routes:
+            for matrix in route.matrices:
+                size = f"{matrix.rows} x {matrix.columns}, rank {matrix.rank}"
+                kinds[f"{route.optimizer}: {_without_numbers(matrix.name)} ({size})"] += 1
+            if not route.matrices:
+                size = " x ".join(map(str, route.shape))
+                name = _without_numbers(route.parameter)
+                kinds[f"{route.optimizer}: {name} ({size}): {route.reason}"] += 1
+        return "\n".join(f"{count:4d} {kind}" for kind, count in kinds.items())
+
+
+def tag_matrices(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
+    """Marks every parameter with its decision; a `pre_wrap_hooks` function of Megatron's models."""
+    for name, parameter, chunk in _named_parameters(model_chunks):
+        is_matrix = _reason_against(name, parameter) is None
+        setattr(parameter, _BUFFER_TAG, is_matrix)
+        if is_matrix:
+            setattr(parameter, _WEIGHT_TAG, _weight(name, parameter, chunk.config))
+    return model_chunks
+
+
+def weight_of(parameter: Parameter) -> Weight | None:
+    """The weight that Dion updates, or None for a parameter of the scalar optimizer."""
+    return getattr(parameter, _WEIGHT_TAG, None)
+
+
+def build_routing_table(
+    model_chunks: list[MegatronModule], config: DionConfig, scalar_optimizer: str
+) -> RoutingTable:
+    """The table of the whole model, the same on every rank. A collective call of all ranks.
+
+    Raises:
+        RuntimeError: the model was wrapped without `tag_matrices`.
+    """
+    here = [
+        _route(name, parameter, config, scalar_optimizer)
+        for name, parameter, _ in _named_parameters(model_chunks)
+    ]
+    everywhere: list[list[Route]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, here)
+    distinct = {route.parameter: route for routes in everywhere for route in routes}
+    return RoutingTable(tuple(sorted(distinct.values(), key=lambda route: _order(route.parameter))))
+
+
+def _named_parameters(
+    model_chunks: list[MegatronModule],
+) -> Iterator[tuple[str, Parameter, MegatronModule]]:
+    """Trainable parameters with the names that they have in the whole model."""
+    for chunk in model_chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                name = get_global_unique_param_name([chunk], parameter)
+                yield re.sub(r"^(module\.)+", "", name), parameter, chunk
+
+
+def _reason_against(name: str, parameter: Parameter) -> str | None:
+    """Why a parameter is none of Dion's, or None if it is."""
+    if parameter.dim() != 2:
+        return f"{parameter.dim()}-D"
+    if getattr(parameter, "is_embedding_or_output_parameter", False):
+        return "embedding or output layer"
+    if "embedding" in name:
+        return "embedding"
+    if name.endswith("router.weight"):
+        return "router of experts"
+    return None
+
+
+def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer: str) -> Route:
+    if not hasattr(parameter, _BUFFER_TAG):
+        raise RuntimeError(
+            f"{name} has no route: add megatron_dion.optimizer.routing.tag_matrices to the"
+            " pre_wrap_hooks of the model's config, so that it runs before DDP wraps the model"
+        )
+    weight = weight_of(parameter)
+    if weight is None:
+        reason = _reason_against(name, parameter) or "not tagged"
+        return Route(name, _global_shape(parameter), scalar_optimizer, reason)
+    shape = (weight.global_rows, weight.global_columns)
+    return Route(name, shape, DION, "linear layer", tuple(weight.matrices(config)))
+
+
+def _global_shape(parameter: Parameter) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= _tensor_parallel_size(parameter)
+    return tuple(shape)
+
+
+def _tensor_parallel_size(parameter: Parameter) -> int:
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_tensor_model_parallel_world_size()
+    return parallel_state.get_expert_tensor_parallel_world_size()
+
+
+def _weight(name: str, parameter: Parameter, config: TransformerConfig) -> Weight:
+    """Describes a matrix parameter to the sharding code."""
+    size = _tensor_parallel_size(parameter)
+    parallel = getattr(parameter, "tensor_model_parallel", False) and size > 1
+    return Weight(
+        name=name,
+        rows=parameter.shape[0],
+        columns=parameter.shape[1],
+        partition_dim=parameter.partition_dim if parallel else None,
+        tensor_parallel_size=size,
+        parts=_parts(name, parameter, config),
+    )
+
+
+def _parts(name: str, parameter: Parameter, config: TransformerConfig) -> tuple[Part, ...]:
+    """The matrices that Megatron fuses into one parameter, in their order in memory."""
+    if name.endswith("linear_qkv.weight"):
+        head = config.kv_channels
+        queries = config.num_attention_heads // config.num_query_groups * head
+        gate = [Part("gate", queries)] if config.attention_output_gate else []
+        return (Part("query", queries), *gate, Part("key", head), Part("value", head))
+    if name.endswith("linear_fc1.weight") and config.gated_linear_unit:
+        # Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206).
+        half = parameter.shape[0] // 2
+        return (Part("gate", half), Part("up", half))
+    return ()
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _order(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names as numbers: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+

@@ -1,0 +1,405 @@
+"""Stand-in for torch.cuda, so that the unmodified megatron-core wheel trains on CPU with gloo.
+
+Megatron-core 0.19.2 takes a CUDA device for granted in many small places. This module is the whole
+list of what has to be different without one; each entry says where megatron (MC: megatron/core, MT:
+megatron/training) forces it. `install()` comes before the first import of megatron,
+`install_megatron_patches()` after it. `torch.cuda.is_available()` stays false.
+
+The patches are global to the process: for example, `Tensor.type()` names CUDA types from then on.
+A process that has a GPU to use must never load them.
+"""
+
+import contextlib
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+
+_installed: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute that is replaced, and what makes that necessary."""
+
+    owner: Any
+    name: str
+    value: Any
+    reason: str
+
+    def apply(self) -> None:
+        """Replace the attribute; fail where there is nothing to replace."""
+        current = self.owner.__dict__ if isinstance(self.owner, type) else vars(self.owner)
+        if self.name not in current and not hasattr(self.owner, self.name):
+            raise RuntimeError(
+                f"the CPU platform patches {self.owner.__name__}.{self.name}, which this version "
+                "of torch or megatron-core does not have"
+            )
+        setattr(self.owner, self.name, self.value)
+
+
+def install(*, hide_gpus: bool = False, quiet: bool = False) -> None:
+    """Replace what megatron uses of torch.cuda. Call it before megatron is imported.
+
+    Args:
+        hide_gpus: Install even where CUDA devices exist, and hide them from torch.
+        quiet: Do not print that it is installed.
+
+    Raises:
+        RuntimeError: There is a CUDA device and `hide_gpus` is false, or megatron is already there.
+    """
+    if "torch" in _installed:
+        return
+    if torch.cuda.is_available() and not hide_gpus:
+        raise RuntimeError(
+            "the CPU platform replaces torch.cuda, and this machine has a CUDA device: "
+            "use it (--device cuda), or ask for the CPU explicitly (--device cpu)"
+        )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("the CPU platform must be installed before megatron is imported")
+    for patch in _torch_patches():
+        patch.apply()
+    _installed.add("torch")
+    if not quiet:
+        print("[dion] CPU platform installed: torch.cuda is emulated, collectives use gloo")
+
+
+def install_megatron_patches() -> None:
+    """Replace the functions of megatron that torch.cuda's stand-in cannot help. Imports megatron.
+
+    Raises:
+        RuntimeError: `install()` was not called first.
+    """
+    if "torch" not in _installed:
+        raise RuntimeError("call megatron_dion.platforms.cpu.install() before megatron is imported")
+    if "megatron" in _installed:
+        return
+    for patch in _megatron_patches():
+        patch.apply()
+    _silence_rng_fork_warning()
+    _installed.add("megatron")
+
+
+# --- torch ------------------------------------------------------------------------------------
+
+
+def _torch_patches() -> list[Patch]:
+    return [
+        *_device_patches(),
+        *_stream_patches(),
+        *_random_patches(),
+        *_memory_patches(),
+        *_tensor_patches(),
+        Patch(dist, "all_gather", _uneven_all_gather(dist.all_gather), "see _uneven_all_gather"),
+        Patch(torch, "compile", _run_eagerly, "MC/jit.py:21: compiling takes longer than a test"),
+    ]
+
+
+def _device_patches() -> list[Patch]:
+    cuda = torch.cuda
+    properties = SimpleNamespace(
+        name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
+    )
+    return [
+        Patch(cuda, "is_available", lambda: False, "hides real devices, where asked to"),
+        Patch(cuda, "current_device", lambda: CPU, "MC/tensor_parallel/mappings.py:95 and many"),
+        Patch(cuda, "device_count", lambda: 1, "MT/initialize.py:358: with 0, no parallel groups"),
+        Patch(cuda, "set_device", _no_op(), "MT/initialize.py:282"),
+        Patch(
+            cuda,
+            "get_device_properties",
+            lambda device=None: properties,
+            "MT/arguments.py:1414: from 10 on no CUDA_DEVICE_MAX_CONNECTIONS is needed",
+        ),
+        Patch(cuda, "get_device_capability", lambda device=None: (10, 0), "MT/arguments.py:1339"),
+        Patch(cuda, "synchronize", _no_op(), "MC/timers.py:152"),
+        Patch(cuda, "_lazy_init", _no_op(), "MC/tensor_parallel/random.py:120"),
+        Patch(
+            cuda,
+            "_lazy_call",
+            lambda function, **kwargs: function(),
+            "MC/tensor_parallel/random.py:174: the real one queues the call for ever",
+        ),
+    ]
+
+
+def _stream_patches() -> list[Patch]:
+    cuda = torch.cuda
+    return [
+        Patch(cuda, "Stream", _Stream, "MC/distributed/distributed_data_parallel.py:297"),
+        Patch(cuda, "Event", _Event, "MC/pipeline_parallel, optional overlaps"),
+        Patch(cuda, "current_stream", lambda device=None: _STREAM, "MC/timers.py, DDP"),
+        Patch(cuda, "default_stream", lambda device=None: _STREAM, "MC/distributed"),
+        Patch(cuda, "set_stream", _no_op(), "MT/initialize.py:289"),
+        Patch(cuda, "stream", lambda stream: contextlib.nullcontext(), "MC/distributed"),
+        Patch(cuda.nvtx, "range_push", _no_op(), "MC/utils.py:2729"),
+        Patch(cuda.nvtx, "range_pop", _no_op(), "MC/utils.py:2758"),
+        Patch(torch.Tensor, "record_stream", _no_op(), "MC/distributed"),
+    ]
+
+
+def _random_patches() -> list[Patch]:
+    """The default CPU generator is the "CUDA" generator."""
+    cuda = torch.cuda
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    reason = "MC/tensor_parallel/random.py:114, 303"
+    return [
+        Patch(
+            cuda, "manual_seed", torch.manual_seed, "random.py:305: the real one queues for ever"
+        ),
+        Patch(cuda, "get_rng_state", get_rng_state, reason),
+        Patch(cuda, "set_rng_state", set_rng_state, "MT/checkpointing.py:2665"),
+        Patch(cuda.random, "get_rng_state", get_rng_state, reason),
+        Patch(cuda.random, "set_rng_state", set_rng_state, reason),
+        Patch(
+            cuda,
+            "default_generators",
+            {CPU: torch.default_generator},
+            "MC/tensor_parallel/random.py:166 indexes it by torch.cuda.current_device()",
+        ),
+    ]
+
+
+def _memory_patches() -> list[Patch]:
+    cuda = torch.cuda
+    counters = (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    )
+    return [
+        *(
+            Patch(cuda, name, lambda device=None: 0, "MT/utils/common_utils.py:322 reports memory")
+            for name in counters
+        ),
+        Patch(cuda, "empty_cache", _no_op(), "MT/training.py, --empty-unused-memory-level"),
+        Patch(cuda, "reset_peak_memory_stats", _no_op(), "MT/training.py"),
+    ]
+
+
+def _tensor_patches() -> list[Patch]:
+    return [
+        *(
+            Patch(
+                torch,
+                name,
+                _on_cpu(getattr(torch, name)),
+                "device='cuda' in MC/optimizer/optimizer.py:690, MT/training.py:1131 and many",
+            )
+            for name in ("tensor", "zeros", "ones", "full", "empty", "empty_like")
+        ),
+        Patch(
+            torch.Tensor,
+            "cuda",
+            lambda self, *args, **kwargs: self,
+            "MC/models/common/embeddings/rope_utils.py:64, MT/models/dist_utils.py",
+        ),
+        Patch(
+            torch.Tensor,
+            "type",
+            _cuda_type_names(torch.Tensor.type),
+            "MC/optimizer/distrib_optimizer.py:401, 466, clip_grads.py:174 compare type names",
+        ),
+    ]
+
+
+class _Event:
+    """Nothing to order: work on CPU is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Do nothing."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        """Everything is done."""
+        return True
+
+
+class _Stream(_Event):
+    """A stream on which everything has already happened."""
+
+    cuda_stream = 0
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing."""
+
+    def wait_event(self, event: Any) -> None:
+        """Do nothing."""
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        """Return an event that has happened."""
+        return event or _Event()
+
+
+_STREAM = _Stream()
+
+
+def _no_op() -> Callable[..., None]:
+    """Make a new function each time: torch._dynamo refuses one object under two torch names."""
+    return lambda *args, **kwargs: None
+
+
+def _run_eagerly(model: Any = None, **options: Any) -> Any:
+    """Take the place of torch.compile, plain and with arguments."""
+    return (lambda function: function) if model is None else model
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Make a tensor factory understand device='cuda' as the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        # MC/models/common/embeddings/rope_utils.py:63 pins memory, which needs a CUDA driver.
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda_type_names(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Make Tensor.type() answer 'torch.cuda.FloatTensor' where it says 'torch.FloatTensor'."""
+
+    @functools.wraps(type_of)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return named
+
+
+def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Let all_gather take shards of unequal size, as NCCL's does.
+
+    MC/optimizer/layer_wise_optimizer.py:772 (stock Muon) relies on it. Shards travel padded to the
+    largest.
+    """
+
+    @functools.wraps(all_gather)
+    def gather(
+        shards: list[torch.Tensor], mine: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        largest = max(shard.numel() for shard in shards)
+        if all(shard.numel() == largest for shard in shards):
+            return all_gather(shards, mine, group=group, async_op=async_op)
+        if async_op:
+            raise NotImplementedError("on CPU, all_gather of unequal shards is synchronous only")
+        padded = [shard.new_empty(largest) for shard in shards]
+        padded_mine = mine.new_zeros(largest)
+        padded_mine[: mine.numel()] = mine.flatten()
+        all_gather(padded, padded_mine, group=group)
+        for shard, received in zip(shards, padded, strict=True):
+            shard.copy_(received[: shard.numel()].view_as(shard))
+        return None
+
+    return gather
+
+
+# --- megatron ---------------------------------------------------------------------------------
+
+
+def _megatron_patches() -> list[Patch]:
+    from megatron.core import optimizer as optimizers
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.training import training
+
+    from megatron_dion.platforms.cpu_adam import CpuAdam
+    from megatron_dion.platforms.cpu_attention import GatheringDotProductAttention
+
+    adam = "torch's Adam cannot load a distributed checkpoint, see CpuAdam"
+    return [
+        Patch(optimizers, "Adam", CpuAdam, adam),
+        Patch(optimizers, "USING_PYTORCH_OPTIMIZER", False, adam),
+        Patch(distrib_optimizer, "Adam", CpuAdam, adam),
+        Patch(distrib_optimizer, "HAVE_APEX_OR_TE", True, adam),
+        Patch(distrib_optimizer, "USING_APEX_OPTIMIZER", True, adam),
+        Patch(
+            training,
+            "initialize_megatron",
+            functools.partial(training.initialize_megatron, allow_no_cuda=True),
+            "MT/initialize.py:64 asserts that CUDA is available",
+        ),
+        Patch(
+            training,
+            "set_jit_fusion_options",
+            _no_op(),
+            "MT/initialize.py:473: its warm-up of fused kernels draws random numbers",
+        ),
+        Patch(
+            WrappedTorchNorm,
+            "__new__",
+            _norm_with_sequence_parallelism(WrappedTorchNorm.__new__),
+            "MC/transformer/torch_norm.py:50 refuses sequence parallelism",
+        ),
+        Patch(
+            LocalSpecProvider,
+            "core_attention",
+            lambda self: GatheringDotProductAttention,
+            "MC/transformer/dot_product_attention.py:58 refuses context parallelism",
+        ),
+        Patch(
+            token_dispatcher,
+            "maybe_move_tensor_to_cpu",
+            _to_numpy_if_asked,
+            "MC/transformer/moe/moe_utils.py:1184 converts only tensors that are on a GPU",
+        ),
+    ]
+
+
+def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch's norms run on a part of the sequence.
+
+    They only need the mark by which finalize_model_grads finds the gradients that have to be summed
+    over the tensor-parallel group.
+    """
+
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        accepted = copy.copy(config)
+        accepted.sequence_parallel = False
+        norm = new_norm(cls, accepted, *args, **kwargs)
+        for param in norm.parameters():
+            param.sequence_parallel = config.sequence_parallel
+        return norm
+
+    return new
+
+
+def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _silence_rng_fork_warning() -> None:
+    """MC/tensor_parallel/random.py warns at each fork that the CPU generator moved; it must."""
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

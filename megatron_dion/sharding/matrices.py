@@ -1,0 +1,124 @@
+"""Which logical matrices a parameter holds, and which of their rows and columns a rank has.
+
+A fused weight interleaves the rows of several matrices in a repeating pattern: a query group's
+queries, then its key, then its value; a tensor-parallel rank's gate, then its up projection. One
+description serves them all: the rows of one period, by part.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_dion.algorithm import DionConfig, Matrix
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of one logical matrix within one period of a fused weight."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a rank's parameter that are consecutive rows of one logical matrix.
+
+    Attributes:
+        part: index of the logical matrix in its weight.
+        local_row: first row in the rank's parameter.
+        matrix_row: first row in the logical matrix.
+        rows: number of rows.
+    """
+
+    part: int
+    local_row: int
+    matrix_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 2-D parameter as tensor parallelism shards it.
+
+    Attributes:
+        name: global name, the same in every topology.
+        rows: of a rank's parameter.
+        columns: of a rank's parameter.
+        partition_dim: 0 if the ranks hold different rows (column-parallel linear layer), 1 if
+            they hold different columns (row-parallel), None if all hold the same.
+        tensor_parallel_size: number of ranks.
+        parts: one period of the rows of all ranks' parameters put one below the other; empty for
+            a weight that is one matrix.
+
+    Raises:
+        ValueError: the periods do not fill the rows.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    partition_dim: int | None = None
+    tensor_parallel_size: int = 1
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.global_rows % self._period:
+            raise ValueError(
+                f"{self.name}: {self.global_rows} rows are no multiple of the"
+                f" {self._period} rows of {[part.name for part in self.parts]}"
+            )
+
+    @property
+    def global_rows(self) -> int:
+        return self.rows * (self.tensor_parallel_size if self.partition_dim == 0 else 1)
+
+    @property
+    def global_columns(self) -> int:
+        return self.columns * (self.tensor_parallel_size if self.partition_dim == 1 else 1)
+
+    @property
+    def _period(self) -> int:
+        return sum(part.rows for part in self.parts) or self.global_rows
+
+    @cached_property
+    def _period_parts(self) -> tuple[Part, ...]:
+        return self.parts or (Part("", self.global_rows),)
+
+    def matrices(self, config: DionConfig) -> list[Matrix]:
+        """The logical matrices, one for each part."""
+        periods = self.global_rows // self._period
+        return [
+            Matrix(
+                name=f"{self.name}[{part.name}]" if part.name else self.name,
+                rows=part.rows * periods,
+                columns=self.global_columns,
+                rank=config.rank(part.rows * periods, self.global_columns),
+            )
+            for part in self._period_parts
+        ]
+
+    def first_column(self, tensor_parallel_rank: int) -> int:
+        """The matrices' column that is a rank's column 0."""
+        return tensor_parallel_rank * self.columns if self.partition_dim == 1 else 0
+
+    def segments(self, tensor_parallel_rank: int) -> Iterator[Segment]:
+        """All rows of a rank's parameter, from its first to its last."""
+        first = tensor_parallel_rank * self.rows if self.partition_dim == 0 else 0
+        last = first + self.rows
+        row = first
+        while row < last:
+            period, within = divmod(row, self._period)
+            part, offset = self._part_at(within)
+            length = self._period_parts[part].rows
+            rows = min(length - offset, last - row)
+            yield Segment(part, row - first, period * length + offset, rows)
+            row += rows
+
+    def _part_at(self, row: int) -> tuple[int, int]:
+        """The part at a row of the period, and the row within that part."""
+        for index, part in enumerate(self._period_parts):
+            if row < part.rows:
+                return index, row
+            row -= part.rows
+        raise AssertionError("the row lies outside of the period")

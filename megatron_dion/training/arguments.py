@@ -1,0 +1,192 @@
+"""The command line: Megatron's, and what this project adds to it."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megatron_dion.algorithm import ORTHONORMALIZERS, SCALE_MODES, DionConfig
+from megatron_dion.platforms import DEVICES
+from megatron_dion.training.errors import ConfigurationError
+
+SCALAR_OPTIMIZERS = ("adam", "lion")
+
+_FUSION = "its fused kernels exist only for CUDA"
+
+# What Megatron has to be told on CPU: destination, value and why.
+CPU_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "distributed_backend": ("gloo", "the default, nccl, moves CUDA memory only"),
+    "transformer_impl": ("local", "the default, Transformer Engine, needs CUDA"),
+    "gradient_accumulation_fusion": (False, _FUSION),
+    "no_persist_layer_norm": (True, _FUSION),
+    "masked_softmax_fusion": (False, _FUSION),
+    "bias_gelu_fusion": (False, _FUSION),
+    "bias_swiglu_fusion": (False, _FUSION),
+    "bias_dropout_fusion": (False, _FUSION),
+    "apply_rope_fusion": (False, _FUSION),
+    "use_cpu_initialization": (True, "weights then do not depend on the tensor-parallel size"),
+    "num_workers": (0, "worker processes compete with the training for the same cores"),
+}
+
+ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+
+def extra_args_provider(device: str) -> ArgsProvider:
+    """Make the function that megatron.training calls with its parser.
+
+    Args:
+        device: `cuda` or `cpu`; on CPU, defaults change that have no meaning there.
+    """
+
+    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        _raise_instead_of_printing_usage(parser)
+        _offer_dion(parser)
+        _add_dion_arguments(parser)
+        _add_run_arguments(parser)
+        if device == "cpu":
+            _set_cpu_defaults(parser)
+        return parser
+
+    return extend
+
+
+def dion_config_from_args(args: argparse.Namespace) -> DionConfig:
+    """Read the hyperparameters of Dion out of the parsed command line.
+
+    Raises:
+        ConfigurationError: One of them is out of its range.
+    """
+    names = [field.name for field in dataclasses.fields(DionConfig) if field.name != "seed"]
+    values = {name: getattr(args, f"dion_{name}") for name in names}
+    try:
+        return DionConfig(seed=args.seed, **values)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
+
+
+def describe_cpu_defaults(args: argparse.Namespace) -> str:
+    """One line that says which of the CPU's defaults are in effect."""
+    in_effect = [
+        f"{name}={value}"
+        for name, (value, _) in CPU_DEFAULTS.items()
+        if getattr(args, name) == value
+    ]
+    return "CPU defaults: " + ", ".join(in_effect)
+
+
+def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
+    """Megatron's usage is hundreds of lines, and every process would print them."""
+
+    def error(message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see --help)")
+
+    setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
+
+
+def _offer_dion(parser: argparse.ArgumentParser) -> None:
+    action = _action(parser, "--optimizer")
+    if not isinstance(action.choices, list) or "adam" not in action.choices:
+        raise ConfigurationError(
+            "this megatron-core declares --optimizer differently from the tested version, "
+            f"with choices {action.choices!r}: 'dion' cannot be added to them"
+        )
+    if "dion" not in action.choices:
+        action.choices.append("dion")
+
+
+def _action(parser: argparse.ArgumentParser, flag: str) -> argparse.Action:
+    for action in parser._actions:
+        if flag in action.option_strings:
+            return action
+    raise ConfigurationError(f"this megatron-core has no {flag}: it is not the tested version")
+
+
+def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = DionConfig()
+    group = parser.add_argument_group("dion", "with --optimizer dion")
+    group.add_argument(
+        "--dion-rank-fraction",
+        type=float,
+        default=defaults.rank_fraction,
+        help="rank of an update as a share of the smaller side of the matrix, in (0, 1]",
+    )
+    group.add_argument(
+        "--dion-rank-multiple-of",
+        type=int,
+        default=defaults.rank_multiple_of,
+        help="round ranks up to a multiple of this",
+    )
+    group.add_argument(
+        "--dion-momentum",
+        type=float,
+        default=defaults.momentum,
+        help="coefficient of the error feedback, in [0, 1)",
+    )
+    group.add_argument(
+        "--dion-scale-mode",
+        choices=SCALE_MODES,
+        default=defaults.scale_mode,
+        help="how the size of an update depends on the shape of the matrix",
+    )
+    group.add_argument(
+        "--dion-extra-scale-factor",
+        type=float,
+        default=defaults.extra_scale_factor,
+        help="multiplies every update",
+    )
+    group.add_argument(
+        "--dion-orthonormalizer",
+        choices=ORTHONORMALIZERS,
+        default=defaults.orthonormalizer,
+        help="randomized Cholesky QR, Cholesky QR, or Householder QR",
+    )
+    group.add_argument(
+        "--dion-oversample",
+        type=float,
+        default=defaults.oversample,
+        help="rows of the random sketch per column, at least 1 (rcqr)",
+    )
+    group.add_argument(
+        "--dion-eps",
+        type=float,
+        default=defaults.eps,
+        help="added to column norms before dividing by them",
+    )
+    group.add_argument(
+        "--dion-scalar-optimizer",
+        choices=SCALAR_OPTIMIZERS,
+        default="adam",
+        help="optimizer of the parameters that are not matrices of linear layers",
+    )
+    group.add_argument(
+        "--dion-scalar-lr-mult",
+        type=float,
+        default=1.0,
+        help="multiplies the learning rate of the scalar optimizer",
+    )
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="what to train on; auto is cuda where there is a CUDA device, else cpu",
+    )
+    group.add_argument(
+        "--run-dir",
+        default=None,
+        help="folder for config.json, routing.tsv, metrics.jsonl and loss.png",
+    )
+
+
+def _set_cpu_defaults(parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(CPU_DEFAULTS) - known)
+    if unknown:
+        raise ConfigurationError(
+            f"this megatron-core has no argument {', '.join(unknown)}: it is not the tested version"
+        )
+    parser.set_defaults(**{name: value for name, (value, _) in CPU_DEFAULTS.items()})

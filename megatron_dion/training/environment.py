@@ -1,0 +1,71 @@
+"""What must hold before megatron can be imported."""
+
+import importlib.metadata
+import importlib.util
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_dion.training.errors import ConfigurationError
+
+TESTED_MEGATRON_CORE = "0.19.2"
+
+
+def check_megatron_version() -> None:
+    """The join with Megatron rests on details of one version."""
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigurationError(
+            f"megatron-core is not installed: pip install megatron-core=={TESTED_MEGATRON_CORE}"
+        ) from error
+    if found != TESTED_MEGATRON_CORE:
+        raise ConfigurationError(
+            f"megatron-core {found} is installed, tested is {TESTED_MEGATRON_CORE}: "
+            f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
+        )
+
+
+def check_apex() -> None:
+    """A web toolkit of the same name as NVIDIA's apex makes Megatron fail in odd places."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        raise ConfigurationError(
+            "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
+            "pip uninstall apex"
+        )
+
+
+def check_device(device: str) -> None:
+    """`--device cuda` needs a device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu")
+
+
+CHECKS: tuple[Callable[[], None], ...] = (check_megatron_version, check_apex)
+
+
+def describe_single_process() -> None:
+    """Without a launcher, describe a world of one process as torchrun would."""
+    if "RANK" in os.environ:
+        return
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(_free_port()),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,25 @@
+"""Mistakes of the user, reported as one line."""
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+# Time for the launcher to end the other processes once the one that speaks has exited.
+_LAUNCHER_GRACE_SECONDS = 20.0
+
+
+class ConfigurationError(Exception):
+    """The run cannot start as it was asked for; the message names what to change."""
+
+
+def exit_with(error: ConfigurationError) -> NoReturn:
+    """Print the error once for all processes and exit with code 2.
+
+    Rank 0 speaks. The others must not exit before it: their launcher would kill it unheard. One
+    that is still alive after a while has an error that rank 0 has not, and says it itself.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(_LAUNCHER_GRACE_SECONDS)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,198 @@
+"""The one place where functions of megatron.training are replaced at run time.
+
+Only what has no other seam: neither a hook nor an argument. `megatron.training.training` looks each
+of these names up in its own namespace when it calls them, so rebinding the name is enough.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.core.datasets import utils as dataset_utils
+from megatron.training import ft_integration, get_args, training
+
+from megatron_dion.training.errors import ConfigurationError
+
+# Name and parameters of each function as of the tested version.
+_TESTED_SIGNATURES: dict[str, tuple[str, ...]] = {
+    "get_megatron_optimizer": (
+        "config",
+        "model_chunks",
+        "config_overrides",
+        "use_gloo_process_groups",
+        "pg_collection",
+        "dump_param_to_param_group_map",
+    ),
+    "train_step": (
+        "forward_step_func",
+        "data_iterator",
+        "model",
+        "optimizer",
+        "opt_param_scheduler",
+        "config",
+        "forward_backward_func",
+        "iteration",
+        "pg_collection",
+        "p2p_communicator",
+    ),
+    "training_log": (
+        "loss_dict",
+        "total_loss_dict",
+        "learning_rate",
+        "iteration",
+        "loss_scale",
+        "report_memory_flag",
+        "skipped_iter",
+        "grad_norm",
+        "params_norm",
+        "num_zeros_in_grad",
+        "max_attention_logit",
+        "pg_collection",
+        "is_first_iteration",
+        "seqlen_squared_sum_in_batch",
+        "total_real_tokens_in_batch",
+    ),
+    "evaluate": (
+        "forward_step_func",
+        "data_iterator",
+        "model",
+        "process_non_loss_data_func",
+        "config",
+        "verbose",
+        "non_loss_data_func",
+        "eval_iters",
+        "pg_collection",
+        "p2p_communicator",
+    ),
+    "evaluate_and_print_results": (
+        "prefix",
+        "forward_step_func",
+        "data_iterator",
+        "model",
+        "iteration",
+        "process_non_loss_data_func",
+        "config",
+        "verbose",
+        "write_to_tensorboard",
+        "non_loss_data_func",
+        "pg_collection",
+        "p2p_communicator",
+    ),
+}
+
+OptimizerFactory = Callable[..., Any]
+
+
+def build_optimizer_with(factories: dict[str, OptimizerFactory]) -> None:
+    """Let other factories build the optimizers of the given names; stock ones build the rest.
+
+    training.py:2132 calls the stock factory by name, which knows a closed set of optimizers.
+
+    Args:
+        factories: From the value of `--optimizer` to a function with the parameters of
+            `get_megatron_optimizer` up to `pg_collection`.
+    """
+
+    def dispatch(stock: OptimizerFactory, config: Any, model_chunks: Any, **options: Any) -> Any:
+        factory = factories.get(config.optimizer)
+        if factory is None:
+            return stock(config, model_chunks, **options)
+        if options.pop("dump_param_to_param_group_map", None) is not None:
+            raise ConfigurationError(
+                f"--dump-param-to-param-group-map is not supported by --optimizer "
+                f"{config.optimizer}: leave it out"
+            )
+        return factory(config, model_chunks, **options)
+
+    _rebind("get_megatron_optimizer", dispatch)
+
+
+def when_optimizer_is_built(observe: Callable[[Any], None]) -> None:
+    """Call `observe` with the optimizer, whichever it is, before it is used (training.py:2132)."""
+
+    def build(factory: OptimizerFactory, *args: Any, **options: Any) -> Any:
+        optimizer = factory(*args, **options)
+        observe(optimizer)
+        return optimizer
+
+    _rebind("get_megatron_optimizer", build)
+
+
+def around_train_step(wrap: Callable[[Callable[[], Any]], Any]) -> None:
+    """Run each training step through `wrap(step)` (training.py:3856 calls it by name)."""
+
+    def step(train_step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return wrap(functools.partial(train_step, *args, **options))
+
+    _rebind("train_step", step)
+
+
+def after_each_iteration(observe: Callable[[dict[str, Any]], None]) -> None:
+    """Call `observe` with the arguments of training_log, by name.
+
+    training.py:3985 logs every iteration, but prints and stores running means over the interval.
+    """
+    bind = inspect.signature(training.training_log).bind
+
+    def log(training_log: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        observe(bind(*args, **options).arguments)
+        return training_log(*args, **options)
+
+    _rebind("training_log", log)
+
+
+def after_each_evaluation(observe: Callable[[str, int, dict[str, Any]], None]) -> None:
+    """Call `observe` with what is evaluated (`prefix`), the iteration, and the mean losses.
+
+    evaluate_and_print_results knows the first two and discards the losses (training.py:4402), which
+    evaluate returns.
+    """
+    current: dict[str, Any] = {}
+    bind = inspect.signature(training.evaluate_and_print_results).bind
+
+    def remember(evaluate_and_print: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        arguments = bind(*args, **options).arguments
+        current.update(prefix=arguments["prefix"], iteration=arguments["iteration"])
+        return evaluate_and_print(*args, **options)
+
+    def report(evaluate: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        losses, other_data, out_of_time = evaluate(*args, **options)
+        if losses:
+            observe(current["prefix"], current["iteration"], losses)
+        return losses, other_data, out_of_time
+
+    _rebind("evaluate_and_print_results", remember)
+    _rebind("evaluate", report)
+
+
+def use_packaged_dataset_helpers() -> None:
+    """Keep megatron from compiling what the wheel brings compiled.
+
+    core/datasets/utils.py:25 runs make where the wheel brings no Makefile, and exits.
+    """
+    from megatron.core.datasets import helpers_cpp  # noqa: F401  (fails early where it is missing)
+
+    dataset_utils.compile_helpers = lambda: None
+
+
+def give_fault_tolerance_the_parsed_arguments() -> None:
+    """Keep megatron from parsing the command line a second time, without the project's flags.
+
+    ft_integration.py:78 calls its own parser, before anything else in pretrain.
+    """
+    ft_integration.arguments = SimpleNamespace(parse_args=lambda ignore_unknown_args: get_args())
+
+
+def _rebind(name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace training.<name> by wrapper(<what it was>, ...)."""
+    current: Callable[..., Any] = getattr(training, name)
+    found = tuple(inspect.signature(current).parameters)
+    if found != _TESTED_SIGNATURES[name]:
+        raise ConfigurationError(
+            f"megatron.training.training.{name} has parameters {found}, the tested version has "
+            f"{_TESTED_SIGNATURES[name]}: install the tested megatron-core"
+        )
+    # wraps() keeps the signature, so that several wrappers may lie around one function.
+    setattr(training, name, functools.wraps(current)(functools.partial(wrapper, current)))

@@ -1,0 +1,152 @@
+"""Puts a GPT pretraining run together and hands it to megatron.training."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+from megatron_dion.training import patches, validation
+from megatron_dion.training.arguments import (
+    describe_cpu_defaults,
+    dion_config_from_args,
+    extra_args_provider,
+)
+from megatron_dion.training.data import LOSS_NAME, datasets_provider, forward_step
+from megatron_dion.training.errors import ConfigurationError
+from megatron_dion.training.recorder import Recorder, RunFacts, say
+from megatron_dion.training.run_directory import write_config, write_routing
+
+
+def pretrain_gpt(argv: Sequence[str], device: str) -> None:
+    """Train a GPT. Megatron must have been prepared for the device.
+
+    Args:
+        argv: Megatron's flags and the project's own.
+        device: `cuda` or `cpu`.
+
+    Raises:
+        ConfigurationError: The run cannot start as it was asked for.
+    """
+    args = resolve_arguments(argv, device)
+    if args.rank == 0:
+        _announce(args, argv)
+    patches.use_packaged_dataset_helpers()
+    patches.give_fault_tolerance_the_parsed_arguments()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    if args.optimizer == "dion":
+        _join_dion(args, config.model)
+    with _recording(args):
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    torch.distributed.destroy_process_group()
+
+
+def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
+    """Parse and check the command line, and make it megatron's global arguments.
+
+    The same steps as megatron.training.arguments.parse_and_validate_args, with the project's own
+    checks between them.
+
+    Raises:
+        ConfigurationError: The run cannot start as it was asked for.
+    """
+    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+        args = parse_args(extra_args_provider(device))
+    args.device = device
+    validation.check_checkpoint_exists(args)
+    with _megatron_objections_in_one_line():
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+    for check in validation.CHECKS:
+        check(args)
+    with _megatron_objections_in_one_line():
+        validate_args(args)
+        if args.optimizer == "dion":
+            validation.keep_distributed_optimizer(args)
+        set_global_variables(args)
+    validation.check_token_ids(args, get_tokenizer().vocab_size)
+    return args
+
+
+@contextmanager
+def _megatron_objections_in_one_line() -> Iterator[None]:
+    """Megatron's own checks are assertions, which end in a traceback on every rank."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        message = " ".join(str(error).split()) or line  # many assertions have no message
+        raise ConfigurationError(f"megatron refuses these arguments: {message}") from error
+
+
+def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    if args.device == "cpu":
+        say(describe_cpu_defaults(args))
+    if args.run_dir is not None:
+        write_config(Path(args.run_dir), args, argv)
+
+
+def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
+    from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
+    from megatron_dion.optimizer.routing import tag_matrices
+
+    def build(config: Any, model_chunks: Any, **options: Any) -> Any:
+        optimizer = get_megatron_dion_optimizer(
+            config,
+            model_chunks,
+            dion_config_from_args(args),
+            scalar_optimizer=args.dion_scalar_optimizer,
+            scalar_lr_mult=args.dion_scalar_lr_mult,
+            **options,
+        )
+        if args.rank == 0:
+            _publish_routing(args, optimizer.routing_table)
+        return optimizer
+
+    model_config.pre_wrap_hooks.append(tag_matrices)
+    patches.build_optimizer_with({"dion": build})
+
+
+def _publish_routing(args: argparse.Namespace, routing_table: Any) -> None:
+    for line in routing_table.summary().splitlines():
+        say(line)
+    if args.run_dir is not None:
+        write_routing(Path(args.run_dir), routing_table.to_tsv())
+
+
+@contextmanager
+def _recording(args: argparse.Namespace) -> Iterator[None]:
+    """Follow the run on the last rank, which is on the last pipeline stage and knows the loss."""
+    if args.rank != args.world_size - 1:
+        yield
+        return
+    recorder = Recorder(_run_facts(args))
+    recorder.listen()
+    try:
+        yield
+    finally:
+        recorder.close()
+
+
+def _run_facts(args: argparse.Namespace) -> RunFacts:
+    return RunFacts(
+        run_dir=None if args.run_dir is None else Path(args.run_dir),
+        train_iters=args.train_iters,
+        log_interval=args.log_interval,
+        loss_name=LOSS_NAME,
+        # A checkpoint replaces the counter, so it has to be read where megatron keeps it.
+        tokens_so_far=lambda: get_args().consumed_train_samples * args.seq_length,
+        unigram_entropy=validation.unigram_entropy(args),
+    )

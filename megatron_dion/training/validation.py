@@ -1,0 +1,278 @@
+"""What is checked before training starts: small functions, each for one kind of mistake.
+
+Each takes the parsed arguments and raises ConfigurationError with a line that names the flag, its
+value and what to do. They run before megatron's own validation, except the last two.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_dion.training.arguments import dion_config_from_args
+from megatron_dion.training.errors import ConfigurationError
+from megatron_dion.training.indexed_data import IndexedData, open_indexed_data, read_sidecar
+
+Check = Callable[[argparse.Namespace], None]
+
+# Arguments that must keep their resting value with --optimizer dion, and what to do instead.
+_REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
+    "use_torch_fsdp2": (False, "Dion shards with --use-distributed-optimizer"),
+    "use_megatron_fsdp": (False, "Dion shards with --use-distributed-optimizer"),
+    "optimizer_cpu_offload": (False, "Dion's state stays on the device"),
+    "fp4_param_gather": (False, "its masters and packed weights may lie on different ranks"),
+    "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
+    "use_precision_aware_optimizer": (False, "Dion keeps fp32 master weights and state"),
+    "use_mup": (False, "Dion has width scaling of its own, see --dion-scale-mode"),
+    "num_experts": (None, "mixture-of-experts models are not supported yet"),
+    "num_distributed_optimizer_instances": (1, "replicas are not supported yet"),
+    "freeze_all_layers": (False, "there would be nothing to train"),
+    "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
+}
+
+# Ways of reading data that this script's batches do not know; ignoring the flag would be silent.
+_UNSUPPORTED_DATA: dict[str, object] = {
+    "sft": False,
+    "fim_data": False,
+    "hybrid_context_parallel": False,
+    "dataloader_inter_document_masking": False,
+    "dataloader_fast_cache_load": False,
+    "yaml_cfg": None,
+}
+
+_TOKENIZERS_FROM_A_FILE = (
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+)
+
+_SPLITS = ("training", "validation", "test")
+
+
+def check_dion_hyperparameters(args: argparse.Namespace) -> None:
+    """Ranges of the numbers; argparse has checked the choices."""
+    dion_config_from_args(args)
+    if not 0 < args.dion_scalar_lr_mult < float("inf"):
+        raise ConfigurationError(
+            f"--dion-scalar-lr-mult must be positive and finite, not {args.dion_scalar_lr_mult}"
+        )
+
+
+def check_dion_surroundings(args: argparse.Namespace) -> None:
+    """What Dion needs of Megatron's optimizer and what it does not go with."""
+    if args.optimizer != "dion":
+        return
+    for name, (accepted, advice) in _REFUSED_WITH_DION.items():
+        value = getattr(args, name)
+        if value != accepted:
+            raise ConfigurationError(
+                f"--optimizer dion does not go with {_as_flag(name, value)}: {advice}"
+            )
+    if not args.use_distributed_optimizer:
+        raise ConfigurationError(
+            "--optimizer dion works on the shards of the distributed optimizer: "
+            "add --use-distributed-optimizer"
+        )
+    if args.ckpt_format != "torch_dist":
+        raise ConfigurationError(
+            f"--ckpt-format {args.ckpt_format} cannot hold Dion's state: use torch_dist"
+        )
+
+
+def check_checkpoint_exists(args: argparse.Namespace) -> None:
+    """Megatron starts from random weights where there is nothing to load."""
+    for flag, folder in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
+        if folder is not None and not Path(folder, "latest_checkpointed_iteration.txt").is_file():
+            raise ConfigurationError(
+                f"{flag} {folder} holds no checkpoint (no latest_checkpointed_iteration.txt): "
+                f"correct the path, or leave {flag} out to start from random weights"
+            )
+
+
+def check_data_mode(args: argparse.Namespace) -> None:
+    """Flags of other training scripts, which this one would ignore."""
+    for name, accepted in _UNSUPPORTED_DATA.items():
+        value = getattr(args, name)
+        if value != accepted:
+            raise ConfigurationError(
+                f"{_as_flag(name, value)} is not supported by pretrain_gpt.py: leave it out"
+            )
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Optional packages that would otherwise be missed hours into the run."""
+    scalar = args.dion_scalar_optimizer if args.optimizer == "dion" else args.optimizer
+    emerging = scalar not in ("adam", "sgd")
+    for flag, needed, package in (
+        ("--run-dir", args.run_dir is not None, "matplotlib"),
+        ("--save", args.save is not None and args.ckpt_format == "torch_dist", "psutil"),
+        ("--tensorboard-dir", args.tensorboard_dir is not None, "tensorboard"),
+        (f"the optimizer {scalar}", emerging, "emerging_optimizers"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            raise ConfigurationError(
+                f"{flag} needs the package {package}: pip install {package.replace('_', '-')}"
+            )
+
+
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """The tokenizer is named, and its model is a file."""
+    if args.tokenizer_type is None:
+        raise ConfigurationError(
+            "--tokenizer-type is missing: name the tokenizer that made the data, for example "
+            "SentencePieceTokenizer with --tokenizer-model FILE"
+        )
+    if args.tokenizer_type not in _TOKENIZERS_FROM_A_FILE:
+        return
+    if args.tokenizer_model is None or not Path(args.tokenizer_model).is_file():
+        raise ConfigurationError(
+            f"--tokenizer-model {args.tokenizer_model} is not a file, which --tokenizer-type "
+            f"{args.tokenizer_type} needs: give the path of the tokenizer's model"
+        )
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """There are data, their files are whole, and the tokenizer is the one that made them."""
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if not prefixes:
+        raise ConfigurationError("no data: give --data-path PREFIX, or --mock-data to try things")
+    for prefix in prefixes:
+        open_indexed_data(prefix)
+        check_made_with_this_tokenizer(args, prefix)
+
+
+def check_made_with_this_tokenizer(args: argparse.Namespace, prefix: str) -> None:
+    """Compare the command line with what was noted beside the data when they were made."""
+    sidecar = read_sidecar(prefix)
+    made_with = sidecar.get("tokenizer_type", args.tokenizer_type)
+    if made_with != args.tokenizer_type:
+        raise ConfigurationError(
+            f"--tokenizer-type {args.tokenizer_type}: the data {prefix} were made with {made_with}"
+        )
+    noted = sidecar.get("tokenizer_model_sha256")
+    if noted and args.tokenizer_model and _sha256(Path(args.tokenizer_model)) != noted:
+        raise ConfigurationError(
+            f"--tokenizer-model {args.tokenizer_model} is not the tokenizer with which the data "
+            f"{prefix} were made (its sha256 is not {noted}): use that one, or make the data again"
+        )
+
+
+def check_splits(args: argparse.Namespace) -> None:
+    """Megatron never returns from a part of the data with weight and without sequences.
+
+    It adds epochs until there are enough tokens (core/datasets/gpt_dataset.py:694).
+    """
+    if args.mock_data or args.split is None:
+        return
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for prefix in data_prefixes(args):
+        sequences = open_indexed_data(prefix).sequences
+        for split, bound in zip(_SPLITS, bounds, strict=True):
+            if bound and round(bound[0] * sequences) == round(bound[1] * sequences):
+                raise ConfigurationError(
+                    f"--split {args.split} gives the {split} set none of the {sequences} documents "
+                    f"of {prefix}: give it weight 0 or more weight"
+                )
+
+
+CHECKS: tuple[Check, ...] = (
+    check_checkpoint_exists,
+    check_dion_hyperparameters,
+    check_dion_surroundings,
+    check_data_mode,
+    check_packages,
+    check_tokenizer,
+    check_data,
+    check_splits,
+)
+
+
+def keep_distributed_optimizer(args: argparse.Namespace) -> None:
+    """Undo what megatron's validation does to optimizers that it does not know.
+
+    megatron/training/arguments.py:1670 turns each of them into its layer-wise optimizer and clears
+    --use-distributed-optimizer, so that its later checks of that flag, repeated here, saw nothing.
+    """
+    args.use_layer_wise_distributed_optimizer = False
+    args.use_distributed_optimizer = True
+    args.dist_ckpt_optim_fully_reshardable = True
+    if not args.use_gloo_process_groups and args.distrib_optim_fully_reshardable_mem_efficient:
+        raise ConfigurationError(
+            "--distrib-optim-fully-reshardable-mem-efficient needs gloo process groups: "
+            "leave out --disable-gloo-process-groups"
+        )
+    if not args.ckpt_fully_parallel_save:
+        raise ConfigurationError(
+            "--no-ckpt-fully-parallel-save writes checkpoints that no other topology can load: "
+            "leave it out with --optimizer dion"
+        )
+
+
+def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:
+    """Every token of the data is in the vocabulary; otherwise the embedding reads beyond its end.
+
+    Args:
+        args: The parsed arguments.
+        vocabulary: Size of the tokenizer's vocabulary.
+    """
+    # One process per run reads: the files may be large and are the same for all.
+    if args.mock_data or args.rank != 0:
+        return
+    for data in _all_data(args):
+        largest = data.largest_token()
+        if largest >= vocabulary:
+            raise ConfigurationError(
+                f"the data {data.prefix} hold the token {largest}, and the vocabulary of "
+                f"--tokenizer-type {args.tokenizer_type} has only {vocabulary}: use the tokenizer "
+                "that made the data"
+            )
+
+
+def unigram_entropy(args: argparse.Namespace) -> float | None:
+    """Entropy of the token frequencies in nats, where all data are one set that notes it."""
+    prefixes = [] if args.mock_data else data_prefixes(args)
+    if len(prefixes) != 1:
+        return None
+    value = read_sidecar(prefixes[0]).get("unigram_entropy_nats")
+    return None if value is None else float(value)
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """The paths of all datasets of the run, without their suffixes."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    for flag, path in (
+        ("--data-args-path", args.data_args_path),
+        ("--per-split-data-args-path", args.per_split_data_args_path),
+    ):
+        if path is not None and not Path(path).is_file():
+            raise ConfigurationError(f"{flag} {path} is not a file")
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [blend, *(blend_per_split or [])]
+    return list(dict.fromkeys(prefix for one in blends if one for prefix in one[0]))
+
+
+def _all_data(args: argparse.Namespace) -> list[IndexedData]:
+    return [open_indexed_data(prefix) for prefix in data_prefixes(args)]
+
+
+def _as_flag(name: str, value: object) -> str:
+    flag = "--" + name.replace("_", "-")
+    return flag if value is True else f"{flag} {value}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

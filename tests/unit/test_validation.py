@@ -1,0 +1,332 @@
+import argparse
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dion.training import environment, validation
+from megatron_dion.training.arguments import dion_config_from_args
+from megatron_dion.training.errors import ConfigurationError
+from megatron_dion.training.indexed_data import open_indexed_data
+from tests.distributed.nursery import Nursery
+
+DION_DEFAULTS = {
+    "dion_momentum": 0.95,
+    "dion_rank_fraction": 0.25,
+    "dion_rank_multiple_of": 1,
+    "dion_scale_mode": "spectral",
+    "dion_extra_scale_factor": 1.0,
+    "dion_orthonormalizer": "rcqr",
+    "dion_oversample": 1.25,
+    "dion_eps": 1e-8,
+    "dion_scalar_optimizer": "adam",
+    "dion_scalar_lr_mult": 1.0,
+}
+
+
+def arguments(**changes: Any) -> argparse.Namespace:
+    """What the checks read of a run that starts."""
+    values: dict[str, Any] = {
+        **DION_DEFAULTS,
+        "seed": 1234,
+        "rank": 0,
+        "optimizer": "dion",
+        "use_distributed_optimizer": True,
+        "use_layer_wise_distributed_optimizer": False,
+        "use_torch_fsdp2": False,
+        "use_megatron_fsdp": False,
+        "optimizer_cpu_offload": False,
+        "fp4_param_gather": False,
+        "overlap_param_gather_with_optimizer_step": False,
+        "use_precision_aware_optimizer": False,
+        "use_mup": False,
+        "num_experts": None,
+        "num_distributed_optimizer_instances": 1,
+        "freeze_all_layers": False,
+        "optimizer_cuda_graph": False,
+        "ckpt_format": "torch_dist",
+        "ckpt_fully_parallel_save": True,
+        "dist_ckpt_optim_fully_reshardable": False,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "use_gloo_process_groups": True,
+        "load": None,
+        "pretrained_checkpoint": None,
+        "save": None,
+        "run_dir": None,
+        "tensorboard_dir": None,
+        "sft": False,
+        "fim_data": False,
+        "hybrid_context_parallel": False,
+        "dataloader_inter_document_masking": False,
+        "dataloader_fast_cache_load": False,
+        "yaml_cfg": None,
+        "mock_data": False,
+        "data_path": None,
+        "data_args_path": None,
+        "train_data_path": None,
+        "valid_data_path": None,
+        "test_data_path": None,
+        "per_split_data_args_path": None,
+        "split": None,
+        "tokenizer_type": "NullTokenizer",
+        "tokenizer_model": None,
+    }
+    assert set(changes) <= set(values)
+    return argparse.Namespace(**values | changes)
+
+
+def write_data(prefix: Path, documents: list[list[int]]) -> str:
+    lengths = np.array([len(document) for document in documents], dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64) * 2])
+    tokens = np.concatenate([np.array(document, dtype=np.uint16) for document in documents])
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(documents), len(documents) + 1)
+    bounds = np.arange(len(documents) + 1, dtype=np.int64)
+    index = header + lengths.tobytes() + offsets.astype(np.int64).tobytes() + bounds.tobytes()
+    Path(f"{prefix}.idx").write_bytes(index)
+    Path(f"{prefix}.bin").write_bytes(tokens.tobytes())
+    return str(prefix)
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_data(tmp_path / "data", [[1, 2, 3], [4, 500], [6, 7, 8, 9]])
+
+
+def complain(check: Callable[..., None], *args: Any) -> str:
+    """The one line with which a check refuses."""
+    with pytest.raises(ConfigurationError) as refusal:
+        check(*args)
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank_fraction", 0.0),
+        ("rank_fraction", 1.01),
+        ("rank_fraction", float("nan")),
+        ("rank_multiple_of", 0),
+        ("momentum", -0.1),
+        ("momentum", 1.0),
+        ("oversample", 0.9),
+        ("eps", 0.0),
+        ("eps", -1e-8),
+        ("extra_scale_factor", 0.0),
+        ("scalar_lr_mult", 0.0),
+    ],
+)
+def test_hyperparameters_out_of_range_are_named(field: str, value: float) -> None:
+    message = complain(validation.check_dion_hyperparameters, arguments(**{f"dion_{field}": value}))
+    assert message.startswith(f"--dion-{field.replace('_', '-')} must be ")
+    assert repr(value) in message
+
+
+def test_hyperparameters_reach_dion() -> None:
+    config = dion_config_from_args(arguments(dion_rank_fraction=0.5, dion_momentum=0.9, seed=7))
+    assert (config.rank_fraction, config.momentum, config.seed) == (0.5, 0.9, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_distributed_optimizer": False}, "--use-distributed-optimizer"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        ({"fp4_param_gather": True}, "--fp4-param-gather"),
+        ({"overlap_param_gather_with_optimizer_step": True}, "--overlap-param-gather-with-opt"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"use_mup": True}, "--use-mup"),
+        ({"num_experts": 8}, "--num-experts 8"),
+        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
+        ({"freeze_all_layers": True}, "--freeze-all-layers"),
+        ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+    ],
+)
+def test_dion_refuses_what_it_does_not_go_with(change: dict[str, Any], named: str) -> None:
+    assert named in complain(validation.check_dion_surroundings, arguments(**change))
+    validation.check_dion_surroundings(arguments(optimizer="adam", **change))
+
+
+def test_a_run_that_may_start_passes(prefix: str, nursery: Nursery) -> None:
+    args = arguments(data_path=[prefix], split="67,33,0")
+    assert nursery.run(1, first_complaint, args) == [None]
+
+
+def test_distributed_optimizer_is_kept() -> None:
+    # As megatron's validation leaves them.
+    args = arguments(use_layer_wise_distributed_optimizer=True, use_distributed_optimizer=False)
+    validation.keep_distributed_optimizer(args)
+    assert args.use_distributed_optimizer
+    assert not args.use_layer_wise_distributed_optimizer
+    assert args.dist_ckpt_optim_fully_reshardable
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "use_gloo_process_groups": False,
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        },
+        {"ckpt_fully_parallel_save": False},
+    ],
+)
+def test_checks_that_megatron_skipped_are_made_up_for(change: dict[str, Any]) -> None:
+    complain(validation.keep_distributed_optimizer, arguments(**change))
+
+
+@pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])
+def test_load_needs_a_checkpoint(flag: str, tmp_path: Path) -> None:
+    args = arguments(**{flag: str(tmp_path)})
+    assert str(tmp_path) in complain(validation.check_checkpoint_exists, args)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    validation.check_checkpoint_exists(args)
+
+
+def test_flags_of_other_scripts_are_refused() -> None:
+    assert complain(validation.check_data_mode, arguments(sft=True)).startswith("--sft ")
+    assert "--yaml-cfg x" in complain(validation.check_data_mode, arguments(yaml_cfg="x"))
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
+    message = complain(validation.check_packages, arguments(save="somewhere"))
+    assert message == "--save needs the package psutil: pip install psutil"
+    message = complain(validation.check_packages, arguments(optimizer="muon"))
+    assert message.endswith("pip install emerging-optimizers")
+    validation.check_packages(arguments())
+
+
+def test_tokenizer_needs_a_type_and_a_model(tmp_path: Path) -> None:
+    message = complain(validation.check_tokenizer, arguments(tokenizer_type=None))
+    assert "--tokenizer-type is missing" in message
+    args = arguments(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "no"))
+    assert "--tokenizer-model" in complain(validation.check_tokenizer, args)
+
+
+def test_whole_data_are_read(prefix: str) -> None:
+    data = open_indexed_data(prefix)
+    assert (data.sequences, data.tokens, data.largest_token()) == (3, 9, 500)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_files_are_named(prefix: str, suffix: str) -> None:
+    Path(prefix + suffix).unlink()
+    assert prefix + suffix in complain(open_indexed_data, prefix)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_that_were_cut_off_are_named(prefix: str, suffix: str) -> None:
+    path = Path(prefix + suffix)
+    path.write_bytes(path.read_bytes()[:-1])
+    message = complain(open_indexed_data, prefix)  # type: ignore[arg-type]
+    assert f"{path} has {path.stat().st_size} bytes" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"MMIDIDX", b"x" * 100])
+def test_what_is_no_index_is_named(prefix: str, content: bytes) -> None:
+    Path(prefix + ".idx").write_bytes(content)
+    message = complain(open_indexed_data, prefix)  # type: ignore[arg-type]
+    assert "is not the index of a Megatron dataset" in message
+
+
+@pytest.mark.parametrize("position", [9, 17])  # version, type of the tokens
+def test_unknown_formats_are_named(prefix: str, position: int) -> None:
+    path = Path(prefix + ".idx")
+    content = bytearray(path.read_bytes())
+    content[position] = 99
+    path.write_bytes(content)
+    assert "format version" in complain(open_indexed_data, prefix)  # type: ignore[arg-type]
+
+
+def first_complaint(args: argparse.Namespace) -> str | None:
+    """Run all checks, in a process that has imported Megatron."""
+    try:
+        for check in validation.CHECKS:
+            check(args)
+        validation.check_token_ids(args, vocabulary=501)
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, "no data: give --data-path"),
+        ({"data_path": ["nowhere"]}, "nowhere.idx"),
+        ({"data_args_path": "nowhere"}, "--data-args-path nowhere is not a file"),
+    ],
+)
+def test_runs_without_data_are_refused(
+    change: dict[str, Any], named: str, nursery: Nursery
+) -> None:
+    [message] = nursery.run(1, first_complaint, arguments(**change))
+    assert named in message
+
+
+@pytest.mark.parametrize("split", ["90,10,0", "67,23,10", "1,98,1"])
+def test_splits_without_documents_are_refused(split: str, prefix: str, nursery: Nursery) -> None:
+    [message] = nursery.run(1, first_complaint, arguments(data_path=[prefix], split=split))
+    assert f"--split {split} gives the" in message
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path, nursery: Nursery) -> None:
+    prefix = write_data(tmp_path / "data", [[1, 501]])
+    [message] = nursery.run(1, first_complaint, arguments(data_path=[prefix]))
+    assert "hold the token 501" in message
+
+
+def test_tokenizer_is_compared_with_what_was_noted(prefix: str, tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(b"pieces")
+    noted = {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model_sha256": hashlib.sha256(b"pieces").hexdigest(),
+        "unigram_entropy_nats": 6.5,
+    }
+    Path(prefix + ".json").write_text(json.dumps(noted))
+    args = arguments(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    check = validation.check_made_with_this_tokenizer
+    check(args, prefix)
+    assert "--tokenizer-type NullTokenizer" in complain(check, arguments(), prefix)
+    model.write_bytes(b"other pieces")
+    assert f"--tokenizer-model {model}" in complain(check, args, prefix)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_broken_notes_are_named(prefix: str, content: str) -> None:
+    Path(prefix + ".json").write_text(content)
+    message = complain(validation.check_made_with_this_tokenizer, arguments(), prefix)
+    assert f"{prefix}.json is not" in message
+
+
+def test_other_versions_of_megatron_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.check_megatron_version()
+    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: "0.18.0")
+    message = complain(environment.check_megatron_version)
+    assert "megatron-core 0.18.0 is installed" in message
+
+
+def test_the_other_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "pip uninstall apex" in complain(environment.check_apex)
+    (package / "multi_tensor_apply").mkdir()  # as NVIDIA's has
+    environment.check_apex()
+
+
+def test_cuda_is_refused_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in complain(environment.check_device, "cuda")
+    environment.check_device("cpu")

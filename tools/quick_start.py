@@ -1,0 +1,235 @@
+"""Pretrain a small GPT with Dion on real text: data, tokenizer and training in one command.
+
+What is already there and has the right hashes is reused. Flags after `--` go to pretrain_gpt.py
+and win over those of examples/quick_start.args.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from _common import ToolError, run_tool
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+ARGUMENTS = ROOT / "examples" / "quick_start.args"
+
+TOKENIZER_TYPE = "SentencePieceTokenizer"
+VOCAB_SIZE = 4096
+
+PROGRESS_MARK = "[dion] "
+ERROR_MARK = "error: "
+# Where the long report begins that torchrun ends with; it says only that a process failed.
+LAUNCHER_MARK = "torch/distributed/elastic"
+LOG_LINES_SHOWN = 30
+# The loss of one batch is noisy; a mean over a few says more about the end of a run.
+ITERATIONS_OF_FINAL_LOSS = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes train, and how many of them share each layer."""
+
+    processes: int
+    tensor_parallel: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the prepared data is."""
+
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's path without an ending."""
+        return self.folder / "tokenizer"
+
+    @property
+    def tokenizer_model(self) -> Path:
+        """The tokenizer's model file."""
+        return self.folder / "tokenizer.model"
+
+    def text(self, split: str) -> Path:
+        """The documents of `train` or `validation`."""
+        return self.folder / f"{split}.jsonl"
+
+    def dataset(self, split: str) -> Path:
+        """The indexed dataset of `train` or `validation`, without an ending."""
+        return self.folder / f"{split}_text_document"
+
+
+def prepare(data: Data) -> None:
+    """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
+    run_step("fetch_corpus.py", "--output", data.folder)
+    run_step(
+        *("train_tokenizer.py", "--input", data.text("train")),
+        *("--vocab-size", VOCAB_SIZE, "--output-prefix", data.tokenizer),
+    )
+    for split in ("train", "validation"):
+        run_step(
+            *("preprocess_data.py", "--input", data.text(split), "--append-eod"),
+            *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", data.tokenizer_model),
+            *("--output-prefix", data.folder / split),
+        )
+
+
+def run_step(tool: str, *arguments: object) -> None:
+    """Run one tool; if it fails, it has said why, and its status becomes ours."""
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    if status != 0:
+        sys.exit(status)
+
+
+def count_cuda_devices() -> int:
+    """Return the number of CUDA devices, asked of another process to keep torch out of this one."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise ToolError(f"torch does not work: {answer.stderr.strip().splitlines()[-1]}")
+    return int(answer.stdout)
+
+
+def choose_layout(cuda_devices: int) -> Layout:
+    """Return TP2 x DP2 on CPU or four devices, and what fits where there are fewer devices."""
+    if cuda_devices == 1:
+        return Layout(processes=1, tensor_parallel=1)
+    if cuda_devices in (2, 3):
+        return Layout(processes=2, tensor_parallel=2)
+    return Layout(processes=4, tensor_parallel=2)
+
+
+def read_arguments(path: Path) -> list[str]:
+    """Return the flags of an arguments file; `#` starts a comment."""
+    return shlex.split(path.read_text(encoding="utf-8"), comments=True)
+
+
+def training_command(
+    data: Data, run_dir: Path, layout: Layout, overrides: Sequence[str]
+) -> list[str]:
+    """Return the command that trains."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(layout.processes), str(ROOT / "pretrain_gpt.py")]
+    paths = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
+    paths += ["--train-data-path", str(data.dataset("train"))]
+    paths += ["--valid-data-path", str(data.dataset("validation"))]
+    paths += ["--run-dir", str(run_dir)]
+    spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
+    return [*launcher, *read_arguments(ARGUMENTS), *paths, *spread, *overrides]
+
+
+def train(command: Sequence[str], log: Path) -> None:
+    """Run the training, its whole output in `log` and its progress lines on the terminal.
+
+    If it fails, show why and exit with its status.
+    """
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            relay(child.stdout, file)
+        except BaseException:
+            child.terminate()  # or the processes it started would train on, unseen
+            raise
+    if child.returncode != 0:
+        print(explain_failure(log, child.returncode), file=sys.stderr)
+        sys.exit(child.returncode if child.returncode > 0 else 1)
+
+
+def relay(output: Iterable[str], log: TextIO) -> None:
+    """Copy output to the log, and its progress lines to the terminal."""
+    for line in output:
+        log.write(line)
+        log.flush()
+        if line.startswith(PROGRESS_MARK):
+            print(line.removeprefix(PROGRESS_MARK), end="", flush=True)
+
+
+def explain_failure(log: Path, status: int) -> str:
+    """Return the error that the training named or, if it named none, its last lines."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    errors = list(dict.fromkeys(line for line in lines if line.startswith(ERROR_MARK)))
+    report = (number for number, line in enumerate(lines) if LAUNCHER_MARK in line)
+    shown = errors or lines[: next(report, len(lines))][-LOG_LINES_SHOWN:]
+    return "\n".join([*shown, f"training failed with status {status}; the whole log is {log}"])
+
+
+def summarize(run_dir: Path, data: Data) -> str:
+    """Return the line that ends a successful run."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    training = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "validation"]
+    if not training:
+        raise ToolError(f"{run_dir / 'metrics.jsonl'}: no training iteration in it")
+    final = training[-ITERATIONS_OF_FINAL_LOSS:]
+    loss = sum(record["lm_loss"] for record in final) / len(final)
+    parts = [f"train loss {loss:.3f} (mean of the last {len(final)} iterations)"]
+    if validation:
+        parts.append(f"validation loss {validation[-1]['lm_loss']:.3f}")
+    parts.append(f"unigram entropy of the corpus {unigram_entropy(data):.3f}")
+    parts.append(f"{tokens_per_second(training):.0f} tokens/s")
+    return f"result: {', '.join(parts)}; run directory {run_dir}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tokens_per_second(training: Sequence[dict[str, Any]]) -> float:
+    """Return the throughput without the first iteration, which pays for all that is set up once."""
+    if len(training) == 1:
+        return training[0]["tokens"] / training[0]["iteration_seconds"]
+    tokens = training[-1]["tokens"] - training[0]["tokens"]
+    return tokens / sum(record["iteration_seconds"] for record in training[1:])
+
+
+def unigram_entropy(data: Data) -> float:
+    """Return the entropy in nats of the training tokens: the loss of a model without context."""
+    description = data.dataset("train").with_suffix(".json")
+    return float(json.loads(description.read_text(encoding="utf-8"))["unigram_entropy_nats"])
+
+
+def make_run_dir(runs: Path) -> Path:
+    """Make and return a new folder named after the time."""
+    run_dir = runs / time.strftime("%Y%m%d-%H%M%S")
+    run_dir.mkdir(parents=True)
+    return run_dir
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="-- FLAG", help="more flags for pretrain_gpt.py"
+    )
+    overrides = parser.parse_args().overrides
+    data = Data(ROOT / "data")
+    prepare(data)
+    run_dir = make_run_dir(ROOT / "runs")
+    layout = choose_layout(count_cuda_devices())
+    print(f"training on {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
+    train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
+    print(summarize(run_dir, data))
+
+
+if __name__ == "__main__":
+    run_tool(main)
