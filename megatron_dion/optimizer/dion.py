@@ -57,6 +57,25 @@ class Distribution:
         return self.tensor_group, self.data_group
 
 
+@dataclass(frozen=True)
+class HeldBlock:
+    """A block of a matrix on this rank.
+
+    Attributes:
+        matrix: the matrix.
+        rectangle: which rows and columns of it.
+        parameter: the parameter of `param_groups` that holds it.
+        tensors: weight, momentum and factors.
+        is_first_copy: whether no rank before this one holds the same elements.
+    """
+
+    matrix: Matrix
+    rectangle: Rectangle
+    parameter: Tensor
+    tensors: Block
+    is_first_copy: bool
+
+
 class Dion(torch.optim.Optimizer):
     """Distributed Orthonormalized Updates (arXiv 2504.05295).
 
@@ -128,9 +147,9 @@ class Dion(torch.optim.Optimizer):
         """Bytes that this rank sends to others in a step."""
         return self._bind(self._parameters()).exchange.bytes_per_step
 
-    def state_blocks(self) -> list[tuple[Matrix, Rectangle, Block]]:
-        """Every block held here with its matrix, its place in it, and its tensors."""
-        return self._bind(self._parameters()).described()
+    def held_blocks(self) -> list[HeldBlock]:
+        """Every block on this rank, with its state."""
+        return self._bind(self._parameters()).held
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,12 +175,12 @@ class Dion(torch.optim.Optimizer):
         groups = self._group_of()
         dion_step(
             binding.plan.matrices,
-            binding.blocks,
+            [block.tensors for block in binding.held],
             binding.exchange,
             self.config,
             number,
-            [groups[id(parameter)]["lr"] for parameter in binding.parameters],
-            [groups[id(parameter)]["weight_decay"] for parameter in binding.parameters],
+            [groups[id(block.parameter)]["lr"] for block in binding.held],
+            [groups[id(block.parameter)]["weight_decay"] for block in binding.held],
         )
         return loss
 
@@ -245,14 +264,14 @@ class _Binding:
     ) -> None:
         self._active = list(active)
         self.plan = distribution.plan(config)
-        held = self._held(distribution)
+        places = self._places(distribution)
         device = self._active[0].device if self._active else torch.device("cpu")
-        projections, tensor_sum = self._projections(held, distribution, device)
+        projections, tensor_sum = self._projections(places, distribution, device)
         self.exchange = ShardedExchange(
             self.plan,
             [
-                (matrix, block.row_start, view)
-                for (_, matrix, block), view in zip(held, projections, strict=True)
+                (matrix, rectangle.row_start, view)
+                for (_, matrix, rectangle), view in zip(places, projections, strict=True)
             ],
             tensor_sum,
             distribution.tensor_group,
@@ -262,37 +281,29 @@ class _Binding:
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
                 state[tensor].update(self._first_state(index, tensor, config))
-        self._held_blocks = held
-        self.parameters = [distribution.tensors[index] for index, _, _ in held]
-        self.blocks = self._blocks(distribution, state, projections)
+        self.held = self._hold(places, distribution, state, projections)
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
         same = len(active) == len(self._active)
         return same and all(a is b for a, b in zip(active, self._active, strict=True))
 
-    def described(self) -> list[tuple[Matrix, Rectangle, Block]]:
-        return [
-            (self.plan.matrices[matrix], rectangle, block)
-            for (_, matrix, rectangle), block in zip(self._held_blocks, self.blocks, strict=True)
-        ]
-
-    def _held(self, distribution: Distribution) -> list[tuple[int, int, Rectangle]]:
+    def _places(self, distribution: Distribution) -> list[tuple[int, int, Rectangle]]:
         """(placement, matrix, rectangle) of each block; first those summed over tensor ranks."""
-        held = [
+        places = [
             (index, self.plan.first_matrix[index] + rectangle.part, rectangle)
             for index, rectangles in enumerate(self.plan.pieces)
             for rectangle in rectangles
         ]
-        return sorted(held, key=lambda item: not _has_partial_rows(distribution, item[0]))
+        return sorted(places, key=lambda item: not _has_partial_rows(distribution, item[0]))
 
     def _projections(
         self,
-        held: Sequence[tuple[int, int, Rectangle]],
+        places: Sequence[tuple[int, int, Rectangle]],
         distribution: Distribution,
         device: torch.device,
     ) -> tuple[list[Tensor], Tensor]:
         """Memory of R: a view (rows, r) for each block, and what tensor ranks must sum."""
-        shapes = [(block.rows, self.plan.matrices[matrix].rank) for _, matrix, block in held]
+        shapes = [(block.rows, self.plan.matrices[matrix].rank) for _, matrix, block in places]
         sizes = [rows * rank for rows, rank in shapes]
         memory = torch.zeros(sum(sizes), device=device)
         views = [
@@ -301,7 +312,7 @@ class _Binding:
         ]
         partial = sum(
             size
-            for size, (index, _, _) in zip(sizes, held, strict=True)
+            for size, (index, _, _) in zip(sizes, places, strict=True)
             if _has_partial_rows(distribution, index)
         )
         return views, memory[:partial]
@@ -316,19 +327,17 @@ class _Binding:
         right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
         return {"momentum": torch.zeros_like(tensor), "right_factor": right}
 
-    def _blocks(
+    def _hold(
         self,
+        places: Sequence[tuple[int, int, Rectangle]],
         distribution: Distribution,
         state: dict[Tensor, dict[str, Tensor]],
         projections: Sequence[Tensor],
-    ) -> list[Block]:
-        first_tensor_rank = distribution.rank.tensor_parallel == 0
+    ) -> list[HeldBlock]:
         tiles = self.exchange.left_tiles()
         used: dict[int, int] = {}
-        blocks = []
-        for (index, matrix, rectangle), projection in zip(
-            self._held_blocks, projections, strict=True
-        ):
+        held = []
+        for (index, matrix, rectangle), projection in zip(places, projections, strict=True):
             tensor = distribution.tensors[index]
             weight = distribution.placements[index].weight
             tile, left = tiles[matrix]
@@ -336,22 +345,24 @@ class _Binding:
             used[index] = first + projection.numel()
             right = state[tensor]["right_factor"].view(-1)[first : used[index]]
             first_column = weight.first_column(distribution.rank.tensor_parallel)
-            rows_differ = weight.partition_dim == 0
-            blocks.append(
-                Block(
-                    matrix=matrix,
-                    weight=_rectangle_view(tensor, rectangle),
-                    momentum=_rectangle_view(state[tensor]["momentum"], rectangle),
-                    right_factor=right.view_as(projection),
-                    left_factor=left[
-                        rectangle.column_start - tile.start : rectangle.column_stop - tile.start
-                    ],
-                    projection=projection,
-                    counts_rows=rectangle.column_start == first_column
-                    and (rows_differ or first_tensor_rank),
-                )
+            first_tensor_rank = distribution.rank.tensor_parallel == 0
+            tensors = Block(
+                matrix=matrix,
+                weight=_rectangle_view(tensor, rectangle),
+                momentum=_rectangle_view(state[tensor]["momentum"], rectangle),
+                right_factor=right.view_as(projection),
+                left_factor=left[
+                    rectangle.column_start - tile.start : rectangle.column_stop - tile.start
+                ],
+                projection=projection,
+                counts_rows=rectangle.column_start == first_column
+                and (weight.partition_dim == 0 or first_tensor_rank),
             )
-        return blocks
+            first_copy = weight.partition_dim is not None or first_tensor_rank
+            held.append(
+                HeldBlock(self.plan.matrices[matrix], rectangle, tensor, tensors, first_copy)
+            )
+        return held
 
 
 def _has_partial_rows(distribution: Distribution, index: int) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from megatron_dion.optimizer.checkpoint import load_sharded_state, sharded_state
 from megatron_dion.optimizer.dion import Dion, Distribution
 from megatron_dion.optimizer.routing import weight_of
 from megatron_dion.sharding import Placement
@@ -79,6 +80,44 @@ class DionDistributedOptimizer(DistributedOptimizer):
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 if any(id(bucket) in mine for bucket in group.buckets):
                     chunk._start_bucket_group_param_sync(group, force_sync=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on every rank: the parameter groups without their parameters."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.param_groups
+        ]
+        return {"optimizer": {"param_groups": groups}}
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: Any = None,
+        is_loading: bool = False,
+        sharding_type: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Parameter groups, and every block of state with its place in its matrix.
+
+        The same whatever sharding type the metadata ask for: it is reshardable and needs no gather.
+        """
+        if self.is_stub_optimizer:
+            return {}
+        blocks = self._dion.held_blocks()
+        return {
+            **self.state_dict(),
+            "state": sharded_state(blocks, self.distributed_optimizer_instance_id),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `sharded_state_dict` describes."""
+        if self.is_stub_optimizer:
+            return
+        # The base class's helper takes the saved groups' parameters along; ours have none.
+        saved = [{**group, "params": []} for group in state_dict["optimizer"]["param_groups"]]
+        matched = self._filter_and_reorder_param_groups(self.param_groups, saved)
+        for group, values in zip(self.param_groups, matched, strict=True):
+            group.update({key: value for key, value in values.items() if key != "params"})
+        load_sharded_state(self._dion.held_blocks(), state_dict["state"])
 
 
 def _placement(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.data
 
 CPU = torch.device("cpu")
 
@@ -38,8 +39,7 @@ class Patch:
 
     def apply(self) -> None:
         """Replace the attribute; fail where there is nothing to replace."""
-        current = self.owner.__dict__ if isinstance(self.owner, type) else vars(self.owner)
-        if self.name not in current and not hasattr(self.owner, self.name):
+        if not hasattr(self.owner, self.name):
             raise RuntimeError(
                 f"the CPU platform patches {self.owner.__name__}.{self.name}, which this version "
                 "of torch or megatron-core does not have"
@@ -172,6 +172,12 @@ def _random_patches() -> list[Patch]:
             {CPU: torch.default_generator},
             "MC/tensor_parallel/random.py:166 indexes it by torch.cuda.current_device()",
         ),
+        Patch(
+            torch.utils.data.DataLoader,
+            "__init__",
+            _with_generator_of_its_own(torch.utils.data.DataLoader.__init__),
+            "see _with_generator_of_its_own",
+        ),
     ]
 
 
@@ -267,6 +273,22 @@ def _no_op() -> Callable[..., None]:
 def _run_eagerly(model: Any = None, **options: Any) -> Any:
     """Take the place of torch.compile, plain and with arguments."""
     return (lambda function: function) if model is None else model
+
+
+def _with_generator_of_its_own(init: Callable[..., None]) -> Callable[..., None]:
+    """Keep data loaders from drawing their seed from the generator that dropout draws from.
+
+    MT/training.py:4513 makes them after the checkpoint has restored that generator, so a resumed
+    run would see other dropout than an uninterrupted one.
+    """
+
+    @functools.wraps(init)
+    def new_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.generator is None:
+            self.generator = torch.Generator()
+
+    return new_init
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.optimizer.dion import Distribution
-from megatron_dion.sharding import Part, Placement, Rank, Weight
+from megatron_dion.sharding import Part, Placement, Rank, Rectangle, Weight
 from tests.distributed.world import gloo_world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
@@ -113,7 +113,7 @@ def piece(
 
 def train_shards(
     tp: int, dp: int, shapes: tuple[Shape, ...], config: DionConfig, bucket: int
-) -> list[tuple[str, int, int, int, int, Tensor, Tensor, Tensor]]:
+) -> list[tuple[str, Rectangle, Tensor, Tensor, Tensor]]:
     """On one rank: ten steps; returns its blocks of weights, momenta and right factors."""
     rank = Rank(dist.get_rank() % tp, dist.get_rank() // tp)
     tensor_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -145,10 +145,12 @@ def train_shards(
             tensors[index].grad = gradient
         optimizer.step()
     return [
-        (matrix.name, r.row_start, r.row_stop, r.column_start, r.column_stop,
-         block.weight.clone(), block.momentum.clone(), block.right_factor.clone())
-        for matrix, r, block in optimizer.state_blocks()
-    ]  # fmt: skip
+        (
+            *(held.matrix.name, held.rectangle),
+            *(held.tensors.weight, held.tensors.momentum, held.tensors.right_factor),
+        )
+        for held in optimizer.held_blocks()
+    ]
 
 
 def reference(
@@ -175,14 +177,15 @@ def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: floa
     """Every element is held by some rank, and every held element agrees."""
     seen = {name: torch.zeros_like(matrix.weight) for name, matrix in expected.items()}
     for blocks in results:
-        for name, row, row_stop, column, column_stop, weight, momentum, right in blocks:
+        for name, place, weight, momentum, right in blocks:
             want = expected[name]
-            held = (slice(row, row_stop), slice(column, column_stop))
+            rows = slice(place.row_start, place.row_stop)
+            held = (rows, slice(place.column_start, place.column_stop))
             seen[name][held] += 1
             assert _distance(weight, want.weight[held]) < tolerance, name
             assert _distance(momentum, want.momentum[held]) < tolerance, name
             # A single column of Q is as ill-conditioned as B's smallest direction; Q P^T is not.
-            assert _distance(right, want.right_factor[row:row_stop]) < 100 * tolerance, name
+            assert _distance(right, want.right_factor[rows]) < 100 * tolerance, name
     assert all(count.min() >= 1 for count in seen.values())
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion import DionConfig
+from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from tests.distributed.nursery import DION, Nursery, losses, train
+from megatron_dion.optimizer.dion import HeldBlock
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 
 ITERATIONS = 20
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}
@@ -29,43 +30,38 @@ TOPOLOGIES = {
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
     ),
 }
-Frame = list[tuple[str, slice, slice, Tensor]]
+Placed = tuple[str, slice, slice, Tensor]
+Frame = list[Placed]
+
+
+def place(block: HeldBlock, values: Tensor) -> Placed:
+    """Values of a block with their place in their matrix."""
+    r = block.rectangle
+    rows, columns = slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop)
+    return block.matrix.name, rows, columns, values.clone()
+
+
+def gradient(block: HeldBlock) -> Tensor:
+    """The block of the gradient that Megatron gave to Dion."""
+    r = block.rectangle
+    assert block.parameter.grad is not None
+    return block.parameter.grad[r.offset : r.offset + r.numel].view(r.rows, r.columns)
 
 
 def train_recorded(argv: Sequence[str]) -> dict[str, Any]:
     """On a rank: trains, and keeps what Dion was given and what it made of it."""
-    from megatron_dion.optimizer.dion import Dion
-
     record: dict[str, Any] = {"first": None, "gradients": [], "rates": [], "last": None}
     step = Dion.step
 
     def recorded(self: Dion, closure: None = None) -> None:
-        blocks = self.state_blocks()
-        gradients = [parameter.grad for parameter in self._binding.parameters]
-
-        def frame(tensors: list[Tensor]) -> Frame:
-            return [
-                (m.name, slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop), t)
-                for (m, r, _), t in zip(blocks, tensors, strict=True)
-            ]
-
-        def weights() -> list[Tensor]:
-            return [block.weight.clone() for _, _, block in blocks]
-
-        record["first"] = record["first"] or frame(weights())
-        record["gradients"].append(
-            frame(
-                [
-                    g[r.offset : r.offset + r.numel].clone().view(r.rows, r.columns)
-                    for (_, r, _), g in zip(blocks, gradients, strict=True)
-                ]
-            )
-        )
+        blocks = self.held_blocks()
+        record["shapes"] = {b.matrix.name: (b.matrix.rows, b.matrix.columns) for b in blocks}
+        record["first"] = record["first"] or [place(b, b.tensors.weight) for b in blocks]
+        record["gradients"].append([place(b, gradient(b)) for b in blocks])
         group = self.param_groups[0]
         record["rates"].append((group["lr"], group["weight_decay"]))
         step(self, closure)
-        record["last"] = frame(weights())
-        record["shapes"] = {m.name: (m.rows, m.columns) for m, _, _ in blocks}
+        record["last"] = [place(b, b.tensors.weight) for b in blocks]
 
     Dion.step = recorded
     train(argv)
@@ -112,8 +108,6 @@ def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(nursery: Nursery, start: Path, run_dir: Path, topology: str, precision: str) -> list:
     size, flags = (1, "") if topology == "single" else TOPOLOGIES[topology]
-    from tests.distributed.nursery import MODEL, TRAINING
-
     precision_flags = [] if precision == "fp32" else ["--bf16"]
     argv = [*MODEL, *TRAINING, *DION, *flags.split(), *precision_flags]
     argv += ["--load", str(start), "--finetune", "--run-dir", str(run_dir)]

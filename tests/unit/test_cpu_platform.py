@@ -275,7 +275,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_recomputing_repeats_the_same_dropout(nursery: Nursery, tmp_path: Path) -> None:
     dropout = ["--attention-dropout", "0.2", "--hidden-dropout", "0.2"]
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    tensor_parallel = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+    tensor_parallel = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     for name, options in (("kept", []), ("recomputed", recompute.split())):
         run_dir = ["--run-dir", str(tmp_path / name)]
         nursery.pretrain(2, *ADAM, *dropout, *tensor_parallel, *options, *run_dir)
