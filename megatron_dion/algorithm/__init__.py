@@ -1,4 +1,4 @@
-"""The mathematics of Dion on tensors. Imports torch only; knows nothing of processes or Megatron."""
+"""The mathematics of Dion on tensors. Imports torch only; knows no processes and no Megatron."""
 
 from megatron_dion.algorithm.config import ORTHONORMALIZERS, SCALE_MODES, DionConfig
 from megatron_dion.algorithm.orthonormalize import orthonormalize

@@ -31,7 +31,13 @@ def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, Shard
         for kind, data, shape, offset, replica in (
             ("weight", held.weight, whole, corner, copy),
             ("momentum", held.momentum, whole, corner, copy),
-            ("right_factor", held.right_factor, (matrix.rows, matrix.rank), (corner[0], 0), row_copy),
+            (
+                "right_factor",
+                held.right_factor,
+                (matrix.rows, matrix.rank),
+                (corner[0], 0),
+                row_copy,
+            ),
         ):
             key = f"{PREFIX}.{kind}.{matrix.name}"
             tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)

@@ -171,7 +171,7 @@ class Dion(torch.optim.Optimizer):
         number = self._count_step()
         if active:
             momenta = [self.state[parameter]["momentum"] for parameter in active]
-            torch._foreach_add_(momenta, [parameter.grad for parameter in active])
+            torch._foreach_add_(momenta, [_gradient(parameter) for parameter in active])
         groups = self._group_of()
         dion_step(
             binding.plan.matrices,
@@ -186,13 +186,14 @@ class Dion(torch.optim.Optimizer):
 
     def check_gradients(self) -> None:
         """Raises FloatingPointError, naming the parameters, if a gradient is not finite."""
-        named = [(self._name(p), p.grad) for p in self._parameters() if p.grad is not None]
+        named = [(self._name(p), _gradient(p)) for p in self._parameters() if p.grad is not None]
         if not named:
             return
         largest = torch.stack(torch._foreach_norm([grad for _, grad in named], ord=torch.inf))
         if not largest.isfinite().all():
             broken = [
-                name for (name, _), value in zip(named, largest.tolist(), strict=True)
+                name
+                for (name, _), value in zip(named, largest.tolist(), strict=True)
                 if not -torch.inf < value < torch.inf
             ]
             raise FloatingPointError(f"gradient is not finite: {', '.join(broken)}")
@@ -363,6 +364,11 @@ class _Binding:
                 HeldBlock(self.plan.matrices[matrix], rectangle, tensor, tensors, first_copy)
             )
         return held
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _has_partial_rows(distribution: Distribution, index: int) -> bool:

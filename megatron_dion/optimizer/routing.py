@@ -147,9 +147,17 @@ def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer
 
 def _global_shape(parameter: Parameter) -> tuple[int, ...]:
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= _tensor_parallel_size(parameter)
+    dim = _partition_dim(parameter)
+    if dim is not None:
+        shape[dim] *= _tensor_parallel_size(parameter)
     return tuple(shape)
+
+
+def _partition_dim(parameter: Parameter) -> int | None:
+    """The dimension that tensor parallelism splits, or None if every rank has the whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)  # type: ignore[attr-defined]  # set by Megatron's layers
 
 
 def _tensor_parallel_size(parameter: Parameter) -> int:
@@ -161,12 +169,11 @@ def _tensor_parallel_size(parameter: Parameter) -> int:
 def _weight(name: str, parameter: Parameter, config: TransformerConfig) -> Weight:
     """Describes a matrix parameter to the sharding code."""
     size = _tensor_parallel_size(parameter)
-    parallel = getattr(parameter, "tensor_model_parallel", False) and size > 1
     return Weight(
         name=name,
         rows=parameter.shape[0],
         columns=parameter.shape[1],
-        partition_dim=parameter.partition_dim if parallel else None,
+        partition_dim=_partition_dim(parameter) if size > 1 else None,
         tensor_parallel_size=size,
         parts=_parts(name, parameter, config),
     )
@@ -193,4 +200,3 @@ def _without_numbers(name: str) -> str:
 def _order(name: str) -> list[tuple[int, str]]:
     """Sorts numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-

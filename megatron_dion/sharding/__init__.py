@@ -1,4 +1,4 @@
-"""Where the rows of logical matrices live, and how the sums of a step cross ranks. No mathematics."""
+"""Where the rows of logical matrices live, and how the sums of a step cross ranks."""
 
 from megatron_dion.sharding.blocks import Rectangle, rectangles
 from megatron_dion.sharding.exchange import ShardedExchange

@@ -63,9 +63,7 @@ class ShardedExchange:
         self._tensor_hop.sum()
         self._data_hop.sum()
         hop = self._data_hop
-        return [
-            (tile.matrix, view) for tile, view in zip(hop.hop.sums, hop.sum_views, strict=True)
-        ]
+        return [(tile.matrix, view) for tile, view in zip(hop.hop.sums, hop.sum_views, strict=True)]
 
     def spread_left(self) -> None:
         self._data_hop.spread()

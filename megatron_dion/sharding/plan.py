@@ -116,9 +116,7 @@ class Plan:
     shared_rows: tuple[tuple[SharedRow, ...], ...]
 
 
-def make_plan(
-    placements: Sequence[Placement], grid: Grid, rank: Rank, config: DionConfig
-) -> Plan:
+def make_plan(placements: Sequence[Placement], grid: Grid, rank: Rank, config: DionConfig) -> Plan:
     """Plans one rank's work.
 
     Args:

@@ -100,9 +100,11 @@ def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint from which all runs start: pipeline stages would draw other first weights."""
     folder = tmp_path_factory.mktemp("start")
     nursery.pretrain(
-        1, "--optimizer", "adam", "--lr", "1e-5", "--min-lr", "0", "--train-iters", "3",
-        "--save", str(folder), "--save-interval", "3", "--ckpt-format", "torch_dist", "--no-save-optim",
-    )  # fmt: skip
+        1,
+        *"--optimizer adam --lr 1e-5 --min-lr 0 --train-iters 3".split(),
+        *"--save-interval 3 --ckpt-format torch_dist --no-save-optim --save".split(),
+        str(folder),
+    )
     return folder
 
 
