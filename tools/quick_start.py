@@ -5,6 +5,7 @@ and win over those of examples/quick_start.args.
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -39,6 +40,7 @@ class Layout:
 
     processes: int
     tensor_parallel: int
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,15 @@ def count_cuda_devices() -> int:
     return int(answer.stdout)
 
 
-def choose_layout(cuda_devices: int) -> Layout:
-    """Return TP2 x DP2 on CPU or four devices, and what fits where there are fewer devices."""
+def choose_layout(cuda_devices: int, has_engine: bool) -> Layout:
+    """Return TP2 x DP2 on CPU or four devices, and what fits where there are fewer devices.
+
+    On CUDA Megatron's norms do sequence parallelism only with Transformer Engine.
+    """
     if cuda_devices == 1:
         return Layout(processes=1, tensor_parallel=1)
-    if cuda_devices in (2, 3):
-        return Layout(processes=2, tensor_parallel=2)
-    return Layout(processes=4, tensor_parallel=2)
+    processes = 2 if cuda_devices in (2, 3) else 4
+    return Layout(processes, tensor_parallel=2, sequence_parallel=has_engine or not cuda_devices)
 
 
 def read_arguments(path: Path) -> list[str]:
@@ -123,6 +127,8 @@ def training_command(
     paths += ["--valid-data-path", str(data.dataset("validation"))]
     paths += ["--run-dir", str(run_dir)]
     spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
+    if layout.sequence_parallel:
+        spread.append("--sequence-parallel")
     return [*launcher, *read_arguments(ARGUMENTS), *paths, *spread, *overrides]
 
 
@@ -225,7 +231,8 @@ def main() -> None:
     data = Data(ROOT / "data")
     prepare(data)
     run_dir = make_run_dir(ROOT / "runs")
-    layout = choose_layout(count_cuda_devices())
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    layout = choose_layout(count_cuda_devices(), has_engine)
     print(f"training on {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
     train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
     print(summarize(run_dir, data))

@@ -13,8 +13,8 @@ from pathlib import Path
 from _common import run_tool
 from quick_start import ROOT, Data, Layout, prepare, read_metrics, train, training_command
 
-MATRIX_FREE_LR = 0.003
-"""AdamW's learning rate for what is no matrix, where the matrices have one of another kind."""
+SCALAR_LR = 0.003
+"""AdamW's learning rate beside Dion where the matrices' rate is of another kind."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Candidate:
         """The flags of one run; the rate decays to a tenth."""
         flags = [*self.flags.split(), "--lr", str(rate), "--min-lr", str(rate / 10)]
         if self.separate_scalar_lr:
-            flags += ["--dion-scalar-lr-mult", str(MATRIX_FREE_LR / rate)]
+            flags += ["--dion-scalar-lr-mult", str(SCALAR_LR / rate)]
         return flags
 
 
@@ -71,7 +71,8 @@ def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterati
     records = read_metrics(metrics)
     losses = [record["lm_loss"] for record in records if record["kind"] == "train"]
     validation = [record["lm_loss"] for record in records if record["kind"] == "validation"]
-    return Result(candidate.name, rate, sum(losses[-10:]) / 10, validation[-1])
+    last = losses[-10:]
+    return Result(candidate.name, rate, sum(last) / len(last), validation[-1])
 
 
 def is_finished(metrics: Path, iterations: int) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 ORTHONORMALIZERS = ("rcqr", "cqr", "qr")
 
 _SCALE_FACTORS: dict[str, Callable[[int, int], float]] = {
-    # Dion paper, section 3.3: an orthonormal update of this size has an RMS-to-RMS norm of one.
+    # Dion (arXiv 2504.05295): the update's RMS-to-RMS operator norm is one.
     "dion": lambda m, n: math.sqrt(m / n),
-    # Moonlight (arXiv 2502.16982), section 2.2: the update's RMS is that of a typical AdamW update.
+    # Moonlight (arXiv 2502.16982): the update's RMS is that of a typical AdamW update.
     "spectral": lambda m, n: 0.2 * math.sqrt(max(m, n)),
     # The name that Megatron-core's Muon gives to the same factor as `dion`.
     "unit_rms_norm": lambda m, n: math.sqrt(m / n),

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_dion.algorithm.counter_random import signs
+
 Sketch = Callable[[int], Tensor]
 """Given a number of rows k, random test matrices (batch, k, n) of independent signs."""
 
@@ -24,8 +26,8 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
     Args:
         p: (batch, n, r) float32 with r <= n.
         method: `rcqr`: randomized Cholesky QR: the triangle of a sketch of P preconditions one
-            Cholesky QR (Fan, Guo, Lin 2021; Dion paper, section 3.4); `cqr`: Cholesky QR, twice
-            (Yamamoto et al. 2015); `qr`: Householder.
+            Cholesky QR (Higgins et al., arXiv 2309.05868); `cqr`: Cholesky QR, twice (Yamamoto
+            et al. 2015); `qr`: Householder.
         sketch: the random matrices of `rcqr`.
         oversample: rows of the sketch per column of P.
 
@@ -37,7 +39,8 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
     if method == "qr":
         return _householder(p)
     if method == "rcqr":
-        rows = min(p.shape[1], math.ceil(oversample * p.shape[2]))
+        # The few extra rows keep the sketch of a handful of columns from being nearly singular.
+        rows = max(math.ceil(oversample * p.shape[2]), p.shape[2] + 8)
         candidate = _cholesky_qr(_preconditioned(p, sketch(rows)))
     elif method == "cqr":
         candidate = _cholesky_qr(_cholesky_qr(p))
@@ -76,8 +79,16 @@ def _householder(p: Tensor) -> Tensor:
 
 
 def _replace_broken(candidate: Tensor, p: Tensor) -> Tensor:
-    # The one point in a step where the host waits for the device.
-    broken = (~candidate.isfinite().flatten(1).all(dim=1)).nonzero().flatten()
+    """Does by Householder QR what a Cholesky method left less than orthonormal.
+
+    A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
+    applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
+    """
+    rank = p.shape[2]
+    probes = signs(0, "probe", torch.arange(rank, device=p.device), 4)  # (r, 4)
+    error = (candidate.mT @ (candidate @ probes) - probes).abs().amax(dim=(1, 2))  # (batch,)
+    # The host waits for the device here, once for each shape.
+    broken = (~(error < 5e-6 * math.sqrt(rank))).nonzero().flatten()
     if broken.numel():
         candidate[broken] = _householder(p[broken])
     return candidate

@@ -25,19 +25,14 @@ def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, Shard
     for block in blocks:
         matrix, place, held = block.matrix, block.rectangle, block.tensors
         whole = (matrix.rows, matrix.columns)
+        factor = (matrix.rows, matrix.rank)
         corner = (place.row_start, place.column_start)
         copy = (instance, 0 if block.is_first_copy else 1)
         row_copy = (instance, 0 if held.counts_rows else 1)
         for kind, data, shape, offset, replica in (
             ("weight", held.weight, whole, corner, copy),
             ("momentum", held.momentum, whole, corner, copy),
-            (
-                "right_factor",
-                held.right_factor,
-                (matrix.rows, matrix.rank),
-                (corner[0], 0),
-                row_copy,
-            ),
+            ("right_factor", held.right_factor, factor, (place.row_start, 0), row_copy),
         ):
             key = f"{PREFIX}.{kind}.{matrix.name}"
             tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)

@@ -1,7 +1,7 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,12 +31,14 @@ class Distribution:
     Attributes:
         placements: all weights of the set, the same list on every rank of the grid.
         tensors: by index of the placement, this rank's piece, 1-D float32.
+        device: where this rank's pieces are, or would be if it held any.
         tensor_group: tensor-parallel group; None for a single rank.
         data_group: data-parallel group; None for a single rank.
     """
 
     placements: Sequence[Placement]
     tensors: dict[int, Tensor]
+    device: torch.device
     tensor_group: ProcessGroup | None = None
     data_group: ProcessGroup | None = None
 
@@ -79,8 +81,9 @@ class HeldBlock:
 class Dion(torch.optim.Optimizer):
     """Distributed Orthonormalized Updates (arXiv 2504.05295).
 
-    Updates 2-D float32 parameters, each as one matrix (output x input). State of a parameter (m, n):
-    `momentum` (m, n) and `right_factor` (m, r) with r = min(m, n, K ceil(rank_fraction min(m, n) / K)).
+    Updates 2-D float32 parameters, each as one matrix (output x input). The state of a parameter
+    (m, n) is `momentum` (m, n) and `right_factor` (m, r), where
+    r = min(m, n, K ceil(rank_fraction min(m, n) / K)).
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of them. Names seed the random
@@ -98,7 +101,8 @@ class Dion(torch.optim.Optimizer):
         seed: of the right factors' first values and the sketches.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is not a 2-D float32 matrix.
+        ValueError: a hyperparameter is out of range. `init_state` and the first `step` raise it for
+            a parameter that is not a 2-D float32 matrix.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class Dion(torch.optim.Optimizer):
         eps: float = _DEFAULTS.eps,
         seed: int = _DEFAULTS.seed,
     ) -> None:
-        if lr < 0 or weight_decay < 0:
+        if not (lr >= 0 and weight_decay >= 0):
             raise ValueError(f"lr and weight_decay must not be negative: {lr}, {weight_decay}")
         self.config = DionConfig(
             momentum=momentum,
@@ -186,19 +190,48 @@ class Dion(torch.optim.Optimizer):
 
     def check_gradients(self) -> None:
         """Raises FloatingPointError, naming the parameters, if a gradient is not finite."""
-        named = [(self._name(p), _gradient(p)) for p in self._parameters() if p.grad is not None]
-        if not named:
+        parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        if not parameters:
             return
-        largest = torch.stack(torch._foreach_norm([grad for _, grad in named], ord=torch.inf))
-        if not largest.isfinite().all():
-            broken = [
-                name
-                for (name, _), value in zip(named, largest.tolist(), strict=True)
-                if not -torch.inf < value < torch.inf
-            ]
-            raise FloatingPointError(f"gradient is not finite: {', '.join(broken)}")
+        gradients = [_gradient(parameter) for parameter in parameters]
+        finite = torch.stack(torch._foreach_norm(gradients, ord=torch.inf)).isfinite()
+        if not finite.all():
+            broken = [p for p, good in zip(parameters, finite.tolist(), strict=True) if not good]
+            names = ", ".join(self._name(parameter) for parameter in broken)
+            raise FloatingPointError(f"gradient is not finite: {names}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group has a learning rate and a weight decay of its own, no other options.
+
+        Raises:
+            ValueError: the group has another of Dion's hyperparameters, which would be ignored.
+        """
+        ignored = [name for name in asdict(self.config) if name in param_group]
+        if ignored:
+            raise ValueError(
+                f"a parameter group cannot have its own {', '.join(ignored)}:"
+                " use another Dion optimizer for these parameters"
+            )
+        super().add_param_group(param_group)
+        self._binding = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of other shapes, say of another rank fraction; nothing has
+                changed.
+        """
+        self.init_state()
+        now = super().state_dict()
+        for index, tensors in state_dict["state"].items():
+            for name, tensor in tensors.items():
+                here = now["state"][index][name].shape if index in now["state"] else None
+                if tensor.shape != here:
+                    raise ValueError(
+                        f"the saved {name} of parameter {index} is {tuple(tensor.shape)}, here it"
+                        f" is {here and tuple(here)}: was it saved with another rank_fraction?"
+                    )
         super().load_state_dict(state_dict)
         self._binding = None
 
@@ -231,7 +264,7 @@ class Dion(torch.optim.Optimizer):
 
     def _whole(self, parameters: Sequence[Tensor]) -> Distribution:
         """Unsharded parameters: the grid of one rank."""
-        placements = []
+        placements: list[Placement] = []
         for parameter in parameters:
             name = self._name(parameter)
             if parameter.dim() != 2 or parameter.dtype != torch.float32:
@@ -239,11 +272,14 @@ class Dion(torch.optim.Optimizer):
                     f"Dion updates 2-D float32 matrices; {name} is"
                     f" {tuple(parameter.shape)} {parameter.dtype}: give it to another optimizer"
                 )
-            if not parameter.is_contiguous():
-                raise ValueError(f"Dion updates contiguous parameters; {name} is a strided view")
+            if not parameter.is_contiguous() or not parameter.numel():
+                raise ValueError(f"Dion updates contiguous parameters; {name} is empty or strided")
+            if name in {placement.weight.name for placement in placements}:
+                raise ValueError(f"two parameters are called {name}: names seed random numbers")
             weight = Weight(name, *parameter.shape)
             placements.append(Placement(weight, start=0, bucket_numel=parameter.numel()))
-        return Distribution(placements, dict(enumerate(parameters)))
+        device = parameters[0].device if parameters else torch.device("cpu")
+        return Distribution(placements, dict(enumerate(parameters)), device)
 
     def _bind(self, active: Sequence[Tensor]) -> "_Binding":
         """The blocks of the given parameters, kept until others are asked for."""
@@ -266,8 +302,7 @@ class _Binding:
         self._active = list(active)
         self.plan = distribution.plan(config)
         places = self._places(distribution)
-        device = self._active[0].device if self._active else torch.device("cpu")
-        projections, tensor_sum = self._projections(places, distribution, device)
+        projections, tensor_sum = self._projections(places, distribution)
         self.exchange = ShardedExchange(
             self.plan,
             [
@@ -277,7 +312,7 @@ class _Binding:
             tensor_sum,
             distribution.tensor_group,
             distribution.data_group,
-            device,
+            distribution.device,
         )
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
@@ -301,12 +336,11 @@ class _Binding:
         self,
         places: Sequence[tuple[int, int, Rectangle]],
         distribution: Distribution,
-        device: torch.device,
     ) -> tuple[list[Tensor], Tensor]:
         """Memory of R: a view (rows, r) for each block, and what tensor ranks must sum."""
         shapes = [(block.rows, self.plan.matrices[matrix].rank) for _, matrix, block in places]
         sizes = [rows * rank for rows, rank in shapes]
-        memory = torch.zeros(sum(sizes), device=device)
+        memory = torch.zeros(sum(sizes), device=distribution.device)
         views = [
             part.view(shape)
             for part, shape in zip(memory.split(sizes) if sizes else (), shapes, strict=True)

@@ -28,6 +28,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
 
     def __init__(self, *args: Any, tensor_group: ProcessGroup, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.exchanged_bytes_per_step = 0
         if self.is_stub_optimizer:
             return
         self._dion: Dion = self.optimizer
@@ -45,7 +46,8 @@ class DionDistributedOptimizer(DistributedOptimizer):
                 if parameter in shards:
                     tensors[len(placements)] = shards[parameter]
                 placements.append(_placement(buffer, parameter, start, bucket))
-        return Distribution(placements, tensors, tensor_group, self.data_parallel_group)
+        device = torch.device(torch.cuda.current_device())
+        return Distribution(placements, tensors, device, tensor_group, self.data_parallel_group)
 
     def _shards(self) -> dict[Parameter, Tensor]:
         """Each parameter's flat float32 piece on this rank."""

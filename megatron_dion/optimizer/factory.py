@@ -4,6 +4,7 @@ import copy
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import (
     OptimizerConfig,
@@ -11,6 +12,7 @@ from megatron.core.optimizer import (
     _get_param_groups,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -27,9 +29,32 @@ Overrides = dict[ParamKey, ParamGroupOverride]
 
 
 class DionChainedOptimizer(ChainedOptimizer):
-    """A `ChainedOptimizer` that knows which parameter each of its optimizers updates."""
+    """A `ChainedOptimizer` of Dion and a scalar optimizer.
+
+    Attributes:
+        routing_table: which parameter goes where, of the whole model.
+        exchanged_bytes_per_step: what Dion's steps send between ranks, over all ranks.
+    """
 
     routing_table: RoutingTable
+    exchanged_bytes_per_step: int
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Gradients for the master weights; True if one is not finite and the step is skipped.
+
+        With a loss scale all optimizers must skip together: one scaler hears of all of them. The
+        base class lets each have its own.
+        """
+        scaler = self.chained_optimizers[0].grad_scaler
+        if scaler is None:
+            return super().prepare_grads()
+        found = False
+        for optimizer in self.chained_optimizers:
+            optimizer._copy_model_grads_to_main_grads()
+            found |= optimizer._unscale_main_grads_and_check_for_nan()
+        scaler.update(found)
+        return found
 
 
 def get_megatron_dion_optimizer(
@@ -75,14 +100,23 @@ def get_megatron_dion_optimizer(
         ),
         pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
     )
-    chain = DionChainedOptimizer(
-        [
-            *(builder.dion(experts, dion_config) for experts in builder.kinds(is_dion=True)),
-            *(builder.scalar(experts) for experts in builder.kinds(is_dion=False)),
-        ]
-    )
+    scalar = [builder.scalar(experts) for experts in builder.kinds(is_dion=False)]
+    scaler = scalar[0].grad_scaler
+    for optimizer in scalar:
+        optimizer.grad_scaler = scaler
+    dion = [builder.dion(experts, dion_config, scaler) for experts in builder.kinds(is_dion=True)]
+    chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
+    chain.exchanged_bytes_per_step = _sum_over_ranks(
+        sum(optimizer.exchanged_bytes_per_step for optimizer in dion)
+    )
     return chain
+
+
+def _sum_over_ranks(value: int) -> int:
+    total = torch.tensor([value], device="cuda")
+    torch.distributed.all_reduce(total)
+    return int(total.item())
 
 
 def _routes(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
@@ -124,7 +158,9 @@ class _Builder:
         """Which of dense (False) and expert (True) parameters need an optimizer of a kind."""
         return [experts for experts in (False, True) if self._param_groups(is_dion, experts)]
 
-    def dion(self, experts: bool, dion_config: DionConfig) -> DionDistributedOptimizer:
+    def dion(
+        self, experts: bool, dion_config: DionConfig, grad_scaler: MegatronGradScaler | None
+    ) -> DionDistributedOptimizer:
         tensor_group = self._pg_collection.expt_tp if experts else self._pg_collection.tp
         inner = Dion(
             self._param_groups(True, experts),
@@ -135,7 +171,7 @@ class _Builder:
         optimizer = DionDistributedOptimizer(
             inner,
             self._config,
-            None,  # no loss scale: fp32 and bf16 need none
+            grad_scaler,
             lambda opt, config=None: opt.init_state(),
             model_chunks=self._model_chunks,
             per_model_buffers=self._buffers(True, experts),

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -13,8 +14,10 @@ SCALAR_OPTIMIZERS = ("adam", "lion")
 
 _FUSION = "its fused kernels exist only for CUDA"
 
+Defaults = dict[str, tuple[Any, str]]
+
 # What Megatron has to be told on CPU: destination, value and why.
-CPU_DEFAULTS: dict[str, tuple[Any, str]] = {
+CPU_DEFAULTS: Defaults = {
     "distributed_backend": ("gloo", "the default, nccl, moves CUDA memory only"),
     "transformer_impl": ("local", "the default, Transformer Engine, needs CUDA"),
     "gradient_accumulation_fusion": (False, _FUSION),
@@ -26,6 +29,24 @@ CPU_DEFAULTS: dict[str, tuple[Any, str]] = {
     "apply_rope_fusion": (False, _FUSION),
     "use_cpu_initialization": (True, "weights then do not depend on the tensor-parallel size"),
     "num_workers": (0, "worker processes compete with the training for the same cores"),
+}
+
+_ENGINE = "it comes with Transformer Engine or apex"
+
+# The same for a CUDA machine that has no Transformer Engine.
+PLAIN_TORCH_DEFAULTS: Defaults = {
+    "transformer_impl": ("local", "the default needs Transformer Engine"),
+    "gradient_accumulation_fusion": (False, _ENGINE),
+    "no_persist_layer_norm": (True, _ENGINE),
+    "masked_softmax_fusion": (False, _ENGINE),
+    "apply_rope_fusion": (False, _ENGINE),
+}
+
+# What the flags of Dion are when nobody sets them.
+DION_DEFAULTS: dict[str, Any] = {
+    **{f"dion_{name}": v for name, v in dataclasses.asdict(DionConfig()).items() if name != "seed"},
+    "dion_scalar_optimizer": "adam",
+    "dion_scalar_lr_mult": 1.0,
 }
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -43,11 +64,19 @@ def extra_args_provider(device: str) -> ArgsProvider:
         _offer_dion(parser)
         _add_dion_arguments(parser)
         _add_run_arguments(parser)
-        if device == "cpu":
-            _set_cpu_defaults(parser)
+        _repair_help(parser)
+        _set_defaults(parser, platform_defaults(device))
         return parser
 
     return extend
+
+
+def platform_defaults(device: str) -> Defaults:
+    """What has to be different from Megatron's defaults on this machine."""
+    if device == "cpu":
+        return CPU_DEFAULTS
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    return {} if has_engine else PLAIN_TORCH_DEFAULTS
 
 
 def dion_config_from_args(args: argparse.Namespace) -> DionConfig:
@@ -65,14 +94,19 @@ def dion_config_from_args(args: argparse.Namespace) -> DionConfig:
         raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
 
 
-def describe_cpu_defaults(args: argparse.Namespace) -> str:
-    """One line that says which of the CPU's defaults are in effect."""
+def describe_defaults(args: argparse.Namespace) -> str | None:
+    """One line that says which arguments the platform filled in, or None if none.
+
+    Args:
+        args: The parsed command line, with the device in it.
+    """
     in_effect = [
         f"{name}={value}"
-        for name, (value, _) in CPU_DEFAULTS.items()
+        for name, (value, _) in platform_defaults(args.device).items()
         if getattr(args, name) == value
     ]
-    return "CPU defaults: " + ", ".join(in_effect)
+    platform = "CPU" if args.device == "cpu" else "CUDA without Transformer Engine"
+    return f"defaults for {platform}: {', '.join(in_effect)}" if in_effect else None
 
 
 def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
@@ -156,13 +190,13 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dion-scalar-optimizer",
         choices=SCALAR_OPTIMIZERS,
-        default="adam",
+        default=DION_DEFAULTS["dion_scalar_optimizer"],
         help="optimizer of the parameters that are not matrices of linear layers",
     )
     group.add_argument(
         "--dion-scalar-lr-mult",
         type=float,
-        default=1.0,
+        default=DION_DEFAULTS["dion_scalar_lr_mult"],
         help="multiplies the learning rate of the scalar optimizer",
     )
 
@@ -182,11 +216,20 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _set_cpu_defaults(parser: argparse.ArgumentParser) -> None:
+def _set_defaults(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     known = {action.dest for action in parser._actions}
-    unknown = sorted(set(CPU_DEFAULTS) - known)
+    unknown = sorted(set(defaults) - known)
     if unknown:
         raise ConfigurationError(
             f"this megatron-core has no argument {', '.join(unknown)}: it is not the tested version"
         )
-    parser.set_defaults(**{name: value for name, (value, _) in CPU_DEFAULTS.items()})
+    parser.set_defaults(**{name: value for name, (value, _) in defaults.items()})
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Some of Megatron's help texts have a bare percent sign, on which --help breaks off."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")

@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_dion.training import patches, validation
 from megatron_dion.training.arguments import (
-    describe_cpu_defaults,
+    describe_defaults,
     dion_config_from_args,
     extra_args_provider,
 )
@@ -92,8 +92,9 @@ def _megatron_objections_in_one_line() -> Iterator[None]:
 
 
 def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    if args.device == "cpu":
-        say(describe_cpu_defaults(args))
+    defaults = describe_defaults(args)
+    if defaults:
+        say(defaults)
     if args.run_dir is not None:
         write_config(Path(args.run_dir), args, argv)
 

@@ -120,7 +120,7 @@ class Recorder:
             "tokens": self._facts.tokens_so_far(),
             "iteration_seconds": self._step_time.read(),
             "optimizer_seconds": self._optimizer_time.read(),
-            "optimizer_bytes": exchanged_bytes(self._optimizer),
+            "optimizer_bytes": getattr(self._optimizer, "exchanged_bytes_per_step", 0),
             "skipped": bool(logged["skipped_iter"]),
         }
 
@@ -173,7 +173,7 @@ class Recorder:
         finished = last["iteration"] >= self._facts.train_iters
         parts = [
             f"iteration {last['iteration']}/{self._facts.train_iters}",
-            f"loss {last['lm_loss']:.4f}",
+            f"loss {last['lm_loss']}" if last["lm_loss"] is None else f"loss {last['lm_loss']:.4f}",
             f"{human_count(last['tokens'])} tokens",
             f"{human_count(self._whole.tokens_per_second)} tokens/s",
             human_duration(time.monotonic() - self._start_time),
@@ -185,12 +185,6 @@ class Recorder:
         if self._facts.run_dir is not None:
             parts.append(f"run directory {self._facts.run_dir}")
         return ("done: " if finished else "stopped: ") + " | ".join(parts)
-
-
-def exchanged_bytes(optimizer: Any) -> int:
-    """Bytes that the optimizer sent in its last step, as far as it counts them."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return sum(getattr(part, "exchanged_bytes_per_step", 0) for part in parts)
 
 
 def say(line: str) -> None:

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dion.training.arguments import dion_config_from_args
+from megatron_dion.training.arguments import DION_DEFAULTS, dion_config_from_args
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.indexed_data import IndexedData, open_indexed_data, read_sidecar
 
@@ -25,8 +25,9 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
     "use_precision_aware_optimizer": (False, "Dion keeps fp32 master weights and state"),
     "use_mup": (False, "Dion has width scaling of its own, see --dion-scale-mode"),
-    "num_experts": (None, "mixture-of-experts models are not supported yet"),
-    "num_distributed_optimizer_instances": (1, "replicas are not supported yet"),
+    "moe_grouped_gemm": (False, "experts must be separate parameters"),
+    "multi_latent_attention": (False, "its projections are not split into matrices yet"),
+    "mtp_num_layers": (None, "multi-token prediction is not supported yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
     "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
 }
@@ -54,9 +55,29 @@ _SPLITS = ("training", "validation", "test")
 def check_dion_hyperparameters(args: argparse.Namespace) -> None:
     """Ranges of the numbers; argparse has checked the choices."""
     dion_config_from_args(args)
+    if args.optimizer != "dion":
+        _refuse_dion_flags(args)
     if not 0 < args.dion_scalar_lr_mult < float("inf"):
         raise ConfigurationError(
             f"--dion-scalar-lr-mult must be positive and finite, not {args.dion_scalar_lr_mult}"
+        )
+
+
+def _refuse_dion_flags(args: argparse.Namespace) -> None:
+    for name, default in DION_DEFAULTS.items():
+        if getattr(args, name) != default:
+            raise ConfigurationError(
+                f"{_as_flag(name, getattr(args, name))} has no effect with --optimizer "
+                f"{args.optimizer}: use --optimizer dion or leave it out"
+            )
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Megatron has no default for it, and divides by it."""
+    if args.eval_interval is None or args.eval_interval < 1:
+        raise ConfigurationError(
+            f"--eval-interval must be a number of iterations, not {args.eval_interval}: "
+            "give one, and --eval-iters 0 to evaluate nothing"
         )
 
 
@@ -191,6 +212,7 @@ CHECKS: tuple[Check, ...] = (
     check_checkpoint_exists,
     check_dion_hyperparameters,
     check_dion_surroundings,
+    check_evaluation,
     check_data_mode,
     check_packages,
     check_tokenizer,

@@ -26,7 +26,7 @@ MODEL = (
     " --make-vocab-size-divisible-by 8 --padded-vocab-size 256"
 ).split()
 TRAINING = (
-    "--micro-batch-size 2 --global-batch-size 8 --lr 4e-3 --min-lr 4e-4"
+    "--micro-batch-size 3 --global-batch-size 12 --lr 4e-3 --min-lr 4e-4"
     " --lr-decay-style cosine --lr-warmup-iters 2 --lr-decay-iters 20 --weight-decay 0.1"
     " --clip-grad 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 5 --device cpu"
 ).split()

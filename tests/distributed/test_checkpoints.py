@@ -10,14 +10,13 @@ SAVE = "--ckpt-format torch_dist --save-interval 4 --dist-ckpt-optim-fully-resha
 GRIDS = {
     "single": (1, []),
     "tp2-dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel".split()),
-    "dp3": (3, "--global-batch-size 12 --micro-batch-size 4".split()),
+    "dp3": (3, "--micro-batch-size 4".split()),
 }
 
 
 def pretrain(nursery: Nursery, grid: str, *argv: str) -> None:
     size, flags = GRIDS[grid]
-    batch = "--global-batch-size 12 --micro-batch-size 2".split()
-    nursery.pretrain(size, *DION, *batch, *flags, *argv)
+    nursery.pretrain(size, *DION, *flags, *argv)
 
 
 @pytest.fixture(scope="module")

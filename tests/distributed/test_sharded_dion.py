@@ -136,6 +136,7 @@ def train_shards(
         Distribution(
             placements,
             tensors,
+            torch.device("cpu"),
             tensor_groups[rank.data_parallel],
             data_groups[rank.tensor_parallel],
         )

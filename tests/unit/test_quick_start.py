@@ -33,7 +33,13 @@ def write_metrics(run_dir: Path, iterations: int) -> None:
     [(0, 4, 2), (1, 1, 1), (2, 2, 2), (3, 2, 2), (4, 4, 2), (8, 4, 2)],
 )
 def test_layout_fits_the_machine(devices: int, processes: int, tensor_parallel: int) -> None:
-    assert tool.choose_layout(devices) == tool.Layout(processes, tensor_parallel)
+    layout = tool.choose_layout(devices, has_engine=True)
+    assert layout == tool.Layout(processes, tensor_parallel, tensor_parallel > 1)
+
+
+def test_cuda_without_transformer_engine_gets_no_sequence_parallelism() -> None:
+    assert not tool.choose_layout(4, has_engine=False).sequence_parallel
+    assert tool.choose_layout(0, has_engine=False).sequence_parallel
 
 
 def test_arguments_file_has_comments_and_values(tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "overlap_param_gather_with_optimizer_step": False,
         "use_precision_aware_optimizer": False,
         "use_mup": False,
-        "num_experts": None,
-        "num_distributed_optimizer_instances": 1,
+        "eval_interval": 100,
+        "moe_grouped_gemm": False,
+        "multi_latent_attention": False,
+        "mtp_num_layers": None,
         "freeze_all_layers": False,
         "optimizer_cuda_graph": False,
         "ckpt_format": "torch_dist",
@@ -144,8 +146,9 @@ def test_hyperparameters_reach_dion() -> None:
         ({"overlap_param_gather_with_optimizer_step": True}, "--overlap-param-gather-with-opt"),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"use_mup": True}, "--use-mup"),
-        ({"num_experts": 8}, "--num-experts 8"),
-        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
+        ({"moe_grouped_gemm": True}, "--moe-grouped-gemm"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"freeze_all_layers": True}, "--freeze-all-layers"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
     ],
@@ -153,6 +156,19 @@ def test_hyperparameters_reach_dion() -> None:
 def test_dion_refuses_what_it_does_not_go_with(change: dict[str, Any], named: str) -> None:
     assert named in complain(validation.check_dion_surroundings, arguments(**change))
     validation.check_dion_surroundings(arguments(optimizer="adam", **change))
+
+
+def test_dion_flags_without_dion_are_refused() -> None:
+    change = {"optimizer": "adam", "dion_rank_fraction": 0.5}
+    complaint = complain(validation.check_dion_hyperparameters, arguments(**change))
+    assert "--dion-rank-fraction 0.5 has no effect with --optimizer adam" in complaint
+    validation.check_dion_hyperparameters(arguments(optimizer="adam"))
+
+
+@pytest.mark.parametrize("interval", [None, 0])
+def test_evaluation_needs_an_interval(interval: int | None) -> None:
+    complaint = complain(validation.check_evaluation, arguments(eval_interval=interval))
+    assert f"--eval-interval must be a number of iterations, not {interval}" in complaint
 
 
 def test_a_run_that_may_start_passes(prefix: str, nursery: Nursery) -> None:

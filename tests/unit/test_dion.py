@@ -1,0 +1,315 @@
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_dion import Dion
+from megatron_dion.algorithm import ORTHONORMALIZERS, SCALE_MODES
+from tests.unit.dion_cases import (
+    LR,
+    SHAPES,
+    Comparison,
+    Shape,
+    assert_bitwise_equal,
+    draw,
+    parameters,
+)
+
+STEPS = range(10)
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"scale_mode": mode} for mode in SCALE_MODES),
+        {"weight_decay": 0.5},
+        {"momentum": 0.0},
+        {"rank_fraction": 0.5, "rank_multiple_of": 4},
+        {"extra_scale_factor": 0.1, "eps": 1e-3, "seed": 5, "oversample": 2.0},
+    ],
+    ids=str,
+)
+def test_ten_steps_follow_the_reference(options: dict[str, Any], orthonormalizer: str) -> None:
+    comparison = Comparison([(SHAPES, {})], orthonormalizer=orthonormalizer, **options)
+    comparison.run(STEPS, after_step=comparison.assert_equal)
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+def test_full_rank_follows_the_reference(orthonormalizer: str) -> None:
+    shapes = [(8, 8), (20, 6), (5, 9)] * 4
+    comparison = Comparison(
+        [(shapes, {})], orthonormalizer=orthonormalizer, rank_fraction=1.0, momentum=0.0
+    )
+    comparison.run(STEPS)
+    comparison.assert_equal()
+
+
+def test_groups_have_their_own_learning_rate_and_weight_decay() -> None:
+    comparison = Comparison(
+        [
+            ([(6, 4), (5, 9)], {"lr": 0.1}),
+            ([(6, 4)], {"lr": 0.01, "weight_decay": 2.0}),
+            ([(7, 3)], {}),
+        ],
+        weight_decay=0.3,
+    )
+    comparison.run(STEPS)
+    comparison.assert_equal()
+
+
+def test_learning_rate_scheduler_is_followed() -> None:
+    comparison = Comparison([([(6, 4)], {}), ([(5, 9)], {"lr": 0.2})], weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(comparison.optimizer, T_max=12)
+    comparison.run(STEPS, after_step=scheduler.step)
+    comparison.assert_equal()
+    assert comparison.optimizer.param_groups[1]["lr"] < 0.05
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((9, 16), 4), ((16, 9), 4), ((1, 9), 1), ((30, 1), 1)])
+def test_init_state_allocates_the_documented_shapes(shape: Shape, rank: int) -> None:
+    (parameter,) = parameters([shape])
+    optimizer = Dion([parameter], rank_fraction=1 / 3, rank_multiple_of=2)
+    optimizer.init_state()
+    state = optimizer.state[parameter]
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "momentum": shape,
+        "right_factor": (shape[0], rank),
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert not state["momentum"].any()
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+def test_init_state_before_training_changes_nothing() -> None:
+    early, late = (Comparison([([(6, 4)], {})]) for _ in range(2))
+    early.optimizer.init_state()
+    early.run(STEPS)
+    late.run(STEPS)
+    assert_bitwise_equal(early.copies(), late.copies())
+
+
+def first_right_factors(params: Any, seed: int = 0) -> list[Tensor]:
+    optimizer = Dion(params, seed=seed)
+    optimizer.init_state()
+    groups = optimizer.param_groups
+    return [optimizer.state[p]["right_factor"] for group in groups for p in group["params"]]
+
+
+def test_names_seed_the_right_factor() -> None:
+    a, b = parameters([(8, 5), (8, 5)])
+    one, other = first_right_factors([("one", a), ("other", b)])
+    assert not torch.equal(one, other)
+    assert torch.equal(other, first_right_factors([("other", a)])[0])  # whatever its position
+    assert not torch.equal(one, first_right_factors([("one", a)], seed=1)[0])
+    by_position = first_right_factors([a, b])
+    assert not torch.equal(by_position[0], by_position[1])
+    assert torch.equal(by_position[1], first_right_factors([{"params": [a]}, {"params": b}])[1])
+
+
+def test_parameters_without_gradient_are_skipped_and_disturb_nobody() -> None:
+    comparison = Comparison([([(6, 4), (5, 9)], {}), ([(6, 4)], {})], weight_decay=0.1)
+    present = [{"0.0"}, {"0.0", "0.1"}, set(), {"0.1", "1.0"}, {"0.0", "0.1", "1.0"}, {"1.0"}]
+    for step, names in enumerate(present):
+        skipped = {
+            name: comparison.named[name].detach().clone()
+            for name in comparison.named.keys() - names
+        }
+        comparison.step({name: comparison.gradient(name, step) for name in names})
+        for name, before in skipped.items():
+            assert torch.equal(comparison.named[name], before)
+    comparison.assert_equal()
+
+
+def zeros(comparison: Comparison) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(parameter) for name, parameter in comparison.named.items()}
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+def test_zero_gradient_from_the_start_is_a_clean_no_op(orthonormalizer: str) -> None:
+    comparison = Comparison([(SHAPES, {})], orthonormalizer=orthonormalizer)
+    comparison.optimizer.init_state()
+    before = comparison.copies()
+    for _ in range(3):
+        comparison.step(zeros(comparison))
+    assert_bitwise_equal(comparison.copies(), before)
+    comparison.run(STEPS)
+    comparison.assert_equal()
+
+
+def test_zero_gradient_still_decays_weights() -> None:
+    comparison = Comparison([([(6, 4)], {})], weight_decay=0.5)
+    before = comparison.named["0.0"].detach().clone()
+    comparison.step(zeros(comparison))
+    torch.testing.assert_close(comparison.named["0.0"].detach(), before * (1 - LR * 0.5))
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+@pytest.mark.parametrize("true_rank", [1, 2])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (8, 8)])
+def test_rank_deficient_gradients_give_bounded_updates(
+    shape: Shape, true_rank: int, orthonormalizer: str
+) -> None:
+    """The update is lr scale Q P^T with orthonormal P and columns of Q of norm at most one.
+
+    So its spectral norm is that of lr scale Q, at most lr scale ||Q||_F <= lr scale sqrt(r).
+    """
+    m, n = shape
+    comparison = Comparison(
+        [([shape], {})], orthonormalizer=orthonormalizer, rank_fraction=0.7, momentum=0.9
+    )
+    config = comparison.optimizer.config
+    bound = LR * config.scale(m, n) * math.sqrt(config.rank(m, n))
+    left, right = draw((m, true_rank), 0), draw((true_rank, n), 1)
+    weight = comparison.named["0.0"]
+    for step in STEPS:
+        before = weight.detach().clone()
+        comparison.step({"0.0": left @ right * (step + 1)})
+        assert torch.linalg.matrix_norm(weight.detach() - before, ord=2) <= bound * (1 + 1e-4)
+    tensors = comparison.tensors("0.0")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert tensors["right_factor"].norm(dim=0).max().item() <= 1 + 1e-5
+    # Of the gradients' sum, at most mu / (1 - mu) of the largest one is left.
+    largest = torch.linalg.matrix_norm(left @ right, ord=2) * len(STEPS)
+    assert torch.linalg.matrix_norm(tensors["momentum"], ord=2) <= 9 * largest
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_huge_and_tiny_gradients_stay_finite(factor: float, orthonormalizer: str) -> None:
+    comparison = Comparison([(SHAPES, {})], orthonormalizer=orthonormalizer)
+    for step in STEPS:
+        comparison.step(
+            {name: comparison.gradient(name, step, factor) for name in comparison.named}
+        )
+    assert all(tensor.isfinite().all() for tensor in comparison.copies().values())
+    if factor > 1:
+        comparison.assert_equal()
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_non_finite_gradient_is_an_error_that_changes_nothing(
+    broken: float, steps_before: int
+) -> None:
+    disturbed, undisturbed = (Comparison([([(6, 4), (5, 9)], {})]) for _ in range(2))
+    for comparison in (disturbed, undisturbed):
+        comparison.run(range(steps_before))
+    before = disturbed.copies()
+    gradients = {name: disturbed.gradient(name, 77) for name in disturbed.named}
+    gradients["0.1"][2, 3] = broken
+    for name, parameter in disturbed.named.items():
+        parameter.grad = gradients[name]
+    with pytest.raises(FloatingPointError, match=r"^gradient is not finite: 0\.1$"):
+        disturbed.optimizer.step()
+    assert_bitwise_equal(disturbed.copies(), before)
+    assert disturbed.optimizer.param_groups[0]["step"] == steps_before
+    for comparison in (disturbed, undisturbed):
+        comparison.run(STEPS)
+    assert_bitwise_equal(disturbed.copies(), undisturbed.copies())
+
+
+def test_all_parameters_with_non_finite_gradients_are_named() -> None:
+    first, second, third = parameters([(3, 2)] * 3)
+    optimizer = Dion([first, second, third])
+    first.grad = torch.full((3, 2), math.nan)
+    second.grad = torch.ones(3, 2)
+    third.grad = torch.full((3, 2), -math.inf)
+    with pytest.raises(FloatingPointError, match=r": parameter\.0, parameter\.2$"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
+def test_saved_and_loaded_optimizer_continues_bitwise_equal(orthonormalizer: str) -> None:
+    groups: list[Any] = [(SHAPES, {}), ([(6, 4)], {"lr": 0.5})]
+    saved, loaded = (
+        Comparison(groups, weight_decay=0.1, orthonormalizer=orthonormalizer) for _ in range(2)
+    )
+    saved.run(range(4))
+    file = io.BytesIO()
+    torch.save(saved.optimizer.state_dict(), file)
+    file.seek(0)
+    loaded.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for name, parameter in loaded.named.items():
+            parameter.copy_(saved.named[name])
+    for comparison in (saved, loaded):
+        comparison.run(range(4, 8))
+    assert_bitwise_equal(saved.copies(), loaded.copies())
+    assert loaded.optimizer.param_groups[1]["step"] == 8
+
+
+def test_loading_replaces_the_state_of_steps_already_taken() -> None:
+    once, twice = (Comparison([([(6, 4)], {})]) for _ in range(2))
+    once.run(range(2))
+    state = copy.deepcopy(once.optimizer.state_dict())  # torch does not copy tensors
+    weight = once.named["0.0"].detach().clone()
+    twice.run(range(5, 9))
+    twice.optimizer.load_state_dict(state)
+    with torch.no_grad():
+        twice.named["0.0"].copy_(weight)
+    for comparison in (once, twice):
+        comparison.run(range(2, 4))
+    assert_bitwise_equal(once.copies(), twice.copies())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(4), r"2-D float32 matrices; layer is \(4,\) torch.float32"),
+        (torch.ones(2, 3, 4), r"2-D float32 matrices; layer is \(2, 3, 4\)"),
+        (torch.tensor(1.0), r"2-D float32 matrices; layer is \(\)"),
+        (torch.ones(3, 2, dtype=torch.bfloat16), r"layer is \(3, 2\) torch.bfloat16"),
+        (torch.ones(3, 2, dtype=torch.float64), r"layer is \(3, 2\) torch.float64"),
+        (torch.ones(2, 3).T, "contiguous parameters; layer is empty or strided"),
+    ],
+    ids=["1-D", "3-D", "0-D", "bfloat16", "float64", "transposed"],
+)
+def test_unsuitable_parameter_is_refused_by_name(tensor: Tensor, message: str) -> None:
+    parameter = Parameter(tensor)
+    optimizer = Dion([("layer", parameter)])
+    parameter.grad = torch.ones_like(parameter)
+    before = parameter.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.init_state()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(parameter, before)
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+@pytest.mark.parametrize("options", [{"lr": -0.1}, {"weight_decay": -0.1}, {"momentum": 1.0}])
+def test_value_out_of_range_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Dion(parameters([(3, 2)]), **options)  # type: ignore[arg-type]
+
+
+def test_closure_computes_gradients_and_its_loss_is_returned() -> None:
+    (weight,) = parameters([(6, 4)])
+    optimizer = Dion([weight], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    first = weight.square().sum().item()
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses[0] == pytest.approx(first)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_nothing_is_sent_by_a_single_process() -> None:
+    assert Dion(parameters(SHAPES)).bytes_per_step == 0
+
+
+def test_gradients_are_not_changed() -> None:
+    comparison = Comparison([([(6, 4)], {})])
+    comparison.run(range(3))
+    assert torch.equal(comparison.named["0.0"].grad, comparison.gradient("0.0", 2))  # type: ignore[arg-type]
