@@ -222,7 +222,8 @@ class Dion(torch.optim.Optimizer):
             ValueError: the state is of other shapes, say of another rank fraction; nothing has
                 changed.
         """
-        self.init_state()
+        if state_dict["state"]:
+            self.init_state()
         now = super().state_dict()
         for index, tensors in state_dict["state"].items():
             for name, tensor in tensors.items():

@@ -43,3 +43,14 @@ def test_resumed_run_is_the_same_run(
     assert [entry["iteration"] for entry in resumed] == [5, 6, 7, 8]
     expected = losses(whole / "run")[4:]
     assert max(abs(r["lm_loss"] - e) for r, e in zip(resumed, expected, strict=True)) <= tolerance
+
+
+def test_lion_beside_dion_resumes_exactly(nursery: Nursery, tmp_path: Path) -> None:
+    lion = ["--dion-scalar-optimizer", "lion", "--dion-scalar-lr-mult", "0.1", *SAVE]
+    checkpoints = str(tmp_path / "checkpoints")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    saving = ("--save", checkpoints, "--run-dir", str(whole))
+    pretrain(nursery, "dp3", "--train-iters", "8", *lion, *saving)
+    loading = ("--load", checkpoints, "--ckpt-step", "4", "--run-dir", str(resumed))
+    pretrain(nursery, "dp3", "--train-iters", "8", *lion, *loading)
+    assert losses(resumed) == losses(whole)[4:]
