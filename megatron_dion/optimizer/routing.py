@@ -17,10 +17,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.optimizer.rules import RoutingRules
 from megatron_dion.sharding import Part, Weight
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"
+_REASON_TAG = "dion_reason"
 _WEIGHT_TAG = "dion_weight"
 
 
@@ -74,13 +76,21 @@ class RoutingTable:
         return "\n".join(f"{count:4d} {kind}" for kind, count in kinds.items())
 
 
-def tag_matrices(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
-    """Marks every parameter with its decision; a `pre_wrap_hooks` function of Megatron's models."""
+def tag_matrices(
+    model_chunks: list[MegatronModule], rules: RoutingRules | None = None
+) -> list[MegatronModule]:
+    """Marks every parameter with its decision; a `pre_wrap_hooks` function of Megatron's models.
+
+    Raises:
+        ValueError: a parameter cannot be what the rules want it to be.
+    """
+    rules = rules or RoutingRules()
     for name, parameter, chunk in _named_parameters(model_chunks):
-        is_matrix = _reason_against(name, parameter) is None
-        setattr(parameter, _BUFFER_TAG, is_matrix)
-        if is_matrix:
-            setattr(parameter, _WEIGHT_TAG, _weight(name, parameter, chunk.config))
+        reason = rules.reason_against(name, parameter)
+        setattr(parameter, _BUFFER_TAG, reason is None)
+        setattr(parameter, _REASON_TAG, reason or "linear layer")
+        if reason is None:
+            setattr(parameter, _WEIGHT_TAG, _weight(name, parameter, chunk.config, rules.split))
     return model_chunks
 
 
@@ -118,31 +128,17 @@ def _named_parameters(
                 yield re.sub(r"^(module\.)+", "", name), parameter, chunk
 
 
-def _reason_against(name: str, parameter: Parameter) -> str | None:
-    """Why a parameter is none of Dion's, or None if it is."""
-    if parameter.dim() != 2:
-        return f"{parameter.dim()}-D"
-    if getattr(parameter, "is_embedding_or_output_parameter", False):
-        return "embedding or output layer"
-    if "embedding" in name:
-        return "embedding"
-    if name.endswith("router.weight"):
-        return "router of experts"
-    return None
-
-
 def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer: str) -> Route:
     if not hasattr(parameter, _BUFFER_TAG):
         raise RuntimeError(
             f"{name} has no route: add megatron_dion.optimizer.routing.tag_matrices to the"
             " pre_wrap_hooks of the model's config, so that it runs before DDP wraps the model"
         )
-    weight = weight_of(parameter)
+    weight, reason = weight_of(parameter), getattr(parameter, _REASON_TAG)
     if weight is None:
-        reason = _reason_against(name, parameter) or "not tagged"
         return Route(name, _global_shape(parameter), scalar_optimizer, reason)
     shape = (weight.global_rows, weight.global_columns)
-    return Route(name, shape, DION, "linear layer", tuple(weight.matrices(config)))
+    return Route(name, shape, DION, reason, tuple(weight.matrices(config)))
 
 
 def _global_shape(parameter: Parameter) -> tuple[int, ...]:
@@ -166,35 +162,52 @@ def _tensor_parallel_size(parameter: Parameter) -> int:
     return parallel_state.get_expert_tensor_parallel_world_size()
 
 
-def _weight(name: str, parameter: Parameter, config: TransformerConfig) -> Weight:
+def _weight(
+    name: str, parameter: Parameter, config: TransformerConfig, split: frozenset[str]
+) -> Weight:
     """Describes a matrix parameter to the sharding code."""
     size = _tensor_parallel_size(parameter)
+    is_attention = name.endswith("linear_qkv.weight")
+    parts: tuple[Part, ...] = ()
+    if is_attention and "heads" in split:
+        parts = _head_parts(config)
+    elif is_attention and "qkv" in split:
+        parts = _attention_parts(config)
+    elif name.endswith("linear_fc1.weight") and config.gated_linear_unit and "gate" in split:
+        # Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206).
+        half = parameter.shape[0] // 2
+        parts = (Part("gate", half), Part("up", half))
     return Weight(
         name=name,
         rows=parameter.shape[0],
         columns=parameter.shape[1],
         partition_dim=_partition_dim(parameter) if size > 1 else None,
         tensor_parallel_size=size,
-        parts=_parts(name, parameter, config),
+        parts=parts,
+        separate_periods=is_attention and "heads" in split,
     )
 
 
-def _parts(name: str, parameter: Parameter, config: TransformerConfig) -> tuple[Part, ...]:
-    """The matrices that Megatron fuses into one parameter, in their order in memory."""
-    if name.endswith("linear_qkv.weight"):
-        head = config.kv_channels
-        queries = config.num_attention_heads // config.num_query_groups * head
-        gate = [Part("gate", queries)] if config.attention_output_gate else []
-        return (Part("query", queries), *gate, Part("key", head), Part("value", head))
-    if name.endswith("linear_fc1.weight") and config.gated_linear_unit:
-        # Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206).
-        half = parameter.shape[0] // 2
-        return (Part("gate", half), Part("up", half))
-    return ()
+def _attention_parts(config: TransformerConfig) -> tuple[Part, ...]:
+    """A query group's rows of `linear_qkv` (MC/transformer/attention.py:1678)."""
+    head = config.kv_channels
+    queries = config.num_attention_heads // config.num_query_groups * head
+    gate = [Part("gate", queries)] if config.attention_output_gate else []
+    return (Part("query", queries), *gate, Part("key", head), Part("value", head))
+
+
+def _head_parts(config: TransformerConfig) -> tuple[Part, ...]:
+    """The same rows, head by head."""
+    head = config.kv_channels
+    return tuple(
+        Part(f"{part.name}.{index}" if part.rows > head else part.name, head)
+        for part in _attention_parts(config)
+        for index in range(part.rows // head)
+    )
 
 
 def _without_numbers(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
+    return re.sub(r"\.\d+(?=[.\]])", ".*", name)
 
 
 def _order(name: str) -> list[tuple[int, str]]:

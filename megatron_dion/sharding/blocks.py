@@ -16,7 +16,7 @@ class Rectangle:
     """Rows row_start:row_stop, columns column_start:column_stop of one logical matrix.
 
     Attributes:
-        part: index of the logical matrix in its weight.
+        part: index of the logical matrix in `Weight.matrices`.
         offset: of the rectangle's first element in the rank's piece, where it is contiguous.
         cut: whether other pieces of the same parameter hold more columns of its row.
     """

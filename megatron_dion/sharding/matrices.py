@@ -25,7 +25,7 @@ class Segment:
     """Rows of a rank's parameter that are consecutive rows of one logical matrix.
 
     Attributes:
-        part: index of the logical matrix in its weight.
+        part: index of the logical matrix in `Weight.matrices`.
         local_row: first row in the rank's parameter.
         matrix_row: first row in the logical matrix.
         rows: number of rows.
@@ -50,6 +50,8 @@ class Weight:
         tensor_parallel_size: number of ranks.
         parts: one period of the rows of all ranks' parameters put one below the other; empty for
             a weight that is one matrix.
+        separate_periods: whether a part is another matrix in each period (one attention head), or
+            its rows in all periods are one matrix (all queries).
 
     Raises:
         ValueError: the periods do not fill the rows.
@@ -61,6 +63,7 @@ class Weight:
     partition_dim: int | None = None
     tensor_parallel_size: int = 1
     parts: tuple[Part, ...] = ()
+    separate_periods: bool = False
 
     def __post_init__(self) -> None:
         if self.global_rows % self._period:
@@ -86,17 +89,17 @@ class Weight:
         return self.parts or (Part("", self.global_rows),)
 
     def matrices(self, config: DionConfig) -> list[Matrix]:
-        """The logical matrices, one for each part."""
+        """The logical matrices: one for each part, or one for each part of each period."""
         periods = self.global_rows // self._period
-        return [
-            Matrix(
-                name=f"{self.name}[{part.name}]" if part.name else self.name,
-                rows=part.rows * periods,
-                columns=self.global_columns,
-                rank=config.rank(part.rows * periods, self.global_columns),
-            )
+        named = [
+            (f"{self.name}[{part.name}.{period}]", part.rows)
+            if self.separate_periods
+            else (f"{self.name}[{part.name}]" if part.name else self.name, part.rows * periods)
+            for period in range(periods if self.separate_periods else 1)
             for part in self._period_parts
         ]
+        columns = self.global_columns
+        return [Matrix(name, rows, columns, config.rank(rows, columns)) for name, rows in named]
 
     def first_column(self, tensor_parallel_rank: int) -> int:
         """The matrices' column that is a rank's column 0."""
@@ -112,7 +115,10 @@ class Weight:
             part, offset = self._part_at(within)
             length = self._period_parts[part].rows
             rows = min(length - offset, last - row)
-            yield Segment(part, row - first, period * length + offset, rows)
+            if self.separate_periods:
+                yield Segment(period * len(self.parts) + part, row - first, offset, rows)
+            else:
+                yield Segment(part, row - first, period * length + offset, rows)
             row += rows
 
     def _part_at(self, row: int) -> tuple[int, int]:

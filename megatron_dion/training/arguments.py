@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_dion.algorithm import ORTHONORMALIZERS, SCALE_MODES, DionConfig
+from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 from megatron_dion.platforms import DEVICES
 from megatron_dion.training.errors import ConfigurationError
 
@@ -45,6 +46,9 @@ PLAIN_TORCH_DEFAULTS: Defaults = {
 # What the flags of Dion are when nobody sets them.
 DION_DEFAULTS: dict[str, Any] = {
     **{f"dion_{name}": v for name, v in dataclasses.asdict(DionConfig()).items() if name != "seed"},
+    "dion_split": ["qkv", "gate"],
+    "dion_include": [],
+    "dion_exclude": [],
     "dion_scalar_optimizer": "adam",
     "dion_scalar_lr_mult": 1.0,
 }
@@ -92,6 +96,15 @@ def dion_config_from_args(args: argparse.Namespace) -> DionConfig:
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
+
+
+def routing_rules_from_args(args: argparse.Namespace) -> RoutingRules:
+    """Read which parameters go to Dion, and as which matrices."""
+    return RoutingRules(
+        split=frozenset(args.dion_split),
+        include=tuple(args.dion_include),
+        exclude=tuple(args.dion_exclude),
+    )
 
 
 def describe_defaults(args: argparse.Namespace) -> str | None:
@@ -188,6 +201,27 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         help="added to column norms before dividing by them",
     )
     group.add_argument(
+        "--dion-split",
+        type=_split,
+        default=DION_DEFAULTS["dion_split"],
+        metavar="qkv,gate,heads|none",
+        help="fused weights whose matrices are updated one by one (heads: each attention head)",
+    )
+    group.add_argument(
+        "--dion-include",
+        nargs="+",
+        default=DION_DEFAULTS["dion_include"],
+        metavar="PATTERN",
+        help="2-D parameters that Dion updates in any case, by name as in routing.tsv; * matches",
+    )
+    group.add_argument(
+        "--dion-exclude",
+        nargs="+",
+        default=DION_DEFAULTS["dion_exclude"],
+        metavar="PATTERN",
+        help="parameters that the scalar optimizer updates in any case",
+    )
+    group.add_argument(
         "--dion-scalar-optimizer",
         choices=SCALAR_OPTIMIZERS,
         default=DION_DEFAULTS["dion_scalar_optimizer"],
@@ -233,3 +267,13 @@ def _repair_help(parser: argparse.ArgumentParser) -> None:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")
+
+
+def _split(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    unknown = sorted(set(names) - set(SPLITS))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{','.join(unknown)!r} is not one of {', '.join(SPLITS)}, none"
+        )
+    return names

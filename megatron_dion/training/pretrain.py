@@ -22,6 +22,7 @@ from megatron_dion.training.arguments import (
     describe_defaults,
     dion_config_from_args,
     extra_args_provider,
+    routing_rules_from_args,
 )
 from megatron_dion.training.data import LOSS_NAME, datasets_provider, forward_step
 from megatron_dion.training.errors import ConfigurationError
@@ -65,13 +66,13 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
         args = parse_args(extra_args_provider(device))
     args.device = device
     validation.check_checkpoint_exists(args)
-    with _megatron_objections_in_one_line():
+    with _in_one_line("megatron refuses these arguments"):
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
     for check in validation.CHECKS:
         check(args)
-    with _megatron_objections_in_one_line():
+    with _in_one_line("megatron refuses these arguments"):
         validate_args(args)
         if args.optimizer == "dion":
             validation.keep_distributed_optimizer(args)
@@ -81,14 +82,14 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
 
 
 @contextmanager
-def _megatron_objections_in_one_line() -> Iterator[None]:
-    """Megatron's own checks are assertions, which end in a traceback on every rank."""
+def _in_one_line(context: str) -> Iterator[None]:
+    """Turns what a library objects, which would be a traceback on every rank, into our error."""
     try:
         yield
     except (AssertionError, ValueError) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         message = " ".join(str(error).split()) or line  # many assertions have no message
-        raise ConfigurationError(f"megatron refuses these arguments: {message}") from error
+        raise ConfigurationError(f"{context}: {message}") from error
 
 
 def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -103,6 +104,8 @@ def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
     from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
     from megatron_dion.optimizer.routing import tag_matrices
 
+    rules = routing_rules_from_args(args)
+
     def build(config: Any, model_chunks: Any, **options: Any) -> Any:
         optimizer = get_megatron_dion_optimizer(
             config,
@@ -112,11 +115,17 @@ def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
             scalar_lr_mult=args.dion_scalar_lr_mult,
             **options,
         )
+        with _in_one_line("--dion-include, --dion-exclude"):
+            rules.check_patterns(route.parameter for route in optimizer.routing_table.routes)
         if args.rank == 0:
             _publish_routing(args, optimizer.routing_table)
         return optimizer
 
-    model_config.pre_wrap_hooks.append(tag_matrices)
+    def tag(model_chunks: Any) -> Any:
+        with _in_one_line("the model does not fit --dion-split, --dion-include"):
+            return tag_matrices(model_chunks, rules)
+
+    model_config.pre_wrap_hooks.append(tag)
     patches.build_optimizer_with({"dion": build})
 
 

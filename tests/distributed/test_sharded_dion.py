@@ -32,11 +32,14 @@ class Shape:
         rows = self.rows // tp if self.partition_dim == 0 else self.rows
         columns = self.columns // tp if self.partition_dim == 1 else self.columns
         split = self.partition_dim if tp > 1 else None
-        return Weight(self.name, rows, columns, split, tp, self._parts(rows))
+        separate = self.fusion == "heads"
+        return Weight(self.name, rows, columns, split, tp, self._parts(rows), separate)
 
     def _parts(self, local_rows: int) -> tuple[Part, ...]:
         if self.fusion == "qkv":  # three groups of two queries of 4 rows, a key, a value
             return (Part("query", 8), Part("key", 4), Part("value", 4))
+        if self.fusion == "heads":  # the same rows, head by head
+            return (Part("query.0", 4), Part("query.1", 4), Part("key", 4), Part("value", 4))
         if self.fusion == "swiglu":
             return (Part("gate", local_rows // 2), Part("up", local_rows // 2))
         return ()
@@ -55,6 +58,9 @@ class Shape:
             groups = whole.unflatten(0, (-1, 16))
             parts = {"query": groups[:, :8], "key": groups[:, 8:12], "value": groups[:, 12:]}
             return {f"{self.name}[{k}]": v.flatten(0, 1) for k, v in parts.items()}
+        if self.fusion == "heads":
+            names = [f"{k}.{g}" for g in range(3) for k in ("query.0", "query.1", "key", "value")]
+            return {f"{self.name}[{n}]": h for n, h in zip(names, whole.split(4), strict=True)}
         if self.fusion == "swiglu":
             gate, up = whole.chunk(2)
             return {f"{self.name}[gate]": gate, f"{self.name}[up]": up}
@@ -62,7 +68,7 @@ class Shape:
 
 
 TRANSFORMER = (
-    Shape("qkv", 96, 36, 0, "qkv"),
+    Shape("qkv", 48, 36, 0, "qkv"),
     Shape("proj", 36, 48, 1),
     Shape("fc1", 200, 36, 0, "swiglu"),
     Shape("fc2", 36, 100, 1),
@@ -196,7 +202,6 @@ GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
 @pytest.mark.parametrize(("tp", "dp"), GRIDS)
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ODD], ids=["transformer", "odd"])
 def test_any_grid_equals_the_reference(tp: int, dp: int, shapes: tuple[Shape, ...]) -> None:
-    shapes = tuple(s for s in shapes if not (s.fusion == "qkv" and 3 % tp))
     config = DionConfig(rank_fraction=0.3, seed=7)
     results = gloo_world(tp * dp, train_shards, tp, dp, shapes, config, 5000)
     compare(results, reference(shapes, config), tolerance=1e-5)
@@ -212,10 +217,13 @@ def test_options_equal_the_reference(fraction: float, method: str) -> None:
     compare(results, reference(TRANSFORMER[1:], config), tolerance=2e-5)
 
 
-def test_query_groups_on_three_tensor_ranks() -> None:
+@pytest.mark.parametrize("fusion", ["qkv", "heads"])
+@pytest.mark.parametrize(("tp", "dp"), [(3, 1), (2, 2)])
+def test_query_groups_on_any_number_of_tensor_ranks(fusion: str, tp: int, dp: int) -> None:
+    shapes = (Shape("qkv", 48, 36, 0, fusion),)
     config = DionConfig(rank_fraction=0.5)
-    results = gloo_world(3, train_shards, 3, 1, TRANSFORMER[:1], config, 10**9)
-    compare(results, reference(TRANSFORMER[:1], config), tolerance=1e-5)
+    results = gloo_world(tp * dp, train_shards, tp, dp, shapes, config, 10**9)
+    compare(results, reference(shapes, config), tolerance=1e-5)
 
 
 def test_comparison_notices_another_momentum() -> None:

@@ -157,21 +157,21 @@ class Runs:
 
     def run(
         self, model: str, topology: tuple[int, str], precision: str
-    ) -> tuple[list[float], list[dict[str, Any]]]:
-        """Losses, and what each rank recorded."""
+    ) -> tuple[list[float], str, list[dict[str, Any]]]:
+        """Losses, the routing table, and what each rank recorded."""
         size, flags = topology
         run_dir = self._make.mktemp("run")
         argv = [*MODEL, *TRAINING, *DION, *MODELS[model].split(), *flags.split()]
         argv += [*PRECISION[precision].split(), "--train-iters", str(ITERATIONS)]
         argv += ["--load", str(self._starts[model]), "--finetune", "--run-dir", str(run_dir)]
         records = self._nursery.run(size, train_recorded, argv)
-        return losses(run_dir), records
+        return losses(run_dir), (run_dir / "routing.tsv").read_text(), records
 
-    def _single(self, model: str, precision: str) -> list[float]:
-        found, records = self.run(model, SINGLE, precision)
+    def _single(self, model: str, precision: str) -> tuple[list[float], str]:
+        found, routing, records = self.run(model, SINGLE, precision)
         check_against_reference(records, 1e-5)
         assert found[-1] < found[0] - 0.5
-        return found
+        return found, routing
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,9 @@ def test_run_does_not_depend_on_topology(
     runs: Runs, model: str, topology: str, precision: str
 ) -> None:
     every = TOPOLOGIES | FP32_TOPOLOGIES | EXPERT_TOPOLOGIES
-    found, records = runs.run(model, every[topology], precision)
-    expected = runs.single(model, precision)
+    found, routing, records = runs.run(model, every[topology], precision)
+    expected, expected_routing = runs.single(model, precision)
+    assert routing == expected_routing
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     assert max(differences) < TOLERANCE[precision], differences
     check_against_reference(records, 1e-5)

@@ -23,7 +23,7 @@ def weights(draw: st.DrawFn, tp: int, name: str) -> Weight:
     periods = draw(st.integers(1, 3)) * (tp if dim == 0 else 1)
     parts = tuple(Part(f"part{i}", draw(sizes)) for i in range(draw(st.integers(1, 3))))
     rows = periods * sum(part.rows for part in parts) // (tp if dim == 0 else 1)
-    return Weight(name, rows, draw(sizes), dim, tp, parts)
+    return Weight(name, rows, draw(sizes), dim, tp, parts, separate_periods=draw(st.booleans()))
 
 
 @st.composite
@@ -66,7 +66,7 @@ def test_every_element_lies_in_one_rectangle(layout: tuple[list[Placement], Grid
     for index, placement in enumerate(placements):
         copies = grid.tensor_parallel_size if placement.weight.partition_dim is None else 1
         first = every[Rank()].first_matrix[index]
-        for offset in range(len(placement.weight.parts)):
+        for offset in range(len(placement.weight.matrices(DionConfig()))):
             assert (count[first + offset] == copies).all()
 
 
@@ -119,7 +119,7 @@ def test_every_matrix_is_decided_once_from_all_its_elements(
     for index, placement in enumerate(placements):
         copies = grid.tensor_parallel_size if placement.weight.partition_dim is None else 1
         first = every[Rank()].first_matrix[index]
-        for matrix in range(first, first + len(placement.weight.parts)):
+        for matrix in range(first, first + len(placement.weight.matrices(DionConfig()))):
             assert decided[matrix] == copies
     for plan in every.values():
         for tile in plan.data_hop.sums:

@@ -1,0 +1,69 @@
+"""The rules by which parameters are routed: names and shapes in, a reason out. No Megatron."""
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.nn import Parameter
+
+SPLITS = ("qkv", "gate", "heads")
+
+
+@dataclass(frozen=True)
+class RoutingRules:
+    """What one can choose about the routing.
+
+    Attributes:
+        split: which fused weights are split into their matrices: `qkv` (query, key, value), `gate`
+            (gate and up projection), `heads` (each attention head of its own, in place of `qkv`).
+        include: patterns (as of file names) of 2-D parameters that Dion takes in any case.
+        exclude: patterns of parameters that the scalar optimizer takes in any case.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+
+    split: frozenset[str] = frozenset({"qkv", "gate"})
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.split - set(SPLITS))
+        if unknown:
+            raise ValueError(f"split must be of {SPLITS}, not {unknown}")
+
+    def reason_against(self, name: str, parameter: Parameter) -> str | None:
+        """Why a parameter is none of Dion's, or None if it is.
+
+        Raises:
+            ValueError: Dion is to take a parameter that it cannot.
+        """
+        if parameter.dim() != 2:
+            return f"{parameter.dim()}-D"
+        if pattern := _match(self.exclude, name):
+            return f"excluded by {pattern}"
+        if pattern := _match(self.include, name):
+            if getattr(parameter, "shared_embedding", False):
+                raise ValueError(
+                    f"{name} is included by {pattern}, but two pipeline stages hold a copy of it:"
+                    " Dion cannot update it"
+                )
+            return None
+        if getattr(parameter, "is_embedding_or_output_parameter", False):
+            return "embedding or output layer"
+        if "embedding" in name:
+            return "embedding"
+        if name.endswith("router.weight"):
+            return "router of experts"
+        return None
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raises ValueError for a pattern that no parameter's name matches."""
+        names = list(names)
+        for pattern in (*self.include, *self.exclude):
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"no parameter's name matches {pattern!r}, see routing.tsv")
+
+
+def _match(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
