@@ -193,10 +193,12 @@ class Dion(torch.optim.Optimizer):
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if not parameters:
             return
-        gradients = [_gradient(parameter) for parameter in parameters]
-        finite = torch.stack(torch._foreach_norm(gradients, ord=torch.inf)).isfinite()
-        if not finite.all():
-            broken = [p for p, good in zip(parameters, finite.tolist(), strict=True) if not good]
+        # The norm is one fast pass; it is not finite either where a square overflows.
+        norms = torch.stack(torch._foreach_norm([_gradient(p) for p in parameters]))
+        if norms.isfinite().all():
+            return
+        broken = [p for p in parameters if not _gradient(p).isfinite().all()]
+        if broken:
             names = ", ".join(self._name(parameter) for parameter in broken)
             raise FloatingPointError(f"gradient is not finite: {names}")
 
