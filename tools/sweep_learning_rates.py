@@ -14,7 +14,7 @@ from _common import run_tool
 from quick_start import ROOT, Data, Layout, prepare, read_metrics, train, training_command
 
 SCALAR_LR = 0.003
-"""AdamW's learning rate beside Dion where the matrices' rate is of another kind."""
+"""AdamW's learning rate for embeddings and output where the matrices have one of their own."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Candidate:
 ONE_RATE = (0.001, 0.002, 0.004, 0.008)
 CANDIDATES = (
     Candidate("AdamW", "--optimizer adam", ONE_RATE),
+    Candidate(
+        "AdamW, embeddings apart",
+        f"--optimizer adam --decoupled-lr {SCALAR_LR} --decoupled-min-lr {SCALAR_LR / 10}",
+        (0.0005, 0.001, 0.002, 0.004),
+    ),
     Candidate("Dion 1/4 spectral", "--dion-scale-mode spectral", ONE_RATE),
     Candidate(
         "Dion 1/4 dion",
@@ -60,7 +65,10 @@ class Result:
 
 def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterations: int) -> Result:
     """Train once, or read what an earlier call measured."""
-    run_dir = folder / f"{candidate.name.lower().replace(' ', '-').replace('/', 'of')}-{rate:g}"
+    run_dir = (
+        folder
+        / f"{candidate.name.lower().replace(' ', '-').replace('/', 'of').replace(',', '')}-{rate:g}"
+    )
     metrics = run_dir / "metrics.jsonl"
     if not is_finished(metrics, iterations):
         run_dir.mkdir(parents=True, exist_ok=True)

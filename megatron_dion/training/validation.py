@@ -81,6 +81,16 @@ def check_evaluation(args: argparse.Namespace) -> None:
         )
 
 
+def check_schedule(args: argparse.Namespace) -> None:
+    """Megatron asserts this without a word, after it has built the model."""
+    iterations = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_fraction is None and iterations and args.lr_warmup_iters >= iterations:
+        raise ConfigurationError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {iterations} "
+            "iterations of --lr-decay-iters or --train-iters: give fewer"
+        )
+
+
 def check_dion_surroundings(args: argparse.Namespace) -> None:
     """What Dion needs of Megatron's optimizer and what it does not go with."""
     if args.optimizer != "dion":
@@ -213,6 +223,7 @@ CHECKS: tuple[Check, ...] = (
     check_dion_hyperparameters,
     check_dion_surroundings,
     check_evaluation,
+    check_schedule,
     check_data_mode,
     check_packages,
     check_tokenizer,

@@ -10,23 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_dion.training import environment, validation
-from megatron_dion.training.arguments import dion_config_from_args
+from megatron_dion.training.arguments import DION_DEFAULTS, dion_config_from_args
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.indexed_data import open_indexed_data
 from tests.distributed.nursery import Nursery
-
-DION_DEFAULTS = {
-    "dion_momentum": 0.95,
-    "dion_rank_fraction": 0.25,
-    "dion_rank_multiple_of": 1,
-    "dion_scale_mode": "spectral",
-    "dion_extra_scale_factor": 1.0,
-    "dion_orthonormalizer": "rcqr",
-    "dion_oversample": 1.25,
-    "dion_eps": 1e-8,
-    "dion_scalar_optimizer": "adam",
-    "dion_scalar_lr_mult": 1.0,
-}
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
@@ -46,6 +33,10 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "use_precision_aware_optimizer": False,
         "use_mup": False,
         "eval_interval": 100,
+        "train_iters": 50,
+        "lr_decay_iters": None,
+        "lr_warmup_iters": 5,
+        "lr_warmup_fraction": None,
         "moe_grouped_gemm": False,
         "multi_latent_attention": False,
         "mtp_num_layers": None,
@@ -169,6 +160,13 @@ def test_dion_flags_without_dion_are_refused() -> None:
 def test_evaluation_needs_an_interval(interval: int | None) -> None:
     complaint = complain(validation.check_evaluation, arguments(eval_interval=interval))
     assert f"--eval-interval must be a number of iterations, not {interval}" in complaint
+
+
+@pytest.mark.parametrize("decay", [None, 20])
+def test_warmup_ends_before_the_run(decay: int | None) -> None:
+    change = {"lr_decay_iters": decay, "lr_warmup_iters": decay or 50}
+    complaint = complain(validation.check_schedule, arguments(**change))
+    assert f"--lr-warmup-iters {decay or 50}" in complaint
 
 
 def test_a_run_that_may_start_passes(prefix: str, nursery: Nursery) -> None:
