@@ -3,7 +3,7 @@
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := megatron_dion tools tests setup.py $(wildcard pretrain_gpt.py)
+SOURCES := megatron_dion tools tests setup.py pretrain_gpt.py
 
 # One thread per process: the tests and the CPU training start several processes.
 export OMP_NUM_THREADS := 1

@@ -7,6 +7,7 @@ and win over those of examples/quick_start.args.
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def train(command: Sequence[str], log: Path) -> None:
         subprocess.Popen(
             command,
             cwd=ROOT,
+            # Megatron insists on it for tensor parallelism on most CUDA devices.
+            env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -40,7 +40,7 @@ CANDIDATES = (
     Candidate(
         "AdamW, embeddings apart",
         f"--optimizer adam --decoupled-lr {SCALAR_LR} --decoupled-min-lr {SCALAR_LR / 10}",
-        (0.0005, 0.001, 0.002, 0.004),
+        (0.0005, 0.001, 0.002),
     ),
     Candidate("Dion 1/4 spectral", "--dion-scale-mode spectral", ONE_RATE),
     Candidate(

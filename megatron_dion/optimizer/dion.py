@@ -1,6 +1,8 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,8 +122,9 @@ class Dion(torch.optim.Optimizer):
         eps: float = _DEFAULTS.eps,
         seed: int = _DEFAULTS.seed,
     ) -> None:
-        if not (lr >= 0 and weight_decay >= 0):
-            raise ValueError(f"lr and weight_decay must not be negative: {lr}, {weight_decay}")
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, not {value}")
         self.config = DionConfig(
             momentum=momentum,
             rank_fraction=rank_fraction,
@@ -177,15 +180,16 @@ class Dion(torch.optim.Optimizer):
             momenta = [self.state[parameter]["momentum"] for parameter in active]
             torch._foreach_add_(momenta, [_gradient(parameter) for parameter in active])
         groups = self._group_of()
-        dion_step(
-            binding.plan.matrices,
-            [block.tensors for block in binding.held],
-            binding.exchange,
-            self.config,
-            number,
-            [groups[id(block.parameter)]["lr"] for block in binding.held],
-            [groups[id(block.parameter)]["weight_decay"] for block in binding.held],
-        )
+        with _full_float32_products():
+            dion_step(
+                binding.plan.matrices,
+                [block.tensors for block in binding.held],
+                binding.exchange,
+                self.config,
+                number,
+                [groups[id(block.parameter)]["lr"] for block in binding.held],
+                [groups[id(block.parameter)]["weight_decay"] for block in binding.held],
+            )
         return loss
 
     def check_gradients(self) -> None:
@@ -303,6 +307,7 @@ class _Binding:
         state: dict[Tensor, dict[str, Tensor]],
     ) -> None:
         self._active = list(active)
+        self._addresses = [parameter.data_ptr() for parameter in active]
         self.plan = distribution.plan(config)
         places = self._places(distribution)
         projections, tensor_sum = self._projections(places, distribution)
@@ -323,8 +328,13 @@ class _Binding:
         self.held = self._hold(places, distribution, state, projections)
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
+        """Whether these are the bound parameters, still in the same memory."""
         same = len(active) == len(self._active)
-        return same and all(a is b for a, b in zip(active, self._active, strict=True))
+        return (
+            same
+            and all(a is b for a, b in zip(active, self._active, strict=True))
+            and [parameter.data_ptr() for parameter in active] == self._addresses
+        )
 
     def _places(self, distribution: Distribution) -> list[tuple[int, int, Rectangle]]:
         """(placement, matrix, rectangle) of each block; first those summed over tensor ranks."""
@@ -343,7 +353,7 @@ class _Binding:
         """Memory of R: a view (rows, r) for each block, and what tensor ranks must sum."""
         shapes = [(block.rows, self.plan.matrices[matrix].rank) for _, matrix, block in places]
         sizes = [rows * rank for rows, rank in shapes]
-        memory = torch.zeros(sum(sizes), device=distribution.device)
+        memory = torch.zeros(sum(sizes), dtype=torch.float32, device=distribution.device)
         views = [
             part.view(shape)
             for part, shape in zip(memory.split(sizes) if sizes else (), shapes, strict=True)
@@ -401,6 +411,17 @@ class _Binding:
                 HeldBlock(self.plan.matrices[matrix], rectangle, tensor, tensors, first_copy)
             )
         return held
+
+
+@contextmanager
+def _full_float32_products() -> Iterator[None]:
+    """Keeps CUDA from computing float32 products in TF32, whose columns are not orthonormal."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

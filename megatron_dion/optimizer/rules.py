@@ -62,7 +62,9 @@ class RoutingRules:
         names = list(names)
         for pattern in (*self.include, *self.exclude):
             if not fnmatch.filter(names, pattern):
-                raise ValueError(f"no parameter's name matches {pattern!r}, see routing.tsv")
+                raise ValueError(
+                    f"no parameter's name matches {pattern!r}; they are called like {names[0]}"
+                )
 
 
 def _match(patterns: Iterable[str], name: str) -> str | None:

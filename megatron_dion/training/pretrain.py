@@ -153,7 +153,7 @@ def _recording(args: argparse.Namespace) -> Iterator[None]:
 def _run_facts(args: argparse.Namespace) -> RunFacts:
     return RunFacts(
         run_dir=None if args.run_dir is None else Path(args.run_dir),
-        train_iters=args.train_iters,
+        train_iters=lambda: get_args().train_iters,
         log_interval=args.log_interval,
         loss_name=LOSS_NAME,
         # A checkpoint replaces the counter, so it has to be read where megatron keeps it.

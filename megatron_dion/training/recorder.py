@@ -20,7 +20,7 @@ class RunFacts:
 
     Attributes:
         run_dir: Where its files go; None to write none.
-        train_iters: Iterations of the whole run.
+        train_iters: Tells the iterations of the whole run; Megatron computes them from samples.
         log_interval: Iterations between progress lines.
         loss_name: Megatron's name for the loss.
         tokens_so_far: Tells the number of tokens trained on.
@@ -28,7 +28,7 @@ class RunFacts:
     """
 
     run_dir: Path | None
-    train_iters: int
+    train_iters: Callable[[], int]
     log_interval: int
     loss_name: str
     tokens_so_far: Callable[[], int]
@@ -163,16 +163,16 @@ class Recorder:
         seconds_per_iteration = (time.monotonic() - self._start_time) / self._whole.iterations
         return progress_line(
             record,
-            train_iters=self._facts.train_iters,
+            train_iters=self._facts.train_iters(),
             validation_loss=None if self._validation is None else self._validation["lm_loss"],
             tokens_per_second=self._interval.tokens_per_second,
-            seconds_left=seconds_per_iteration * (self._facts.train_iters - record["iteration"]),
+            seconds_left=seconds_per_iteration * (self._facts.train_iters() - record["iteration"]),
         )
 
     def _summary(self, last: Record) -> str:
-        finished = last["iteration"] >= self._facts.train_iters
+        finished = last["iteration"] >= self._facts.train_iters()
         parts = [
-            f"iteration {last['iteration']}/{self._facts.train_iters}",
+            f"iteration {last['iteration']}/{self._facts.train_iters()}",
             f"loss {last['lm_loss']}" if last["lm_loss"] is None else f"loss {last['lm_loss']:.4f}",
             f"{human_count(last['tokens'])} tokens",
             f"{human_count(self._whole.tokens_per_second)} tokens/s",

@@ -28,6 +28,10 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "moe_grouped_gemm": (False, "experts must be separate parameters"),
     "multi_latent_attention": (False, "its projections are not split into matrices yet"),
     "mtp_num_layers": (None, "multi-token prediction is not supported yet"),
+    "moe_shared_expert_gate": (False, "this gate is not told from a linear layer yet"),
+    "moe_shared_expert_glu_interleave_size": (None, "gate and up rows must not be interleaved"),
+    "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
+    "reuse_grad_buf_for_mxfp8_param_ag": (False, "mxfp8 weights are not supported yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
     "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
 }
@@ -82,7 +86,11 @@ def check_evaluation(args: argparse.Namespace) -> None:
 
 
 def check_schedule(args: argparse.Namespace) -> None:
-    """Megatron asserts this without a word, after it has built the model."""
+    """What Megatron notices without a word, or after it has built the model."""
+    if args.lr is None:
+        raise ConfigurationError("--lr is missing: give the highest learning rate of the run")
+    if args.train_iters is None and args.train_samples is None:
+        raise ConfigurationError("the length of the run is missing: give --train-iters")
     iterations = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_fraction is None and iterations and args.lr_warmup_iters >= iterations:
         raise ConfigurationError(
@@ -118,10 +126,20 @@ def check_checkpoint_exists(args: argparse.Namespace) -> None:
         ("--load", args.load),
         ("--pretrained-checkpoint", args.pretrained_checkpoint),
     ):
-        if folder is not None and not Path(folder, "latest_checkpointed_iteration.txt").is_file():
+        if folder is None:
+            continue
+        tracker = Path(folder, "latest_checkpointed_iteration.txt")
+        if not tracker.is_file():
             raise ConfigurationError(
-                f"{flag} {folder} holds no checkpoint (no latest_checkpointed_iteration.txt): "
+                f"{flag} {folder} holds no checkpoint (no {tracker.name}): "
                 f"correct the path, or leave {flag} out to start from random weights"
+            )
+        latest = tracker.read_text().strip()
+        step = args.ckpt_step if flag == "--load" and args.ckpt_step is not None else latest
+        name = f"iter_{int(step):07d}" if str(step).isdigit() else str(step)
+        if not Path(folder, name).is_dir():
+            raise ConfigurationError(
+                f"{flag} {folder} has no folder {name}: choose one that is there with --ckpt-step"
             )
 
 
@@ -185,7 +203,8 @@ def check_made_with_this_tokenizer(args: argparse.Namespace, prefix: str) -> Non
     made_with = sidecar.get("tokenizer_type", args.tokenizer_type)
     if made_with != args.tokenizer_type:
         raise ConfigurationError(
-            f"--tokenizer-type {args.tokenizer_type}: the data {prefix} were made with {made_with}"
+            f"--tokenizer-type {args.tokenizer_type}: the data {prefix} were made with "
+            f"{made_with}: use that, or make the data again"
         )
     noted = sidecar.get("tokenizer_model_sha256")
     if noted and args.tokenizer_model and _sha256(Path(args.tokenizer_model)) != noted:
@@ -219,7 +238,6 @@ def check_splits(args: argparse.Namespace) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    check_checkpoint_exists,
     check_dion_hyperparameters,
     check_dion_surroundings,
     check_evaluation,

@@ -55,7 +55,7 @@ def test_an_embedding_on_two_stages_cannot_be_included() -> None:
 
 def test_a_pattern_without_a_match_is_refused() -> None:
     RoutingRules(include=("embed*",), exclude=("*fc1*",)).check_patterns([FC1, EMBEDDING])
-    with pytest.raises(ValueError, match=r"no parameter's name matches '\*fc3\*'"):
+    with pytest.raises(ValueError, match=r"no parameter's name matches '\*fc3\*'; they"):
         RoutingRules(exclude=("*fc3*",)).check_patterns([FC1, EMBEDDING])
 
 

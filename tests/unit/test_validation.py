@@ -32,6 +32,13 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "overlap_param_gather_with_optimizer_step": False,
         "use_precision_aware_optimizer": False,
         "use_mup": False,
+        "moe_shared_expert_gate": False,
+        "moe_shared_expert_glu_interleave_size": None,
+        "experimental_attention_variant": None,
+        "reuse_grad_buf_for_mxfp8_param_ag": False,
+        "ckpt_step": None,
+        "lr": 0.01,
+        "train_samples": None,
         "eval_interval": 100,
         "train_iters": 50,
         "lr_decay_iters": None,
@@ -138,6 +145,10 @@ def test_hyperparameters_reach_dion() -> None:
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"use_mup": True}, "--use-mup"),
         ({"moe_grouped_gemm": True}, "--moe-grouped-gemm"),
+        ({"moe_shared_expert_gate": True}, "--moe-shared-expert-gate"),
+        ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa"),
+        ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         ({"multi_latent_attention": True}, "--multi-latent-attention"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"freeze_all_layers": True}, "--freeze-all-layers"),
@@ -202,7 +213,21 @@ def test_load_needs_a_checkpoint(flag: str, tmp_path: Path) -> None:
     args = arguments(**{flag: str(tmp_path)})
     assert str(tmp_path) in complain(validation.check_checkpoint_exists, args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert "no folder iter_0000005" in complain(validation.check_checkpoint_exists, args)
+    (tmp_path / "iter_0000005").mkdir()
     validation.check_checkpoint_exists(args)
+
+
+def test_load_needs_the_chosen_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "iter_0000005").mkdir()
+    args = arguments(load=str(tmp_path), ckpt_step=4)
+    assert "no folder iter_0000004" in complain(validation.check_checkpoint_exists, args)
+
+
+@pytest.mark.parametrize(("missing", "flag"), [("lr", "--lr"), ("train_iters", "--train-iters")])
+def test_schedule_needs_its_numbers(missing: str, flag: str) -> None:
+    assert flag in complain(validation.check_schedule, arguments(**{missing: None}))
 
 
 def test_flags_of_other_scripts_are_refused() -> None:

@@ -1,0 +1,101 @@
+"""Mistakes on a real command line: a line that names them, and exit code 2, before training."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
+
+RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
+
+
+def exit_of(argv: list[str]) -> tuple[object, str]:
+    """On a rank: the exit code of pretrain_gpt.py's main and what it says on stderr."""
+    from megatron_dion.training.launch import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main(argv)
+        except SystemExit as end:
+            return end.code, said.getvalue()
+    return 0, said.getvalue()
+
+
+def complaint(nursery: Nursery, *argv: str) -> str:
+    [(code, said)] = nursery.run(1, exit_of, [*RUN, *argv])
+    assert code == 2
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--dion-scale-mode foo", "--dion-scale-mode: invalid choice: 'foo'"),
+        ("--dion-rnk-fraction 1", "unrecognized arguments: --dion-rnk-fraction 1"),
+        ("--dion-rank-fraction 0", "--dion-rank-fraction must be in (0, 1], not 0.0"),
+        ("--dion-rank-fraction 1.5", "--dion-rank-fraction must be in (0, 1], not 1.5"),
+        ("--dion-split qkv,head", "--dion-split: 'head' is not one of"),
+        ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+        ("--use-megatron-fsdp", "--use-megatron-fsdp"),
+        ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
+        ("--fp4-param-gather", "--fp4-param-gather"),
+        ("--tensor-model-parallel-size 3", "world size (1) is not divisible"),
+        ("--dion-exclude nothing.*", "no parameter's name matches 'nothing.*'"),
+    ],
+)
+def test_flags_that_do_not_go_with_dion(nursery: Nursery, flags: str, named: str) -> None:
+    assert named.lower() in complaint(nursery, *DION, *flags.split()).lower()
+
+
+def test_dion_without_the_distributed_optimizer(nursery: Nursery) -> None:
+    assert "add --use-distributed-optimizer" in complaint(nursery, "--optimizer", "dion")
+
+
+def test_dion_flags_without_dion(nursery: Nursery) -> None:
+    line = complaint(nursery, "--optimizer", "adam", "--dion-momentum", "0.9")
+    assert "--dion-momentum 0.9 has no effect with --optimizer adam" in line
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_folder_without_a_checkpoint(nursery: Nursery, tmp_path: Path, flag: str) -> None:
+    line = complaint(nursery, *DION, flag, str(tmp_path))
+    assert f"{flag} {tmp_path} holds no checkpoint" in line
+
+
+def test_missing_and_corrupt_data(nursery: Nursery, tmp_path: Path) -> None:
+    run = [flag for flag in RUN if flag != "--mock-data"]
+    prefix = tmp_path / "text"
+    for content, named in ((None, "has no file"), (b"junk", "is not the index of")):
+        if content is not None:
+            prefix.with_suffix(".idx").write_bytes(content)
+            prefix.with_suffix(".bin").write_bytes(content)
+        argv = [*run, *DION, "--data-path", str(prefix), "--split", "100,0,0"]
+        [(code, said)] = nursery.run(1, exit_of, argv)
+        assert code == 2
+        assert named in said
+
+
+def exit_with_other_megatron(argv: list[str]) -> tuple[object, str]:
+    from megatron_dion.training import environment
+
+    environment.TESTED_MEGATRON_CORE = "0.18.0"
+    return exit_of(argv)
+
+
+def test_another_megatron_core_version(nursery: Nursery) -> None:
+    [(code, said)] = nursery.run(1, exit_with_other_megatron, [*RUN, *DION])
+    assert code == 2
+    assert "megatron-core 0.19.2 is installed, tested is 0.18.0" in said
+
+
+def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
+    argv = [*MODEL, *TRAINING, *DION, "--train-samples", "36", "--run-dir", str(tmp_path)]
+    argv = [word for word in argv if word not in ("--lr-decay-iters", "20")]
+    argv[argv.index("--lr-warmup-iters") : argv.index("--lr-warmup-iters") + 2] = []
+    [(code, said)] = nursery.run(1, exit_of, argv)
+    assert code == 0, said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
