@@ -106,13 +106,13 @@ def draw(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for name in dict.fromkeys(result.candidate for result in results):
         points = [(r.rate, r.validation_loss) for r in results if r.candidate == name]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", xlabel="learning rate (--lr)", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

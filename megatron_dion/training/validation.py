@@ -292,8 +292,8 @@ def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:
 
 
 def unigram_entropy(args: argparse.Namespace) -> float | None:
-    """Entropy of the token frequencies in nats, where all data are one set that notes it."""
-    prefixes = [] if args.mock_data else data_prefixes(args)
+    """Entropy of the training tokens in nats, where they are one dataset that notes it."""
+    prefixes = [] if args.mock_data else _blends(args)[0]
     if len(prefixes) != 1:
         return None
     value = read_sidecar(prefixes[0]).get("unigram_entropy_nats")
@@ -302,6 +302,11 @@ def unigram_entropy(args: argparse.Namespace) -> float | None:
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
     """The paths of all datasets of the run, without their suffixes."""
+    return list(dict.fromkeys(prefix for blend in _blends(args) for prefix in blend))
+
+
+def _blends(args: argparse.Namespace) -> list[list[str]]:
+    """The datasets' paths: of training first, then of what has data of its own."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     for flag, path in (
@@ -309,10 +314,9 @@ def data_prefixes(args: argparse.Namespace) -> list[str]:
         ("--per-split-data-args-path", args.per_split_data_args_path),
     ):
         if path is not None and not Path(path).is_file():
-            raise ConfigurationError(f"{flag} {path} is not a file")
+            raise ConfigurationError(f"{flag} {path} is not a file: give the path of the list")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(blend_per_split or [])]
-    return list(dict.fromkeys(prefix for one in blends if one for prefix in one[0]))
+    return [one[0] if one else [] for one in blend_per_split or [blend]]
 
 
 def _all_data(args: argparse.Namespace) -> list[IndexedData]:

@@ -181,7 +181,8 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 
 def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: float) -> None:
-    """Every element is held by some rank, and every held element agrees."""
+    """Every element is held by some rank, agrees, and is bitwise equal to its other copies."""
+    rights: dict[tuple[str, int], Tensor] = {}
     seen = {name: torch.zeros_like(matrix.weight) for name, matrix in expected.items()}
     for blocks in results:
         for name, place, weight, momentum, right in blocks:
@@ -191,6 +192,8 @@ def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: floa
             seen[name][held] += 1
             assert _distance(weight, want.weight[held]) < tolerance, name
             assert _distance(momentum, want.momentum[held]) < tolerance, name
+            for row, values in enumerate(right, place.row_start):
+                assert torch.equal(rights.setdefault((name, row), values), values), name
             # A single column of Q is as ill-conditioned as B's smallest direction; Q P^T is not.
             assert _distance(right, want.right_factor[rows]) < 100 * tolerance, name
     assert all(count.min() >= 1 for count in seen.values())

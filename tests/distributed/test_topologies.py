@@ -104,10 +104,12 @@ def train_recorded(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def assemble(frames: Sequence[Frame], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Whole matrices from the blocks of all ranks, which must cover them."""
+    """Whole matrices from the blocks of all ranks, which cover them; copies are bitwise equal."""
     whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     for frame in frames:
         for name, rows, columns, values in frame:
+            held = whole[name][rows, columns]
+            assert held.isnan().all() or torch.equal(held, values), f"copies of {name} differ"
             whole[name][rows, columns] = values
     assert all(matrix.isfinite().all() for matrix in whole.values())
     return whole
