@@ -183,6 +183,9 @@ def explain_failure(log: Path, status: int) -> str:
 
 def summarize(run_dir: Path, data: Data) -> str:
     """Return the line that ends a successful run."""
+    # Only now: this imports torch, which has no business in this process while others train.
+    from megatron_dion.training.run_directory import read_metrics
+
     records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
@@ -196,11 +199,6 @@ def summarize(run_dir: Path, data: Data) -> str:
     parts.append(f"unigram entropy of the corpus {unigram_entropy(data):.3f}")
     parts.append(f"{tokens_per_second(training):.0f} tokens/s")
     return f"result: {', '.join(parts)}; run directory {run_dir}"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def tokens_per_second(training: Sequence[dict[str, Any]]) -> float:

@@ -5,13 +5,15 @@ interrupted sweep goes on where it stopped. Writes sweep.tsv and sweep.png.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from _common import run_tool
-from quick_start import ROOT, Data, Layout, prepare, read_metrics, train, training_command
+from megatron_dion.training.run_directory import read_metrics
+from quick_start import ROOT, Data, Layout, prepare, train, training_command
 
 SCALAR_LR = 0.003
 """AdamW's learning rate for embeddings and output where the matrices have one of their own."""
@@ -65,10 +67,8 @@ class Result:
 
 def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterations: int) -> Result:
     """Train once, or read what an earlier call measured."""
-    run_dir = (
-        folder
-        / f"{candidate.name.lower().replace(' ', '-').replace('/', 'of').replace(',', '')}-{rate:g}"
-    )
+    slug = re.sub(r"[^a-z0-9]+", "-", candidate.name.lower())
+    run_dir = folder / f"{slug}-{rate:g}"
     metrics = run_dir / "metrics.jsonl"
     if not is_finished(metrics, iterations):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,6 @@ def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterati
 
 def is_finished(metrics: Path, iterations: int) -> bool:
     """Whether a run has reached its last iteration and its validation."""
-    if not metrics.exists():
-        return False
     records = read_metrics(metrics)
     kinds = {record["kind"] for record in records if record["iteration"] == iterations}
     return kinds == {"train", "validation"}

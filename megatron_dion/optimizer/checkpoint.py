@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dion.optimizer.dion import HeldBlock
 
-PREFIX = "optimizer.state.dion"
+_PREFIX = "optimizer.state.dion"
 
 
 def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, ShardedTensor]:
@@ -34,7 +34,7 @@ def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, Shard
             ("momentum", held.momentum, whole, corner, copy),
             ("right_factor", held.right_factor, factor, (place.row_start, 0), row_copy),
         ):
-            key = f"{PREFIX}.{kind}.{matrix.name}"
+            key = f"{_PREFIX}.{kind}.{matrix.name}"
             tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)
     return tensors
 

@@ -88,7 +88,7 @@ def tag_matrices(
     for name, parameter, chunk in _named_parameters(model_chunks):
         reason = rules.reason_against(name, parameter)
         setattr(parameter, _BUFFER_TAG, reason is None)
-        setattr(parameter, _REASON_TAG, reason or "linear layer")
+        setattr(parameter, _REASON_TAG, reason or rules.reason_for(name))
         if reason is None:
             setattr(parameter, _WEIGHT_TAG, _weight(name, parameter, chunk.config, rules.split))
     return model_chunks

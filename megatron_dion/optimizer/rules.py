@@ -57,6 +57,11 @@ class RoutingRules:
             return "router of experts"
         return None
 
+    def reason_for(self, name: str) -> str:
+        """Why a parameter that nothing speaks against is Dion's."""
+        pattern = _match(self.include, name)
+        return f"included by {pattern}" if pattern else "linear layer"
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises ValueError for a pattern that no parameter's name matches."""
         names = list(names)

@@ -39,6 +39,8 @@ def test_linear_layers_go_to_dion(name: str, made: Parameter, reason: str | None
 def test_patterns_overrule_the_default() -> None:
     rules = RoutingRules(include=("embedding.*",), exclude=("*.layers.0.*",))
     assert rules.reason_against(EMBEDDING, parameter(4, 2)) is None
+    assert rules.reason_for(EMBEDDING) == "included by embedding.*"
+    assert rules.reason_for("decoder.layers.1.mlp.linear_fc1.weight") == "linear layer"
     assert rules.reason_against(FC1, parameter(4, 2)) == "excluded by *.layers.0.*"
 
 

@@ -371,10 +371,6 @@ def test_cuda_is_refused_without_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     environment.check_device("cpu")
 
 
-def entropy(args: argparse.Namespace) -> float | None:
-    return validation.unigram_entropy(args)
-
-
 def test_entropy_is_that_of_the_training_data(tmp_path: Path, nursery: Nursery) -> None:
     prefixes = {}
     for split, nats in (("train", 6.5), ("valid", 5.5)):
@@ -384,5 +380,5 @@ def test_entropy_is_that_of_the_training_data(tmp_path: Path, nursery: Nursery) 
         train_data_path=[prefixes["train"]], valid_data_path=[prefixes["valid"]], split=None
     )
     together = arguments(data_path=[prefixes["valid"]], split="90,10,0")
-    assert nursery.run(1, entropy, apart) == [6.5]
-    assert nursery.run(1, entropy, together) == [5.5]
+    assert nursery.run(1, validation.unigram_entropy, apart) == [6.5]
+    assert nursery.run(1, validation.unigram_entropy, together) == [5.5]
