@@ -1,16 +1,35 @@
 """The mathematics of Dion on tensors. Imports torch only; knows no processes and no Megatron."""
 
-from megatron_dion.algorithm.config import ORTHONORMALIZERS, SCALE_MODES, DionConfig
+from megatron_dion.algorithm.config import (
+    DTYPES,
+    ORTHONORMALIZERS,
+    RIGHT_FACTORS,
+    SCALE_MODES,
+    DionConfig,
+)
 from megatron_dion.algorithm.orthonormalize import orthonormalize
-from megatron_dion.algorithm.step import Block, Exchange, Matrix, dion_step
+from megatron_dion.algorithm.step import (
+    Block,
+    Exchange,
+    Matrix,
+    Section,
+    Steps,
+    dion_step,
+    interleave,
+)
 
 __all__ = [
+    "DTYPES",
     "ORTHONORMALIZERS",
+    "RIGHT_FACTORS",
     "SCALE_MODES",
     "Block",
     "DionConfig",
     "Exchange",
     "Matrix",
+    "Section",
+    "Steps",
     "dion_step",
+    "interleave",
     "orthonormalize",
 ]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ORTHONORMALIZERS = ("rcqr", "cqr", "qr")
+RIGHT_FACTORS = ("colnorm", "orth")
+DTYPES = ("fp32", "bf16")
 
 _SCALE_FACTORS: dict[str, Callable[[int, int], float]] = {
     # Dion (arXiv 2504.05295): the update's RMS-to-RMS operator norm is one.
@@ -30,6 +32,11 @@ class DionConfig:
         orthonormalizer: one of `ORTHONORMALIZERS`.
         oversample: rows of the sketch of `rcqr` per column, at least 1.
         eps: added to the column norms of R before dividing by them.
+        right_factor: how R becomes Q: `colnorm` divides its columns by their norms (the paper),
+            `orth` orthonormalizes them.
+        momentum_dtype: in which M is stored, one of `DTYPES`; all arithmetic is in fp32.
+        factor_dtype: in which Q is stored.
+        comm_dtype: in which P and R travel between ranks.
         seed: of the right factors' first values and of the sketches.
 
     Raises:
@@ -44,23 +51,32 @@ class DionConfig:
     orthonormalizer: str = "rcqr"
     oversample: float = 1.25
     eps: float = 1e-8
+    right_factor: str = "colnorm"
+    momentum_dtype: str = "fp32"
+    factor_dtype: str = "fp32"
+    comm_dtype: str = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self._require("rank_fraction", 0 < self.rank_fraction <= 1, "in (0, 1]")
         self._require("rank_multiple_of", self.rank_multiple_of >= 1, "at least 1")
-        self._require("scale_mode", self.scale_mode in SCALE_MODES, f"one of {SCALE_MODES}")
+        self._require_one_of("scale_mode", SCALE_MODES)
         finite_scale = math.isfinite(self.extra_scale_factor) and self.extra_scale_factor > 0
         self._require("extra_scale_factor", finite_scale, "positive and finite")
-        known = self.orthonormalizer in ORTHONORMALIZERS
-        self._require("orthonormalizer", known, f"one of {ORTHONORMALIZERS}")
+        self._require_one_of("orthonormalizer", ORTHONORMALIZERS)
+        self._require_one_of("right_factor", RIGHT_FACTORS)
+        for name in ("momentum_dtype", "factor_dtype", "comm_dtype"):
+            self._require_one_of(name, DTYPES)
         self._require("oversample", 1 <= self.oversample < math.inf, "at least 1 and finite")
         self._require("eps", 0 < self.eps < math.inf, "positive and finite")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    def _require_one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        self._require(name, getattr(self, name) in choices, f"one of {choices}")
 
     def rank(self, m: int, n: int) -> int:
         """Rank of the update of an m x n matrix: min(m, n, K ceil(fraction min(m, n) / K))."""

@@ -28,10 +28,10 @@ def normal(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
     Returns:
         (rows, columns), float32, on the device of `rows`.
     """
-    words = _words(seed, purpose, rows, columns)  # (rows, columns)
-    total = torch.zeros_like(words)
+    random = words(seed, purpose, rows, columns)  # (rows, columns)
+    total = torch.zeros_like(random)
     for lane in range(_LANES):
-        total += (words >> (16 * lane)) & 0xFFFF
+        total += (random >> (16 * lane)) & 0xFFFF
     mean = _LANES * 65535 / 2
     deviation = math.sqrt(_LANES * (65536**2 - 1) / 12)
     return (total - mean).float() * (1 / deviation)
@@ -39,14 +39,14 @@ def normal(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
 
 def signs(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
     """Independent values of -1 and +1; arguments and result as for `normal`."""
-    words = _words(seed, purpose, rows, math.ceil(columns / _WORD_BITS))
+    random = words(seed, purpose, rows, math.ceil(columns / _WORD_BITS))
     shifts = torch.arange(_WORD_BITS, device=rows.device)
-    bits = (words.unsqueeze(-1) >> shifts) & 1  # (rows, words, 64)
+    bits = (random.unsqueeze(-1) >> shifts) & 1  # (rows, words, 64)
     return (2 * bits - 1).flatten(1)[:, :columns].float()  # (rows, columns)
 
 
-def _words(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
-    """One pseudo-random 64-bit word for each row and column."""
+def words(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
+    """One pseudo-random 64-bit word for each row and column; arguments as for `normal`."""
     row_keys = _mix(rows * _GOLDEN + _key(seed, purpose))  # (rows,)
     offsets = torch.arange(1, columns + 1, device=rows.device) * _GOLDEN
     return _mix(row_keys.unsqueeze(1) + offsets)  # (rows, columns)

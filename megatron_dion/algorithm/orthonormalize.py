@@ -1,12 +1,15 @@
-"""Orthonormal bases of the column spaces of tall matrices, batched.
+"""Orthonormal bases of the column spaces of tall matrices, batched, whole or in parts.
 
 Every method returns the same thing up to rounding: the Q of the QR decomposition P = Q U whose
 upper triangular U has a positive diagonal. So the choice of a method, or a fall back to another,
 does not change which run it is.
+
+The rows of P may be divided over several processes. What has to be summed over these parts is small
+(the Gram matrix and such), and `orthonormalize_part` asks for each sum by yielding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -16,8 +19,13 @@ from megatron_dion.algorithm.counter_random import signs
 Sketch = Callable[[int], Tensor]
 """Given a number of rows k, random test matrices (batch, k, n) of independent signs."""
 
+PartialSums = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
+"""Yields a part's (batch, k, r), expects the sum over the parts; returns result and failures."""
 
-def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) -> Tensor:
+_PROBES = 4
+
+
+def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
     """Orthonormalizes the columns of each matrix of a batch.
 
     Where the columns are linearly dependent (all zero, say), the result is completed by some
@@ -32,63 +40,96 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         oversample: rows of the sketch per column of P.
 
     Returns:
-        (batch, n, r), orthonormal columns. A matrix for which a Cholesky method breaks down is done
-        by Householder QR instead.
+        (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
+        broke down, so that they were done by Householder QR instead.
     """
-    p = _with_unit_columns(p)
     if method == "qr":
-        return _householder(p)
+        return householder(p), 0
+    part = orthonormalize_part(p, method, sketch, oversample)
+    try:
+        partial = next(part)
+        while True:
+            partial = part.send(partial)  # the only part is the sum
+    except StopIteration as end:
+        candidate, failed = end.value
+    # The host waits for the device here, once for each shape.
+    broken = failed.nonzero().flatten()
+    if broken.numel():
+        candidate[broken] = householder(p[broken])
+    return candidate, broken.numel()
+
+
+def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: float) -> PartialSums:
+    """The rows of `orthonormalize`'s result that belong to some rows of P.
+
+    Args:
+        p: (batch, rows, r) float32, the rows of this part.
+        method: `rcqr` or `cqr`.
+        sketch: gives the columns of the random matrices that belong to these rows.
+        oversample: rows of the sketch per column of P.
+
+    Yields:
+        (batch, k, r) to be summed over all parts, with k as `summed_rows` says; the sum is to be
+        sent back. All parts must get the same bits.
+
+    Returns:
+        (batch, rows, r), and which matrices of the batch broke down (batch,), the same for all
+        parts.
+    """
+    rank = p.shape[2]
     if method == "rcqr":
-        # The few extra rows keep the sketch of a handful of columns from being nearly singular.
-        rows = max(math.ceil(oversample * p.shape[2]), p.shape[2] + 8)
-        candidate = _cholesky_qr(_preconditioned(p, sketch(rows)))
+        (sketch_rows, _, _) = summed_rows(method, rank, oversample)
+        sketched = yield sketch(sketch_rows) @ p  # (batch, k, r)
+        scale = _column_scale(sketched)
+        candidate = yield from _cholesky_qr(_preconditioned(p / scale, sketched / scale))
     elif method == "cqr":
-        candidate = _cholesky_qr(_cholesky_qr(p))
+        total = yield p.abs().sum(dim=1, keepdim=True)  # (batch, 1, r)
+        first = yield from _cholesky_qr(p / _column_scale(total))
+        candidate = yield from _cholesky_qr(first)
     else:
         raise ValueError(f"unknown orthonormalizer {method!r}")
-    return _replace_broken(candidate, p)
+    # A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
+    # applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
+    probes = signs(0, "probe", torch.arange(rank, device=p.device), _PROBES)  # (r, 4)
+    seen = yield (candidate.mT @ (candidate @ probes)).mT.contiguous()  # (batch, 4, r)
+    error = (seen - probes.T).abs().amax(dim=(1, 2))  # (batch,)
+    return candidate, ~(error < 5e-6 * math.sqrt(rank))
 
 
-def _with_unit_columns(p: Tensor) -> Tensor:
-    """Scales columns to a largest entry of one, so that squares neither overflow nor vanish.
-
-    The scaling is absorbed by U: Q does not change.
-    """
-    largest = p.abs().amax(dim=1, keepdim=True)  # (batch, 1, r)
-    return p / torch.where(largest > 0, largest, 1.0)
-
-
-def _preconditioned(p: Tensor, test: Tensor) -> Tensor:
-    triangle = torch.linalg.qr(test @ p, mode="r").R  # (batch, r, r)
-    diagonal = triangle.diagonal(dim1=1, dim2=2)
-    triangle = triangle * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-1)
-    return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)  # (batch, n, r)
+def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
+    """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
+    if method == "rcqr":
+        # The few extra rows keep the sketch of a handful of columns from being nearly singular.
+        return max(math.ceil(oversample * rank), rank + 8), rank, _PROBES
+    return 1, rank, rank, _PROBES
 
 
-def _cholesky_qr(p: Tensor) -> Tensor:
-    """One Cholesky QR; a matrix whose Gram matrix has no factor comes back as NaN."""
-    factor, info = torch.linalg.cholesky_ex(p.mT @ p, upper=True)
-    factor = torch.where((info == 0).view(-1, 1, 1), factor, math.nan)
-    return torch.linalg.solve_triangular(factor, p, upper=True, left=False)
-
-
-def _householder(p: Tensor) -> Tensor:
-    q, u = torch.linalg.qr(p)
+def householder(p: Tensor) -> Tensor:
+    """Householder QR of (batch, n, r) with a positive diagonal: for every finite input."""
+    q, u = torch.linalg.qr(p / _column_scale(p))
     diagonal = u.diagonal(dim1=-2, dim2=-1)
     return q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-def _replace_broken(candidate: Tensor, p: Tensor) -> Tensor:
-    """Does by Householder QR what a Cholesky method left less than orthonormal.
+def _column_scale(p: Tensor) -> Tensor:
+    """Largest entries of columns (batch, 1, r), so that squares neither overflow nor vanish.
 
-    A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
-    applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
+    The scaling of columns is absorbed by U: Q does not change.
     """
-    rank = p.shape[2]
-    probes = signs(0, "probe", torch.arange(rank, device=p.device), 4)  # (r, 4)
-    error = (candidate.mT @ (candidate @ probes) - probes).abs().amax(dim=(1, 2))  # (batch,)
-    # The host waits for the device here, once for each shape.
-    broken = (~(error < 5e-6 * math.sqrt(rank))).nonzero().flatten()
-    if broken.numel():
-        candidate[broken] = _householder(p[broken])
-    return candidate
+    largest = p.abs().amax(dim=1, keepdim=True)  # (batch, 1, r)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _preconditioned(p: Tensor, sketched: Tensor) -> Tensor:
+    triangle = torch.linalg.qr(sketched, mode="r").R  # (batch, r, r)
+    diagonal = triangle.diagonal(dim1=1, dim2=2)
+    triangle = triangle * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-1)
+    return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)  # (batch, rows, r)
+
+
+def _cholesky_qr(p: Tensor) -> Generator[Tensor, Tensor, Tensor]:
+    """One Cholesky QR; a matrix whose Gram matrix has no factor comes back as NaN."""
+    gram = yield p.mT @ p  # (batch, r, r)
+    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+    factor = torch.where((info == 0).view(-1, 1, 1), factor, math.nan)
+    return torch.linalg.solve_triangular(factor, p, upper=True, left=False)

@@ -48,7 +48,11 @@ class ReferenceMatrix:
         r = b @ p  # (m, r)
         self.momentum = b - (1 - config.momentum) * r @ p.T
         norms = r.norm(dim=0)  # (r,)
-        q = r / (norms + config.eps)  # (m, r)
+        if config.right_factor == "orth":
+            q, u = torch.linalg.qr(r)
+            q = q * torch.where(u.diagonal() < 0, -1.0, 1.0)
+        else:
+            q = r / (norms + config.eps)  # (m, r)
         self.weight = (1 - lr * weight_decay) * self.weight - lr * config.scale(m, n) * q @ p.T
         # A column without any gradient keeps its direction.
         self.right_factor = torch.where(norms > 0, q, self.right_factor)

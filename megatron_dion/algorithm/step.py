@@ -6,15 +6,18 @@ For one logical matrix W (m, n) with momentum M (m, n) and right factor Q (m, r)
     P = orthonormalize(B^T Q)                        (n, r)
     R = B P                                          (m, r)
     M = B - (1 - mu) R P^T
-    Q = R / (||R||_column + eps)
+    Q = R / (||R||_column + eps)                     or orthonormalize(R)
     W = (1 - lr wd) W - lr scale Q P^T
 
 which is algorithm 1 of the Dion paper (arXiv 2504.05295) applied to W^T. Blocks are rectangles of
 W that share no element. P is a sum over the blocks that share columns, R a sum over those that
 share rows; an `Exchange` carries out these sums across processes.
+
+A step is a generator: it yields whenever it waits for other processes, so that another step, of
+other matrices, can compute meanwhile (`interleave`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -24,7 +27,22 @@ from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import signs
-from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.orthonormalize import (
+    PartialSums,
+    householder,
+    orthonormalize,
+    orthonormalize_part,
+    summed_rows,
+)
+from megatron_dion.algorithm.right_factor import (
+    products,
+    squared_norms,
+    to_orthonormal_columns,
+    to_unit_columns,
+)
+
+Steps = Generator[None, None, None]
+"""Yields while a collective is under way."""
 
 
 @dataclass(frozen=True)
@@ -50,128 +68,338 @@ class Block:
 
     Attributes:
         matrix: index of its matrix.
-        weight: (rows, columns) of the master weight.
-        momentum: (rows, columns); holds B between the start and the end of a step.
-        right_factor: (rows, r).
+        weight: (rows, columns) of the master weight, float32.
+        total: (rows, columns) float32, holds B = M + G when a step begins.
+        momentum: (rows, columns), M between steps; may be `total`.
+        right_factor: (rows, r) float32, Q while P is computed; may be the memory of `projection`.
+        kept_right: (rows, columns of Q), what this process keeps of Q between steps; may be
+            `right_factor`.
+        kept_columns: which columns of Q these are.
         left_factor: (columns, r), the rows of P that belong to the block's columns. Blocks of
             a matrix that overlap in columns share this memory.
         projection: (rows, r), the rows of R.
-        counts_rows: whether this process reports the norms of these rows: true for exactly one
-            of the blocks that share a row.
+        multiplied: the rows for which this process computes products with B; of the others, which
+            it holds as well, another process does.
+        counted: the rows of R whose norms this process reports. Every row of a matrix is counted
+            by one process.
     """
 
     matrix: int
     weight: Tensor
+    total: Tensor
     momentum: Tensor
     right_factor: Tensor
+    kept_right: Tensor
+    kept_columns: slice
     left_factor: Tensor
     projection: Tensor
-    counts_rows: bool = True
+    multiplied: slice
+    counted: slice
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive rows of the P of a matrix, summed and orthonormalized by this process.
+
+    Attributes:
+        matrix: index of the matrix.
+        start: first row.
+        values: (rows, r).
+    """
+
+    matrix: int
+    start: int
+    values: Tensor
 
 
 class Exchange(Protocol):
     """The sums of a step that cross processes. All buffers belong to it and keep their place."""
 
-    left: Tensor
-    """1-D: the memory of all `left_factor`s of this process."""
+    device: torch.device
+    """Where the matrices are."""
+    has_parts: bool
+    """Whether the P of any matrix is divided over several processes."""
 
-    def sum_left(self) -> Sequence[tuple[int, Tensor]]:
-        """Sums P over the processes; returns (matrix, P (n, r)) for those decided here."""
+    def clear_left(self) -> None:
+        """Sets all `left_factor`s of this process to zero."""
 
-    def spread_left(self) -> None:
-        """Brings the P that `sum_left` returned, overwritten in place, back into `left`."""
+    def gather_right(self) -> Steps:
+        """Completes the `right_factor`s, of which processes keep different columns."""
 
-    def sum_rows(self) -> None:
+    def sum_left(self) -> Generator[None, None, list[Section]]:
+        """Sums P over the processes; returns the sections of which this one is in charge."""
+
+    def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
+        """Sums (matrix, (k, r)) over the processes in charge of its sections, in place."""
+
+    def redo_whole(
+        self, broken: Sequence[Section], redo: Callable[[Tensor], Tensor]
+    ) -> Generator[None, None, int]:
+        """Applies a function to the whole P of matrices, given and wanted in sections.
+
+        Returns for how many matrices this process did it.
+        """
+
+    def spread_left(self) -> Steps:
+        """Brings what `sum_left` returned, overwritten in place, into the `left_factor`s."""
+
+    def sum_rows(self) -> Steps:
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
-    def sum_norms(self, squares: Tensor) -> None:
+    def sum_norms(self, squares: Tensor) -> Steps:
         """Sums a 1-D tensor over all processes that hold blocks, in place."""
+
+    def sum_grams(self, grams: Sequence[tuple[int, Tensor]]) -> Steps:
+        """Sums (matrix, (r, r)) over the processes that hold blocks of the matrix, in place."""
+
+
+def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
+    """Takes several steps in turns, each computing while others wait; returns the sum of results.
+
+    Every process must do it with the same steps in the same order.
+    """
+    total = 0
+    waiting = list(steps)
+    while waiting:
+        step = waiting.pop(0)
+        try:
+            next(step)
+            waiting.append(step)
+        except StopIteration as end:
+            total += end.value
+    return total
 
 
 def dion_step(
     matrices: Sequence[Matrix],
+    members: Sequence[int],
     blocks: Sequence[Block],
     exchange: Exchange,
     config: DionConfig,
     step: int,
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
-) -> None:
-    """Takes one step, in place, from blocks whose `momentum` already holds B = M + G.
+) -> Generator[None, None, int]:
+    """Takes one step, in place, from blocks whose `total` already holds B = M + G.
 
     Args:
-        matrices: all matrices of the set, the same list on every process of the exchange.
+        matrices: all matrices, the same list on every process of the exchange.
+        members: which of them are stepped here, the same list on every process.
         blocks: what this process holds of them.
         exchange: connects the processes.
         config: hyperparameters.
         step: number of this step, for the random numbers.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
+
+    Returns:
+        How often this process fell back to Householder QR.
     """
-    _project_left(blocks, exchange.left)
-    _orthonormalize_left(matrices, exchange.sum_left(), config, step)
-    exchange.spread_left()
-    for block in blocks:
-        torch.mm(block.momentum, block.left_factor, out=block.projection)
-    exchange.sum_rows()
-    norms = _column_norms(matrices, blocks, exchange)
+    _load_right(blocks)
+    yield from exchange.gather_right()
+    exchange.clear_left()
+    _project_left(blocks)
+    sections = yield from exchange.sum_left()
+    fallbacks = yield from _orthonormalize_left(matrices, sections, exchange, config, step)
+    yield from exchange.spread_left()
+    _project_right(blocks)
+    yield from exchange.sum_rows()
+    if config.right_factor == "orth":
+        factors = yield from _orthonormal_factors(matrices, blocks, exchange, config)
+    else:
+        factors = yield from _unit_factors(matrices, members, blocks, exchange, config)
     for block, lr, weight_decay in zip(blocks, learning_rates, weight_decays, strict=True):
         scale = config.scale(matrices[block.matrix].rows, matrices[block.matrix].columns)
-        _update(block, norms[block.matrix], config, lr * scale, 1 - lr * weight_decay)
+        _update(block, factors[block.matrix], config.momentum, lr * scale, 1 - lr * weight_decay)
+    return fallbacks
 
 
-def _project_left(blocks: Sequence[Block], left: Tensor) -> None:
-    left.zero_()
+def _load_right(blocks: Sequence[Block]) -> None:
     for block in blocks:
-        block.left_factor.addmm_(block.momentum.T, block.right_factor)  # (columns, r)
+        if block.right_factor is not block.kept_right:
+            block.right_factor[:, block.kept_columns].copy_(block.kept_right)
+
+
+def _project_left(blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        total, right = block.total[block.multiplied], block.right_factor[block.multiplied]
+        block.left_factor.addmm_(total.T, right)  # (columns, r)
+
+
+def _project_right(blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        rows = block.projection.shape[0]
+        if block.multiplied != slice(0, rows):
+            block.projection.zero_()
+        torch.mm(
+            block.total[block.multiplied],
+            block.left_factor,
+            out=block.projection[block.multiplied],
+        )
 
 
 def _orthonormalize_left(
     matrices: Sequence[Matrix],
-    decided_here: Sequence[tuple[int, Tensor]],
+    sections: Sequence[Section],
+    exchange: Exchange,
     config: DionConfig,
     step: int,
-) -> None:
-    """Orthonormalizes in batches of equal shape; equal shapes stand side by side in the list."""
-    for _, same_shape in groupby(decided_here, key=lambda item: item[1].shape):
-        indices, factors = zip(*same_shape, strict=True)
-        names = [matrices[index].name for index in indices]
-        batch = torch.stack(factors)  # (batch, n, r)
+) -> Generator[None, None, int]:
+    """Orthonormalizes in place, in batches of equal shape; returns the number of fallbacks."""
+    fallbacks = 0
+    parts: list[_Part] = []
+    for whole, alike in groupby(sections, key=lambda section: _likeness(matrices, section)):
+        batch = list(alike)
+        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
+        sketch = _sketch_of(matrices, batch, config, step)
+        if whole[0]:
+            result, failures = orthonormalize(
+                stacked, config.orthonormalizer, sketch, config.oversample
+            )
+            fallbacks += failures
+            _store(batch, result)
+        else:
+            sums = orthonormalize_part(stacked, config.orthonormalizer, sketch, config.oversample)
+            parts.append(_Part(batch, sums))
+    if exchange.has_parts:
+        fallbacks += yield from _orthonormalize_parts(parts, exchange, config)
+    return fallbacks
 
-        def sketch(rows: int, names: list[str] = names, batch: Tensor = batch) -> Tensor:
-            columns = torch.arange(batch.shape[1], device=batch.device)
-            return torch.stack(
-                [signs(config.seed, f"{name}/sketch/{step}", columns, rows).T for name in names]
-            )  # (batch, rows, n)
 
-        result = orthonormalize(batch, config.orthonormalizer, sketch, config.oversample)
-        torch._foreach_copy_(list(factors), list(result.unbind()))
+@dataclass
+class _Part:
+    sections: list[Section]
+    sums: PartialSums
 
 
-def _column_norms(
-    matrices: Sequence[Matrix], blocks: Sequence[Block], exchange: Exchange
-) -> tuple[Tensor, ...]:
-    """Norms of the columns of each matrix's R, each (r,) float64.
+def _orthonormalize_parts(
+    parts: Sequence[_Part], exchange: Exchange, config: DionConfig
+) -> Generator[None, None, int]:
+    """All parts in step with each other, and with all processes, also those without any part."""
+    partial = [next(part.sums) for part in parts]
+    last = len(summed_rows(config.orthonormalizer, 1, config.oversample)) - 1
+    broken: list[Section] = []
+    for phase in range(last + 1):
+        here = [
+            (section.matrix, values)
+            for part, batch in zip(parts, partial, strict=True)
+            for section, values in zip(part.sections, batch, strict=True)
+        ]
+        yield from exchange.sum_parts(phase, here)
+        if phase < last:
+            partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
+    for part, sums in zip(parts, partial, strict=True):
+        result, failed = _result(part.sums, sums)
+        by_failure: tuple[list[Section], list[Section]] = ([], [])
+        for section, has_failed in zip(part.sections, failed.tolist(), strict=True):
+            by_failure[has_failed].append(section)
+        _store(by_failure[False], result[~failed])
+        broken += by_failure[True]
+    return (yield from exchange.redo_whole(broken, lambda p: householder(p.unsqueeze(0))[0]))
 
-    float64 holds the square of any float32, so no gradient is too large or too small, and makes
-    the sum's order, which depends on the topology, invisible in float32.
+
+def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        sums.send(last)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a part asks for more sums than it has phases")
+
+
+def _likeness(matrices: Sequence[Matrix], section: Section) -> tuple[bool, torch.Size]:
+    """Sections with the same one are done together; such stand side by side in the list."""
+    whole = section.values.shape[0] == matrices[section.matrix].columns
+    return whole, section.values.shape
+
+
+def _sketch_of(
+    matrices: Sequence[Matrix], batch: Sequence[Section], config: DionConfig, step: int
+) -> Callable[[int], Tensor]:
+    def sketch(rows: int) -> Tensor:
+        device = batch[0].values.device
+        count = batch[0].values.shape[0]
+        return torch.stack(
+            [
+                signs(
+                    config.seed,
+                    f"{matrices[section.matrix].name}/sketch/{step}",
+                    torch.arange(section.start, section.start + count, device=device),
+                    rows,
+                ).T
+                for section in batch
+            ]
+        )  # (batch, rows, columns of P's section)
+
+    return sketch
+
+
+def _store(sections: Sequence[Section], results: Tensor) -> None:
+    if sections:
+        torch._foreach_copy_([section.values for section in sections], list(results.unbind()))
+
+
+@dataclass(frozen=True)
+class _ToRight:
+    """How R becomes Q: R times `factor`, where the column has a direction.
+
+    Attributes:
+        factor: (r,) for each column, or (r, r).
+        alive: (r,), whether R's column is not zero.
     """
-    ranks = [matrix.rank for matrix in matrices]
-    squares = torch.zeros(sum(ranks), dtype=torch.float64, device=exchange.left.device)
-    by_matrix = squares.split(ranks)
+
+    factor: Tensor
+    alive: Tensor
+
+    def apply(self, projection: Tensor) -> Tensor:
+        return projection * self.factor if self.factor.dim() == 1 else projection @ self.factor
+
+
+def _unit_factors(
+    matrices: Sequence[Matrix],
+    members: Sequence[int],
+    blocks: Sequence[Block],
+    exchange: Exchange,
+    config: DionConfig,
+) -> Generator[None, None, dict[int, _ToRight]]:
+    ranks = [matrices[member].rank for member in members]
+    squares = torch.zeros(sum(ranks), dtype=torch.float64, device=exchange.device)
+    by_matrix = dict(zip(members, squares.split(ranks), strict=True))
     for block in blocks:
-        if block.counts_rows:
-            by_matrix[block.matrix].add_(block.projection.double().square_().sum(dim=0))
-    exchange.sum_norms(squares)
-    return squares.sqrt_().split(ranks)
+        by_matrix[block.matrix].add_(squared_norms(block.projection[block.counted]))
+    yield from exchange.sum_norms(squares)
+    norms = dict(zip(members, squares.sqrt_().split(ranks), strict=True))
+    held = {block.matrix for block in blocks}
+    return {k: _ToRight(to_unit_columns(norms[k], config.eps), norms[k] > 0) for k in held}
+
+
+def _orthonormal_factors(
+    matrices: Sequence[Matrix],
+    blocks: Sequence[Block],
+    exchange: Exchange,
+    config: DionConfig,
+) -> Generator[None, None, dict[int, _ToRight]]:
+    grams: dict[int, Tensor] = {}
+    for block in blocks:
+        gram = products(block.projection[block.counted])
+        grams[block.matrix] = grams[block.matrix] + gram if block.matrix in grams else gram
+    held = sorted(grams, key=lambda k: (matrices[k].rank, k))
+    yield from exchange.sum_grams([(k, grams[k]) for k in held])
+    factors = to_orthonormal_columns([grams[k] for k in held], config.eps)
+    return {
+        k: _ToRight(factor, grams[k].diagonal() > 0)
+        for k, factor in zip(held, factors, strict=True)
+    }
 
 
 def _update(
-    block: Block, norms: Tensor, config: DionConfig, scaled_lr: float, shrink: float
+    block: Block, to_right: _ToRight, momentum: float, scaled_lr: float, shrink: float
 ) -> None:
-    right = block.projection * (1 / (norms + config.eps)).float()  # (rows, r)
+    right = to_right.apply(block.projection)  # (rows, r)
     transposed = block.left_factor.T  # (r, columns)
-    block.momentum.addmm_(block.projection, transposed, alpha=config.momentum - 1)
+    block.total.addmm_(block.projection, transposed, alpha=momentum - 1)
+    if block.momentum is not block.total:
+        block.momentum.copy_(block.total)
     block.weight.addmm_(right, transposed, beta=shrink, alpha=-scaled_lr)
     # A column without any gradient would otherwise lose its direction for ever.
-    block.right_factor.copy_(torch.where(norms > 0, right, block.right_factor))
+    kept, alive = block.kept_columns, to_right.alive
+    block.kept_right.copy_(torch.where(alive[kept], right[:, kept], block.kept_right))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_dion.optimizer.dion import HeldBlock
+from megatron_dion.optimizer.binding import HeldBlock
 
 _PREFIX = "optimizer.state.dion"
 
@@ -28,14 +28,16 @@ def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, Shard
         factor = (matrix.rows, matrix.rank)
         corner = (place.row_start, place.column_start)
         copy = (instance, 0 if block.is_first_copy else 1)
-        row_copy = (instance, 0 if held.counts_rows else 1)
+        row_copy = (instance, 0 if block.is_first_of_row else 1)
+        right_corner = (place.row_start, held.kept_columns.start)
         for kind, data, shape, offset, replica in (
             ("weight", held.weight, whole, corner, copy),
             ("momentum", held.momentum, whole, corner, copy),
-            ("right_factor", held.right_factor, factor, (place.row_start, 0), row_copy),
+            ("right_factor", held.kept_right, factor, right_corner, row_copy),
         ):
             key = f"{_PREFIX}.{kind}.{matrix.name}"
-            tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)
+            if data.numel():
+                tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)
     return tensors
 
 

@@ -1,83 +1,20 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Block, DionConfig, Matrix, dion_step
-from megatron_dion.algorithm.counter_random import normal
-from megatron_dion.sharding import (
-    Grid,
-    Placement,
-    Plan,
-    Rank,
-    Rectangle,
-    ShardedExchange,
-    Weight,
-    make_plan,
-)
+from megatron_dion.algorithm import DionConfig, dion_step, interleave
+from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet
+from megatron_dion.sharding import Placement, Plan, Weight
+from megatron_dion.sharding.traffic import bytes_sent
 
 _DEFAULTS = DionConfig()
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """How a set of matrices lies on a grid of ranks, and what this rank holds.
-
-    Attributes:
-        placements: all weights of the set, the same list on every rank of the grid.
-        tensors: by index of the placement, this rank's piece, 1-D float32.
-        device: where this rank's pieces are, or would be if it held any.
-        tensor_group: tensor-parallel group; None for a single rank.
-        data_group: data-parallel group; None for a single rank.
-    """
-
-    placements: Sequence[Placement]
-    tensors: dict[int, Tensor]
-    device: torch.device
-    tensor_group: ProcessGroup | None = None
-    data_group: ProcessGroup | None = None
-
-    def plan(self, config: DionConfig) -> Plan:
-        """This rank's plan."""
-        return make_plan(self.placements, self.grid, self.rank, config)
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(*(1 if group is None else group.size() for group in self._groups))
-
-    @property
-    def rank(self) -> Rank:
-        return Rank(*(0 if group is None else group.rank() for group in self._groups))
-
-    @property
-    def _groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
-        return self.tensor_group, self.data_group
-
-
-@dataclass(frozen=True)
-class HeldBlock:
-    """A block of a matrix on this rank.
-
-    Attributes:
-        matrix: the matrix.
-        rectangle: which rows and columns of it.
-        parameter: the parameter of `param_groups` that holds it.
-        tensors: weight, momentum and factors.
-        is_first_copy: whether no rank before this one holds the same elements.
-    """
-
-    matrix: Matrix
-    rectangle: Rectangle
-    parameter: Tensor
-    tensors: Block
-    is_first_copy: bool
 
 
 class Dion(torch.optim.Optimizer):
@@ -100,7 +37,15 @@ class Dion(torch.optim.Optimizer):
         orthonormalizer: `rcqr`, `cqr` or `qr`.
         oversample: rows of the sketch of `rcqr` per column.
         eps: added to column norms.
+        right_factor: `colnorm` (the paper) or `orth`: how R becomes Q.
+        momentum_dtype: `fp32` or `bf16`, of the stored momentum; with bf16 a step overwrites the
+            gradients.
+        factor_dtype: of the stored right factors.
+        comm_dtype: of what ranks send to each other.
         seed: of the right factors' first values and the sketches.
+
+    Attributes:
+        fallbacks: how often this process had to orthonormalize by Householder QR instead.
 
     Raises:
         ValueError: a hyperparameter is out of range. `init_state` and the first `step` raise it for
@@ -120,6 +65,10 @@ class Dion(torch.optim.Optimizer):
         orthonormalizer: str = _DEFAULTS.orthonormalizer,
         oversample: float = _DEFAULTS.oversample,
         eps: float = _DEFAULTS.eps,
+        right_factor: str = _DEFAULTS.right_factor,
+        momentum_dtype: str = _DEFAULTS.momentum_dtype,
+        factor_dtype: str = _DEFAULTS.factor_dtype,
+        comm_dtype: str = _DEFAULTS.comm_dtype,
         seed: int = _DEFAULTS.seed,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -134,11 +83,16 @@ class Dion(torch.optim.Optimizer):
             orthonormalizer=orthonormalizer,
             oversample=oversample,
             eps=eps,
+            right_factor=right_factor,
+            momentum_dtype=momentum_dtype,
+            factor_dtype=factor_dtype,
+            comm_dtype=comm_dtype,
             seed=seed,
         )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self._distribution: Distribution | None = None
-        self._binding: _Binding | None = None
+        self._binding: Binding | None = None
+        self.fallbacks = 0
 
     def distribute(self, distribution: Distribution) -> None:
         """From now on updates the given pieces; they are the parameters of `param_groups`."""
@@ -149,10 +103,18 @@ class Dion(torch.optim.Optimizer):
         """Allocates momentum and right factors of all parameters that have none yet."""
         self._bind(self._parameters())
 
-    @property
+    def plans(self) -> list[Plan]:
+        """What this rank does in a step, for each set of matrices that is stepped together."""
+        return [chosen.plan for chosen in self._bind(self._parameters()).sets]
+
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step."""
-        return self._bind(self._parameters()).exchange.bytes_per_step
+        replicas = 1 if self._distribution is None else self._distribution.replicas
+        return sum(sum(bytes_sent(plan, replicas).values()) for plan in self.plans())
+
+    def recentre(self) -> None:
+        """Makes the momenta of replicas with compressed gradient sync equal: their mean."""
+        self._bind(self._parameters()).recentre()
 
     def held_blocks(self) -> list[HeldBlock]:
         """Every block on this rank, with its state."""
@@ -176,20 +138,9 @@ class Dion(torch.optim.Optimizer):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
         number = self._count_step()
-        if active:
-            momenta = [self.state[parameter]["momentum"] for parameter in active]
-            torch._foreach_add_(momenta, [_gradient(parameter) for parameter in active])
-        groups = self._group_of()
+        binding.add_gradients()
         with _full_float32_products():
-            dion_step(
-                binding.plan.matrices,
-                [block.tensors for block in binding.held],
-                binding.exchange,
-                self.config,
-                number,
-                [groups[id(block.parameter)]["lr"] for block in binding.held],
-                [groups[id(block.parameter)]["weight_decay"] for block in binding.held],
-            )
+            self.fallbacks += interleave(self._step_of(chosen, number) for chosen in binding.sets)
         return loss
 
     def check_gradients(self) -> None:
@@ -245,6 +196,19 @@ class Dion(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _step_of(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
+        groups = self._group_of()
+        return dion_step(
+            chosen.plan.matrices,
+            chosen.plan.members,
+            [block.tensors for block in chosen.held],
+            chosen.exchange,
+            self.config,
+            number,
+            [groups[id(block.parameter)]["lr"] for block in chosen.held],
+            [groups[id(block.parameter)]["weight_decay"] for block in chosen.held],
+        )
+
     def _group_of(self) -> dict[int, dict[str, Any]]:
         return {
             id(parameter): group for group in self.param_groups for parameter in group["params"]
@@ -288,129 +252,12 @@ class Dion(torch.optim.Optimizer):
         device = parameters[0].device if parameters else torch.device("cpu")
         return Distribution(placements, dict(enumerate(parameters)), device)
 
-    def _bind(self, active: Sequence[Tensor]) -> "_Binding":
+    def _bind(self, active: Sequence[Tensor]) -> Binding:
         """The blocks of the given parameters, kept until others are asked for."""
         if self._binding is None or not self._binding.is_of(active):
             distribution = self._distribution or self._whole(active)
-            self._binding = _Binding(active, distribution, self.config, self.state)
+            self._binding = Binding(active, distribution, self.config, self.state)
         return self._binding
-
-
-class _Binding:
-    """Views of parameters, states and buffers, block by block, for one set of parameters."""
-
-    def __init__(
-        self,
-        active: Sequence[Tensor],
-        distribution: Distribution,
-        config: DionConfig,
-        state: dict[Tensor, dict[str, Tensor]],
-    ) -> None:
-        self._active = list(active)
-        self._addresses = [parameter.data_ptr() for parameter in active]
-        self.plan = distribution.plan(config)
-        places = self._places(distribution)
-        projections, tensor_sum = self._projections(places, distribution)
-        self.exchange = ShardedExchange(
-            self.plan,
-            [
-                (matrix, rectangle.row_start, view)
-                for (_, matrix, rectangle), view in zip(places, projections, strict=True)
-            ],
-            tensor_sum,
-            distribution.tensor_group,
-            distribution.data_group,
-            distribution.device,
-        )
-        for index, tensor in distribution.tensors.items():
-            if not state[tensor]:
-                state[tensor].update(self._first_state(index, tensor, config))
-        self.held = self._hold(places, distribution, state, projections)
-
-    def is_of(self, active: Sequence[Tensor]) -> bool:
-        """Whether these are the bound parameters, still in the same memory."""
-        same = len(active) == len(self._active)
-        return (
-            same
-            and all(a is b for a, b in zip(active, self._active, strict=True))
-            and [parameter.data_ptr() for parameter in active] == self._addresses
-        )
-
-    def _places(self, distribution: Distribution) -> list[tuple[int, int, Rectangle]]:
-        """(placement, matrix, rectangle) of each block; first those summed over tensor ranks."""
-        places = [
-            (index, self.plan.first_matrix[index] + rectangle.part, rectangle)
-            for index, rectangles in enumerate(self.plan.pieces)
-            for rectangle in rectangles
-        ]
-        return sorted(places, key=lambda item: not _has_partial_rows(distribution, item[0]))
-
-    def _projections(
-        self,
-        places: Sequence[tuple[int, int, Rectangle]],
-        distribution: Distribution,
-    ) -> tuple[list[Tensor], Tensor]:
-        """Memory of R: a view (rows, r) for each block, and what tensor ranks must sum."""
-        shapes = [(block.rows, self.plan.matrices[matrix].rank) for _, matrix, block in places]
-        sizes = [rows * rank for rows, rank in shapes]
-        memory = torch.zeros(sum(sizes), dtype=torch.float32, device=distribution.device)
-        views = [
-            part.view(shape)
-            for part, shape in zip(memory.split(sizes) if sizes else (), shapes, strict=True)
-        ]
-        partial = sum(
-            size
-            for size, (index, _, _) in zip(sizes, places, strict=True)
-            if _has_partial_rows(distribution, index)
-        )
-        return views, memory[:partial]
-
-    def _first_state(self, index: int, tensor: Tensor, config: DionConfig) -> dict[str, Tensor]:
-        factors = []
-        for block in self.plan.pieces[index]:
-            matrix = self.plan.matrices[self.plan.first_matrix[index] + block.part]
-            rows = torch.arange(block.row_start, block.row_stop, device=tensor.device)
-            values = normal(config.seed, f"{matrix.name}/right_factor", rows, matrix.rank)
-            factors.append(values / matrix.rows**0.5)  # (rows, r), columns of about unit norm
-        right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
-        return {"momentum": torch.zeros_like(tensor), "right_factor": right}
-
-    def _hold(
-        self,
-        places: Sequence[tuple[int, int, Rectangle]],
-        distribution: Distribution,
-        state: dict[Tensor, dict[str, Tensor]],
-        projections: Sequence[Tensor],
-    ) -> list[HeldBlock]:
-        tiles = self.exchange.left_tiles()
-        used: dict[int, int] = {}
-        held = []
-        for (index, matrix, rectangle), projection in zip(places, projections, strict=True):
-            tensor = distribution.tensors[index]
-            weight = distribution.placements[index].weight
-            tile, left = tiles[matrix]
-            first = used.get(index, 0)
-            used[index] = first + projection.numel()
-            right = state[tensor]["right_factor"].view(-1)[first : used[index]]
-            first_column = weight.first_column(distribution.rank.tensor_parallel)
-            first_tensor_rank = distribution.rank.tensor_parallel == 0
-            tensors = Block(
-                matrix=matrix,
-                weight=_rectangle_view(tensor, rectangle),
-                momentum=_rectangle_view(state[tensor]["momentum"], rectangle),
-                right_factor=right.view_as(projection),
-                left_factor=left[
-                    rectangle.column_start - tile.start : rectangle.column_stop - tile.start
-                ],
-                projection=projection,
-                counts_rows=rectangle.column_start == first_column
-                and (weight.partition_dim == 0 or first_tensor_rank),
-            )
-            first_copy = weight.partition_dim is not None or first_tensor_rank
-            held.append(
-                HeldBlock(self.plan.matrices[matrix], rectangle, tensor, tensors, first_copy)
-            )
-        return held
 
 
 @contextmanager
@@ -427,16 +274,3 @@ def _full_float32_products() -> Iterator[None]:
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _has_partial_rows(distribution: Distribution, index: int) -> bool:
-    """Whether tensor-parallel ranks hold different columns of the same rows."""
-    split = distribution.placements[index].weight.partition_dim == 1
-    return split and distribution.grid.tensor_parallel_size > 1
-
-
-def _rectangle_view(tensor: Tensor, rectangle: Rectangle) -> Tensor:
-    """(rows, columns) view of a rectangle's elements in a rank's piece."""
-    flat = tensor.detach().view(-1)
-    part = flat[rectangle.offset : rectangle.offset + rectangle.numel]
-    return part.view(rectangle.rows, rectangle.columns)

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.optimizer.checkpoint import load_sharded_state, sharded_state
-from megatron_dion.optimizer.dion import Dion, Distribution
+from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.routing import weight_of
-from megatron_dion.sharding import Placement
+from megatron_dion.sharding import Groups, Placement
 
 
 class DionDistributedOptimizer(DistributedOptimizer):
@@ -34,7 +35,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
         self._dion: Dion = self.optimizer
         self._dion.distribute(self._distribution(tensor_group))
         self._dion.init_state()
-        self.exchanged_bytes_per_step = self._dion.bytes_per_step
+        self.exchanged_bytes_per_step = self._dion.bytes_per_step()
 
     def _distribution(self, tensor_group: ProcessGroup) -> Distribution:
         """All of Dion's weights in these buffers, in the order that all ranks share."""
@@ -47,7 +48,8 @@ class DionDistributedOptimizer(DistributedOptimizer):
                     tensors[len(placements)] = shards[parameter]
                 placements.append(_placement(buffer, parameter, start, bucket))
         device = torch.device(torch.cuda.current_device())
-        return Distribution(placements, tensors, device, tensor_group, self.data_parallel_group)
+        groups = Groups(tensor_group, self.data_parallel_group)
+        return Distribution(placements, tensors, device, groups)
 
     def _shards(self) -> dict[Parameter, Tensor]:
         """Each parameter's flat float32 piece on this rank."""

@@ -1,15 +1,21 @@
 """Where the rows of logical matrices live, and how the sums of a step cross ranks."""
 
 from megatron_dion.sharding.blocks import Rectangle, rectangles
-from megatron_dion.sharding.exchange import ShardedExchange
+from megatron_dion.sharding.exchange import DTYPES, Groups, ShardedExchange
+from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion.sharding.plan import Grid, Placement, Plan, Rank, make_plan
+from megatron_dion.sharding.plan import Plan, Planner, make_plan
 
 __all__ = [
+    "DTYPES",
     "Grid",
+    "Groups",
+    "Held",
+    "Layout",
     "Part",
     "Placement",
     "Plan",
+    "Planner",
     "Rank",
     "Rectangle",
     "ShardedExchange",

@@ -5,66 +5,31 @@ list of placements, so the plans of all ranks fit each other without a word bein
 any rank of any grid can be planned and tested in one process.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.sharding.blocks import Rectangle, rectangles
-from megatron_dion.sharding.matrices import Weight
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the distributed optimizer keeps a weight: at `start` in a flat bucket.
-
-    Attributes:
-        weight: the weight.
-        start: its first element, counted from the bucket's first.
-        bucket_numel: elements of the bucket, which is cut evenly over the data-parallel ranks.
-    """
-
-    weight: Weight
-    start: int
-    bucket_numel: int
-
-    def piece(self, data_parallel_rank: int, data_parallel_size: int) -> tuple[int, int]:
-        """First and one past last element of the flattened weight that a rank holds."""
-        shard = self.bucket_numel // data_parallel_size
-        numel = self.weight.rows * self.weight.columns
-        first = data_parallel_rank * shard - self.start
-        return min(max(first, 0), numel), min(max(first + shard, 0), numel)
-
-    def holders(self, data_parallel_size: int) -> range:
-        """The data-parallel ranks that hold a piece."""
-        shard = self.bucket_numel // data_parallel_size
-        last = self.start + self.weight.rows * self.weight.columns - 1
-        return range(self.start // shard, last // shard + 1)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Number of ranks that share one set of matrices."""
-
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Coordinates in a `Grid`."""
-
-    tensor_parallel: int = 0
-    data_parallel: int = 0
+from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.sharding.balance import Charge, Charges, divide
+from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows start:stop of the left factor P of one matrix."""
+    """Rows start:stop of something (rows, r) that is summed for a matrix, such as its P.
+
+    Attributes:
+        matrix: index of the matrix.
+        start: first row.
+        stop: one past the last row.
+        charge: index of the charge whose rows these are.
+    """
 
     matrix: int
     start: int
     stop: int
+    charge: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +53,18 @@ class Hop:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """Sums over a grid, first within tensor-parallel groups, then over data-parallel ones.
+
+    So what travels between data-parallel ranks is already summed. The second hop sends from the
+    memory into which the first one sums. Both can be taken backwards, to spread the sums.
+    """
+
+    tensor_hop: Hop
+    data_hop: Hop
+
+
+@dataclass(frozen=True)
 class SharedRow:
     """A row of a matrix whose columns lie on several data-parallel ranks."""
 
@@ -97,203 +74,289 @@ class SharedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank does in a step.
+    """What one rank does in a step of a set of matrices.
 
     Attributes:
-        matrices: all matrices of the set, the same on every rank of the grid.
-        pieces: for each placement the rectangles that this rank holds.
-        first_matrix: for each placement the index of its first matrix.
-        tensor_hop: sums tiles over the tensor-parallel group.
-        data_hop: sums the sums of `tensor_hop` over the data-parallel group, to whole P.
+        rank: the rank.
+        layout: of all matrices.
+        members: the matrices that are stepped, the same on every rank of the grid.
+        held: this rank's blocks; first those whose rows other tensor-parallel ranks have too.
+        charges: who is in charge of their P, the same on every rank.
+        left: sums P.
+        part_sums: sums of what orthonormalizing a divided P needs, one after the other; empty if no
+            P of the set is divided.
+        grams: sums R^T R for the right factor `orth`, otherwise None.
         shared_rows: for each data-parallel peer the rows of which both hold columns.
     """
 
-    matrices: tuple[Matrix, ...]
-    pieces: tuple[tuple[Rectangle, ...], ...]
-    first_matrix: tuple[int, ...]
-    tensor_hop: Hop
-    data_hop: Hop
+    rank: Rank
+    layout: Layout
+    members: tuple[int, ...]
+    held: tuple[Held, ...]
+    charges: Mapping[int, tuple[Charge, ...]]
+    left: Reduction
+    part_sums: tuple[Reduction, ...]
+    grams: Reduction | None
     shared_rows: tuple[tuple[SharedRow, ...], ...]
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.layout.matrices
+
+    def has_partial_rows(self, held: Held) -> bool:
+        """Whether R of a block is a sum over tensor-parallel ranks."""
+        return self.layout.shares_rows(held.placement)
+
+    def gathering(self, matrices: Iterable[int]) -> Reduction:
+        """Brings the sections of some P together on one rank each."""
+        return _reduction(
+            self.layout,
+            self.rank,
+            {
+                k: _Sum(
+                    {charge.rank: (charge.start, charge.stop) for charge in self.charges[k]},
+                    (Charge(k, 0, self.matrices[k].columns, self.charges[k][0].rank),),
+                )
+                for k in matrices
+            },
+        )
+
+
+class Planner:
+    """Plans any rank of a grid.
+
+    Args:
+        placements: the weights, the same list on every rank of the grid.
+        grid: the ranks.
+        config: hyperparameters.
+        sets: indices of placements whose matrices are stepped together, one plan for each set; all
+            in one set by default.
+    """
+
+    def __init__(
+        self,
+        placements: Sequence[Placement],
+        grid: Grid,
+        config: DionConfig,
+        sets: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.layout = Layout(placements, grid, config)
+        self.sets = [tuple(range(len(placements)))] if sets is None else [tuple(s) for s in sets]
+        self.load: dict[Rank, float] = {}
+        self.charges: Charges = {}
+        for index in range(len(self.sets)):
+            self.charges |= divide(self.layout, self.members(index), self.load)
+
+    def members(self, index: int) -> tuple[int, ...]:
+        """The matrices of a set."""
+        layout, chosen = self.layout, set(self.sets[index])
+        firsts = [*layout.first_matrix, len(layout.matrices)]
+        return tuple(
+            matrix
+            for placement in range(len(layout.placements))
+            if placement in chosen
+            for matrix in range(firsts[placement], firsts[placement + 1])
+        )
+
+    def plans(self, rank: Rank) -> list[Plan]:
+        """A rank's plan for each set."""
+        return [self._plan(rank, index) for index in range(len(self.sets))]
+
+    def _plan(self, rank: Rank, index: int) -> Plan:
+        layout, members = self.layout, self.members(index)
+        held = [block for placement in self.sets[index] for block in layout.held(placement, rank)]
+        return Plan(
+            rank=rank,
+            layout=layout,
+            members=members,
+            held=tuple(sorted(held, key=lambda block: not layout.shares_rows(block.placement))),
+            charges=self.charges,
+            left=self._reduction(rank, {k: self._sum_of_left(k) for k in members}),
+            part_sums=self._part_sums(rank, members),
+            grams=self._grams(rank, members),
+            shared_rows=self._shared_rows(rank, held),
+        )
+
+    def _reduction(self, rank: Rank, sums: dict[int, "_Sum"]) -> Reduction:
+        return _reduction(self.layout, rank, sums)
+
+    def _sum_of_left(self, matrix: int) -> "_Sum":
+        return _Sum(self.layout.columns_of_holders[matrix], self.charges[matrix])
+
+    def _part_sums(self, rank: Rank, members: Sequence[int]) -> tuple[Reduction, ...]:
+        """Whoever has rows of a divided P gets the sum of what all of them bring."""
+        config, matrices = self.layout.config, self.layout.matrices
+        divided = [k for k in members if len(self.charges[k]) > 1]
+        if not divided:
+            return ()
+        heights = {
+            k: summed_rows(config.orthonormalizer, matrices[k].rank, config.oversample)
+            for k in divided
+        }
+        phases = len(heights[divided[0]])
+        participants = {k: [charge.rank for charge in self.charges[k]] for k in divided}
+        return tuple(
+            self._reduction(
+                rank, {k: _sum_for_all(k, heights[k][phase], participants[k]) for k in divided}
+            )
+            for phase in range(phases)
+        )
+
+    def _grams(self, rank: Rank, members: Sequence[int]) -> Reduction | None:
+        if self.layout.config.right_factor != "orth":
+            return None
+        matrices = self.layout.matrices
+        holders = self.layout.columns_of_holders
+        sums = {k: _sum_for_all(k, matrices[k].rank, list(holders[k])) for k in members}
+        return self._reduction(rank, sums)
+
+    def _shared_rows(self, rank: Rank, held: Sequence[Held]) -> tuple[tuple[SharedRow, ...], ...]:
+        size = self.layout.grid.data_parallel_size
+        shared: list[set[SharedRow]] = [set() for _ in range(size)]
+        for block in held:
+            if block.rectangle.cut:
+                placement = self.layout.placements[block.placement]
+                start, _ = placement.piece(rank.data_parallel, size)
+                width = placement.weight.columns
+                first = (start + block.rectangle.offset) // width * width
+                for peer in placement.holders(size, first, first + width):
+                    if peer != rank.data_parallel:
+                        shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
+        return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
 
 
 def make_plan(placements: Sequence[Placement], grid: Grid, rank: Rank, config: DionConfig) -> Plan:
-    """Plans one rank's work.
+    """Plans one rank's work on all matrices at once; arguments as for `Planner`."""
+    [plan] = Planner(placements, grid, config).plans(rank)
+    return plan
 
-    Args:
-        placements: the weights of the set, the same list on every rank of the grid.
-        grid: the ranks.
-        rank: this rank.
-        config: gives the matrices' ranks.
+
+@dataclass(frozen=True)
+class _Sum:
+    """Something (rows, r) that is summed for one matrix.
+
+    Attributes:
+        rows_of: for each rank that contributes the hull of its rows.
+        charges: who sums which rows.
     """
-    planner = _Planner(placements, grid, config)
-    return Plan(
-        matrices=planner.matrices,
-        pieces=tuple(planner.piece(index, rank) for index in range(len(placements))),
-        first_matrix=planner.first_matrix,
-        tensor_hop=planner.tensor_hop(rank),
-        data_hop=planner.data_hop(rank),
-        shared_rows=planner.shared_rows(rank),
+
+    rows_of: Mapping[Rank, tuple[int, int]]
+    charges: tuple[Charge, ...]
+
+    @cached_property
+    def by_data_rank(self) -> dict[int, dict[Rank, tuple[int, int]]]:
+        found: dict[int, dict[Rank, tuple[int, int]]] = {}
+        for rank, rows in self.rows_of.items():
+            found.setdefault(rank.data_parallel, {})[rank] = rows
+        return found
+
+    def tile(self, rank: Rank, index: int) -> Tile | None:
+        """What a rank contributes to a charge."""
+        return self._cut([self.rows_of[rank]], index) if rank in self.rows_of else None
+
+    def summed_tile(self, data_rank: int, index: int) -> Tile | None:
+        """What a whole tensor-parallel group contributes to a charge."""
+        return self._cut(self.by_data_rank.get(data_rank, {}).values(), index)
+
+    def _cut(self, rows: Iterable[tuple[int, int]], index: int) -> Tile | None:
+        charge = self.charges[index]
+        clipped = [(max(a, charge.start), min(b, charge.stop)) for a, b in rows]
+        inside = [(a, b) for a, b in clipped if a < b]
+        if not inside:
+            return None
+        start, stop = min(a for a, _ in inside), max(b for _, b in inside)
+        return Tile(charge.matrix, start, stop, index)
+
+
+def _sum_for_all(matrix: int, rows: int, ranks: Sequence[Rank]) -> _Sum:
+    """All of the ranks bring all rows, and each is in charge of as many."""
+    count = min(rows, len(ranks))
+    charges = tuple(
+        Charge(matrix, rows * i // count, rows * (i + 1) // count, ranks[i]) for i in range(count)
+    )
+    return _Sum(dict.fromkeys(ranks, (0, rows)), charges)
+
+
+def _reduction(layout: Layout, rank: Rank, sums: Mapping[int, _Sum]) -> Reduction:
+    """A rank's two hops for the sums of some matrices."""
+    grid, d = layout.grid, rank.data_parallel
+    charges = _in_canonical_order(layout.matrices, sums)
+    near = [  # what this rank's tensor-parallel group brings
+        (charge, tile)
+        for charge, index in charges
+        if d in sums[charge.matrix].by_data_rank
+        and (tile := sums[charge.matrix].summed_tile(d, index)) is not None
+    ]
+    tensor_sums = [
+        (charge, tile)
+        for charge, tile in near
+        if charge.rank.tensor_parallel == rank.tensor_parallel
+    ]
+    mine = [(charge, index) for charge, index in charges if charge.rank == rank]
+    tensor_hop = Hop(
+        sends=_split_by(
+            (
+                (charge.rank.tensor_parallel, tile)
+                for charge, summed in near
+                if (tile := sums[charge.matrix].tile(rank, summed.charge)) is not None
+            ),
+            grid.tensor_parallel_size,
+        ),
+        receives=tuple(
+            tuple(
+                tile
+                for charge, summed in tensor_sums
+                if (tile := sums[charge.matrix].tile(peer, summed.charge)) is not None
+            )
+            for peer in grid.tensor_group(rank)
+        ),
+        sums=tuple(tile for _, tile in tensor_sums),
+    )
+    data_hop = Hop(
+        sends=_split_by(
+            ((charge.rank.data_parallel, tile) for charge, tile in tensor_sums),
+            grid.data_parallel_size,
+        ),
+        receives=_split_by(
+            (
+                (peer, tile)
+                for charge, index in mine
+                for peer in sums[charge.matrix].by_data_rank
+                if (tile := sums[charge.matrix].summed_tile(peer, index)) is not None
+            ),
+            grid.data_parallel_size,
+        ),
+        sums=tuple(Tile(charge.matrix, charge.start, charge.stop, i) for charge, i in mine),
+    )
+    return Reduction(tensor_hop, data_hop)
+
+
+def _in_canonical_order(
+    matrices: Sequence[Matrix], sums: Mapping[int, _Sum]
+) -> list[tuple[Charge, int]]:
+    """All charges: those of a data-parallel rank together, among them equal shapes side by side.
+
+    Sender and receiver pack their tiles in this order.
+    """
+    charges = [
+        (charge, index) for sum_ in sums.values() for index, charge in enumerate(sum_.charges)
+    ]
+    heights = {k: sum_.charges[-1].stop for k, sum_ in sums.items()}
+    return sorted(
+        charges,
+        key=lambda item: (
+            item[0].rank.data_parallel,
+            heights[item[0].matrix],
+            item[0].stop - item[0].start,
+            matrices[item[0].matrix].rank,
+            item[0].matrix,
+            item[1],
+        ),
     )
 
 
-class _Planner:
-    """Answers questions about any rank of the grid."""
-
-    def __init__(self, placements: Sequence[Placement], grid: Grid, config: DionConfig) -> None:
-        self.placements = placements
-        self.grid = grid
-        matrices: list[Matrix] = []
-        first_matrix = []
-        self._placement_of: list[int] = []
-        for index, placement in enumerate(placements):
-            first_matrix.append(len(matrices))
-            found = placement.weight.matrices(config)
-            matrices += found
-            self._placement_of += [index] * len(found)
-        self.matrices = tuple(matrices)
-        self.first_matrix = tuple(first_matrix)
-        self.piece = lru_cache(maxsize=None)(self._piece)
-
-    def _piece(self, placement: int, rank: Rank) -> tuple[Rectangle, ...]:
-        start, stop = self.placements[placement].piece(
-            rank.data_parallel, self.grid.data_parallel_size
-        )
-        return rectangles(self.placements[placement].weight, rank.tensor_parallel, start, stop)
-
-    def _holders(self, matrix: int) -> range:
-        placement = self.placements[self._placement_of[matrix]]
-        return placement.holders(self.grid.data_parallel_size)
-
-    def _is_duplicated(self, matrix: int) -> bool:
-        """Whether every tensor-parallel rank holds the same elements."""
-        return self.placements[self._placement_of[matrix]].weight.partition_dim is None
-
-    @cached_property
-    def charges(self) -> tuple[Rank, ...]:
-        """The rank that orthonormalizes each matrix: among its holders, balanced by operations.
-
-        For a duplicated matrix the tensor-parallel coordinate has no meaning: each rank is in
-        charge of its own copy.
-        """
-        load: dict[Rank, int] = {}
-        charges: dict[int, Rank] = {}
-        for matrix in sorted(range(len(self.matrices)), key=lambda k: (-self._cost(k), k)):
-            duplicated = self._is_duplicated(matrix)
-            tensor_ranks = range(1 if duplicated else self.grid.tensor_parallel_size)
-            candidates = [
-                Rank(t, d)
-                for d in self._holders(matrix)
-                for t in tensor_ranks
-                if self._summed_tile(matrix, Rank(t, d)) is not None
-            ]
-            chosen = min(candidates, key=lambda rank: load.get(rank, 0))
-            charges[matrix] = chosen
-            for t in range(self.grid.tensor_parallel_size if duplicated else 0):
-                busy = Rank(t, chosen.data_parallel)
-                load[busy] = load.get(busy, 0) + self._cost(matrix)
-            if not duplicated:
-                load[chosen] = load.get(chosen, 0) + self._cost(matrix)
-        return tuple(charges[matrix] for matrix in range(len(self.matrices)))
-
-    def _cost(self, matrix: int) -> int:
-        return self.matrices[matrix].columns * self.matrices[matrix].rank ** 2
-
-    def _tile(self, matrix: int, rank: Rank) -> Tile | None:
-        """The rows of P to which a rank contributes: the hull of its columns."""
-        placement = self._placement_of[matrix]
-        part = matrix - self.first_matrix[placement]
-        held = [block for block in self.piece(placement, rank) if block.part == part]
-        if not held:
-            return None
-        start = min(block.column_start for block in held)
-        return Tile(matrix, start, max(block.column_stop for block in held))
-
-    def _summed_tile(self, matrix: int, rank: Rank) -> Tile | None:
-        """The hull of the tiles of a tensor-parallel group."""
-        if self._is_duplicated(matrix):
-            return self._tile(matrix, rank)
-        tiles = self._tiles([matrix], self._tensor_group(rank))
-        if not tiles:
-            return None
-        start = min(tile.start for tile in tiles)
-        return Tile(matrix, start, max(tile.stop for tile in tiles))
-
-    def _tensor_group(self, rank: Rank) -> list[Rank]:
-        return [Rank(t, rank.data_parallel) for t in range(self.grid.tensor_parallel_size)]
-
-    def _data_group(self, rank: Rank) -> list[Rank]:
-        return [Rank(rank.tensor_parallel, d) for d in range(self.grid.data_parallel_size)]
-
-    def _tiles(self, matrices: Iterable[int], ranks: Iterable[Rank]) -> list[Tile]:
-        tiles = (self._tile(matrix, rank) for rank in ranks for matrix in matrices)
-        return [tile for tile in tiles if tile is not None]
-
-    @cached_property
-    def _by_shape(self) -> list[int]:
-        """All matrices, those whose P have the same shape side by side."""
-        shape = [(matrix.columns, matrix.rank) for matrix in self.matrices]
-        return sorted(range(len(self.matrices)), key=lambda k: (shape[k], k))
-
-    def _charged_in_tensor_group(self, peer: Rank, viewer: Rank) -> list[int]:
-        """Matrices of which `peer` sums the tiles that `viewer` holds."""
-        return [
-            matrix
-            for matrix in sorted(self._by_shape, key=lambda k: self.charges[k].data_parallel)
-            if (
-                peer == viewer
-                if self._is_duplicated(matrix)
-                else self.charges[matrix].tensor_parallel == peer.tensor_parallel
-            )
-        ]
-
-    def tensor_hop(self, rank: Rank) -> Hop:
-        group = self._tensor_group(rank)
-        mine = self._charged_in_tensor_group(rank, rank)
-        sums = (self._summed_tile(matrix, rank) for matrix in mine)
-        return Hop(
-            sends=tuple(
-                tuple(self._tiles(self._charged_in_tensor_group(peer, rank), [rank]))
-                for peer in group
-            ),
-            receives=tuple(
-                tuple(self._tiles(self._charged_in_tensor_group(rank, peer), [peer]))
-                for peer in group
-            ),
-            sums=tuple(tile for tile in sums if tile is not None),
-        )
-
-    def data_hop(self, rank: Rank) -> Hop:
-        mine = self._charged_in_tensor_group(rank, rank)
-
-        def tiles(holder: Rank, owner: Rank) -> tuple[Tile, ...]:
-            owned = (k for k in mine if self.charges[k].data_parallel == owner.data_parallel)
-            found = (self._summed_tile(matrix, holder) for matrix in owned)
-            return tuple(tile for tile in found if tile is not None)
-
-        group = self._data_group(rank)
-        return Hop(
-            sends=tuple(tiles(rank, peer) for peer in group),
-            receives=tuple(tiles(peer, rank) for peer in group),
-            sums=tuple(
-                Tile(matrix, 0, self.matrices[matrix].columns)
-                for matrix in mine
-                if self.charges[matrix].data_parallel == rank.data_parallel
-            ),
-        )
-
-    def shared_rows(self, rank: Rank) -> tuple[tuple[SharedRow, ...], ...]:
-        mine = self._cut_rows(rank)
-        return tuple(
-            tuple(sorted(mine & self._cut_rows(peer), key=lambda row: (row.matrix, row.row)))
-            if peer != rank
-            else ()
-            for peer in self._data_group(rank)
-        )
-
-    def _cut_rows(self, rank: Rank) -> set[SharedRow]:
-        return {
-            SharedRow(first + block.part, block.row_start)
-            for placement, first in enumerate(self.first_matrix)
-            for block in self.piece(placement, rank)
-            if block.cut
-        }
+def _split_by(items: Iterable[tuple[int, Tile]], size: int) -> tuple[tuple[Tile, ...], ...]:
+    found: list[list[Tile]] = [[] for _ in range(size)]
+    for index, tile in items:
+        found[index].append(tile)
+    return tuple(tuple(tiles) for tiles in found)

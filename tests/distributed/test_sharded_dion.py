@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.optimizer.dion import Distribution
-from megatron_dion.sharding import Part, Placement, Rank, Rectangle, Weight
+from megatron_dion.optimizer.binding import Distribution
+from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight
 from tests.distributed.world import gloo_world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
@@ -119,7 +119,7 @@ def piece(
 
 def train_shards(
     tp: int, dp: int, shapes: tuple[Shape, ...], config: DionConfig, bucket: int
-) -> list[tuple[str, Rectangle, Tensor, Tensor, Tensor]]:
+) -> list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]:
     """On one rank: ten steps; returns its blocks of weights, momenta and right factors."""
     rank = Rank(dist.get_rank() % tp, dist.get_rank() // tp)
     tensor_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
@@ -143,8 +143,7 @@ def train_shards(
             placements,
             tensors,
             torch.device("cpu"),
-            tensor_groups[rank.data_parallel],
-            data_groups[rank.tensor_parallel],
+            Groups(tensor_groups[rank.data_parallel], data_groups[rank.tensor_parallel]),
         )
     )
     for step in range(1, STEPS + 1):
@@ -154,7 +153,8 @@ def train_shards(
     return [
         (
             *(held.matrix.name, held.rectangle),
-            *(held.tensors.weight, held.tensors.momentum, held.tensors.right_factor),
+            *(held.tensors.weight, held.tensors.momentum, held.tensors.kept_right),
+            held.tensors.kept_columns,
         )
         for held in optimizer.held_blocks()
     ]
@@ -182,10 +182,10 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: float) -> None:
     """Every element is held by some rank, agrees, and is bitwise equal to its other copies."""
-    rights: dict[tuple[str, int], Tensor] = {}
+    rights: dict[tuple[str, int, int], Tensor] = {}
     seen = {name: torch.zeros_like(matrix.weight) for name, matrix in expected.items()}
     for blocks in results:
-        for name, place, weight, momentum, right in blocks:
+        for name, place, weight, momentum, right, columns in blocks:
             want = expected[name]
             rows = slice(place.row_start, place.row_stop)
             held = (rows, slice(place.column_start, place.column_stop))
@@ -193,9 +193,10 @@ def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: floa
             assert _distance(weight, want.weight[held]) < tolerance, name
             assert _distance(momentum, want.momentum[held]) < tolerance, name
             for row, values in enumerate(right, place.row_start):
-                assert torch.equal(rights.setdefault((name, row), values), values), name
+                key = (name, row, columns.start)
+                assert torch.equal(rights.setdefault(key, values), values), name
             # A single column of Q is as ill-conditioned as B's smallest direction; Q P^T is not.
-            assert _distance(right, want.right_factor[rows]) < 100 * tolerance, name
+            assert _distance(right, want.right_factor[rows, columns]) < 100 * tolerance, name
     assert all(count.min() >= 1 for count in seen.values())
 
 

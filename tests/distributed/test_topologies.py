@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.optimizer.dion import HeldBlock
+from megatron_dion.optimizer.binding import HeldBlock
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 
 ITERATIONS = 20

@@ -1,0 +1,52 @@
+"""What turns R = B P into the next right factor Q: column norms, or an orthonormalization.
+
+Both need one small sum over the rows of R, wherever they are: of squares (r,), or of products
+(r, r). These are float64, which holds the square of any float32, so no gradient is too large or too
+small, and makes the sum's order, which depends on the topology, invisible in float32.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+# Directions of R, its columns scaled to norm 1, below the square root of this are damped: float32
+# leaves nothing but rounding there.
+_DAMPING = 1e-12
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Of the columns of (rows, r): (r,) float64."""
+    return rows.double().square_().sum(dim=0)
+
+
+def products(rows: Tensor) -> Tensor:
+    """Of every two columns of (rows, r): (r, r) float64."""
+    rows = rows.double()
+    return rows.mT @ rows
+
+
+def to_unit_columns(norms: Tensor, eps: float) -> Tensor:
+    """The factors (r,) float32 that divide R's columns by their norms (r,) float64 plus eps."""
+    return (1 / (norms + eps)).float()
+
+
+def to_orthonormal_columns(grams: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """For each Gram matrix (r, r) float64 of an R the C (r, r) float32 that makes R C orthonormal.
+
+    R C is the Q of R's QR decomposition with a positive diagonal, up to rounding and damping: no
+    singular value of it exceeds one, and what is lost in R's rounding, or smaller than eps, tends
+    to zero. Batched by shape; equal shapes must stand side by side.
+    """
+    found: list[Tensor] = []
+    for _, same_shape in groupby(grams, key=lambda gram: gram.shape):
+        gram = torch.stack(list(same_shape))  # (batch, r, r)
+        scale = 1 / (gram.diagonal(dim1=1, dim2=2).sqrt() + eps)  # (batch, r)
+        unit = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        unit.diagonal(dim1=1, dim2=2).add_(_DAMPING)
+        upper = torch.linalg.cholesky(unit, upper=True)
+        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(upper, identity, upper=True)  # (batch, r, r)
+        found += (scale.unsqueeze(2) * inverse).float().unbind()
+    return found

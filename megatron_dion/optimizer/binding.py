@@ -1,0 +1,323 @@
+"""Joins parameters, states and buffers to the blocks of which the algorithm knows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dion.algorithm import Block, DionConfig, Matrix
+from megatron_dion.algorithm.counter_random import normal
+from megatron_dion.sharding import (
+    DTYPES,
+    Grid,
+    Groups,
+    Held,
+    Placement,
+    Plan,
+    Planner,
+    Rank,
+    Rectangle,
+    ShardedExchange,
+    Weight,
+)
+
+# Sets of matrices whose steps take turns: one computes while the other communicates.
+_SETS_IN_TURN = 2
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How a set of matrices lies on a grid of ranks, and what this rank holds.
+
+    Attributes:
+        placements: all weights of the set, the same list on every rank of the grid.
+        tensors: by index of the placement, this rank's piece, 1-D float32.
+        device: where this rank's pieces are, or would be if it held any.
+        groups: the ranks. Those of `groups.replicas` have other gradients, of which the mean
+            counts (compressed gradient sync).
+        gradient_scale: multiplies the gradients of a replica before they are averaged.
+    """
+
+    placements: Sequence[Placement]
+    tensors: dict[int, Tensor]
+    device: torch.device
+    groups: Groups = field(default_factory=Groups)
+    gradient_scale: float = 1.0
+
+    @property
+    def grid(self) -> Grid:
+        sizes = (1 if group is None else group.size() for group in self._groups)
+        return Grid(*sizes)
+
+    @property
+    def rank(self) -> Rank:
+        return Rank(*(0 if group is None else group.rank() for group in self._groups))
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas with gradients of their own."""
+        return 1 if self.groups.replicas is None else self.groups.replicas.size()
+
+    @property
+    def _groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
+        return self.groups.tensor, self.groups.data
+
+
+@dataclass(frozen=True)
+class HeldBlock:
+    """A block of a matrix on this rank.
+
+    Attributes:
+        matrix: the matrix.
+        rectangle: which rows and columns of it.
+        parameter: the parameter of `param_groups` that holds it.
+        tensors: weight, momentum and factors.
+        is_first_copy: whether no rank before this one holds the same elements.
+        is_first_of_row: whether no data-parallel rank before this one holds the same rows of Q.
+    """
+
+    matrix: Matrix
+    rectangle: Rectangle
+    parameter: Tensor
+    tensors: Block
+    is_first_copy: bool
+    is_first_of_row: bool
+
+
+@dataclass(frozen=True)
+class StepSet:
+    """What is stepped together.
+
+    Attributes:
+        plan: of this rank.
+        exchange: with the other ranks.
+        held: this rank's blocks.
+    """
+
+    plan: Plan
+    exchange: ShardedExchange
+    held: list[HeldBlock]
+
+
+class Binding:
+    """Views of parameters, states and buffers, block by block, for one set of parameters.
+
+    Args:
+        active: the parameters.
+        distribution: where they are.
+        config: hyperparameters.
+        state: the optimizer's; gets `momentum` and `right_factor` of parameters that have none.
+    """
+
+    def __init__(
+        self,
+        active: Sequence[Tensor],
+        distribution: Distribution,
+        config: DionConfig,
+        state: State,
+    ) -> None:
+        self._active = list(active)
+        self._addresses = [parameter.data_ptr() for parameter in active]
+        self._distribution = distribution
+        self._state = state
+        self._keeps_float32 = config.momentum_dtype == "fp32"
+        compressed, dense = _by_gradient_sync(distribution, config)
+        self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
+        sets = [*_sets_in_turn(distribution, compressed), *_sets_in_turn(distribution, dense)]
+        planner = Planner(distribution.placements, distribution.grid, config, sets)
+        plans = planner.plans(distribution.rank)
+        for index, tensor in distribution.tensors.items():
+            if not state[tensor]:
+                state[tensor].update(_first_state(index, tensor, plans, config))
+        self.sets: list[StepSet] = []
+        first_in_state: dict[int, int] = {}
+        for indices, plan in zip(sets, plans, strict=True):
+            groups = distribution.groups
+            if distribution.replicas > 1 and indices[0] in dense:
+                groups = Groups(groups.tensor, groups.data)
+            exchange = ShardedExchange(plan, groups, distribution.device)
+            held = [
+                self._hold(block, left, projection, plan, first_in_state)
+                for block, left, projection in zip(
+                    plan.held, exchange.lefts, exchange.projections, strict=True
+                )
+            ]
+            self.sets.append(StepSet(plan, exchange, held))
+
+    @property
+    def held(self) -> list[HeldBlock]:
+        return [block for chosen in self.sets for block in chosen.held]
+
+    def is_of(self, active: Sequence[Tensor]) -> bool:
+        """Whether these are the bound parameters, still in the same memory."""
+        same = len(active) == len(self._active)
+        return (
+            same
+            and all(a is b for a, b in zip(active, self._active, strict=True))
+            and [parameter.data_ptr() for parameter in active] == self._addresses
+        )
+
+    def add_gradients(self) -> None:
+        """Makes every block's `total` B = M + G.
+
+        Where M is not kept in float32, B takes the memory of the gradient.
+        """
+        if not self._active:
+            return
+        self._average(self._dense, [_gradient(parameter) for parameter in self._dense])
+        scale = self._distribution.gradient_scale
+        momenta = [self._state[parameter]["momentum"] for parameter in self._active]
+        gradients = [_gradient(parameter) for parameter in self._active]
+        if self._keeps_float32:
+            torch._foreach_add_(momenta, gradients, alpha=scale)
+            return
+        if scale != 1:
+            torch._foreach_mul_(gradients, scale)
+        torch._foreach_add_(gradients, momenta)
+        for block in self.held:
+            block.tensors.total = _rectangle_view(_gradient(block.parameter), block.rectangle)
+
+    def recentre(self) -> None:
+        """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
+        drifting = [
+            parameter for parameter in self._active if all(parameter is not p for p in self._dense)
+        ]
+        self._average(drifting, [self._state[parameter]["momentum"] for parameter in drifting])
+
+    def _average(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Averages over replicas, in place."""
+        if self._distribution.replicas == 1 or not parameters:
+            return
+        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+        dist.all_reduce(flat, group=self._distribution.groups.replicas)
+        flat /= self._distribution.replicas
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(
+            list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+        )
+
+    def _hold(
+        self,
+        block: Held,
+        left: Tensor,
+        projection: Tensor,
+        plan: Plan,
+        first_in_state: dict[int, int],
+    ) -> HeldBlock:
+        distribution, layout = self._distribution, plan.layout
+        rank, rectangle = distribution.rank, block.rectangle
+        tensor = distribution.tensors[block.placement]
+        weight = distribution.placements[block.placement].weight
+        kept_columns = layout.share(block.placement, projection.shape[1], rank)
+        kept_right = _take(
+            self._state[tensor]["right_factor"],
+            (rectangle.rows, kept_columns.stop - kept_columns.start),
+            first_in_state,
+            block.placement,
+        )
+        is_whole = not layout.shares_rows(block.placement)
+        momentum = _rectangle_view(self._state[tensor]["momentum"], rectangle)
+        is_first_of_row = rectangle.column_start == weight.first_column(rank.tensor_parallel)
+        counted = layout.share(block.placement, rectangle.rows, rank)
+        tensors = Block(
+            matrix=block.matrix,
+            weight=_rectangle_view(tensor, rectangle),
+            total=momentum,
+            momentum=momentum,
+            right_factor=kept_right
+            if is_whole and kept_right.dtype == torch.float32
+            else projection,
+            kept_right=kept_right,
+            kept_columns=kept_columns,
+            left_factor=left,
+            projection=projection,
+            multiplied=block.multiplied,
+            counted=counted if is_first_of_row else slice(0, 0),
+        )
+        return HeldBlock(
+            matrix=plan.matrices[block.matrix],
+            rectangle=rectangle,
+            parameter=tensor,
+            tensors=tensors,
+            is_first_copy=not layout.is_duplicated(block.placement) or rank.tensor_parallel == 0,
+            is_first_of_row=is_first_of_row,
+        )
+
+
+def compression_pays(weight: Weight, config: DionConfig) -> bool:
+    """Whether P and R of a weight's matrices are smaller than its gradient."""
+    matrices = weight.matrices(config)
+    compressed = sum((m.rows + m.columns) * m.rank for m in matrices)
+    return compressed < sum(m.rows * m.columns for m in matrices)
+
+
+def _by_gradient_sync(
+    distribution: Distribution, config: DionConfig
+) -> tuple[list[int], list[int]]:
+    """Placements whose replicas average P and R, and those whose replicas average gradients."""
+    everything = list(range(len(distribution.placements)))
+    if distribution.replicas == 1:
+        return everything, []
+    pays = [compression_pays(placement.weight, config) for placement in distribution.placements]
+    return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
+
+
+def _sets_in_turn(distribution: Distribution, indices: Sequence[int]) -> list[list[int]]:
+    """Weights of the same shape alternate, so that every rank has some of each set."""
+    if not indices:
+        return []
+    if distribution.grid.size * distribution.replicas == 1:
+        return [list(indices)]
+
+    def shape(index: int) -> tuple[int, int]:
+        weight = distribution.placements[index].weight
+        return weight.global_rows, weight.global_columns
+
+    ordered = sorted(indices, key=lambda index: (shape(index), index))
+    sets = [sorted(ordered[turn::_SETS_IN_TURN]) for turn in range(_SETS_IN_TURN)]
+    return [chosen for chosen in sets if chosen]
+
+
+def _first_state(
+    index: int, tensor: Tensor, plans: Sequence[Plan], config: DionConfig
+) -> dict[str, Tensor]:
+    """Zero momentum, and what this rank keeps of the first right factors."""
+    factors = []
+    for plan in plans:
+        for block in plan.held:
+            if block.placement == index:
+                matrix, place = plan.matrices[block.matrix], block.rectangle
+                rows = torch.arange(place.row_start, place.row_stop, device=tensor.device)
+                values = normal(config.seed, f"{matrix.name}/right_factor", rows, matrix.rank)
+                kept = plan.layout.share(index, matrix.rank, plan.rank)
+                # (rows, kept columns), columns of about unit norm
+                factors.append(values[:, kept] / matrix.rows**0.5)
+    right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
+    return {
+        "momentum": torch.zeros_like(tensor, dtype=DTYPES[config.momentum_dtype]),
+        "right_factor": right.to(DTYPES[config.factor_dtype]).contiguous(),
+    }
+
+
+def _take(memory: Tensor, shape: tuple[int, int], first: dict[int, int], placement: int) -> Tensor:
+    """The next (rows, columns) of a weight's state."""
+    start = first.get(placement, 0)
+    first[placement] = start + shape[0] * shape[1]
+    return memory.view(-1)[start : first[placement]].view(shape)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _rectangle_view(tensor: Tensor, rectangle: Rectangle) -> Tensor:
+    """(rows, columns) view of a rectangle's elements in a rank's piece."""
+    flat = tensor.detach().view(-1)
+    part = flat[rectangle.offset : rectangle.offset + rectangle.numel]
+    return part.view(rectangle.rows, rectangle.columns)
