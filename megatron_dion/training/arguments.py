@@ -6,7 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_dion.algorithm import ORTHONORMALIZERS, SCALE_MODES, DionConfig
+from megatron_dion.algorithm import (
+    DTYPES,
+    ORTHONORMALIZERS,
+    RIGHT_FACTORS,
+    SCALE_MODES,
+    DionConfig,
+)
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 from megatron_dion.platforms import DEVICES
 from megatron_dion.training.errors import ConfigurationError
@@ -51,6 +57,9 @@ DION_DEFAULTS: dict[str, Any] = {
     "dion_exclude": [],
     "dion_scalar_optimizer": "adam",
     "dion_scalar_lr_mult": 1.0,
+    "dion_compressed_sync": False,
+    "dion_recenter_interval": None,
+    "dion_print_plan": False,
 }
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -201,6 +210,23 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         help="added to column norms before dividing by them",
     )
     group.add_argument(
+        "--dion-right-factor",
+        choices=RIGHT_FACTORS,
+        default=defaults.right_factor,
+        help="normalize the columns of the right factor, as the paper does, or orthonormalize them",
+    )
+    for name, what in (
+        ("momentum", "momentum is stored"),
+        ("factor", "right factors are stored"),
+        ("comm", "factors travel between ranks"),
+    ):
+        group.add_argument(
+            f"--dion-{name}-dtype",
+            choices=DTYPES,
+            default=getattr(defaults, f"{name}_dtype"),
+            help=f"in which {what}; all arithmetic is in fp32",
+        )
+    group.add_argument(
         "--dion-split",
         type=_split,
         default=DION_DEFAULTS["dion_split"],
@@ -232,6 +258,25 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DION_DEFAULTS["dion_scalar_lr_mult"],
         help="multiplies the learning rate of the scalar optimizer",
+    )
+    group.add_argument(
+        "--dion-compressed-sync",
+        action="store_true",
+        help="average low-rank factors in place of gradients over the distributed-optimizer"
+        " instances (--num-distributed-optimizer-instances), where they are smaller",
+    )
+    group.add_argument(
+        "--dion-recenter-interval",
+        type=int,
+        default=DION_DEFAULTS["dion_recenter_interval"],
+        metavar="N",
+        help="with --dion-compressed-sync, replace the instances' momenta by their mean every N"
+        " iterations",
+    )
+    group.add_argument(
+        "--dion-print-plan",
+        action="store_true",
+        help="print what each rank holds, sends, sums and orthonormalizes in a step",
     )
 
 

@@ -306,7 +306,7 @@ def test_closure_computes_gradients_and_its_loss_is_returned() -> None:
 
 
 def test_nothing_is_sent_by_a_single_process() -> None:
-    assert Dion(parameters(SHAPES)).bytes_per_step == 0
+    assert Dion(parameters(SHAPES)).bytes_per_step() == 0
 
 
 def test_gradients_are_not_changed() -> None:
