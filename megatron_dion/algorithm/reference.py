@@ -1,7 +1,8 @@
 """Dion on whole matrices in float64, one at a time: what every other path is tested against.
 
 Written to be compared with the paper line by line (applied to the transpose, docs/design.md says
-why), and on purpose sharing nothing with `step` but the definition of the first right factor.
+why), and on purpose sharing nothing with `step` but the definition of the first right factor and
+the size of the damping.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import normal
+from megatron_dion.algorithm.right_factor import DAMPING
 
 
 @dataclass
@@ -49,8 +51,9 @@ class ReferenceMatrix:
         self.momentum = b - (1 - config.momentum) * r @ p.T
         norms = r.norm(dim=0)  # (r,)
         if config.right_factor == "orth":
-            q, u = torch.linalg.qr(r)
-            q = q * torch.where(u.diagonal() < 0, -1.0, 1.0)
+            damped = torch.cat([r / (norms.max() + config.eps), DAMPING * torch.eye(r.shape[1])])
+            q, u = torch.linalg.qr(damped)  # (m + r, r), (r, r)
+            q = (q * torch.where(u.diagonal() < 0, -1.0, 1.0))[:m]
         else:
             q = r / (norms + config.eps)  # (m, r)
         self.weight = (1 - lr * weight_decay) * self.weight - lr * config.scale(m, n) * q @ p.T

@@ -11,9 +11,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Directions of R, its columns scaled to norm 1, below the square root of this are damped: float32
-# leaves nothing but rounding there.
-_DAMPING = 1e-12
+DAMPING = 1e-6
+"""Directions of R smaller than this share of its largest column are damped: float32 leaves little
+but rounding there, and orthonormalizing would make an update of it."""
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -35,18 +35,20 @@ def to_unit_columns(norms: Tensor, eps: float) -> Tensor:
 def to_orthonormal_columns(grams: Sequence[Tensor], eps: float) -> list[Tensor]:
     """For each Gram matrix (r, r) float64 of an R the C (r, r) float32 that makes R C orthonormal.
 
-    R C is the Q of R's QR decomposition with a positive diagonal, up to rounding and damping: no
-    singular value of it exceeds one, and what is lost in R's rounding, or smaller than eps, tends
-    to zero. Batched by shape; equal shapes must stand side by side.
+    R C is the Q of the QR decomposition with a positive diagonal of [R / s; DAMPING I], the rows of
+    R of it, where s is R's largest column norm plus eps. So no singular value exceeds one, and what
+    is lost in R's rounding, or smaller than eps, tends to zero. Batched by shape; equal shapes must
+    stand side by side.
     """
     found: list[Tensor] = []
     for _, same_shape in groupby(grams, key=lambda gram: gram.shape):
         gram = torch.stack(list(same_shape))  # (batch, r, r)
-        scale = 1 / (gram.diagonal(dim1=1, dim2=2).sqrt() + eps)  # (batch, r)
-        unit = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        unit.diagonal(dim1=1, dim2=2).add_(_DAMPING)
+        largest = gram.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() + eps  # (batch,)
+        scale = (1 / largest).view(-1, 1, 1)
+        unit = gram * scale * scale
+        unit.diagonal(dim1=1, dim2=2).add_(DAMPING**2)
         upper = torch.linalg.cholesky(unit, upper=True)
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(upper, identity, upper=True)  # (batch, r, r)
-        found += (scale.unsqueeze(2) * inverse).float().unbind()
+        found += (scale * inverse).float().unbind()
     return found

@@ -23,6 +23,7 @@ from megatron_dion.sharding import (
     ShardedExchange,
     Weight,
 )
+from megatron_dion.sharding.traffic import bytes_sent
 
 # Sets of matrices whose steps take turns: one computes while the other communicates.
 _SETS_IN_TURN = 2
@@ -97,11 +98,13 @@ class StepSet:
         plan: of this rank.
         exchange: with the other ranks.
         held: this rank's blocks.
+        replicas: number of replicas that average P and R.
     """
 
     plan: Plan
     exchange: ShardedExchange
     held: list[HeldBlock]
+    replicas: int
 
 
 class Binding:
@@ -137,9 +140,9 @@ class Binding:
         self.sets: list[StepSet] = []
         first_in_state: dict[int, int] = {}
         for indices, plan in zip(sets, plans, strict=True):
-            groups = distribution.groups
-            if distribution.replicas > 1 and indices[0] in dense:
-                groups = Groups(groups.tensor, groups.data)
+            groups, replicas = distribution.groups, distribution.replicas
+            if indices[0] in dense:
+                groups, replicas = Groups(groups.tensor, groups.data), 1
             exchange = ShardedExchange(plan, groups, distribution.device)
             held = [
                 self._hold(block, left, projection, plan, first_in_state)
@@ -147,11 +150,19 @@ class Binding:
                     plan.held, exchange.lefts, exchange.projections, strict=True
                 )
             ]
-            self.sets.append(StepSet(plan, exchange, held))
+            self.sets.append(StepSet(plan, exchange, held, replicas))
 
     @property
     def held(self) -> list[HeldBlock]:
         return [block for chosen in self.sets for block in chosen.held]
+
+    def bytes_per_step(self) -> int:
+        """Bytes that this rank sends to others in a step, in the gradients of replicas too."""
+        replicas = self._distribution.replicas
+        gradients = 4 * sum(parameter.numel() for parameter in self._dense)
+        return 2 * gradients * (replicas - 1) // replicas + sum(
+            sum(bytes_sent(chosen.plan, chosen.replicas).values()) for chosen in self.sets
+        )
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
         """Whether these are the bound parameters, still in the same memory."""
@@ -182,7 +193,7 @@ class Binding:
         for block in self.held:
             block.tensors.total = _rectangle_view(_gradient(block.parameter), block.rectangle)
 
-    def recentre(self) -> None:
+    def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
         drifting = [
             parameter for parameter in self._active if all(parameter is not p for p in self._dense)

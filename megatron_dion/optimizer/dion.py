@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_dion.algorithm import DionConfig, dion_step, interleave
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet
 from megatron_dion.sharding import Placement, Plan, Weight
-from megatron_dion.sharding.traffic import bytes_sent
 
 _DEFAULTS = DionConfig()
 
@@ -109,12 +108,11 @@ class Dion(torch.optim.Optimizer):
 
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step."""
-        replicas = 1 if self._distribution is None else self._distribution.replicas
-        return sum(sum(bytes_sent(plan, replicas).values()) for plan in self.plans())
+        return self._bind(self._parameters()).bytes_per_step()
 
-    def recentre(self) -> None:
+    def recenter(self) -> None:
         """Makes the momenta of replicas with compressed gradient sync equal: their mean."""
-        self._bind(self._parameters()).recentre()
+        self._bind(self._parameters()).recenter()
 
     def held_blocks(self) -> list[HeldBlock]:
         """Every block on this rank, with its state."""
@@ -214,8 +212,13 @@ class Dion(torch.optim.Optimizer):
             id(parameter): group for group in self.param_groups for parameter in group["params"]
         }
 
+    @property
+    def number_of_steps(self) -> int:
+        """Steps taken so far."""
+        return max(group["step"] for group in self.param_groups)
+
     def _count_step(self) -> int:
-        number = max(group["step"] for group in self.param_groups) + 1
+        number = self.number_of_steps + 1
         for group in self.param_groups:
             group["step"] = number
         return number

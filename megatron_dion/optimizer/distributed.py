@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.optimizer.checkpoint import load_sharded_state, sharded_state
+from megatron_dion.optimizer.compressed_sync import norm_keeping_sketch
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.routing import weight_of
 from megatron_dion.sharding import Groups, Placement
@@ -24,11 +25,23 @@ class DionDistributedOptimizer(DistributedOptimizer):
 
     Args:
         tensor_group: tensor-parallel group of the matrices.
+        replicas: with compressed gradient sync, the ranks that hold the same pieces in all
+            instances of the distributed optimizer.
+        recenter_interval: steps after which the replicas' momenta are replaced by their mean.
         *args, **kwargs: as for `DistributedOptimizer`.
     """
 
-    def __init__(self, *args: Any, tensor_group: ProcessGroup, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        tensor_group: ProcessGroup,
+        replicas: ProcessGroup | None = None,
+        recenter_interval: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._replicas = replicas
+        self._recenter_interval = recenter_interval
         self.exchanged_bytes_per_step = 0
         if self.is_stub_optimizer:
             return
@@ -48,8 +61,15 @@ class DionDistributedOptimizer(DistributedOptimizer):
                     tensors[len(placements)] = shards[parameter]
                 placements.append(_placement(buffer, parameter, start, bucket))
         device = torch.device(torch.cuda.current_device())
-        groups = Groups(tensor_group, self.data_parallel_group)
-        return Distribution(placements, tensors, device, groups)
+        groups = Groups(tensor_group, self.data_parallel_group, self._replicas)
+        return Distribution(placements, tensors, device, groups, self._gradient_scale)
+
+    @property
+    def _gradient_scale(self) -> float:
+        """What makes the mean over replicas of their gradients the gradient of the batch."""
+        if self._replicas is None or self.ddp_config.average_in_collective:
+            return 1.0
+        return float(self._replicas.size())  # they are parts of a sum
 
     def _shards(self) -> dict[Parameter, Tensor]:
         """Each parameter's flat float32 piece on this rank."""
@@ -72,6 +92,32 @@ class DionDistributedOptimizer(DistributedOptimizer):
         if not self.is_stub_optimizer and not self.grad_scaler:
             self._dion.check_gradients()
         return found_inf
+
+    def _unscale_main_grads_and_check_for_nan(self) -> bool:
+        """As the base class; no replica may skip a step alone."""
+        found_inf = super()._unscale_main_grads_and_check_for_nan()
+        if self._replicas is None:
+            return found_inf
+        torch.distributed.all_reduce(
+            self.found_inf, torch.distributed.ReduceOp.MAX, group=self._replicas
+        )
+        return bool(self.found_inf.item() > 0)
+
+    def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
+        """Tensors with the norm of the gradients; of the mean gradient, a sketch."""
+        gradients = super().get_grads_for_grad_norm(grad_norm_group)
+        if self._replicas is None or grad_norm_group is not None or self.is_stub_optimizer:
+            return gradients
+        seed, step = self._dion.config.seed, self._dion.number_of_steps
+        return [norm_keeping_sketch(gradients, self._replicas, self._gradient_scale, seed, step)]
+
+    def step_with_ready_grads(self) -> bool:
+        """As the base class; from time to time makes the momenta of replicas equal."""
+        success = super().step_with_ready_grads()
+        interval = self._recenter_interval
+        if not self.is_stub_optimizer and interval and self._dion.number_of_steps % interval == 0:
+            self._dion.recenter()
+        return success
 
     def start_param_sync_for_bucket_group_subset(self) -> None:
         """Gathers the updated parameters of this optimizer's own buckets.
@@ -106,6 +152,8 @@ class DionDistributedOptimizer(DistributedOptimizer):
         """
         if self.is_stub_optimizer:
             return {}
+        if not is_loading:
+            self._dion.recenter()  # the saved momentum is the mean of all replicas'
         blocks = self._dion.held_blocks()
         return {
             **self.state_dict(),

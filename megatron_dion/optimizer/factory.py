@@ -18,9 +18,11 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig
+from megatron_dion.optimizer.compressed_sync import keep_gradients_apart
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.routing import DION, RoutingTable, build_routing_table, weight_of
@@ -63,6 +65,8 @@ def get_megatron_dion_optimizer(
     dion_config: DionConfig,
     scalar_optimizer: str = "adam",
     scalar_lr_mult: float = 1.0,
+    compressed_sync: bool = False,
+    recenter_interval: int | None = None,
     config_overrides: Overrides | None = None,
     use_gloo_process_groups: bool = True,
     pg_collection: ProcessGroupCollection | None = None,
@@ -75,6 +79,9 @@ def get_megatron_dion_optimizer(
         dion_config: Dion's hyperparameters.
         scalar_optimizer: `adam` or `lion`, for everything that is not a linear layer's matrix.
         scalar_lr_mult: its learning rate as a multiple of the matrices'.
+        compressed_sync: average P and R, not gradients, over instances of the distributed
+            optimizer, where these are smaller.
+        recenter_interval: with it, steps between averagings of the instances' momenta.
         config_overrides: Megatron's overrides of learning rate and weight decay per parameter.
         use_gloo_process_groups: as for Megatron's function.
         pg_collection: as for Megatron's function.
@@ -91,20 +98,29 @@ def get_megatron_dion_optimizer(
     # Megatron looks up state names by this name, and a chain must have one config.
     config = copy.copy(config)
     config.optimizer = scalar_optimizer
+    groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
+        pg_collection, model_chunks, use_gloo_process_groups
+    )
+    replicas = groups["inter_dist_opt_group"] if compressed_sync else None
+    if compressed_sync:
+        if replicas is None or replicas.size() == 1:
+            raise ValueError("compressed_sync needs several instances of the distributed optimizer")
+        keep_gradients_apart(model_chunks)
     builder = _Builder(
         config,
         model_chunks,
         {**config_overrides, **_routes(config, scalar_lr_mult)},
-        ProcessGroupCollection.setup_process_groups_for_optimizer(
-            pg_collection, model_chunks, use_gloo_process_groups
-        ),
+        groups,
         pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
     )
     scalar = [builder.scalar(experts) for experts in builder.kinds(is_dion=False)]
     scaler = scalar[0].grad_scaler
     for optimizer in scalar:
         optimizer.grad_scaler = scaler
-    dion = [builder.dion(experts, dion_config, scaler) for experts in builder.kinds(is_dion=True)]
+    dion = [
+        builder.dion(experts, dion_config, scaler, replicas, recenter_interval)
+        for experts in builder.kinds(is_dion=True)
+    ]
     chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
     chain.exchanged_bytes_per_step = _sum_over_ranks(
@@ -159,7 +175,12 @@ class _Builder:
         return [experts for experts in (False, True) if self._param_groups(is_dion, experts)]
 
     def dion(
-        self, experts: bool, dion_config: DionConfig, grad_scaler: MegatronGradScaler | None
+        self,
+        experts: bool,
+        dion_config: DionConfig,
+        grad_scaler: MegatronGradScaler | None,
+        replicas: ProcessGroup | None,
+        recenter_interval: int | None,
     ) -> DionDistributedOptimizer:
         tensor_group = self._pg_collection.expt_tp if experts else self._pg_collection.tp
         inner = Dion(
@@ -177,6 +198,8 @@ class _Builder:
             per_model_buffers=self._buffers(True, experts),
             distributed_optimizer_instance_id=self._instance(),
             tensor_group=tensor_group,
+            replicas=replicas,
+            recenter_interval=recenter_interval,
             **self._data_parallel(experts),
         )
         optimizer.grad_stats_parallel_group = self._groups["intra_dist_opt_group"]

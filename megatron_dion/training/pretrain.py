@@ -113,6 +113,8 @@ def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
             dion_config_from_args(args),
             scalar_optimizer=args.dion_scalar_optimizer,
             scalar_lr_mult=args.dion_scalar_lr_mult,
+            compressed_sync=args.dion_compressed_sync,
+            recenter_interval=args.dion_recenter_interval,
             **options,
         )
         with _in_one_line("--dion-include, --dion-exclude"):

@@ -120,6 +120,29 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
         )
 
 
+def check_compressed_sync(args: argparse.Namespace) -> None:
+    """It averages over instances, so there must be several."""
+    if args.dion_compressed_sync and args.num_distributed_optimizer_instances < 2:
+        raise ConfigurationError(
+            "--dion-compressed-sync averages over the instances of the distributed optimizer, and "
+            f"--num-distributed-optimizer-instances is {args.num_distributed_optimizer_instances}: "
+            "give at least 2"
+        )
+    interval = args.dion_recenter_interval
+    if interval is None:
+        return
+    if not args.dion_compressed_sync:
+        raise ConfigurationError(
+            f"--dion-recenter-interval {interval} has no effect without --dion-compressed-sync: "
+            "add it or leave the interval out"
+        )
+    if interval < 1:
+        raise ConfigurationError(
+            f"--dion-recenter-interval must be a number of iterations, not {interval}: give at "
+            "least 1, or leave it out to recenter only when a checkpoint is saved"
+        )
+
+
 def check_checkpoint_exists(args: argparse.Namespace) -> None:
     """Megatron starts from random weights where there is nothing to load."""
     for flag, folder in (
@@ -240,6 +263,7 @@ def check_splits(args: argparse.Namespace) -> None:
 CHECKS: tuple[Check, ...] = (
     check_dion_hyperparameters,
     check_dion_surroundings,
+    check_compressed_sync,
     check_evaluation,
     check_schedule,
     check_data_mode,

@@ -1,7 +1,12 @@
 """Dion on shards of any grid of ranks against the dense float64 reference. Without Megatron."""
 
 import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -117,59 +122,167 @@ def piece(
     return shape.local(whole, tp, rank.tensor_parallel).flatten()[start:stop].clone()
 
 
-def train_shards(
-    tp: int, dp: int, shapes: tuple[Shape, ...], config: DionConfig, bucket: int
-) -> list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]:
-    """On one rank: ten steps; returns its blocks of weights, momenta and right factors."""
-    rank = Rank(dist.get_rank() % tp, dist.get_rank() // tp)
-    tensor_groups = [dist.new_group([d * tp + t for t in range(tp)]) for d in range(dp)]
-    data_groups = [dist.new_group([d * tp + t for d in range(dp)]) for t in range(tp)]
-    placements = place(shapes, tp, dp, bucket)
+@dataclass(frozen=True)
+class World:
+    """Ranks: tensor-parallel ones side by side, then data-parallel ones, then replicas."""
 
-    def pieces(seed: int) -> dict[int, Tensor]:
-        wholes = values(shapes, seed)
+    tp: int
+    dp: int
+    replicas: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.dp * self.replicas
+
+    def join(self) -> tuple[Rank, int, Groups]:
+        """On a rank: its coordinates, its replica, its groups."""
+        ranks = torch.arange(self.size).view(self.replicas, self.dp, self.tp)
+        mine = dist.get_rank()
+        replica, d, t = (int(i) for i in (ranks == mine).nonzero()[0])
+        lines = [*ranks.flatten(0, 1), *ranks.mT.flatten(0, 1), *ranks.flatten(1).T]
+        groups = [dist.new_group(line.tolist()) for line in lines]
+        mine_in = [group for line, group in zip(lines, groups, strict=True) if mine in line]
+        return Rank(t, d), replica, Groups(*mine_in)
+
+
+@dataclass
+class Result:
+    """What a rank reports.
+
+    Attributes:
+        blocks: matrix, place, weight, momentum, right factor and which columns of it are kept.
+        sent: bytes that the last step handed to collectives for other ranks.
+        planned: the same as the plan says.
+        state_bytes: of momenta and right factors.
+        fallbacks: to Householder QR.
+        charges: for each matrix the number of ranks that share its P.
+    """
+
+    blocks: list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]
+    sent: int
+    planned: int
+    state_bytes: int
+    fallbacks: int
+    charges: dict[str, int]
+
+
+def train_shards(
+    world: World,
+    shapes: tuple[Shape, ...],
+    config: DionConfig,
+    bucket: int,
+    gradients_of: Callable[[tuple[Shape, ...], int], dict[str, Tensor]] = values,
+) -> Result:
+    """On one rank: ten steps."""
+    rank, replica, groups = world.join()
+    placements = place(shapes, world.tp, world.dp, bucket)
+
+    def pieces(wholes: dict[str, Tensor]) -> dict[int, Tensor]:
         found = {
-            index: piece(shape, placements[index], wholes[shape.name], tp, dp, rank)
+            index: piece(shape, placements[index], wholes[shape.name], world.tp, world.dp, rank)
             for index, shape in enumerate(shapes)
         }
         return {index: tensor for index, tensor in found.items() if tensor is not None}
 
-    tensors = pieces(seed=0)
+    tensors = pieces(values(shapes, seed=0))
     optimizer = Dion(
         [{"params": list(tensors.values())}], lr=LR, weight_decay=WEIGHT_DECAY, **vars(config)
     )
-    optimizer.distribute(
-        Distribution(
-            placements,
-            tensors,
-            torch.device("cpu"),
-            Groups(tensor_groups[rank.data_parallel], data_groups[rank.tensor_parallel]),
-        )
-    )
+    optimizer.distribute(Distribution(placements, tensors, torch.device("cpu"), groups))
+    sent = 0
     for step in range(1, STEPS + 1):
-        for index, gradient in pieces(seed=step).items():
+        wholes = gradients_of(shapes, step)
+        for name, difference in differences(shapes, step, replica, world.replicas).items():
+            wholes[name] = wholes[name] + difference
+        for index, gradient in pieces(wholes).items():
             tensors[index].grad = gradient
-        optimizer.step()
-    return [
-        (
-            *(held.matrix.name, held.rectangle),
-            *(held.tensors.weight, held.tensors.momentum, held.tensors.kept_right),
-            held.tensors.kept_columns,
-        )
-        for held in optimizer.held_blocks()
-    ]
+        with counted_bytes() as counter:
+            optimizer.step()
+        sent = counter.total()
+    [state] = [optimizer.state.values()]
+    return Result(
+        blocks=[
+            (
+                *(held.matrix.name, held.rectangle),
+                *(held.tensors.weight, held.tensors.momentum, held.tensors.kept_right),
+                held.tensors.kept_columns,
+            )
+            for held in optimizer.held_blocks()
+        ],
+        sent=sent,
+        planned=optimizer.bytes_per_step(),
+        state_bytes=sum(t.nbytes for tensors in state for t in tensors.values()),
+        fallbacks=optimizer.fallbacks,
+        charges={
+            plan.matrices[k].name: len(plan.charges[k])
+            for plan in optimizer.plans()
+            for k in plan.members
+        },
+    )
+
+
+def differences(
+    shapes: tuple[Shape, ...], step: int, replica: int, replicas: int
+) -> dict[str, Tensor]:
+    """What makes the gradients of a replica another one; zero in the mean."""
+    if replicas == 1:
+        return {}
+    drawn = [values(shapes, 1000 * step + i) for i in range(replicas)]
+    return {
+        shape.name: 2 * (drawn[replica][shape.name] - sum(d[shape.name] for d in drawn) / replicas)
+        for shape in shapes
+    }
+
+
+@contextmanager
+def counted_bytes() -> Iterator[Counter[str]]:
+    """Counts the bytes that this rank hands to collectives for others, as rings send them."""
+    sent: Counter[str] = Counter()
+
+    def ring(name: str, factor: int) -> Callable[..., Any]:
+        stock = getattr(dist, name)
+
+        def counting(*args: Any, group: Any, **options: Any) -> Any:
+            tensor = args[0] if name == "all_reduce" else args[1]
+            share = (group.size() - 1) / (group.size() if name == "all_reduce" else 1)
+            sent[name] += int(factor * tensor.nbytes * share)
+            return stock(*args, group=group, **options)
+
+        return counting
+
+    def all_to_all(received: Tensor, given: Tensor, *sizes: list[int], **options: Any) -> Any:
+        sent["all_to_all"] += (sum(sizes[1]) - sizes[1][options["group"].rank()]) * given.itemsize
+        return stock_all_to_all(received, given, *sizes, **options)
+
+    stock_all_to_all = dist.all_to_all_single
+    with (
+        mock.patch.object(dist, "all_reduce", ring("all_reduce", 2)),
+        mock.patch.object(dist, "all_gather_into_tensor", ring("all_gather_into_tensor", 1)),
+        mock.patch.object(dist, "all_to_all_single", all_to_all),
+    ):
+        yield sent
+
+
+def run(world: World, *args: Any) -> list[Result]:
+    """Ten steps in a world; what is sent must be what is planned."""
+    results = gloo_world(world.size, train_shards, world, *args)
+    for result in results:
+        assert result.sent == result.planned
+    return results
 
 
 def reference(
-    shapes: tuple[Shape, ...], config: DionConfig, steps: int = STEPS
+    shapes: tuple[Shape, ...],
+    config: DionConfig,
+    gradients_of: Callable[[tuple[Shape, ...], int], dict[str, Tensor]] = values,
 ) -> dict[str, ReferenceMatrix]:
     matrices = {
         name: ReferenceMatrix.start(name, weight, config)
         for shape in shapes
         for name, weight in shape.matrices(values(shapes, 0)[shape.name]).items()
     }
-    for step in range(1, steps + 1):
-        wholes = values(shapes, step)
+    for step in range(1, STEPS + 1):
+        wholes = gradients_of(shapes, step)
         for shape in shapes:
             for name, gradient in shape.matrices(wholes[shape.name]).items():
                 matrices[name].step(gradient, LR, WEIGHT_DECAY, config)
@@ -180,47 +293,128 @@ def _distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / (want.norm() + 1e-3))
 
 
-def compare(results: list, expected: dict[str, ReferenceMatrix], tolerance: float) -> None:
-    """Every element is held by some rank, agrees, and is bitwise equal to its other copies."""
-    rights: dict[tuple[str, int, int, int], Tensor] = {}
+def compare(
+    results: list[Result],
+    expected: dict[str, ReferenceMatrix],
+    tolerance: float,
+    states: bool = True,
+) -> None:
+    """Every element is held by some rank, agrees, and is bitwise equal to its other copies.
+
+    Replicas' momenta differ, and in bf16 states agree to its rounding only: `states` is then false.
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
     seen = {name: torch.zeros_like(matrix.weight) for name, matrix in expected.items()}
-    for blocks in results:
-        for name, place, weight, momentum, right, columns in blocks:
-            want = expected[name]
-            rows = slice(place.row_start, place.row_stop)
-            held = (rows, slice(place.column_start, place.column_stop))
-            seen[name][held] += 1
-            assert _distance(weight, want.weight[held]) < tolerance, name
+    for name, place, weight, momentum, right, columns in (b for r in results for b in r.blocks):
+        want = expected[name]
+        rows = slice(place.row_start, place.row_stop)
+        held = (rows, slice(place.column_start, place.column_stop))
+        seen[name][held] += 1
+        assert _distance(weight, want.weight[held]) < tolerance, name
+        assert torch.equal(copies.setdefault((name, place), weight), weight), name
+        for row, values in enumerate(right, place.row_start):
+            key = (name, row, columns.start, columns.stop)
+            assert torch.equal(copies.setdefault(key, values), values), name
+        if states:
             assert _distance(momentum, want.momentum[held]) < tolerance, name
-            for row, values in enumerate(right, place.row_start):
-                key = (name, row, columns.start, columns.stop)
-                assert torch.equal(rights.setdefault(key, values), values), name
-            if not right.numel():
-                continue
+        if states and right.numel():
             # A single column of Q is as ill-conditioned as B's smallest direction; Q P^T is not.
             assert _distance(right, want.right_factor[rows, columns]) < 100 * tolerance, name
     assert all(count.min() >= 1 for count in seen.values())
 
 
-GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
+WORLDS = [World(*grid) for grid in [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4)]]
 
 
-@pytest.mark.parametrize(("tp", "dp"), GRIDS)
+def name_of(world: World) -> str:
+    return f"tp{world.tp}-dp{world.dp}-replicas{world.replicas}"
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=name_of)
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ODD], ids=["transformer", "odd"])
-def test_any_grid_equals_the_reference(tp: int, dp: int, shapes: tuple[Shape, ...]) -> None:
+def test_any_grid_equals_the_reference(world: World, shapes: tuple[Shape, ...]) -> None:
     config = DionConfig(rank_fraction=0.3, seed=7)
-    results = gloo_world(tp * dp, train_shards, tp, dp, shapes, config, 5000)
-    compare(results, reference(shapes, config), tolerance=1e-5)
+    compare(run(world, shapes, config, 5000), reference(shapes, config), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 1.0])
 @pytest.mark.parametrize("method", ["rcqr", "cqr", "qr"])
-def test_options_equal_the_reference(fraction: float, method: str) -> None:
+@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
+def test_options_equal_the_reference(fraction: float, method: str, right_factor: str) -> None:
     config = DionConfig(
-        rank_fraction=fraction, orthonormalizer=method, scale_mode="dion", momentum=0.8
+        rank_fraction=fraction,
+        orthonormalizer=method,
+        right_factor=right_factor,
+        scale_mode="dion",
+        momentum=0.8,
     )
-    results = gloo_world(4, train_shards, 2, 2, TRANSFORMER[1:], config, 10**9)
-    compare(results, reference(TRANSFORMER[1:], config), tolerance=2e-5)
+    shapes = TRANSFORMER[1:]
+    compare(run(World(2, 2), shapes, config, 10**9), reference(shapes, config), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("method", ["rcqr", "cqr"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_one_matrix_is_divided_over_all_ranks(dim: int | None, method: str) -> None:
+    shapes = (Shape("alone", 72, 200, dim),)
+    config = DionConfig(rank_fraction=0.1, orthonormalizer=method)
+    results = run(World(2, 2), shapes, config, 10**9)
+    assert results[0].charges == {"alone": 4}
+    compare(results, reference(shapes, config), tolerance=1e-5)
+
+
+def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+    """The same direction in all steps, so that B has rank one."""
+    return {name: (v[:, :1] @ v[:1]) * (1 + 1 / step) for name, v in values(shapes, 1).items()}
+
+
+def nothing(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(v) for name, v in values(shapes, 1).items()}
+
+
+ALONE = (Shape("alone", 72, 200, 0),)
+
+
+@pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
+@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
+def test_no_gradient_is_no_step(shapes: tuple[Shape, ...], right_factor: str) -> None:
+    """P is zero, so that every Cholesky factorization fails."""
+    config = DionConfig(rank_fraction=0.2, right_factor=right_factor)
+    results = gloo_world(4, train_shards, World(2, 2), shapes, config, 10**9, nothing)
+    assert sum(result.fallbacks for result in results) == STEPS * len(results[0].charges)
+    compare(results, reference(shapes, config, nothing), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
+@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
+def test_deficient_gradients_are_bounded(shapes: tuple[Shape, ...], right_factor: str) -> None:
+    """Only `orth` does not turn the rounding in directions that B does not have into updates."""
+    config = DionConfig(rank_fraction=0.2, right_factor=right_factor)
+    results = gloo_world(4, train_shards, World(2, 2), shapes, config, 10**9, rank_one)
+    expected = reference(shapes, config, rank_one)
+    if right_factor == "orth":
+        # float32 leaves about a tenth of `DAMPING` in the other directions.
+        compare(results, expected, tolerance=1e-3, states=False)
+    for name, _, weight, momentum, right, _ in (b for r in results for b in r.blocks):
+        step = (
+            LR * config.scale(*expected[name].weight.shape) * expected[name].right_factor.shape[1]
+        )
+        assert weight.abs().max() < 5 + STEPS * step
+        assert momentum.isfinite().all()
+        assert right.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_sizes_of_gradients_do_not_matter(size: float) -> None:
+    """Nothing overflows; what is lost in eps stands still."""
+
+    def gradients_of(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+        return {name: size * v for name, v in values(shapes, step).items()}
+
+    config = DionConfig(rank_fraction=0.3)
+    shapes = TRANSFORMER
+    results = gloo_world(4, train_shards, World(2, 2), shapes, config, 5000, gradients_of)
+    expected = reference(shapes, config, gradients_of)
+    compare(results, expected, tolerance=1e-5, states=False)
 
 
 @pytest.mark.parametrize("fusion", ["qkv", "heads"])
@@ -228,12 +422,50 @@ def test_options_equal_the_reference(fraction: float, method: str) -> None:
 def test_query_groups_on_any_number_of_tensor_ranks(fusion: str, tp: int, dp: int) -> None:
     shapes = (Shape("qkv", 48, 36, 0, fusion),)
     config = DionConfig(rank_fraction=0.5)
-    results = gloo_world(tp * dp, train_shards, tp, dp, shapes, config, 10**9)
+    results = run(World(tp, dp), shapes, config, 10**9)
     compare(results, reference(shapes, config), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("world", [World(1, 1, 2), World(2, 2, 2), World(1, 2, 3)], ids=name_of)
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
+def test_replicas_with_other_gradients_follow_their_mean(world: World, fraction: float) -> None:
+    """At the larger fraction compression pays for some of the weights only."""
+    shapes = TRANSFORMER
+    config = DionConfig(rank_fraction=fraction)
+    results = run(world, shapes, config, 5000)
+    compare(results, reference(shapes, config), tolerance=1e-5, states=False)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [
+        ({"comm_dtype": "bf16"}, 2e-3),
+        ({"factor_dtype": "bf16"}, 2e-3),
+        ({"momentum_dtype": "bf16"}, 2e-3),
+        ({"comm_dtype": "bf16", "factor_dtype": "bf16", "momentum_dtype": "bf16"}, 4e-3),
+    ],
+)
+@pytest.mark.parametrize("world", [World(1, 1), World(2, 2), World(2, 1, 2)], ids=name_of)
+def test_half_precision_of_states_and_exchange(
+    world: World, dtypes: dict[str, str], tolerance: float
+) -> None:
+    config = DionConfig(rank_fraction=0.3, **dtypes)
+    results = run(world, TRANSFORMER, config, 5000)
+    compare(results, reference(TRANSFORMER, config), tolerance, states=False)
+
+
+def test_state_is_as_large_as_the_design_says() -> None:
+    """m n + m r numbers in all, nothing twice, where no row is cut."""
+    shapes = (Shape("column", 32, 64, 0), Shape("row", 64, 32, 1))
+    config = DionConfig(rank_fraction=0.25)
+    for world in (World(1, 1), World(2, 1), World(2, 2), World(4, 2)):
+        numbers = sum(s.rows * (s.columns + 8) for s in shapes)
+        results = run(world, shapes, config, 10**9)
+        assert sum(result.state_bytes for result in results) == 4 * numbers
 
 
 def test_comparison_notices_another_momentum() -> None:
     config = DionConfig(rank_fraction=0.3)
-    results = gloo_world(2, train_shards, 1, 2, TRANSFORMER, config, 5000)
+    results = run(World(1, 2), TRANSFORMER, config, 5000)
     with pytest.raises(AssertionError):
         compare(results, reference(TRANSFORMER, replace(config, momentum=0.9)), tolerance=1e-5)
