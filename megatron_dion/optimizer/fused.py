@@ -1,10 +1,14 @@
 """What the rows of a fused weight are, by the name of its linear layer."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_dion.sharding import Part
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)

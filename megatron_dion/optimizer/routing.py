@@ -151,8 +151,7 @@ def _named_parameters(model_chunks: list[MegatronModule]) -> Iterator[_NamedPara
         }
         for parameter in chunk.parameters():
             if parameter.requires_grad:
-                name = get_global_unique_param_name([chunk], parameter)
-                name = re.sub(r"^(module\.)+", "", name)
+                name = _name_of_module_tree(chunk, parameter)
                 expert = _GROUPED_EXPERT.fullmatch(name)
                 yield _NamedParameter(
                     name=_name_as_of_single_expert(expert, chunk.config) if expert else name,
@@ -160,6 +159,13 @@ def _named_parameters(model_chunks: list[MegatronModule]) -> Iterator[_NamedPara
                     config=getattr(owners[parameter], "config", chunk.config),
                     is_grouped=expert is not None,
                 )
+
+
+def _name_of_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
+    if getattr(parameter, "shared_embedding", False):
+        # The last pipeline stage has a copy under the output layer's name if both are one weight.
+        return "embedding.word_embeddings.weight"
+    return re.sub(r"^(module\.)+", "", get_global_unique_param_name([chunk], parameter))
 
 
 def _name_as_of_single_expert(expert: re.Match[str], config: TransformerConfig) -> str:

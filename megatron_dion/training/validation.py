@@ -127,7 +127,7 @@ def check_latent_attention(args: argparse.Namespace) -> None:
 
     Its DotProductAttention does not take values of another width than keys; the CPU platform helps.
     With tensor parallelism, the rows of `linear_kv_down_proj` that make the rotary key get the
-    gradient of one rank's heads (core/transformer/multi_latent_attention.py:735 gathers them and
+    gradient of one rank's heads (core/transformer/multi_latent_attention.py:739 gathers them and
     its backward pass sums nothing).
     """
     if not args.multi_latent_attention or args.transformer_impl != "local":
