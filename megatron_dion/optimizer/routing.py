@@ -11,19 +11,26 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.fsdp_dtensor_checkpoint import get_global_unique_param_name
+from megatron.core.transformer.fsdp_dtensor_checkpoint import (
+    get_ep_layer_offset,
+    get_global_unique_param_name,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.optimizer.fused import row_pattern
 from megatron_dion.optimizer.rules import RoutingRules
-from megatron_dion.sharding import Part, Weight
+from megatron_dion.sharding import Weight
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"
 _REASON_TAG = "dion_reason"
 _WEIGHT_TAG = "dion_weight"
+_GROUPED_EXPERT = re.compile(
+    r"(?P<experts>.*\.experts)\.(?P<linear>linear_fc\d)\.(?P<kind>weight|bias)(?P<number>\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,13 @@ def tag_matrices(
         ValueError: a parameter cannot be what the rules want it to be.
     """
     rules = rules or RoutingRules()
-    for name, parameter, chunk in _named_parameters(model_chunks):
+    for named in _named_parameters(model_chunks):
+        name, parameter = named.name, named.parameter
         reason = rules.reason_against(name, parameter)
         setattr(parameter, _BUFFER_TAG, reason is None)
         setattr(parameter, _REASON_TAG, reason or rules.reason_for(name))
         if reason is None:
-            setattr(parameter, _WEIGHT_TAG, _weight(name, parameter, chunk.config, rules.split))
+            setattr(parameter, _WEIGHT_TAG, _weight(named, rules.split))
     return model_chunks
 
 
@@ -108,8 +116,8 @@ def build_routing_table(
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
     here = [
-        _route(name, parameter, config, scalar_optimizer)
-        for name, parameter, _ in _named_parameters(model_chunks)
+        _route(named.name, named.parameter, config, scalar_optimizer)
+        for named in _named_parameters(model_chunks)
     ]
     everywhere: list[list[Route]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everywhere, here)
@@ -117,15 +125,59 @@ def build_routing_table(
     return RoutingTable(tuple(sorted(distinct.values(), key=lambda route: _order(route.parameter))))
 
 
-def _named_parameters(
-    model_chunks: list[MegatronModule],
-) -> Iterator[tuple[str, Parameter, MegatronModule]]:
-    """Trainable parameters with the names that they have in the whole model."""
+@dataclass(frozen=True)
+class _NamedParameter:
+    """A trainable parameter of the model.
+
+    Attributes:
+        name: in the whole model, the same in every topology.
+        parameter: this rank's.
+        config: of the layer; the layers of a model may differ.
+        is_grouped: whether it is an expert's, for a grouped GEMM.
+    """
+
+    name: str
+    parameter: Parameter
+    config: TransformerConfig
+    is_grouped: bool
+
+
+def _named_parameters(model_chunks: list[MegatronModule]) -> Iterator[_NamedParameter]:
     for chunk in model_chunks:
+        owners = {
+            parameter: module
+            for module in chunk.modules()
+            for parameter in module.parameters(recurse=False)
+        }
         for parameter in chunk.parameters():
             if parameter.requires_grad:
-                name = get_global_unique_param_name([chunk], parameter)
-                yield re.sub(r"^(module\.)+", "", name), parameter, chunk
+                name = _name_of_module_tree(chunk, parameter)
+                expert = _GROUPED_EXPERT.fullmatch(name)
+                yield _NamedParameter(
+                    name=_name_as_of_single_expert(expert, chunk.config) if expert else name,
+                    parameter=parameter,
+                    config=getattr(owners[parameter], "config", chunk.config),
+                    is_grouped=expert is not None,
+                )
+
+
+def _name_of_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
+    if getattr(parameter, "shared_embedding", False):
+        # The last pipeline stage has a copy under the output layer's name if both are one weight.
+        return "embedding.word_embeddings.weight"
+    return re.sub(r"^(module\.)+", "", get_global_unique_param_name([chunk], parameter))
+
+
+def _name_as_of_single_expert(expert: re.Match[str], config: TransformerConfig) -> str:
+    """The name of a parameter for a grouped GEMM if its expert were a module of its own.
+
+    So neither the matrices nor the checkpoints depend on how experts are multiplied.
+    """
+    number = int(expert["number"])
+    if expert["kind"] == "bias":
+        # Only weights have their global number already (MC/.../fsdp_dtensor_checkpoint.py:134).
+        number += get_ep_layer_offset(config.num_moe_experts)
+    return f"{expert['experts']}.local_experts.{number}.{expert['linear']}.{expert['kind']}"
 
 
 def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer: str) -> Route:
@@ -162,47 +214,19 @@ def _tensor_parallel_size(parameter: Parameter) -> int:
     return parallel_state.get_expert_tensor_parallel_world_size()
 
 
-def _weight(
-    name: str, parameter: Parameter, config: TransformerConfig, split: frozenset[str]
-) -> Weight:
+def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:
     """Describes a matrix parameter to the sharding code."""
-    size = _tensor_parallel_size(parameter)
-    is_attention = name.endswith("linear_qkv.weight")
-    parts: tuple[Part, ...] = ()
-    if is_attention and "heads" in split:
-        parts = _head_parts(config)
-    elif is_attention and "qkv" in split:
-        parts = _attention_parts(config)
-    elif name.endswith("linear_fc1.weight") and config.gated_linear_unit and "gate" in split:
-        # Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206).
-        half = parameter.shape[0] // 2
-        parts = (Part("gate", half), Part("up", half))
+    rows, columns = named.parameter.shape
+    size = _tensor_parallel_size(named.parameter)
+    pattern = row_pattern(named.name, rows, named.config, split, named.is_grouped)
     return Weight(
-        name=name,
-        rows=parameter.shape[0],
-        columns=parameter.shape[1],
-        partition_dim=_partition_dim(parameter) if size > 1 else None,
+        name=named.name,
+        rows=rows,
+        columns=columns,
+        partition_dim=_partition_dim(named.parameter) if size > 1 else None,
         tensor_parallel_size=size,
-        parts=parts,
-        separate_periods=is_attention and "heads" in split,
-    )
-
-
-def _attention_parts(config: TransformerConfig) -> tuple[Part, ...]:
-    """A query group's rows of `linear_qkv` (MC/transformer/attention.py:1678)."""
-    head = config.kv_channels
-    queries = config.num_attention_heads // config.num_query_groups * head
-    gate = [Part("gate", queries)] if config.attention_output_gate else []
-    return (Part("query", queries), *gate, Part("key", head), Part("value", head))
-
-
-def _head_parts(config: TransformerConfig) -> tuple[Part, ...]:
-    """The same rows, head by head."""
-    head = config.kv_channels
-    return tuple(
-        Part(f"{part.name}.{index}" if part.rows > head else part.name, head)
-        for part in _attention_parts(config)
-        for index in range(part.rows // head)
+        parts=pattern.parts,
+        separate_periods=pattern.separate_periods,
     )
 
 

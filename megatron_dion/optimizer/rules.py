@@ -14,8 +14,9 @@ class RoutingRules:
     """What one can choose about the routing.
 
     Attributes:
-        split: which fused weights are split into their matrices: `qkv` (query, key, value), `gate`
-            (gate and up projection), `heads` (each attention head of its own, in place of `qkv`).
+        split: which fused weights are split into their matrices: `qkv` (query, key, value, and what
+            multi-latent attention has in their place), `gate` (gate and up projection), `heads`
+            (each attention head of its own, in place of `qkv`).
         include: patterns (as of file names) of 2-D parameters that Dion takes in any case.
         exclude: patterns of parameters that the scalar optimizer takes in any case.
 
@@ -55,6 +56,8 @@ class RoutingRules:
             return "embedding"
         if name.endswith("router.weight"):
             return "router of experts"
+        if name.endswith("shared_experts.gate_weight"):
+            return "gate of shared experts"
         return None
 
     def reason_for(self, name: str) -> str:

@@ -387,7 +387,7 @@ def _megatron_patches() -> list[Patch]:
             LocalSpecProvider,
             "core_attention",
             lambda self: GatheringDotProductAttention,
-            "MC/transformer/dot_product_attention.py:58 refuses context parallelism",
+            "MC/transformer/dot_product_attention.py:43 knows no v_channels, and line 58 no CP",
         ),
         Patch(
             token_dispatcher,

@@ -1,8 +1,9 @@
-"""Context parallelism for megatron's plain-torch attention, which refuses it.
+"""Context parallelism and multi-latent attention for megatron's plain-torch attention.
 
-Each rank keeps its queries and gathers all keys and values: correct for every causal model, and of
-no use for long sequences, where it would defeat the purpose. It exists to test on CPU that what
-lies around attention is right under context parallelism.
+It refuses the first: here each rank keeps its queries and gathers all keys and values, which is
+correct for every causal model, and of no use for long sequences, where it would defeat the purpose.
+It does not know the second, whose keys and values differ in width. Both exist to test on CPU that
+what lies around attention is right.
 """
 
 import copy
@@ -15,13 +16,29 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
 class GatheringDotProductAttention(DotProductAttention):
-    """DotProductAttention over the whole sequence, for the queries of one context-parallel rank."""
+    """DotProductAttention over the whole sequence, for the queries of one context-parallel rank.
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    Args:
+        config: of the transformer.
+        *args, **kwargs: as for `DotProductAttention`.
+        k_channels: width of a head's keys; the base class reads it off the keys.
+        v_channels: width of a head's values if not `config.kv_channels`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # The base class asserts that there is no context parallelism (dot_product_attention.py:58).
         config = copy.copy(config)
         config.context_parallel_size = 1
         super().__init__(config, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     def forward(
         self,

@@ -25,11 +25,13 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
     "use_precision_aware_optimizer": (False, "Dion keeps fp32 master weights and state"),
     "use_mup": (False, "Dion has width scaling of its own, see --dion-scale-mode"),
-    "moe_grouped_gemm": (False, "experts must be separate parameters"),
-    "multi_latent_attention": (False, "its projections are not split into matrices yet"),
-    "mtp_num_layers": (None, "multi-token prediction is not supported yet"),
-    "moe_shared_expert_gate": (False, "this gate is not told from a linear layer yet"),
+    "moe_single_grouped_weight": (False, "experts must be separate parameters"),
+    "moe_single_grouped_bias": (False, "experts must be separate parameters"),
+    "mla_down_proj_fusion": (False, "its rows would depend on the tensor-parallel size"),
     "moe_shared_expert_glu_interleave_size": (None, "gate and up rows must not be interleaved"),
+    "use_grouped_gemm_for_dense_mlp": (False, "gate and up rows must not be interleaved"),
+    "tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
+    "expert_tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
     "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
     "reuse_grad_buf_for_mxfp8_param_ag": (False, "mxfp8 weights are not supported yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
@@ -140,6 +142,28 @@ def check_compressed_sync(args: argparse.Namespace) -> None:
         raise ConfigurationError(
             f"--dion-recenter-interval must be a number of iterations, not {interval}: give at "
             "least 1, or leave it out to recenter only when a checkpoint is saved"
+        )
+
+
+def check_latent_attention(args: argparse.Namespace) -> None:
+    """Megatron's plain-torch layers know multi-latent attention in part only.
+
+    Its DotProductAttention does not take values of another width than keys; the CPU platform helps.
+    With tensor parallelism, the rows of `linear_kv_down_proj` that make the rotary key get the
+    gradient of one rank's heads (core/transformer/multi_latent_attention.py:739 gathers them and
+    its backward pass sums nothing).
+    """
+    if not args.multi_latent_attention or args.transformer_impl != "local":
+        return
+    if args.device != "cpu":
+        raise ConfigurationError(
+            "--multi-latent-attention does not go with --transformer-impl local: "
+            "use transformer_engine, which has to be installed"
+        )
+    if args.tensor_model_parallel_size > 1:
+        raise ConfigurationError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} does not go with "
+            "--multi-latent-attention and --transformer-impl local, which loses gradients: use 1"
         )
 
 
@@ -264,6 +288,7 @@ CHECKS: tuple[Check, ...] = (
     check_dion_hyperparameters,
     check_dion_surroundings,
     check_compressed_sync,
+    check_latent_attention,
     check_evaluation,
     check_schedule,
     check_data_mode,

@@ -1,18 +1,13 @@
 """The same run in every topology: losses, and weights against the dense float64 reference."""
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.optimizer.binding import HeldBlock
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
+from tests.distributed.recording import check_against_reference, save_start, train_recorded
 
 ITERATIONS = 20
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3, "fp16": 5e-3}
@@ -55,81 +50,6 @@ CASES = [
     ("dense", "tp2-dp2-overlap", "fp16"),
     *(("experts", topology, "fp32") for topology in EXPERT_TOPOLOGIES),
 ]
-Placed = tuple[str, slice, slice, Tensor]
-Frame = list[Placed]
-
-
-def place(block: HeldBlock, values: Tensor) -> Placed:
-    """Values of a block with their place in their matrix."""
-    r = block.rectangle
-    rows, columns = slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop)
-    return block.matrix.name, rows, columns, values.clone()
-
-
-def gradient(block: HeldBlock) -> Tensor:
-    """The block of the gradient that Megatron gave to Dion."""
-    r = block.rectangle
-    assert block.parameter.grad is not None
-    return block.parameter.grad[r.offset : r.offset + r.numel].view(r.rows, r.columns)
-
-
-def train_recorded(argv: Sequence[str]) -> dict[str, Any]:
-    """On a rank: trains, and keeps what Dion was given and what it made of it."""
-    first: dict[int, Frame] = {}
-    last: dict[int, Frame] = {}
-    gradients: list[Frame] = [[] for _ in range(ITERATIONS)]
-    rates: list[tuple[float, float]] = [(0.0, 0.0)] * ITERATIONS
-    shapes: dict[str, tuple[int, int]] = {}
-    step = Dion.step
-
-    def recorded(self: Dion, closure: None = None) -> None:
-        blocks = self.held_blocks()
-        group = self.param_groups[0]
-        shapes.update({b.matrix.name: (b.matrix.rows, b.matrix.columns) for b in blocks})
-        first.setdefault(id(self), [place(b, b.tensors.weight) for b in blocks])
-        gradients[group["step"]] += [place(b, gradient(b)) for b in blocks]
-        rates[group["step"]] = (group["lr"], group["weight_decay"])
-        step(self, closure)
-        last[id(self)] = [place(b, b.tensors.weight) for b in blocks]
-
-    Dion.step = recorded
-    train(argv)
-    return {
-        "first": [placed for frame in first.values() for placed in frame],
-        "last": [placed for frame in last.values() for placed in frame],
-        "gradients": gradients,
-        "rates": rates,
-        "shapes": shapes,
-    }
-
-
-def assemble(frames: Sequence[Frame], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Whole matrices from the blocks of all ranks, which cover them; copies are bitwise equal."""
-    whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-    for frame in frames:
-        for name, rows, columns, values in frame:
-            held = whole[name][rows, columns]
-            assert held.isnan().all() or torch.equal(held, values), f"copies of {name} differ"
-            whole[name][rows, columns] = values
-    assert all(matrix.isfinite().all() for matrix in whole.values())
-    return whole
-
-
-def check_against_reference(records: Sequence[dict[str, Any]], tolerance: float) -> None:
-    """Drives the reference by the gradients that the ranks saw; compares the final weights."""
-    shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
-    config = DionConfig(seed=1234)  # the default of --seed
-    first = assemble([record["first"] for record in records], shapes)
-    matrices = {name: ReferenceMatrix.start(name, first[name], config) for name in shapes}
-    for step in range(ITERATIONS):
-        gradients = assemble([record["gradients"][step] for record in records], shapes)
-        lr, weight_decay = records[0]["rates"][step]
-        for name, gradient in gradients.items():
-            matrices[name].step(gradient, lr, weight_decay, config)
-    last = assemble([record["last"] for record in records], shapes)
-    for name, matrix in matrices.items():
-        error = (last[name].double() - matrix.weight).norm() / matrix.weight.norm()
-        assert error < tolerance, (name, float(error))
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +57,7 @@ def starts(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Checkpoints from which all runs start: pipeline stages would draw other first weights."""
     folders = {model: tmp_path_factory.mktemp(model) for model in MODELS}
     for model, folder in folders.items():
-        nursery.pretrain(
-            1,
-            *"--optimizer adam --lr 1e-5 --min-lr 0 --lr-warmup-iters 0 --train-iters 1".split(),
-            *"--save-interval 1 --ckpt-format torch_dist --no-save-optim".split(),
-            *("--save", str(folder), *MODELS[model].split()),
-        )
+        save_start(nursery, [*MODEL, *MODELS[model].split()], folder)
     return folders
 
 
@@ -166,7 +81,7 @@ class Runs:
         argv = [*MODEL, *TRAINING, *DION, *MODELS[model].split(), *flags.split()]
         argv += [*PRECISION[precision].split(), "--train-iters", str(ITERATIONS)]
         argv += ["--load", str(self._starts[model]), "--finetune", "--run-dir", str(run_dir)]
-        records = self._nursery.run(size, train_recorded, argv)
+        records = self._nursery.run(size, train_recorded, argv, ITERATIONS)
         return losses(run_dir), (run_dir / "routing.tsv").read_text(), records
 
     def _single(self, model: str, precision: str) -> tuple[list[float], str]:

@@ -30,6 +30,8 @@ def parameter(*shape: int, **tags: Any) -> Parameter:
         ),
         ("embedding.position_embeddings.weight", parameter(4, 2), "embedding"),
         ("decoder.layers.1.mlp.router.weight", parameter(4, 2), "router of experts"),
+        ("a.mlp.shared_experts.gate_weight", parameter(1, 2), "gate of shared experts"),
+        ("a.mlp.shared_experts.linear_fc1.weight", parameter(4, 2), None),
     ],
 )
 def test_linear_layers_go_to_dion(name: str, made: Parameter, reason: str | None) -> None:

@@ -32,7 +32,12 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "overlap_param_gather_with_optimizer_step": False,
         "use_precision_aware_optimizer": False,
         "use_mup": False,
-        "moe_shared_expert_gate": False,
+        "moe_single_grouped_weight": False,
+        "moe_single_grouped_bias": False,
+        "mla_down_proj_fusion": False,
+        "use_grouped_gemm_for_dense_mlp": False,
+        "tensor_parallel_num_weight_shards": None,
+        "expert_tensor_parallel_num_weight_shards": None,
         "moe_shared_expert_glu_interleave_size": None,
         "experimental_attention_variant": None,
         "reuse_grad_buf_for_mxfp8_param_ag": False,
@@ -44,9 +49,10 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "lr_decay_iters": None,
         "lr_warmup_iters": 5,
         "lr_warmup_fraction": None,
-        "moe_grouped_gemm": False,
         "multi_latent_attention": False,
-        "mtp_num_layers": None,
+        "transformer_impl": "local",
+        "tensor_model_parallel_size": 1,
+        "device": "cpu",
         "freeze_all_layers": False,
         "optimizer_cuda_graph": False,
         "ckpt_format": "torch_dist",
@@ -144,13 +150,16 @@ def test_hyperparameters_reach_dion() -> None:
         ({"overlap_param_gather_with_optimizer_step": True}, "--overlap-param-gather-with-opt"),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"use_mup": True}, "--use-mup"),
-        ({"moe_grouped_gemm": True}, "--moe-grouped-gemm"),
-        ({"moe_shared_expert_gate": True}, "--moe-shared-expert-gate"),
+        ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
+        ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
+        ({"mla_down_proj_fusion": True}, "--mla-down-proj-fusion"),
+        ({"moe_shared_expert_glu_interleave_size": 8}, "--moe-shared-expert-glu-interleave-size"),
+        ({"use_grouped_gemm_for_dense_mlp": True}, "--use-grouped-gemm-for-dense-mlp"),
+        ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards 2"),
+        ({"expert_tensor_parallel_num_weight_shards": 2}, "--expert-tensor-parallel-num-weight"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa"),
         ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
-        ({"multi_latent_attention": True}, "--multi-latent-attention"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"freeze_all_layers": True}, "--freeze-all-layers"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
     ],
@@ -165,6 +174,21 @@ def test_dion_flags_without_dion_are_refused() -> None:
     complaint = complain(validation.check_dion_hyperparameters, arguments(**change))
     assert "--dion-rank-fraction 0.5 has no effect with --optimizer adam" in complaint
     validation.check_dion_hyperparameters(arguments(optimizer="adam"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"device": "cuda"}, "--transformer-impl local: use transformer_engine"),
+        ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2"),
+    ],
+)
+def test_latent_attention_of_plain_torch_is_limited(change: dict[str, Any], named: str) -> None:
+    args = arguments(multi_latent_attention=True, **change)
+    assert named in complain(validation.check_latent_attention, args)
+    validation.check_latent_attention(arguments(multi_latent_attention=True))
+    args.transformer_impl = "transformer_engine"
+    validation.check_latent_attention(args)
 
 
 @pytest.mark.parametrize("interval", [None, 0])

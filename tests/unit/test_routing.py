@@ -1,0 +1,146 @@
+"""Names and matrices of parameters that no CPU model has, made by stand-ins for its modules."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.distributed.nursery import Nursery
+
+EXPERTS = 4
+HIDDEN, FFN = 6, 10
+CONFIG = SimpleNamespace(
+    num_moe_experts=EXPERTS,
+    gated_linear_unit=True,
+    moe_mlp_glu_interleave_size=None,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=3,
+    attention_output_gate=False,
+)
+Sizes = dict[str, int]
+
+
+def linear(names: dict[str, tuple[int, ...]], config: Any = CONFIG) -> torch.nn.Module:
+    made = torch.nn.Module()
+    made.config = config
+    for name, shape in names.items():
+        made.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+    return made
+
+
+def tree(**modules: torch.nn.Module) -> torch.nn.Module:
+    made = torch.nn.Module()
+    for name, module in modules.items():
+        made.add_module(name, module)
+    return made
+
+
+def expert_linears(suffixes: list[str], tensor: int, use_expert_groups: bool) -> Any:
+    """`linear_fc1` and `linear_fc2` with weights and biases, as Transformer Engine's are marked."""
+    from megatron.core.extensions.transformer_engine import _set_expert_parameter_attributes
+
+    rows, columns = 2 * FFN // tensor, FFN // tensor
+    fc1 = linear({f"weight{s}": (rows, HIDDEN) for s in suffixes})
+    fc2 = linear({f"weight{s}": (HIDDEN, columns) for s in suffixes})
+    for suffix in suffixes:
+        fc1.register_parameter(f"bias{suffix}", torch.nn.Parameter(torch.zeros(rows)))
+    _set_expert_parameter_attributes(fc1, "column", use_expert_groups)
+    _set_expert_parameter_attributes(fc2, "row", use_expert_groups)
+    return tree(linear_fc1=fc1, linear_fc2=fc2)
+
+
+def chunk_of(experts: torch.nn.Module) -> torch.nn.Module:
+    layers = torch.nn.ModuleList([tree(mlp=tree(experts=experts))])
+    chunk = tree(decoder=tree(layers=layers))
+    chunk.config = CONFIG
+    return chunk
+
+
+def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
+    """The routes of all expert-parallel ranks; runs in a process that has imported Megatron."""
+    from megatron.core import parallel_state
+
+    from megatron_dion.algorithm import DionConfig
+    from megatron_dion.optimizer.routing import _named_parameters, _route, tag_matrices
+
+    ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
+    found: dict[str, Any] = {}
+    for rank in range(ranks):
+        local = [str(number) for number in range(EXPERTS // ranks)]
+        if grouped:
+            experts = expert_linears(local, tensor, use_expert_groups=ranks > 1)
+        else:
+            each = [expert_linears([""], tensor, use_expert_groups=ranks > 1) for _ in local]
+            experts = tree(local_experts=torch.nn.ModuleList(each))
+        with mock.patch.multiple(
+            parallel_state,
+            get_expert_model_parallel_world_size=lambda: ranks,
+            get_expert_model_parallel_rank=lambda rank=rank: rank,
+            get_tensor_model_parallel_world_size=lambda: tensor,
+            get_expert_tensor_parallel_world_size=lambda: tensor,
+        ):
+            [chunk] = tag_matrices([chunk_of(experts)])
+            for named in _named_parameters([chunk]):
+                assert named.name not in found
+                found[named.name] = asdict(
+                    _route(named.name, named.parameter, DionConfig(), "adam")
+                )
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert_ranks": 1, "tensor_ranks": 1},
+        {"expert_ranks": 2, "tensor_ranks": 1},
+        {"expert_ranks": 4, "tensor_ranks": 2},
+        {"expert_ranks": 1, "tensor_ranks": 2},
+    ],
+)
+def test_experts_are_routed_alike_however_they_are_multiplied(
+    nursery: Nursery, sizes: Sizes
+) -> None:
+    one = {"expert_ranks": 1, "tensor_ranks": 1}
+    [expected] = nursery.run(1, weights_of_experts, False, one)
+    [found] = nursery.run(1, weights_of_experts, True, sizes)
+    assert found == expected
+    assert len(found) == 3 * EXPERTS
+    name = "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight"
+    assert [(m["name"], m["rows"], m["columns"]) for m in found[name]["matrices"]] == [
+        (f"{name}[gate]", FFN, HIDDEN),
+        (f"{name}[up]", FFN, HIDDEN),
+    ]
+    assert found[name.replace("weight", "bias")]["reason"] == "1-D"
+
+
+def matrices_of_unlike_layers() -> list[str]:
+    from megatron.core import parallel_state
+
+    from megatron_dion.algorithm import DionConfig
+    from megatron_dion.optimizer.routing import tag_matrices, weight_of
+
+    with_gate = SimpleNamespace(**{**vars(CONFIG), "attention_output_gate": True})
+    layers = [
+        tree(self_attention=tree(linear_qkv=linear({"weight": (4 * 3 * 3, 6)}))),
+        tree(self_attention=tree(linear_qkv=linear({"weight": (4 * 4 * 3, 6)}, with_gate))),
+    ]
+    chunk: Any = tree(decoder=tree(layers=torch.nn.ModuleList(layers)))
+    chunk.config = CONFIG
+    with mock.patch.multiple(
+        parallel_state,
+        get_expert_model_parallel_world_size=lambda: 1,
+        get_expert_model_parallel_rank=lambda: 0,
+        get_tensor_model_parallel_world_size=lambda: 1,
+    ):
+        tag_matrices([chunk])
+    weights = [weight_of(parameter) for parameter in chunk.parameters()]
+    return [m.name.split("weight")[1] for w in weights if w for m in w.matrices(DionConfig())]
+
+
+def test_a_layer_is_split_by_its_own_config(nursery: Nursery) -> None:
+    [found] = nursery.run(1, matrices_of_unlike_layers)
+    assert found == ["[query]", "[key]", "[value]", "[query]", "[gate]", "[key]", "[value]"]
