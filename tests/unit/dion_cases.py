@@ -1,6 +1,6 @@
 """Plain `Dion` and the float64 reference side by side, fed with the same gradients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch.nn import Parameter
 
 from megatron_dion import Dion
 from megatron_dion.algorithm.reference import ReferenceMatrix
+from megatron_dion.optimizer.binding import Distribution, HeldBlock
+from megatron_dion.sharding import Part, Placement, Weight
 
 Shape = tuple[int, int]
 SHAPES: list[Shape] = [(1, 7), (6, 1), (1, 1), (8, 8), (20, 6), (6, 20)]
@@ -93,18 +95,90 @@ class Comparison:
             for what, tensor in self.tensors(name).items()
         }
 
-    def assert_equal(self) -> None:
+    def assert_equal(self, tolerances: Mapping[str, float] = TOLERANCES) -> None:
         for name in self.named:
-            for what, tensor in self.tensors(name).items():
-                expected = getattr(self.references[name], what)
-                size = expected.norm()
-                if what == "momentum":  # zero where the rank is full and mu is 0
-                    size = torch.maximum(size, self.gradient_sizes[name])
-                distance = (tensor.double() - expected).norm() / size
-                assert distance < TOLERANCES[what], f"{name} {what}: {distance:.1e}"
+            assert_follows(
+                self.references[name], self.tensors(name), self.gradient_sizes[name], tolerances
+            )
+
+
+class FusedComparison:
+    """One parameter that fuses two logical matrices row by row, so that both are in many blocks.
+
+    Its period is two rows of `one`, then three of `other`.
+
+    Args:
+        options: of the optimizer.
+    """
+
+    PARTS = (Part("one", 2), Part("other", 3))
+
+    def __init__(self, periods: int = 4, columns: int = 6, **options: Any) -> None:
+        weight = Weight("fused", 5 * periods, columns, parts=self.PARTS)
+        numel = weight.rows * columns
+        parameter = Parameter(draw((numel,), 0))
+        self.optimizer = Dion([parameter], **{"lr": LR, **options})
+        placement = Placement(weight, start=0, bucket_numel=numel)
+        self.optimizer.distribute(Distribution([placement], {0: parameter}, parameter.device))
+        self.parameter = parameter
+        config = self.optimizer.config
+        height = {part.name: part.rows for part in self.PARTS}
+        wholes = parameter.detach().view(periods, 5, columns).split(list(height.values()), dim=1)
+        self.references = {
+            f"fused[{name}]": ReferenceMatrix.start(f"fused[{name}]", w.flatten(0, 1), config)
+            for name, w in zip(height, wholes, strict=True)
+        }
+
+    def run(self, steps: Iterable[int]) -> None:
+        group = self.optimizer.param_groups[0]
+        for step in steps:
+            gradient = draw((self.parameter.numel(),), 7 + step)
+            self.parameter.grad = gradient.clone()
+            for name, reference in self.references.items():
+                whole = torch.zeros(reference.weight.shape)
+                for block in self._blocks(name):
+                    flat = gradient[block.rectangle.offset :][: block.rectangle.numel]
+                    whole[_rows(block)] = flat.view(block.rectangle.rows, -1)
+                reference.step(whole, group["lr"], group["weight_decay"], self.optimizer.config)
+            self.optimizer.step()
+
+    def assert_equal(self) -> None:
+        for name, reference in self.references.items():
+            blocks = self._blocks(name)
+            assert len(blocks) > 1
+            order = sorted(blocks, key=lambda block: block.rectangle.row_start)
+            tensors = {
+                "weight": torch.cat([block.tensors.weight for block in order]),
+                "momentum": torch.cat([block.tensors.momentum for block in order]),
+                "right_factor": torch.cat([block.tensors.kept_right for block in order]),
+            }
+            assert_follows(reference, tensors, torch.zeros(()), TOLERANCES)
+
+    def _blocks(self, name: str) -> list[HeldBlock]:
+        return [block for block in self.optimizer.held_blocks() if block.matrix.name == name]
+
+
+def _rows(block: HeldBlock) -> slice:
+    return slice(block.rectangle.row_start, block.rectangle.row_stop)
+
+
+def assert_follows(
+    reference: ReferenceMatrix,
+    tensors: Mapping[str, Tensor],
+    gradient_size: Tensor,
+    tolerances: Mapping[str, float],
+) -> None:
+    for what, tensor in tensors.items():
+        expected = getattr(reference, what)
+        assert tensor.shape == expected.shape, f"{reference.name} {what}: {tuple(tensor.shape)}"
+        size = expected.norm()
+        if what == "momentum":  # zero where the rank is full and mu is 0
+            size = torch.maximum(size, gradient_size)
+        distance = (tensor.double() - expected).norm() / size
+        assert distance < tolerances[what], f"{reference.name} {what}: {distance:.1e}"
 
 
 def assert_bitwise_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     different = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
-    assert not different
+    assert not different, ", ".join(different)

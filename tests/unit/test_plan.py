@@ -1,34 +1,95 @@
-"""Properties of plans for any shapes, fusions, buckets and grids, without a process."""
+"""Properties of plans for any shapes, fusions, buckets, sets and grids, without a process."""
 
 import math
-from collections import Counter
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import Grid, Part, Placement, Plan, Rank, Rectangle, Weight, make_plan
+from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, Matrix
+from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.sharding import (
+    Grid,
+    Held,
+    Part,
+    Placement,
+    Plan,
+    Planner,
+    Rank,
+    Rectangle,
+    Weight,
+    make_plan,
+)
+from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.blocks import rectangles
+from megatron_dion.sharding.exchange import Hop, Reduction, Tile
 
 sizes = st.integers(1, 12)
+for_any_layout = settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A planner, and the plans of all ranks of its grid for all of its sets."""
+
+    placements: list[Placement]
+    grid: Grid
+    config: DionConfig
+    sets: list[list[int]]
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(self.placements, self.grid, self.config, self.sets)
+
+    @cached_property
+    def plans(self) -> dict[Rank, list[Plan]]:
+        return {rank: self.planner.plans(rank) for rank in self.grid.ranks()}
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.planner.layout.matrices
+
+    def each_set(self) -> Iterator[dict[Rank, Plan]]:
+        return (
+            {rank: plans[i] for rank, plans in self.plans.items()} for i in range(len(self.sets))
+        )
+
+    def held(self) -> Iterator[tuple[Rank, Held]]:
+        for rank, plans in self.plans.items():
+            for plan in plans:
+                for held in plan.held:
+                    yield rank, held
+
+    def copies(self, placement: int) -> int:
+        """How often every element is there."""
+        dim = self.placements[placement].weight.partition_dim
+        return self.grid.tensor_parallel_size if dim is None else 1
+
+    def placement_of(self, matrix: int) -> int:
+        return self.placements.index(self.planner.layout.placement(matrix))
 
 
 @st.composite
 def weights(draw: st.DrawFn, tp: int, name: str) -> Weight:
     dim = draw(st.sampled_from([0, 1, None])) if tp > 1 else None
-    periods = draw(st.integers(1, 3)) * (tp if dim == 0 else 1)
     parts = tuple(Part(f"part{i}", draw(sizes)) for i in range(draw(st.integers(1, 3))))
-    rows = periods * sum(part.rows for part in parts) // (tp if dim == 0 else 1)
+    period = sum(part.rows for part in parts)
+    # A period may go over several tensor-parallel ranks.
+    rows = draw(st.integers(1, 3)) * (period // math.gcd(period, tp) if dim == 0 else period)
     return Weight(name, rows, draw(sizes), dim, tp, parts, separate_periods=draw(st.booleans()))
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[list[Placement], Grid]:
-    grid = Grid(draw(st.integers(1, 3)), draw(st.integers(1, 6)))
+def layouts(draw: st.DrawFn, orthonormalizers: tuple[str, ...] = ORTHONORMALIZERS) -> Layout:
+    grid = Grid(draw(st.integers(1, 4)), draw(st.integers(1, 6)))
     placements: list[Placement] = []
     for bucket in range(draw(st.integers(1, 2))):
         members, position = [], 0
@@ -38,113 +99,462 @@ def layouts(draw: st.DrawFn) -> tuple[list[Placement], Grid]:
             position += weight.rows * weight.columns + draw(st.integers(0, 5))
         numel = math.ceil(position / grid.data_parallel_size) * grid.data_parallel_size
         placements += [Placement(weight, start, numel) for weight, start in members]
-    return placements, grid
-
-
-def ranks(grid: Grid) -> list[Rank]:
-    sizes = (range(grid.tensor_parallel_size), range(grid.data_parallel_size))
-    return [Rank(t, d) for t, d in product(*sizes)]
-
-
-def plans(placements: list[Placement], grid: Grid) -> dict[Rank, Plan]:
-    config = DionConfig(rank_fraction=0.5)
-    return {rank: make_plan(placements, grid, rank, config) for rank in ranks(grid)}
+    config = DionConfig(
+        rank_fraction=draw(st.sampled_from([0.3, 0.5, 1.0])),
+        orthonormalizer=draw(st.sampled_from(orthonormalizers)),
+        right_factor=draw(st.sampled_from(RIGHT_FACTORS)),
+    )
+    of_set = [draw(st.integers(0, 2)) for _ in placements]
+    sets = [[i for i, s in enumerate(of_set) if s == index] for index in range(3)]
+    return Layout(placements, grid, config, [members for members in sets if members])
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_every_element_lies_in_one_rectangle(layout: tuple[list[Placement], Grid]) -> None:
-    placements, grid = layout
-    every = plans(placements, grid)
-    matrices = every[Rank()].matrices
-    count = [torch.zeros(matrix.rows, matrix.columns, dtype=torch.int) for matrix in matrices]
-    for plan in every.values():
-        for first, piece in zip(plan.first_matrix, plan.pieces, strict=True):
-            for r in piece:
-                rows, columns = slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop)
-                count[first + r.part][rows, columns] += 1
-    for index, placement in enumerate(placements):
-        copies = grid.tensor_parallel_size if placement.weight.partition_dim is None else 1
-        first = every[Rank()].first_matrix[index]
-        for offset in range(len(placement.weight.matrices(DionConfig()))):
-            assert (count[first + offset] == copies).all()
+@for_any_layout
+def test_every_element_lies_in_one_block_or_one_of_each_replica(layout: Layout) -> None:
+    count = [torch.zeros(m.rows, m.columns, dtype=torch.int) for m in layout.matrices]
+    for _, held in layout.held():
+        r = held.rectangle
+        count[held.matrix][r.row_start : r.row_stop, r.column_start : r.column_stop] += 1
+    for matrix, found in enumerate(count):
+        assert (found == layout.copies(layout.placement_of(matrix))).all()
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_rectangles_are_consecutive_in_memory(layout: tuple[list[Placement], Grid]) -> None:
-    placements, grid = layout
-    for rank, plan in plans(placements, grid).items():
-        for placement, piece in zip(placements, plan.pieces, strict=True):
-            start, stop = placement.piece(rank.data_parallel, grid.data_parallel_size)
-            offset = 0
-            for rectangle in piece:
-                assert rectangle.offset == offset
-                offset += rectangle.numel
-            assert offset == stop - start
+@for_any_layout
+def test_every_matrix_is_a_member_of_one_set(layout: Layout) -> None:
+    members = [layout.planner.members(i) for i in range(len(layout.sets))]
+    assert sorted(k for chosen in members for k in chosen) == list(range(len(layout.matrices)))
+    for plans in layout.plans.values():
+        assert [plan.members for plan in plans] == members
+        for plan in plans:
+            assert {held.matrix for held in plan.held} <= set(plan.members)
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_what_is_sent_is_received(layout: tuple[list[Placement], Grid]) -> None:
-    placements, grid = layout
-    every = plans(placements, grid)
-    for rank, plan in every.items():
-        for t in range(grid.tensor_parallel_size):
-            peer = every[replace(rank, tensor_parallel=t)]
-            assert plan.tensor_hop.sends[t] == peer.tensor_hop.receives[rank.tensor_parallel]
-        for d in range(grid.data_parallel_size):
-            peer = every[replace(rank, data_parallel=d)]
-            assert plan.data_hop.sends[d] == peer.data_hop.receives[rank.data_parallel]
-            assert plan.shared_rows[d] == peer.shared_rows[rank.data_parallel]
+@for_any_layout
+def test_blocks_are_consecutive_in_memory(layout: Layout) -> None:
+    offsets = {(rank, i): 0 for rank in layout.plans for i in range(len(layout.placements))}
+    for rank, held in layout.held():
+        assert held.rectangle.offset == offsets[rank, held.placement]
+        offsets[rank, held.placement] += held.rectangle.numel
+    for (rank, index), offset in offsets.items():
+        piece = layout.placements[index].piece(rank.data_parallel, layout.grid.data_parallel_size)
+        assert offset == piece[1] - piece[0]
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_hops_fit_each_other(layout: tuple[list[Placement], Grid]) -> None:
-    for plan in plans(*layout).values():
-        # The second hop sends from the memory into which the first one sums.
-        assert plan.data_hop.tiles == plan.tensor_hop.sums
+@for_any_layout
+def test_blocks_with_partial_rows_come_first(layout: Layout) -> None:
+    for plans in layout.plans.values():
+        for plan in plans:
+            partial = [plan.has_partial_rows(held) for held in plan.held]
+            assert partial == sorted(partial, reverse=True)
+
+
+def tiles_rows(slices: list[slice], rows: int) -> bool:
+    """Whether they follow each other from 0 to `rows`."""
+    ends = [0, *(part.stop for part in slices)]
+    return [part.start for part in slices] == ends[:-1] and ends[-1] == rows
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_every_matrix_is_decided_once_from_all_its_elements(
-    layout: tuple[list[Placement], Grid],
-) -> None:
-    placements, grid = layout
-    every = plans(placements, grid)
-    matrices = every[Rank()].matrices
-    decided = Counter(tile.matrix for plan in every.values() for tile in plan.data_hop.sums)
-    for index, placement in enumerate(placements):
-        copies = grid.tensor_parallel_size if placement.weight.partition_dim is None else 1
-        first = every[Rank()].first_matrix[index]
-        for matrix in range(first, first + len(placement.weight.matrices(DionConfig()))):
-            assert decided[matrix] == copies
-    for plan in every.values():
-        for tile in plan.data_hop.sums:
-            assert (tile.start, tile.stop) == (0, matrices[tile.matrix].columns)
-            arriving = [t for tiles in plan.data_hop.receives for t in tiles]
-            rows = {
-                row for t in arriving if t.matrix == tile.matrix for row in range(t.start, t.stop)
-            }
-            assert rows == set(range(tile.stop))
+@for_any_layout
+def test_multiplied_rows_of_copies_tile_the_rows(layout: Layout) -> None:
+    copies: dict[tuple[int, int, Rectangle], list[slice]] = {}
+    for rank, held in layout.held():
+        if layout.copies(held.placement) > 1:
+            key = (rank.data_parallel, held.placement, held.rectangle)
+            copies.setdefault(key, []).append(held.multiplied)
+        else:
+            assert held.multiplied == slice(0, held.rectangle.rows)
+    for (_, _, rectangle), slices in copies.items():
+        assert tiles_rows(slices, rectangle.rows)
+
+
+@given(layouts(), st.integers(0, 30))
+@for_any_layout
+def test_shares_tile_what_tensor_parallel_ranks_have_in_common(layout: Layout, numel: int) -> None:
+    for index, placement in enumerate(layout.placements):
+        group = layout.grid.tensor_group(Rank())
+        shares = [layout.planner.layout.share(index, numel, rank) for rank in group]
+        if placement.weight.partition_dim == 0:
+            assert shares == [slice(0, numel)] * len(group)
+        else:
+            assert tiles_rows(shares, numel)
+            assert max(s.stop - s.start for s in shares) - min(s.stop - s.start for s in shares) < 2
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_rows_in_several_pieces_are_shared_rows(layout: tuple[list[Placement], Grid]) -> None:
-    placements, grid = layout
-    every = plans(placements, grid)
-    for rank, plan in every.items():
-        mine = {(row.matrix, row.row) for peer in plan.shared_rows for row in peer}
-        cut = {
-            (first + r.part, r.row_start)
-            for first, piece in zip(plan.first_matrix, plan.pieces, strict=True)
-            for r in piece
-            if r.cut
+@for_any_layout
+def test_charges_cover_the_rows_of_every_left_factor(layout: Layout) -> None:
+    charges = layout.planner.charges
+    assert sorted(charges) == list(range(len(layout.matrices)))
+    holders: dict[int, set[Rank]] = {}
+    for rank, held in layout.held():
+        holders.setdefault(held.matrix, set()).add(rank)
+    for k, matrix in enumerate(layout.matrices):
+        assert all(charge.matrix == k and charge.start < charge.stop for charge in charges[k])
+        rows = [slice(charge.start, charge.stop) for charge in charges[k]]
+        assert tiles_rows(rows, matrix.columns)
+        ranks = [charge.rank for charge in charges[k]]
+        assert len(set(ranks)) == len(ranks)
+        assert set(ranks) <= holders[k]
+    for rank, plans in layout.plans.items():
+        mine = [
+            Tile(charge.matrix, charge.start, charge.stop, index)
+            for k in charges
+            for index, charge in enumerate(charges[k])
+            if charge.rank == rank
+        ]
+        summed = [tile for plan in plans for tile in plan.left.data_hop.sums]
+        assert sorted(summed, key=key) == sorted(mine, key=key)
+        cost = sum(operations(layout.matrices[t.matrix], t.stop - t.start) for t in mine)
+        assert layout.planner.load.get(rank, 0) >= cost * (1 - 1e-9)
+
+
+def key(tile: Tile) -> tuple[int, int]:
+    return tile.matrix, tile.charge
+
+
+Rows = dict[Rank, dict[int, Tensor]]
+"""For each rank and matrix int64 (rows,), one number for each row."""
+Reductions = dict[Rank, Reduction]
+
+
+def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
+    """All reductions of a set of matrices: of P, of parts, of Gram matrices, of broken P."""
+    found = [{rank: plan.left for rank, plan in plans.items()}]
+    phases = {len(plan.part_sums) for plan in plans.values()}
+    assert len(phases) == 1
+    found += [
+        {rank: plan.part_sums[i] for rank, plan in plans.items()} for i in range(phases.pop())
+    ]
+    if plans[Rank()].layout.config.right_factor == "orth":
+        found.append(grams(plans))
+    divided = [k for k in plans[Rank()].members if len(plans[Rank()].charges[k]) > 1]
+    found.append({rank: plan.gathering(divided) for rank, plan in plans.items()})
+    return found
+
+
+def grams(plans: Mapping[Rank, Plan]) -> Reductions:
+    return {rank: plan.grams for rank, plan in plans.items() if plan.grams is not None}
+
+
+@given(layouts())
+@for_any_layout
+def test_what_is_sent_is_received(layout: Layout) -> None:
+    for plans in layout.each_set():
+        for each in reductions(plans):
+            for rank, reduction in each.items():
+                # The second hop sends from the memory into which the first one sums.
+                assert reduction.data_hop.tiles == reduction.tensor_hop.sums
+                for peer in layout.grid.tensor_group(rank):
+                    sent = reduction.tensor_hop.sends[peer.tensor_parallel]
+                    assert sent == each[peer].tensor_hop.receives[rank.tensor_parallel]
+                for peer in layout.grid.data_group(rank):
+                    sent = reduction.data_hop.sends[peer.data_parallel]
+                    assert sent == each[peer].data_hop.receives[rank.data_parallel]
+        for rank, plan in plans.items():
+            for peer in layout.grid.data_group(rank):
+                shared = plans[peer].shared_rows[rank.data_parallel]
+                assert plan.shared_rows[peer.data_parallel] == shared
+
+
+class Memory:
+    """Tiles of a rank with a number for each of their rows, by matrix and charge."""
+
+    def __init__(self, tiles: tuple[Tile, ...]) -> None:
+        self.tiles = {key(tile): tile for tile in tiles}
+        assert len(self.tiles) == len(tiles)
+        self.values = {
+            key(tile): torch.zeros(tile.stop - tile.start, dtype=torch.int64) for tile in tiles
         }
-        assert mine == cut, rank
+
+    def view(self, tile: Tile) -> Tensor:
+        """The rows of a tile, which must be there."""
+        whole = self.tiles[key(tile)]
+        assert whole.start <= tile.start < tile.stop <= whole.stop
+        return self.values[key(tile)][tile.start - whole.start : tile.stop - whole.start]
+
+
+class Simulation:
+    """Carries out the reductions of all ranks with one number for each row."""
+
+    def __init__(self, each: Reductions, grid: Grid) -> None:
+        self._each = each
+        self._grid = grid
+        self._near = {rank: Memory(r.tensor_hop.sums) for rank, r in each.items()}
+        self.sums = {rank: Memory(r.data_hop.sums) for rank, r in each.items()}
+
+    def sum(self, rows: Rows) -> None:
+        """`rows` are all rows of a matrix, with zeros where a rank contributes nothing."""
+        for rank, tile, peer in self._ways(lambda r: r.tensor_hop, self._grid.tensor_group):
+            part = rows[rank][tile.matrix][tile.start : tile.stop]
+            self._near[peer].view(tile).add_(part)
+        for rank, tile, peer in self._ways(lambda r: r.data_hop, self._grid.data_group):
+            self.sums[peer].view(tile).add_(self._near[rank].view(tile))
+
+    def spread(self, rows: Rows) -> None:
+        """Overwrites the rows of all tiles with their sums."""
+        for rank, tile, peer in self._ways(lambda r: r.data_hop, self._grid.data_group):
+            self._near[rank].view(tile).copy_(self.sums[peer].view(tile))
+        for rank, tile, peer in self._ways(lambda r: r.tensor_hop, self._grid.tensor_group):
+            rows[rank][tile.matrix][tile.start : tile.stop] = self._near[peer].view(tile)
+
+    def _ways(
+        self, hop: Callable[[Reduction], Hop], group: Callable[[Rank], list[Rank]]
+    ) -> Iterator[tuple[Rank, Tile, Rank]]:
+        """Sender, tile and receiver."""
+        for rank, reduction in self._each.items():
+            sends = hop(reduction).sends
+            for peer, tiles in zip(group(rank), sends, strict=True):
+                for tile in tiles:
+                    yield rank, tile, peer
+
+
+def random_elements(layout: Layout) -> list[Tensor]:
+    """Positive numbers, whose sums tell which of them are there."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(1, 1 << 40, (m.rows, m.columns), generator=generator) for m in layout.matrices
+    ]
+
+
+def column_sums(layout: Layout, elements: list[Tensor]) -> Rows:
+    """What every rank contributes: sums over the rows that it multiplies."""
+    rows = {
+        rank: {k: torch.zeros(m.columns, dtype=torch.int64) for k, m in enumerate(layout.matrices)}
+        for rank in layout.plans
+    }
+    for rank, held in layout.held():
+        r = held.rectangle
+        columns = slice(r.column_start, r.column_stop)
+        block = elements[held.matrix][r.row_start : r.row_stop, columns]
+        rows[rank][held.matrix][columns] += block[held.multiplied].sum(dim=0)
+    return rows
+
+
+@given(layouts())
+@for_any_layout
+def test_every_element_arrives_once_in_the_charge_of_its_column_and_the_sum_comes_back(
+    layout: Layout,
+) -> None:
+    elements = random_elements(layout)
+    rows = column_sums(layout, elements)
+    for plans in layout.each_set():
+        simulation = Simulation({rank: plan.left for rank, plan in plans.items()}, layout.grid)
+        simulation.sum(rows)
+        for plan in plans.values():
+            for tile in plan.left.data_hop.sums:
+                expected = elements[tile.matrix].sum(dim=0)[tile.start : tile.stop]
+                assert torch.equal(simulation.sums[plan.rank].view(tile), expected)
+        simulation.spread(rows)
+    for rank, held in layout.held():
+        columns = slice(held.rectangle.column_start, held.rectangle.column_stop)
+        found = rows[rank][held.matrix][columns]
+        assert torch.equal(found, elements[held.matrix].sum(dim=0)[columns])
+
+
+def assert_everyone_gets_the_total(
+    each: Reductions, grid: Grid, heights: dict[int, int], participants: dict[int, set[Rank]]
+) -> None:
+    """Nobody else sends anything, and the sums are in the hands of participants."""
+    generator = torch.Generator().manual_seed(0)
+    rows: Rows = {
+        rank: {
+            k: torch.randint(1, 1 << 40, (height,), generator=generator)
+            if rank in participants[k]
+            else torch.full((height,), -1)
+            for k, height in heights.items()
+        }
+        for rank in each
+    }
+    totals = {k: sum(rows[rank][k] for rank in participants[k]) for k in heights}
+    simulation = Simulation(each, grid)
+    simulation.sum(rows)
+    simulation.spread(rows)
+    for rank, own in rows.items():
+        for k, found in own.items():
+            expected = totals[k] if rank in participants[k] else torch.full((heights[k],), -1)
+            assert torch.equal(found, expected)
+    for rank, reduction in each.items():
+        assert all(rank in participants[tile.matrix] for tile in reduction.data_hop.sums)
+
+
+@given(layouts())
+@for_any_layout
+def test_sums_of_parts_reach_all_who_have_rows(layout: Layout) -> None:
+    charges, config = layout.planner.charges, layout.config
+    for plans in layout.each_set():
+        divided = [k for k in plans[Rank()].members if len(charges[k]) > 1]
+        ranks = {k: {charge.rank for charge in charges[k]} for k in divided}
+        heights = {
+            k: summed_rows(config.orthonormalizer, layout.matrices[k].rank, config.oversample)
+            for k in divided
+        }
+        phases = len(heights[divided[0]]) if divided else 0
+        for plan in plans.values():
+            assert len(plan.part_sums) == phases
+        for i in range(phases):
+            each = {rank: plan.part_sums[i] for rank, plan in plans.items()}
+            of_phase = {k: heights[k][i] for k in divided}
+            assert_everyone_gets_the_total(each, layout.grid, of_phase, ranks)
+
+
+@given(layouts())
+@for_any_layout
+def test_gram_matrices_reach_all_holders(layout: Layout) -> None:
+    holders: dict[int, set[Rank]] = {}
+    for rank, held in layout.held():
+        holders.setdefault(held.matrix, set()).add(rank)
+    for plans in layout.each_set():
+        if layout.config.right_factor != "orth":
+            assert not grams(plans)
+            continue
+        heights = {k: layout.matrices[k].rank for k in plans[Rank()].members}
+        ranks = {k: holders[k] for k in heights}
+        assert_everyone_gets_the_total(grams(plans), layout.grid, heights, ranks)
+
+
+@given(layouts())
+@for_any_layout
+def test_sections_are_gathered_on_one_rank_and_come_back(layout: Layout) -> None:
+    charges = layout.planner.charges
+    for plans in layout.each_set():
+        divided = [k for k in plans[Rank()].members if len(charges[k]) > 1]
+        for chosen in (divided, divided[::2]):
+            whole = {k: torch.arange(1, layout.matrices[k].columns + 1) for k in chosen}
+            rows: Rows = {rank: {k: torch.zeros_like(whole[k]) for k in chosen} for rank in plans}
+            for k in chosen:
+                for c in charges[k]:
+                    rows[c.rank][k][c.start : c.stop] = whole[k][c.start : c.stop]
+            each = {rank: plan.gathering(chosen) for rank, plan in plans.items()}
+            simulation = Simulation(each, layout.grid)
+            simulation.sum(rows)
+            gathered = [
+                (tile.matrix, rank)
+                for rank, reduction in each.items()
+                for tile in reduction.data_hop.sums
+                if torch.equal(simulation.sums[rank].values[key(tile)], whole[tile.matrix])
+            ]
+            assert sorted(gathered) == sorted((k, charges[k][0].rank) for k in chosen)
+            for memory in simulation.sums.values():
+                for values in memory.values.values():
+                    values.neg_()
+            simulation.spread(rows)
+            for k in chosen:
+                for c in charges[k]:
+                    found = rows[c.rank][k]
+                    assert torch.equal(found[c.start : c.stop], -whole[k][c.start : c.stop])
+
+
+@given(layouts())
+@for_any_layout
+def test_rows_in_several_pieces_are_shared_rows(layout: Layout) -> None:
+    for plans in layout.each_set():
+        pieces: dict[tuple[int, int, int], set[int]] = {}
+        for rank, plan in plans.items():
+            for held in plan.held:
+                for row in range(held.rectangle.row_start, held.rectangle.row_stop):
+                    where = (rank.tensor_parallel, held.matrix, row)
+                    pieces.setdefault(where, set()).add(rank.data_parallel)
+        for rank, plan in plans.items():
+            for d, shared in enumerate(plan.shared_rows):
+                expected = {
+                    (matrix, row)
+                    for (t, matrix, row), holders in pieces.items()
+                    if t == rank.tensor_parallel and {rank.data_parallel, d} <= holders
+                }
+                found = [(row.matrix, row.row) for row in shared]
+                assert found == (sorted(expected) if d != rank.data_parallel else [])
+
+
+@given(layouts(orthonormalizers=("qr",)))
+@for_any_layout
+def test_householder_is_never_divided(layout: Layout) -> None:
+    assert all(len(charges) == 1 for charges in layout.planner.charges.values())
+    assert not any(plan.part_sums for plans in layout.plans.values() for plan in plans)
+
+
+def in_one_bucket(weights: list[Weight], grid: Grid) -> list[Placement]:
+    starts = [0]
+    for weight in weights:
+        starts.append(starts[-1] + weight.rows * weight.columns)
+    numel = math.ceil(starts[-1] / grid.data_parallel_size) * grid.data_parallel_size
+    return [Placement(w, start, numel) for w, start in zip(weights, starts[:-1], strict=True)]
+
+
+def squares(count: int, side: int, **options: int) -> list[Weight]:
+    return [Weight(f"w{i}", side, side, **options) for i in range(count)]
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 4), Grid(2, 2), Grid(4, 1)])
+@pytest.mark.parametrize("count", [4, 8, 12])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_small_equal_matrices_are_not_divided(grid: Grid, count: int, dim: int) -> None:
+    tp = grid.tensor_parallel_size
+    rows, columns = (64 // tp, 64) if dim == 0 else (64, 64 // tp)
+    weights = [Weight(f"w{i}", rows, columns, dim, tp) for i in range(count)]
+    planner = Planner(in_one_bucket(weights, grid), grid, DionConfig())
+    assert [len(planner.charges[k]) for k in range(count)] == [1] * count
+
+
+@pytest.mark.parametrize("orthonormalizer", ["rcqr", "cqr"])
+@pytest.mark.parametrize("fraction", [0.05, 0.25, 1.0])
+def test_more_than_an_even_share_is_divided_as_far_as_needed(
+    fraction: float, orthonormalizer: str
+) -> None:
+    grid = Grid(1, 12)
+    config = DionConfig(rank_fraction=fraction, orthonormalizer=orthonormalizer)
+    weights = [Weight("big", 3000, 300), *squares(60, 100)]
+    layout = Layout(in_one_bucket(weights, grid), grid, config, [list(range(61))])
+    big, charges = layout.matrices[0], layout.planner.charges
+    costs = [operations(m, m.columns) for m in layout.matrices]
+    even = sum(costs) / grid.size
+    assert costs[0] > even
+    holders = layout.placements[0].holders(grid.data_parallel_size)
+    count = len(charges[0])
+    assert 1 < count <= len(holders)
+    assert count >= len(holders) - 1 or fraction < 1
+    if fraction < 1:
+        # Rounding to whole rows is at most one row.
+        assert operations(big, math.floor(big.columns / count)) <= even
+    assert operations(big, math.ceil(big.columns / (count - 1))) > even
+    assert max(c.stop - c.start for c in charges[0]) - big.columns // count <= 1
+    assert all(len(charges[k]) == 1 for k in range(1, 61))
+
+
+def test_a_single_matrix_is_divided_over_all_its_holders() -> None:
+    grid = Grid(4, 1)
+    weight = Weight("w", 12, 6, partition_dim=1, tensor_parallel_size=4)
+    planner = Planner(in_one_bucket([weight], grid), grid, DionConfig())
+    assert [charge.rank for charge in planner.charges[0]] == sorted(grid.ranks())
+    assert {charge.stop - charge.start for charge in planner.charges[0]} == {6}
+    householder = Planner(planner.layout.placements, grid, DionConfig(orthonormalizer="qr"))
+    assert not householder.plans(Rank())[0].part_sums
+
+
+def test_a_rank_that_is_busy_is_spared() -> None:
+    """Of the second set, which all could do, those without work of the first do all."""
+    grid = Grid(2, 1)
+    weights = [Weight(f"w{i}", 8, 16, 0, 2) for i in range(2)]
+    planner = Planner(
+        in_one_bucket(weights, grid), grid, DionConfig(orthonormalizer="qr"), [[0], [1]]
+    )
+    assert planner.charges[0][0].rank != planner.charges[1][0].rank
+
+
+def test_charges_are_balanced() -> None:
+    weight = Weight("w", 256, 256)
+    placements = [
+        Placement(replace(weight, name=f"w{i}"), i * 256 * 256, 32 * 256 * 256) for i in range(32)
+    ]
+    # Each of four ranks holds eight whole matrices and must decide those.
+    grid = Grid(1, 4)
+    for rank in grid.ranks():
+        plan = make_plan(placements, grid, rank, DionConfig(rank_fraction=0.5))
+        assert [tile.matrix // 8 for tile in plan.left.data_hop.sums] == [rank.data_parallel] * 8
 
 
 def test_qkv_of_two_groups_on_two_ranks() -> None:
@@ -174,13 +584,3 @@ def test_one_group_on_more_ranks_than_groups() -> None:
 def test_rows_that_are_no_whole_periods_are_refused() -> None:
     with pytest.raises(ValueError, match="10 rows are no multiple of the 4 rows of"):
         Weight("qkv", rows=10, columns=3, parts=(Part("query", 3), Part("key", 1)))
-
-
-def test_charges_are_balanced() -> None:
-    weight = Weight("w", 256, 256)
-    placements = [
-        Placement(replace(weight, name=f"w{i}"), i * 256 * 256, 32 * 256 * 256) for i in range(32)
-    ]
-    # Each of four ranks holds eight whole matrices and must decide those.
-    for plan in plans(placements, Grid(1, 4)).values():
-        assert len(plan.data_hop.sums) == 8
