@@ -36,8 +36,9 @@ def to_orthonormal_columns(grams: Sequence[Tensor], eps: float) -> list[Tensor]:
     """For each Gram matrix (r, r) float64 of an R the C (r, r) float32 that makes R C orthonormal.
 
     R C is the Q of the QR decomposition with a positive diagonal of [R / s; DAMPING I], the rows of
-    R of it, where s is R's largest column norm plus eps. So no singular value exceeds one, and what
-    is lost in R's rounding, or smaller than eps, tends to zero. Batched by shape; equal shapes must
+    R of it, where s is R's largest column norm plus eps. So no singular value exceeds one by more
+    than rounding (a few percent where R is rank deficient), and what is lost in R's rounding, or
+    smaller than eps, tends to zero. Batched by shape; equal shapes must
     stand side by side.
     """
     found: list[Tensor] = []

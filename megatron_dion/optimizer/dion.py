@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm import DionConfig, dion_step, interleave
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet
-from megatron_dion.sharding import Placement, Plan, Weight
+from megatron_dion.sharding import DTYPES, Placement, Plan, Weight
 
 _DEFAULTS = DionConfig()
 
@@ -189,6 +189,10 @@ class Dion(torch.optim.Optimizer):
                         f" is {here and tuple(here)}: was it saved with another rank_fraction?"
                     )
         super().load_state_dict(state_dict)
+        # torch makes the dtype of states that of their parameters.
+        for state in self.state.values():
+            state["momentum"] = state["momentum"].to(DTYPES[self.config.momentum_dtype])
+            state["right_factor"] = state["right_factor"].to(DTYPES[self.config.factor_dtype])
         self._binding = None
 
     def _parameters(self) -> list[Tensor]:

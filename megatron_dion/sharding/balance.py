@@ -1,7 +1,9 @@
 """Who orthonormalizes what: the rows of every P divided over ranks, so that none waits long."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from megatron_dion.algorithm import Matrix
 from megatron_dion.sharding.layout import Layout, Rank
@@ -20,33 +22,86 @@ class Charge:
 Charges = dict[int, tuple[Charge, ...]]
 """For each matrix its charges, which cover the rows of its P in their order."""
 
+# A divided matrix comes down to this share of a rank's mean work: less of it would be more even and
+# send more, the sums that a divided P needs.
+_EVEN_SHARE = 0.5
 
-def divide(layout: Layout, matrices: Iterable[int], load: dict[Rank, float]) -> Charges:
-    """Divides the P of the given matrices over the ranks that hold something of them.
 
-    The most expensive come first, each to its least loaded holders: to one, who then needs nobody
-    else to orthonormalize it, unless it alone is more than an even share of the work; then to as
-    many as bring it down to that.
+def _zero() -> dict[Rank, float]:
+    return defaultdict(float)
+
+
+@dataclass(frozen=True)
+class Burden:
+    """What ranks have to do in a step, nearly: operations, numbers sent, numbers added up."""
+
+    operations: dict[Rank, float] = field(default_factory=_zero)
+    sent: dict[Rank, float] = field(default_factory=_zero)
+    summed: dict[Rank, float] = field(default_factory=_zero)
+
+    def relative(self, rank: Rank, means: "_Means") -> float:
+        """How many times the mean a rank has of what it has most of."""
+        return max(
+            self.operations[rank] / means.operations,
+            self.sent[rank] / means.sent,
+            self.summed[rank] / means.summed,
+        )
+
+
+def divide(layout: Layout, matrices: Iterable[int], burden: Burden) -> Charges:
+    """Divides the P of the given matrices over ranks at or near those that hold the matrices.
+
+    The most expensive come first. One that is less than an even share of the work goes to its least
+    burdened holder, who then needs nobody else to orthonormalize it, and nothing is sent if he
+    holds all of it. Others go to as many ranks as bring them down to such a share, and these may be
+    their neighbours in the data-parallel group: every holder sends its P away in any case.
 
     Args:
         layout: who holds what.
         matrices: indices of the matrices.
-        load: operations that each rank has to do already; is added to.
+        burden: of each rank already; is added to.
     """
     matrices = list(matrices)
     shapes = layout.matrices
-    even = sum(operations(shapes[k], shapes[k].columns) for k in matrices) / layout.grid.size
+    cost = {k: operations(shapes[k], shapes[k].columns) for k in matrices}
+    for k in matrices:
+        for rank, (start, stop) in layout.columns_of_holders[k].items():
+            burden.sent[rank] += (stop - start) * shapes[k].rank
+    means = _Means.of(layout)
     charges: Charges = {}
-    for k in sorted(matrices, key=lambda k: (-operations(shapes[k], shapes[k].columns), k)):
+    for k in sorted(matrices, key=lambda k: (-cost[k], k)):
         holders = layout.columns_of_holders[k]
-        count = _number_of_charges(layout, k, even, len(holders))
-        chosen = sorted(holders, key=lambda rank: (load.get(rank, 0), rank))[:count]
+        near = _neighbourhood(layout, holders)
+        most = min(len(near), shapes[k].columns)
+        count = _number_of_charges(layout, shapes[k], _EVEN_SHARE * means.operations, most)
+        candidates = near if count > 1 else list(holders)
+        chosen = sorted(candidates, key=lambda rank: (burden.relative(rank, means), rank))[:count]
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
         charges[k] = _cut(k, shapes[k].columns, sorted(chosen))
         for charge in charges[k]:
-            cost = operations(shapes[k], charge.stop - charge.start)
-            load[charge.rank] = load.get(charge.rank, 0) + cost
+            _add(burden, layout, charge, {rank.data_parallel for rank in holders}, count > 1)
     return charges
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Of all ranks, for all matrices of a layout, nearly."""
+
+    operations: float
+    sent: float
+    summed: float
+
+    @classmethod
+    def of(cls, layout: Layout) -> "_Means":
+        every = list(zip(layout.matrices, layout.columns_of_holders, strict=True))
+        cost = sum(operations(matrix, matrix.columns) for matrix, _ in every)
+        moved = sum(
+            (stop - start) * matrix.rank
+            for matrix, holders in every
+            for start, stop in holders.values()
+        )
+        size = layout.grid.size
+        return cls(cost / size, 2 * moved / size, 2 * moved / size)
 
 
 def operations(matrix: Matrix, rows: int) -> float:
@@ -59,17 +114,43 @@ def operations(matrix: Matrix, rows: int) -> float:
     return 6.5 * rows * matrix.rank**2 + 2.17 * matrix.rank**3
 
 
-def _number_of_charges(layout: Layout, matrix: int, even: float, holders: int) -> int:
-    shape = layout.matrices[matrix]
-    most = min(holders, shape.columns)
+def _neighbourhood(layout: Layout, holders: Iterable[Rank]) -> list[Rank]:
+    """The holders of a matrix, and half as many data-parallel ranks before and after them."""
+    data_ranks = {rank.data_parallel for rank in holders}
+    more = (len(data_ranks) + 1) // 2
+    first = max(0, min(data_ranks) - more)
+    last = min(layout.grid.data_parallel_size - 1, max(data_ranks) + more)
+    return [rank for d in range(first, last + 1) for rank in layout.grid.tensor_group(Rank(0, d))]
+
+
+def _number_of_charges(layout: Layout, matrix: Matrix, share: float, most: int) -> int:
+    """How many ranks bring the operations of each down to a share, if any number does."""
     if layout.config.orthonormalizer == "qr":
         return 1  # needs all rows
-    fixed = operations(shape, 0)
-    if operations(shape, shape.columns) <= even:
+    fixed = operations(matrix, 0)
+    divisible = operations(matrix, matrix.columns) - fixed
+    if fixed + divisible <= share:
         return 1
-    if even <= fixed:
-        return most
-    return min(most, -int(-(operations(shape, shape.columns) - fixed) // (even - fixed)))
+    return most if share <= fixed else min(most, math.ceil(divisible / (share - fixed)))
+
+
+def _add(
+    burden: Burden, layout: Layout, charge: Charge, data_ranks: Collection[int], divided: bool
+) -> None:
+    """What a charge costs the rank itself, and those that sum for it in each tensor group."""
+    matrix, rows = layout.matrices[charge.matrix], charge.stop - charge.start
+    moved = rows * matrix.rank
+    size = layout.grid.tensor_parallel_size
+    for d in data_ranks:
+        near = Rank(charge.rank.tensor_parallel, d)
+        burden.summed[near] += moved * size
+        burden.sent[near] += moved * (size - 1)
+    burden.operations[charge.rank] += operations(matrix, rows)
+    burden.summed[charge.rank] += moved * len(data_ranks)
+    burden.sent[charge.rank] += moved * len(data_ranks)
+    if divided:  # sketches (1.25 r, r) and Gram matrices, there and back
+        burden.summed[charge.rank] += 2.25 * matrix.rank**2
+        burden.sent[charge.rank] += 4.5 * matrix.rank**2
 
 
 def _cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:

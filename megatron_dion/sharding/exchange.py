@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Matrix, Section, Steps
 from megatron_dion.sharding.layout import Held
-from megatron_dion.sharding.plan import Hop, Plan, Reduction, SharedRow, Tile
+from megatron_dion.sharding.plan import Plan, SharedRow
+from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 from megatron_dion.sharding.layout import Held, Rank
-from megatron_dion.sharding.plan import Hop, Plan, Reduction, Tile
+from megatron_dion.sharding.plan import Plan
+from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
 _BYTES = {"fp32": 4, "bf16": 2}
 

@@ -425,7 +425,6 @@ def test_alone_a_comm_dtype_only_rounds_the_left_factor(
         assert_bitwise_equal(sent, exact)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's load_state_dict casts states to float32")
 def test_loaded_state_keeps_its_dtypes() -> None:
     saved, loaded = (Comparison([(SHAPES, {})], **BFLOAT16) for _ in range(2))
     saved.run(range(2))
