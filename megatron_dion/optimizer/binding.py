@@ -22,11 +22,9 @@ from megatron_dion.sharding import (
     Rectangle,
     ShardedExchange,
     Weight,
+    sets_in_turn,
 )
 from megatron_dion.sharding.traffic import bytes_sent
-
-# Sets of matrices whose steps take turns: one computes while the other communicates.
-_SETS_IN_TURN = 2
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -115,6 +113,10 @@ class Binding:
         distribution: where they are.
         config: hyperparameters.
         state: the optimizer's; gets `momentum` and `right_factor` of parameters that have none.
+
+    Attributes:
+        planner: of all ranks.
+        sets: what is stepped together on this rank.
     """
 
     def __init__(
@@ -131,9 +133,11 @@ class Binding:
         self._keeps_float32 = config.momentum_dtype == "fp32"
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
-        sets = [*_sets_in_turn(distribution, compressed), *_sets_in_turn(distribution, dense)]
-        planner = Planner(distribution.placements, distribution.grid, config, sets)
-        plans = planner.plans(distribution.rank)
+        ranks = distribution.grid.size * distribution.replicas
+        placements = distribution.placements
+        sets = [s for alike in (compressed, dense) for s in sets_in_turn(placements, alike, ranks)]
+        self.planner = Planner(placements, distribution.grid, config, sets)
+        plans = self.planner.plans(distribution.rank)
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
                 state[tensor].update(_first_state(index, tensor, plans, config))
@@ -276,22 +280,6 @@ def _by_gradient_sync(
         return everything, []
     pays = [compression_pays(placement.weight, config) for placement in distribution.placements]
     return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
-
-
-def _sets_in_turn(distribution: Distribution, indices: Sequence[int]) -> list[list[int]]:
-    """Weights of the same shape alternate, so that every rank has some of each set."""
-    if not indices:
-        return []
-    if distribution.grid.size * distribution.replicas == 1:
-        return [list(indices)]
-
-    def shape(index: int) -> tuple[int, int]:
-        weight = distribution.placements[index].weight
-        return weight.global_rows, weight.global_columns
-
-    ordered = sorted(indices, key=lambda index: (shape(index), index))
-    sets = [sorted(ordered[turn::_SETS_IN_TURN]) for turn in range(_SETS_IN_TURN)]
-    return [chosen for chosen in sets if chosen]
 
 
 def _first_state(

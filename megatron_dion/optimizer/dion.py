@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm import DionConfig, dion_step, interleave
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet
-from megatron_dion.sharding import DTYPES, Placement, Plan, Weight
+from megatron_dion.sharding import DTYPES, Placement, Plan, Planner, Weight
 
 _DEFAULTS = DionConfig()
 
@@ -105,6 +105,10 @@ class Dion(torch.optim.Optimizer):
     def plans(self) -> list[Plan]:
         """What this rank does in a step, for each set of matrices that is stepped together."""
         return [chosen.plan for chosen in self._bind(self._parameters()).sets]
+
+    def planner(self) -> Planner:
+        """Who does what in a step, on all ranks."""
+        return self._bind(self._parameters()).planner
 
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step."""

@@ -26,6 +26,7 @@ from megatron_dion.optimizer.compressed_sync import keep_gradients_apart
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.routing import DION, RoutingTable, build_routing_table, weight_of
+from megatron_dion.sharding import Planner
 
 Overrides = dict[ParamKey, ParamGroupOverride]
 
@@ -40,6 +41,22 @@ class DionChainedOptimizer(ChainedOptimizer):
 
     routing_table: RoutingTable
     exchanged_bytes_per_step: int
+
+    @property
+    def fallbacks(self) -> int:
+        """How often this rank had to orthonormalize by Householder QR instead, so far."""
+        return sum(dion.fallbacks for dion in self._inner_dions())
+
+    def planners(self) -> list[Planner]:
+        """Plans of this pipeline stage: of dense weights, and of experts."""
+        return [dion.planner() for dion in self._inner_dions()]
+
+    def _inner_dions(self) -> list[Dion]:
+        return [
+            optimizer.optimizer
+            for optimizer in self.chained_optimizers
+            if isinstance(optimizer, DionDistributedOptimizer) and not optimizer.is_stub_optimizer
+        ]
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

@@ -1,5 +1,6 @@
 """What every rank of a grid has to do in a step, and how evenly that is spread."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -97,21 +98,35 @@ def _figure(value: float) -> str:
 def _add_sums(found: dict[Rank, Load], planner: Planner, sums: dict[int, Sum], size: int) -> None:
     for matrix, total in sums.items():
         width = planner.layout.matrices[matrix].rank
-        for index, charge in enumerate(total.charges):
-            for d, contributors in total.by_data_rank.items():
-                near = Rank(charge.rank.tensor_parallel, d)
-                for rank in contributors:
-                    tile = total.tile(rank, index)
-                    if tile is not None:
-                        numel = (tile.stop - tile.start) * width
-                        found[near].summed += numel
-                        if rank != near:
-                            found[rank].tensor_sent += size * numel
-                            found[near].tensor_sent += size * numel
+        for d in total.by_data_rank:
+            _add_near(found, total, d, width, size)
+            for index, charge in enumerate(total.charges):
                 tile = total.summed_tile(d, index)
-                if tile is not None:
-                    numel = (tile.stop - tile.start) * width
-                    found[charge.rank].summed += numel
-                    if near != charge.rank:
-                        found[near].data_sent += size * numel
-                        found[charge.rank].data_sent += size * numel
+                if tile is None:
+                    continue
+                numel = (tile.stop - tile.start) * width
+                found[charge.rank].summed += numel
+                near = Rank(charge.rank.tensor_parallel, d)
+                if near != charge.rank:
+                    found[near].data_sent += size * numel
+                    found[charge.rank].data_sent += size * numel
+
+
+def _add_near(found: dict[Rank, Load], total: Sum, d: int, width: int, size: int) -> None:
+    """What happens within a tensor-parallel group; its ranks with the same rows are alike."""
+    contributors: dict[tuple[int, int], list[Rank]] = {}
+    for rank, rows in total.by_data_rank[d].items():
+        contributors.setdefault(rows, []).append(rank)
+    for (start, stop), ranks in contributors.items():
+        numel_for: Counter[int] = Counter()  # by tensor-parallel rank that sums it
+        for charge in total.charges:
+            common = min(stop, charge.stop) - max(start, charge.start)
+            if common > 0:
+                numel_for[charge.rank.tensor_parallel] += common * width
+        for t, numel in numel_for.items():
+            near = Rank(t, d)
+            others = [rank for rank in ranks if rank != near]
+            found[near].summed += len(ranks) * numel
+            found[near].tensor_sent += size * len(others) * numel
+            for rank in others:
+                found[rank].tensor_sent += size * numel

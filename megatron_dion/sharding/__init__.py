@@ -4,7 +4,7 @@ from megatron_dion.sharding.blocks import Rectangle, rectangles
 from megatron_dion.sharding.exchange import DTYPES, Groups, ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion.sharding.plan import Plan, Planner, make_plan
+from megatron_dion.sharding.plan import Plan, Planner, make_plan, sets_in_turn
 
 __all__ = [
     "DTYPES",
@@ -22,4 +22,5 @@ __all__ = [
     "Weight",
     "make_plan",
     "rectangles",
+    "sets_in_turn",
 ]

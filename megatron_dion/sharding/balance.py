@@ -32,7 +32,7 @@ def _zero() -> dict[Rank, float]:
 
 
 @dataclass(frozen=True)
-class Burden:
+class _Burden:
     """What ranks have to do in a step, nearly: operations, numbers sent, numbers added up."""
 
     operations: dict[Rank, float] = field(default_factory=_zero)
@@ -48,32 +48,27 @@ class Burden:
         )
 
 
-def divide(layout: Layout, matrices: Iterable[int], burden: Burden) -> Charges:
-    """Divides the P of the given matrices over ranks at or near those that hold the matrices.
+def divide(layout: Layout) -> Charges:
+    """Divides the P of all matrices over ranks at or near those that hold the matrices.
 
     The most expensive come first. One that is less than an even share of the work goes to its least
     burdened holder, who then needs nobody else to orthonormalize it, and nothing is sent if he
     holds all of it. Others go to as many ranks as bring them down to such a share, and these may be
     their neighbours in the data-parallel group: every holder sends its P away in any case.
-
-    Args:
-        layout: who holds what.
-        matrices: indices of the matrices.
-        burden: of each rank already; is added to.
     """
-    matrices = list(matrices)
     shapes = layout.matrices
-    cost = {k: operations(shapes[k], shapes[k].columns) for k in matrices}
-    for k in matrices:
-        for rank, (start, stop) in layout.columns_of_holders[k].items():
-            burden.sent[rank] += (stop - start) * shapes[k].rank
+    cost = [operations(matrix, matrix.columns) for matrix in shapes]
+    burden = _Burden()
+    for matrix, holders in zip(shapes, layout.columns_of_holders, strict=True):
+        for rank, (start, stop) in holders.items():
+            burden.sent[rank] += (stop - start) * matrix.rank
     means = _Means.of(layout)
     charges: Charges = {}
-    for k in sorted(matrices, key=lambda k: (-cost[k], k)):
+    for k in sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
         holders = layout.columns_of_holders[k]
         near = _neighbourhood(layout, holders)
         most = min(len(near), shapes[k].columns)
-        count = _number_of_charges(layout, shapes[k], _EVEN_SHARE * means.operations, most)
+        count = _number_of_charges(layout, shapes[k], means.operations, most)
         candidates = near if count > 1 else list(holders)
         chosen = sorted(candidates, key=lambda rank: (burden.relative(rank, means), rank))[:count]
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
@@ -123,19 +118,18 @@ def _neighbourhood(layout: Layout, holders: Iterable[Rank]) -> list[Rank]:
     return [rank for d in range(first, last + 1) for rank in layout.grid.tensor_group(Rank(0, d))]
 
 
-def _number_of_charges(layout: Layout, matrix: Matrix, share: float, most: int) -> int:
-    """How many ranks bring the operations of each down to a share, if any number does."""
-    if layout.config.orthonormalizer == "qr":
-        return 1  # needs all rows
+def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -> int:
+    """One, unless that is more than a rank's mean work; then what brings it down well below."""
     fixed = operations(matrix, 0)
     divisible = operations(matrix, matrix.columns) - fixed
-    if fixed + divisible <= share:
+    if fixed + divisible <= mean or layout.config.orthonormalizer == "qr":  # qr needs all rows
         return 1
+    share = _EVEN_SHARE * mean
     return most if share <= fixed else min(most, math.ceil(divisible / (share - fixed)))
 
 
 def _add(
-    burden: Burden, layout: Layout, charge: Charge, data_ranks: Collection[int], divided: bool
+    burden: _Burden, layout: Layout, charge: Charge, data_ranks: Collection[int], divided: bool
 ) -> None:
     """What a charge costs the rank itself, and those that sum for it in each tensor group."""
     matrix, rows = layout.matrices[charge.matrix], charge.stop - charge.start

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.algorithm.orthonormalize import summed_rows
-from megatron_dion.sharding.balance import Burden, Charge, Charges, divide
+from megatron_dion.sharding.balance import Charge, Charges, divide
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.reduction import Reduction, Sum, reduction, sum_for_all
+
+_SETS_IN_TURN = 2
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,7 @@ class Planner:
     ) -> None:
         self.layout = Layout(placements, grid, config)
         self.sets = [tuple(range(len(placements)))] if sets is None else [tuple(s) for s in sets]
-        burden = Burden()
-        self.charges: Charges = {}
-        for index in range(len(self.sets)):
-            self.charges |= divide(self.layout, self.members(index), burden)
+        self.charges: Charges = divide(self.layout)
 
     def members(self, index: int) -> tuple[int, ...]:
         """The matrices of a set."""
@@ -170,6 +169,30 @@ class Planner:
                     if peer != rank.data_parallel:
                         shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
         return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
+
+
+def sets_in_turn(
+    placements: Sequence[Placement], indices: Sequence[int], ranks: int
+) -> list[list[int]]:
+    """Divides weights into sets whose steps take turns: one computes while another communicates.
+
+    Weights of the same shape alternate, so that every rank has some of each set. With a single
+    rank, or without weights, there is nothing to divide.
+
+    Args:
+        placements: all weights.
+        indices: of those to divide.
+        ranks: number of ranks that communicate.
+    """
+
+    def shape(index: int) -> tuple[int, int]:
+        weight = placements[index].weight
+        return weight.global_rows, weight.global_columns
+
+    turns = 1 if ranks == 1 else _SETS_IN_TURN
+    ordered = sorted(indices, key=lambda index: (shape(index), index))
+    sets = [sorted(ordered[turn::turns]) for turn in range(turns)]
+    return [chosen for chosen in sets if chosen]
 
 
 def make_plan(placements: Sequence[Placement], grid: Grid, rank: Rank, config: DionConfig) -> Plan:

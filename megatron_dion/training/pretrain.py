@@ -17,6 +17,8 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
+from megatron_dion.planning.loads import describe, loads
+from megatron_dion.sharding import Planner
 from megatron_dion.training import patches, validation
 from megatron_dion.training.arguments import (
     describe_defaults,
@@ -121,6 +123,8 @@ def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
             rules.check_patterns(route.parameter for route in optimizer.routing_table.routes)
         if args.rank == 0:
             _publish_routing(args, optimizer.routing_table)
+            if args.dion_print_plan:
+                _print_plans(optimizer.planners())
         return optimizer
 
     def tag(model_chunks: Any) -> Any:
@@ -136,6 +140,14 @@ def _publish_routing(args: argparse.Namespace, routing_table: Any) -> None:
         say(line)
     if args.run_dir is not None:
         write_routing(Path(args.run_dir), routing_table.to_tsv())
+
+
+def _print_plans(planners: list[Planner]) -> None:
+    for planner in planners:
+        matrices = len(planner.layout.matrices)
+        say(f"plan of Dion's step: {matrices} matrices of the first pipeline stage")
+        for line in describe(loads(planner)).splitlines():
+            say(line)
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class Recorder:
             "iteration_seconds": self._step_time.read(),
             "optimizer_seconds": self._optimizer_time.read(),
             "optimizer_bytes": getattr(self._optimizer, "exchanged_bytes_per_step", 0),
+            "householder_fallbacks": getattr(self._optimizer, "fallbacks", 0),
             "skipped": bool(logged["skipped_iter"]),
         }
 

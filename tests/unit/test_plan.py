@@ -513,12 +513,12 @@ def test_more_than_an_even_share_is_divided_as_far_as_needed(
     assert costs[0] > even
     holders = layout.placements[0].holders(grid.data_parallel_size)
     count = len(charges[0])
-    assert 1 < count <= len(holders)
-    assert count >= len(holders) - 1 or fraction < 1
-    if fraction < 1:
+    assert 1 < count <= grid.size
+    assert count >= len(holders) or fraction < 1
+    if count < grid.size:
         # Rounding to whole rows is at most one row.
-        assert operations(big, math.floor(big.columns / count)) <= even
-    assert operations(big, math.ceil(big.columns / (count - 1))) > even
+        assert operations(big, math.floor(big.columns / count)) <= even / 2
+    assert operations(big, math.ceil(big.columns / (count - 1))) > even / 2
     assert max(c.stop - c.start for c in charges[0]) - big.columns // count <= 1
     assert all(len(charges[k]) == 1 for k in range(1, 61))
 
