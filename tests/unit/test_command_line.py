@@ -23,6 +23,13 @@ def exit_of(argv: list[str]) -> tuple[object, str]:
     return 0, said.getvalue()
 
 
+def output_of(argv: list[str]) -> str:
+    """On a rank: what a run says on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exit_of(argv)
+    return said.getvalue()
+
+
 def complaint(nursery: Nursery, *argv: str) -> str:
     [(code, said)] = nursery.run(1, exit_of, [*RUN, *argv])
     assert code == 2
@@ -44,6 +51,10 @@ def complaint(nursery: Nursery, *argv: str) -> str:
         ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
         ("--fp4-param-gather", "--fp4-param-gather"),
         ("--tensor-model-parallel-size 3", "world size (1) is not divisible"),
+        ("--dion-right-factor qr", "--dion-right-factor: invalid choice: 'qr'"),
+        ("--dion-comm-dtype fp16", "--dion-comm-dtype: invalid choice: 'fp16'"),
+        ("--dion-compressed-sync", "--num-distributed-optimizer-instances is 1: give at least 2"),
+        ("--dion-recenter-interval 5", "has no effect without --dion-compressed-sync"),
         ("--dion-exclude nothing.*", "no parameter's name matches 'nothing.*'"),
     ],
 )
@@ -99,3 +110,13 @@ def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
     [(code, said)] = nursery.run(1, exit_of, argv)
     assert code == 0, said
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_plan_is_printed(nursery: Nursery) -> None:
+    tp2 = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 1".split()
+    argv = [*MODEL, *TRAINING, *DION, *tp2, "--dion-print-plan"]
+    said, others = nursery.run(2, output_of, argv)
+    assert "[dion] plan of Dion's step: 28 matrices" in said
+    assert all(f"[dion] tp {rank} dp 0" in said for rank in range(2))
+    assert "busiest / mean" in said
+    assert "busiest / mean" not in others
