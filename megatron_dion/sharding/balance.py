@@ -1,7 +1,7 @@
 """Who orthonormalizes what: the rows of every P divided over ranks, so that none waits long."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -67,14 +67,21 @@ def divide(layout: Layout) -> Charges:
     for k in sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
         holders = layout.columns_of_holders[k]
         near = _neighbourhood(layout, holders)
-        most = min(len(near), shapes[k].columns)
+        most = min(len(near), _most(len(holders)), shapes[k].columns)
         count = _number_of_charges(layout, shapes[k], means.operations, most)
         candidates = near if count > 1 else list(holders)
-        chosen = sorted(candidates, key=lambda rank: (burden.relative(rank, means), rank))[:count]
+        chosen = sorted(
+            candidates,
+            key=lambda rank: (
+                burden.relative(rank, means),
+                rank not in holders,
+                rank.data_parallel,
+                rank.tensor_parallel,
+            ),
+        )[:count]
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
         charges[k] = _cut(k, shapes[k].columns, sorted(chosen))
-        for charge in charges[k]:
-            _add(burden, layout, charge, {rank.data_parallel for rank in holders}, count > 1)
+        _add(burden, layout, charges[k], {rank.data_parallel for rank in holders})
     return charges
 
 
@@ -118,6 +125,11 @@ def _neighbourhood(layout: Layout, holders: Iterable[Rank]) -> list[Rank]:
     return [rank for d in range(first, last + 1) for rank in layout.grid.tensor_group(Rank(0, d))]
 
 
+def _most(holders: int) -> int:
+    """More charges than holders make the work more even, and the sums of divided P longer."""
+    return max(holders, holders * 8 // 5)
+
+
 def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -> int:
     """One, unless that is more than a rank's mean work; then what brings it down well below."""
     fixed = operations(matrix, 0)
@@ -129,22 +141,24 @@ def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -
 
 
 def _add(
-    burden: _Burden, layout: Layout, charge: Charge, data_ranks: Collection[int], divided: bool
+    burden: _Burden, layout: Layout, charges: Sequence[Charge], data_ranks: Collection[int]
 ) -> None:
-    """What a charge costs the rank itself, and those that sum for it in each tensor group."""
-    matrix, rows = layout.matrices[charge.matrix], charge.stop - charge.start
-    moved = rows * matrix.rank
-    size = layout.grid.tensor_parallel_size
-    for d in data_ranks:
-        near = Rank(charge.rank.tensor_parallel, d)
-        burden.summed[near] += moved * size
-        burden.sent[near] += moved * (size - 1)
-    burden.operations[charge.rank] += operations(matrix, rows)
-    burden.summed[charge.rank] += moved * len(data_ranks)
-    burden.sent[charge.rank] += moved * len(data_ranks)
-    if divided:  # sketches (1.25 r, r) and Gram matrices, there and back
-        burden.summed[charge.rank] += 2.25 * matrix.rank**2
-        burden.sent[charge.rank] += 4.5 * matrix.rank**2
+    """What a matrix's charges cost those who have them, and who sums for them in tensor groups."""
+    matrix, size = layout.matrices[charges[0].matrix], layout.grid.tensor_parallel_size
+    rows_for: Counter[int] = Counter()
+    for charge in charges:
+        rows = charge.stop - charge.start
+        rows_for[charge.rank.tensor_parallel] += rows
+        burden.operations[charge.rank] += operations(matrix, rows)
+        burden.summed[charge.rank] += rows * matrix.rank * len(data_ranks)
+        burden.sent[charge.rank] += rows * matrix.rank * len(data_ranks)
+        if len(charges) > 1:  # sketches (1.25 r, r) and Gram matrices, there and back
+            burden.summed[charge.rank] += 2.25 * matrix.rank**2
+            burden.sent[charge.rank] += 4.5 * matrix.rank**2
+    for t, rows in rows_for.items():
+        for d in data_ranks:
+            burden.summed[Rank(t, d)] += rows * matrix.rank * size
+            burden.sent[Rank(t, d)] += rows * matrix.rank * (size - 1)
 
 
 def _cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:
