@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from megatron_dion.algorithm import Matrix
 from megatron_dion.sharding.layout import Layout, Rank
@@ -27,25 +27,20 @@ Charges = dict[int, tuple[Charge, ...]]
 _EVEN_SHARE = 0.5
 
 
-def _zero() -> dict[Rank, float]:
-    return defaultdict(float)
-
-
-@dataclass(frozen=True)
 class _Burden:
     """What ranks have to do in a step, nearly: operations, numbers sent, numbers added up."""
 
-    operations: dict[Rank, float] = field(default_factory=_zero)
-    sent: dict[Rank, float] = field(default_factory=_zero)
-    summed: dict[Rank, float] = field(default_factory=_zero)
+    def __init__(self) -> None:
+        self._total: Counter[str] = Counter()
+        self._of: defaultdict[str, Counter[Rank]] = defaultdict(Counter)
 
-    def relative(self, rank: Rank, means: "_Means") -> float:
-        """How many times the mean a rank has of what it has most of."""
-        return max(
-            self.operations[rank] / means.operations,
-            self.sent[rank] / means.sent,
-            self.summed[rank] / means.summed,
-        )
+    def add(self, kind: str, rank: Rank, amount: float) -> None:
+        self._of[kind][rank] += amount  # type: ignore[assignment]  # counters count floats too
+        self._total[kind] += amount  # type: ignore[assignment]
+
+    def share(self, rank: Rank) -> float:
+        """A rank's share of everyone's burden, of the kind of which its share is largest."""
+        return max(found[rank] / (self._total[kind] or 1) for kind, found in self._of.items())
 
 
 def divide(layout: Layout) -> Charges:
@@ -61,19 +56,23 @@ def divide(layout: Layout) -> Charges:
     burden = _Burden()
     for matrix, holders in zip(shapes, layout.columns_of_holders, strict=True):
         for rank, (start, stop) in holders.items():
-            burden.sent[rank] += (stop - start) * matrix.rank
-    means = _Means.of(layout)
+            burden.add("sent", rank, (stop - start) * matrix.rank)
+    mean = sum(cost) / layout.grid.size
     charges: Charges = {}
-    for k in sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
+    # The second time, everyone's burden is known.
+    for k in 2 * sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
         holders = layout.columns_of_holders[k]
-        near = _neighbourhood(layout, holders)
+        data_ranks = {rank.data_parallel for rank in holders}
+        if k in charges:
+            _add(burden, layout, charges[k], data_ranks, sign=-1)
+        near = _neighbourhood(layout, data_ranks)
         most = min(len(near), _most(len(holders)), shapes[k].columns)
-        count = _number_of_charges(layout, shapes[k], means.operations, most)
+        count = _number_of_charges(layout, shapes[k], mean, most)
         candidates = near if count > 1 else list(holders)
         chosen = sorted(
             candidates,
             key=lambda rank: (
-                burden.relative(rank, means),
+                burden.share(rank),
                 rank not in holders,
                 rank.data_parallel,
                 rank.tensor_parallel,
@@ -81,29 +80,8 @@ def divide(layout: Layout) -> Charges:
         )[:count]
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
         charges[k] = _cut(k, shapes[k].columns, sorted(chosen))
-        _add(burden, layout, charges[k], {rank.data_parallel for rank in holders})
+        _add(burden, layout, charges[k], data_ranks)
     return charges
-
-
-@dataclass(frozen=True)
-class _Means:
-    """Of all ranks, for all matrices of a layout, nearly."""
-
-    operations: float
-    sent: float
-    summed: float
-
-    @classmethod
-    def of(cls, layout: Layout) -> "_Means":
-        every = list(zip(layout.matrices, layout.columns_of_holders, strict=True))
-        cost = sum(operations(matrix, matrix.columns) for matrix, _ in every)
-        moved = sum(
-            (stop - start) * matrix.rank
-            for matrix, holders in every
-            for start, stop in holders.values()
-        )
-        size = layout.grid.size
-        return cls(cost / size, 2 * moved / size, 2 * moved / size)
 
 
 def operations(matrix: Matrix, rows: int) -> float:
@@ -116,9 +94,8 @@ def operations(matrix: Matrix, rows: int) -> float:
     return 6.5 * rows * matrix.rank**2 + 2.17 * matrix.rank**3
 
 
-def _neighbourhood(layout: Layout, holders: Iterable[Rank]) -> list[Rank]:
-    """The holders of a matrix, and half as many data-parallel ranks before and after them."""
-    data_ranks = {rank.data_parallel for rank in holders}
+def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[Rank]:
+    """All ranks at some data-parallel indices, and at half as many before and after them."""
     more = (len(data_ranks) + 1) // 2
     first = max(0, min(data_ranks) - more)
     last = min(layout.grid.data_parallel_size - 1, max(data_ranks) + more)
@@ -141,24 +118,31 @@ def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -
 
 
 def _add(
-    burden: _Burden, layout: Layout, charges: Sequence[Charge], data_ranks: Collection[int]
+    burden: _Burden,
+    layout: Layout,
+    charges: Sequence[Charge],
+    data_ranks: Collection[int],
+    sign: int = 1,
 ) -> None:
     """What a matrix's charges cost those who have them, and who sums for them in tensor groups."""
     matrix, size = layout.matrices[charges[0].matrix], layout.grid.tensor_parallel_size
+    # Tensor-parallel ranks have different columns of a row-parallel weight, so rows of P come once.
+    tiles = 1 if layout.placement(charges[0].matrix).weight.partition_dim == 1 else size
     rows_for: Counter[int] = Counter()
     for charge in charges:
         rows = charge.stop - charge.start
         rows_for[charge.rank.tensor_parallel] += rows
-        burden.operations[charge.rank] += operations(matrix, rows)
-        burden.summed[charge.rank] += rows * matrix.rank * len(data_ranks)
-        burden.sent[charge.rank] += rows * matrix.rank * len(data_ranks)
-        if len(charges) > 1:  # sketches (1.25 r, r) and Gram matrices, there and back
-            burden.summed[charge.rank] += 2.25 * matrix.rank**2
-            burden.sent[charge.rank] += 4.5 * matrix.rank**2
+        # Sketches (1.25 r, r) and Gram matrices of divided P are summed, there and back.
+        small = 2.25 * matrix.rank**2 if len(charges) > 1 else 0
+        moved = rows * matrix.rank * len(data_ranks)
+        burden.add("operations", charge.rank, sign * operations(matrix, rows))
+        burden.add("summed", charge.rank, sign * (moved + small))
+        burden.add("sent", charge.rank, sign * (moved + 2 * small))
     for t, rows in rows_for.items():
+        moved = rows * matrix.rank * tiles
         for d in data_ranks:
-            burden.summed[Rank(t, d)] += rows * matrix.rank * size
-            burden.sent[Rank(t, d)] += rows * matrix.rank * (size - 1)
+            burden.add("summed", Rank(t, d), sign * moved)
+            burden.add("sent", Rank(t, d), sign * moved * (size - 1) // size)
 
 
 def _cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:
