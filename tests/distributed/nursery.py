@@ -4,6 +4,9 @@ The nursery is a process of its own that has installed the CPU platform (which c
 whole process) and imported Megatron; it forks every world.
 """
 
+import argparse
+import functools
+import gc
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -82,11 +85,31 @@ def _serve(end: Connection) -> None:
 
     cpu.install(hide_gpus=True, quiet=True)
     cpu.install_megatron_patches()
-    import megatron_dion.training.pretrain  # noqa: F401
-
+    _prepare_for_all_worlds()
     while (request := end.recv()) is not None:
         size, function, args = request
         try:
             end.send((True, run_world(size, function, *args)))
         except Exception as error:
             end.send((False, str(error)))
+
+
+def _prepare_for_all_worlds() -> None:
+    """What every rank would spend more than a second on, done once before the forks."""
+    import megatron.training.arguments
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    import megatron_dion.optimizer.factory
+    import megatron_dion.training.plot
+    import megatron_dion.training.pretrain  # noqa: F401
+
+    # The parser takes its help texts from the source files.
+    read_docstrings = ArgumentGroupFactory._get_field_docstrings
+    cached = functools.cache(
+        lambda kind: read_docstrings(object.__new__(ArgumentGroupFactory), kind)
+    )
+    ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
+    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    MockGPTLowLevelDataset.size = 1000  # documents, which are shuffled
+    gc.freeze()  # the collector of a rank would write to memory that all share

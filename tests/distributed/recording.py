@@ -92,10 +92,12 @@ def rates_of_all(records: Sequence[dict[str, Any]], step: int) -> dict[str, tupl
     return {name: rates for record in records for name, rates in record["rates"][step].items()}
 
 
-def check_against_reference(records: Sequence[dict[str, Any]], tolerance: float) -> None:
+def check_against_reference(
+    records: Sequence[dict[str, Any]], tolerance: float, **options: Any
+) -> None:
     """Drives the reference by the gradients that the ranks saw; compares the final weights."""
     shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
-    config = DionConfig(seed=1234)  # the default of --seed
+    config = DionConfig(seed=1234, **options)  # the default of --seed
     first = assemble([record["first"] for record in records], shapes)
     matrices = {name: ReferenceMatrix.start(name, first[name], config) for name in shapes}
     for step in range(len(records[0]["gradients"])):

@@ -50,8 +50,11 @@ def counting(name: str, function: Any, calls: Counter[str]) -> Any:
 
 
 def test_number_of_collectives_does_not_grow_with_layers(nursery: Nursery) -> None:
-    few, many = (nursery.run(4, count_calls, layers) for layers in (1, 4))
-    assert few == many
-    for calls in many:
-        assert calls["all_to_all_single"] == 5  # P over TP and DP and back, cut rows of R
-        assert calls["all_reduce"] >= 3  # R over TP, norms over TP and DP, and Megatron's own
+    one, few, many = (nursery.run(4, count_calls, layers) for layers in (1, 4, 6))
+    # Two sets of matrices, each: columns of Q over TP; P over TP and DP and back, cut rows of R
+    # over DP; R over TP, norms over TP and DP. One all-reduce is Megatron's norm of the gradient.
+    expected = {"all_gather_into_tensor": 2, "all_to_all_single": 2 * 5, "all_reduce": 2 * 3 + 1}
+    assert few == many == [expected] * 4
+    # With so few matrices one set divides a P over ranks: three sums for all of its parts, over TP
+    # and DP and back, and what failed, over TP and DP.
+    assert one == [expected | {"all_to_all_single": 2 * 5 + 3 * 4, "all_reduce": 2 * 3 + 1 + 2}] * 4

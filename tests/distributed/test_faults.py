@@ -8,57 +8,80 @@ import pytest
 import torch
 
 from megatron_dion import Dion
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, read_metrics, train
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics, train
 from tests.distributed.world import RankError
 
 BROKEN_STEP = 3
-TP2_DP2 = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 6".split()
+GRIDS = {
+    "tp2-dp2": "--tensor-model-parallel-size 2 --sequence-parallel".split(),
+    "instances": "--num-distributed-optimizer-instances 2 --dion-compressed-sync".split(),
+}
+FP16 = "--fp16 --initial-loss-scale 4096".split()
 NO_CHECK = "--no-check-for-nan-in-loss-and-grad"
+State = tuple[float, float]
 
 
-def train_with_fault(value: float, argv: Sequence[str]) -> list[float]:
-    """On a rank: breaks a gradient before one step; returns norms of Dion's state after each.
+def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
+    """On a rank: breaks a gradient before one step, or leaves the step out if the value is None.
 
-    Only the last rank breaks, in a piece of a matrix that it holds.
+    Only the last rank breaks, in a piece of a matrix that it holds. Returns norms of momenta and
+    weights after each step.
     """
     from megatron_dion.optimizer.factory import DionChainedOptimizer
 
     calls = 0
-    norms: list[float] = []
+    norms: list[State] = []
     step = DionChainedOptimizer.step
 
     def broken_step(self: DionChainedOptimizer) -> Any:
         nonlocal calls
         calls += 1
-        if calls == BROKEN_STEP and torch.distributed.get_rank() == 3:
+        if calls == BROKEN_STEP and value is not None and torch.distributed.get_rank() == 3:
             optimizer = self.chained_optimizers[0]
             piece = optimizer.gbuf_ranges[0]
             [(_, buckets)] = piece.items()
             parameter, ranges = next(iter(buckets[0]["param_map"].items()))
             parameter.main_grad.view(-1)[ranges["param"].start] = value
-        result = step(self)
+        skips = calls == BROKEN_STEP and value is None
+        result = (False, None, None) if skips else step(self)
         dion: Dion = self.chained_optimizers[0].optimizer
-        norms.append(sum(float(s["momentum"].norm()) for s in dion.state.values()))
+        blocks = [block.tensors for block in dion.held_blocks()]
+        norms.append(
+            (
+                sum(float(block.momentum.norm()) for block in blocks),
+                sum(float(block.weight.norm()) for block in blocks),
+            )
+        )
         return result
 
     DionChainedOptimizer.step = broken_step
-    train([*MODEL, *TRAINING, *DION, *TP2_DP2, *argv])
+    train([*MODEL, *TRAINING, *DION, "--num-layers", "2", "--train-iters", "6", *argv])
     return norms
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_error_names_the_parameter(nursery: Nursery, value: float) -> None:
     with pytest.raises(RankError, match=r"gradient is not finite: decoder\.layers\.\d+\."):
-        nursery.run(4, train_with_fault, value, [NO_CHECK])
+        nursery.run(4, train_with_fault, value, [*GRIDS["tp2-dp2"], NO_CHECK])
 
 
-def test_loss_scaler_skips_the_step(nursery: Nursery, tmp_path: Path) -> None:
-    argv = ["--fp16", "--initial-loss-scale", "4096", "--run-dir", str(tmp_path)]
-    for norms in nursery.run(4, train_with_fault, torch.nan, argv):
+@pytest.mark.parametrize("grid", GRIDS)
+def test_loss_scaler_skips_the_step(nursery: Nursery, tmp_path: Path, grid: str) -> None:
+    argv = [*GRIDS[grid], *FP16]
+    found = [*argv, "--run-dir", str(tmp_path / "found")]
+    records = nursery.run(4, train_with_fault, torch.nan, found)
+    for norms in records:
         assert len(norms) == 6
         assert norms[BROKEN_STEP - 1] == norms[BROKEN_STEP - 2]  # the skipped step changed nothing
-        assert all(torch.tensor(norms).isfinite())
+        assert torch.tensor(norms).isfinite().all()
         assert len(set(norms)) == 5
-    metrics = read_metrics(tmp_path)
+    metrics = read_metrics(tmp_path / "found")
     assert [entry["skipped"] for entry in metrics] == [i == BROKEN_STEP for i in range(1, 7)]
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
+    if grid == "instances":  # of two consecutive ranks each
+        for one, other in zip(records[:2], records[2:], strict=True):
+            assert [weights for _, weights in one] == [weights for _, weights in other]
+    # Training goes on as if the batch had not been.
+    left_out = [*argv, "--run-dir", str(tmp_path / "left-out")]
+    assert nursery.run(4, train_with_fault, None, left_out) == records
+    assert losses(tmp_path / "left-out") == losses(tmp_path / "found")
