@@ -34,9 +34,9 @@ class DionConfig:
         eps: added to the column norms of R before dividing by them.
         right_factor: how R becomes Q: `colnorm` divides its columns by their norms (the paper),
             `orth` orthonormalizes them.
-        momentum_dtype: in which M is stored, one of `DTYPES`; all arithmetic is in fp32.
+        momentum_dtype: in which M is stored, one of `DTYPES`; arithmetic is in fp32.
         factor_dtype: in which Q is stored.
-        comm_dtype: in which P and R travel between ranks.
+        comm_dtype: in which P and R travel between ranks, and in which an all_reduce adds them.
         seed: of the right factors' first values and of the sketches.
 
     Raises:

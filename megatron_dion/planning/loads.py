@@ -18,8 +18,8 @@ class Load:
     Attributes:
         held: elements of weights.
         charges: matrices of whose P it has rows to orthonormalize.
-        tensor_sent: bytes that it sends within its tensor-parallel group, for P and what
-            orthonormalizing it needs.
+        tensor_sent: bytes that it sends within its tensor-parallel group, for P, what
+            orthonormalizing it needs, and Gram matrices of R.
         data_sent: the same between data-parallel ranks.
         summed: numbers that it adds up.
         operations: floating-point operations of its orthonormalizations.

@@ -104,7 +104,7 @@ def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[Rank]:
 
 def _most(holders: int) -> int:
     """More charges than holders make the work more even, and the sums of divided P longer."""
-    return max(holders, holders * 8 // 5)
+    return holders * 8 // 5
 
 
 def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -> int:
