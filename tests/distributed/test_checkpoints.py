@@ -16,7 +16,7 @@ GRIDS = {
 
 def pretrain(nursery: Nursery, grid: str, *argv: str) -> None:
     size, flags = GRIDS[grid]
-    nursery.pretrain(size, *DION, *flags, *argv)
+    nursery.pretrain(size, *DION, "--num-layers", "2", *flags, *argv)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from megatron_dion import Dion
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics, train
 
-INSTANCES = "--num-distributed-optimizer-instances 2 --train-iters 10".split()
+INSTANCES = "--num-distributed-optimizer-instances 2 --num-layers 2 --train-iters 10".split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000".split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
 COMPRESSED = "--dion-compressed-sync"
