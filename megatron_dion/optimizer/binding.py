@@ -1,6 +1,6 @@
 """Joins parameters, states and buffers to the blocks of which the algorithm knows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_dion.algorithm import Block, DionConfig, Matrix
 from megatron_dion.algorithm.counter_random import normal
 from megatron_dion.sharding import (
-    DTYPES,
+    TORCH_DTYPES,
     Grid,
     Groups,
     Held,
@@ -21,10 +21,12 @@ from megatron_dion.sharding import (
     Rank,
     Rectangle,
     ShardedExchange,
-    Weight,
     sets_in_turn,
 )
 from megatron_dion.sharding.traffic import bytes_sent
+
+# What is averaged over replicas at a time; its copy takes 4 bytes a number.
+_NUMBERS_AT_A_TIME = 1 << 26
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -184,10 +186,10 @@ class Binding:
         """
         if not self._active:
             return
-        self._average(self._dense, [_gradient(parameter) for parameter in self._dense])
+        self._average([gradient_of(parameter) for parameter in self._dense])
         scale = self._distribution.gradient_scale
         momenta = [self._state[parameter]["momentum"] for parameter in self._active]
-        gradients = [_gradient(parameter) for parameter in self._active]
+        gradients = [gradient_of(parameter) for parameter in self._active]
         if self._keeps_float32:
             torch._foreach_add_(momenta, gradients, alpha=scale)
             return
@@ -195,26 +197,26 @@ class Binding:
             torch._foreach_mul_(gradients, scale)
         torch._foreach_add_(gradients, momenta)
         for block in self.held:
-            block.tensors.total = _rectangle_view(_gradient(block.parameter), block.rectangle)
+            block.tensors.total = _rectangle_view(gradient_of(block.parameter), block.rectangle)
 
     def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
         drifting = [
             parameter for parameter in self._active if all(parameter is not p for p in self._dense)
         ]
-        self._average(drifting, [self._state[parameter]["momentum"] for parameter in drifting])
+        self._average([self._state[parameter]["momentum"] for parameter in drifting])
 
-    def _average(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    def _average(self, tensors: Sequence[Tensor]) -> None:
         """Averages over replicas, in place."""
-        if self._distribution.replicas == 1 or not parameters:
+        if self._distribution.replicas == 1:
             return
-        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
-        dist.all_reduce(flat, group=self._distribution.groups.replicas)
-        flat /= self._distribution.replicas
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(
-            list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
-        )
+        flat = [tensor.view(-1) for tensor in tensors]
+        for group in _in_groups([part for t in flat for part in t.split(_NUMBERS_AT_A_TIME)]):
+            sent = torch.cat([part.float() for part in group])
+            dist.all_reduce(sent, group=self._distribution.groups.replicas)
+            sent /= self._distribution.replicas
+            parts = sent.split([part.numel() for part in group])
+            torch._foreach_copy_(group, list(parts))
 
     def _hold(
         self,
@@ -264,9 +266,20 @@ class Binding:
         )
 
 
-def compression_pays(weight: Weight, config: DionConfig) -> bool:
-    """Whether P and R of a weight's matrices are smaller than its gradient."""
-    matrices = weight.matrices(config)
+def _in_groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors together, as long as they have not too many numbers."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and sum(t.numel() for t in [*group, tensor]) > _NUMBERS_AT_A_TIME:
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
+
+
+def compression_pays(matrices: Sequence[Matrix]) -> bool:
+    """Whether P and R of all matrices of a weight are smaller than its gradient."""
     compressed = sum((m.rows + m.columns) * m.rank for m in matrices)
     return compressed < sum(m.rows * m.columns for m in matrices)
 
@@ -278,7 +291,7 @@ def _by_gradient_sync(
     everything = list(range(len(distribution.placements)))
     if distribution.replicas == 1:
         return everything, []
-    pays = [compression_pays(placement.weight, config) for placement in distribution.placements]
+    pays = [compression_pays(p.weight.matrices(config)) for p in distribution.placements]
     return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
 
 
@@ -298,8 +311,8 @@ def _first_state(
                 factors.append(values[:, kept] / matrix.rows**0.5)
     right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
     return {
-        "momentum": torch.zeros_like(tensor, dtype=DTYPES[config.momentum_dtype]),
-        "right_factor": right.to(DTYPES[config.factor_dtype]).contiguous(),
+        "momentum": torch.zeros_like(tensor, dtype=TORCH_DTYPES[config.momentum_dtype]),
+        "right_factor": right.to(TORCH_DTYPES[config.factor_dtype]).contiguous(),
     }
 
 
@@ -310,7 +323,8 @@ def _take(memory: Tensor, shape: tuple[int, int], first: dict[int, int], placeme
     return memory.view(-1)[start : first[placement]].view(shape)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
     assert parameter.grad is not None
     return parameter.grad
 

@@ -41,7 +41,7 @@ def keep_gradients_apart(model_chunks: Iterable[DistributedDataParallel]) -> Non
 def norm_keeping_sketch(
     gradients: list[Tensor], replicas: ProcessGroup, scale: float, seed: int, step: int
 ) -> Tensor:
-    """A vector with nearly the norm of the mean gradient, of which each replica has its own part.
+    """A vector with nearly the norm of the replicas' mean gradient, the same on all of them.
 
     Args:
         gradients: of this replica.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm import DionConfig, dion_step, interleave
-from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet
-from megatron_dion.sharding import DTYPES, Placement, Plan, Planner, Weight
+from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
+from megatron_dion.sharding import TORCH_DTYPES, Placement, Plan, Planner, Weight
 
 _DEFAULTS = DionConfig()
 
@@ -151,10 +151,10 @@ class Dion(torch.optim.Optimizer):
         if not parameters:
             return
         # The norm is one fast pass; it is not finite either where a square overflows.
-        norms = torch.stack(torch._foreach_norm([_gradient(p) for p in parameters]))
+        norms = torch.stack(torch._foreach_norm([gradient_of(p) for p in parameters]))
         if norms.isfinite().all():
             return
-        broken = [p for p in parameters if not _gradient(p).isfinite().all()]
+        broken = [p for p in parameters if not gradient_of(p).isfinite().all()]
         if broken:
             names = ", ".join(self._name(parameter) for parameter in broken)
             raise FloatingPointError(f"gradient is not finite: {names}")
@@ -195,8 +195,8 @@ class Dion(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # torch makes the dtype of states that of their parameters.
         for state in self.state.values():
-            state["momentum"] = state["momentum"].to(DTYPES[self.config.momentum_dtype])
-            state["right_factor"] = state["right_factor"].to(DTYPES[self.config.factor_dtype])
+            state["momentum"] = state["momentum"].to(TORCH_DTYPES[self.config.momentum_dtype])
+            state["right_factor"] = state["right_factor"].to(TORCH_DTYPES[self.config.factor_dtype])
         self._binding = None
 
     def _parameters(self) -> list[Tensor]:
@@ -280,8 +280,3 @@ def _full_float32_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

@@ -119,18 +119,6 @@ class DionDistributedOptimizer(DistributedOptimizer):
             self._dion.recenter()
         return success
 
-    def start_param_sync_for_bucket_group_subset(self) -> None:
-        """Gathers the updated parameters of this optimizer's own buckets.
-
-        The base class passes over the buckets with the tag that separates Dion's matrices, which
-        it takes for the layer-wise optimizer's (MC/optimizer/distrib_optimizer.py:3129).
-        """
-        mine = {id(bucket) for buffer in self.buffers for bucket in buffer.buckets}
-        for chunk in self.model_chunks:
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                if any(id(bucket) in mine for bucket in group.buckets):
-                    chunk._start_bucket_group_param_sync(group, force_sync=False)
-
     def state_dict(self) -> dict[str, Any]:
         """What is the same on every rank: the parameter groups without their parameters."""
         groups = [

@@ -42,6 +42,24 @@ class DionChainedOptimizer(ChainedOptimizer):
     routing_table: RoutingTable
     exchanged_bytes_per_step: int
 
+    def __init__(self, chained_optimizers: list[Any]) -> None:
+        super().__init__(chained_optimizers)
+        for optimizer in chained_optimizers:
+            optimizer._defer_param_sync = True  # MC/optimizer/distrib_optimizer.py:3166
+
+    def _step(self) -> bool:
+        """As the base class; gathers updated parameters when all optimizers have stepped.
+
+        Each optimizer of its own would gather its buckets after its step. But a bucket group may
+        hold buckets of several, and Megatron's passes over groups with the tag that separates
+        Dion's matrices, which it takes for the layer-wise optimizer's.
+        """
+        success = super()._step()
+        for chunk in self.model_chunks:
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
+        return success
+
     @property
     def fallbacks(self) -> int:
         """How often this rank had to orthonormalize by Householder QR instead, so far."""
@@ -104,12 +122,15 @@ def get_megatron_dion_optimizer(
         pg_collection: as for Megatron's function.
 
     Raises:
-        ValueError: the config asks for something that Dion does not do.
+        ValueError: the config asks for something that Dion does not do, or compressed_sync for
+            matrices of which none would be compressed.
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
     if not config.use_distributed_optimizer:
         raise ValueError("Dion needs the distributed optimizer: use_distributed_optimizer=True")
     table = build_routing_table(model_chunks, dion_config, scalar_optimizer)
+    if compressed_sync:
+        table = table.with_gradient_sync()
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
     # Megatron looks up state names by this name, and a chain must have one config.

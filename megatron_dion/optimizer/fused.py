@@ -18,10 +18,12 @@ class RowPattern:
     Attributes:
         parts: the rows by logical matrix; empty for a weight that is one matrix.
         separate_periods: whether a part is another matrix in each period.
+        joined: whether all parts are one matrix.
     """
 
     parts: tuple[Part, ...] = ()
     separate_periods: bool = False
+    joined: bool = False
 
 
 def row_pattern(
@@ -42,13 +44,13 @@ def row_pattern(
     """
     layer = name.split(".")[-2] if "." in name else ""
     if layer == "linear_fc1":
-        return _gated(rows, config, is_grouped) if "gate" in split else RowPattern()
+        return _gated(rows, config, is_grouped, joined="gate" not in split)
     if "heads" in split:
         return _by_heads(layer, config)
     return _by_projections(layer, config) if "qkv" in split else RowPattern()
 
 
-def _gated(rows: int, config: TransformerConfig, is_grouped: bool) -> RowPattern:
+def _gated(rows: int, config: TransformerConfig, is_grouped: bool, joined: bool) -> RowPattern:
     """Gate and up projection of an MLP.
 
     Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206), or
@@ -58,7 +60,7 @@ def _gated(rows: int, config: TransformerConfig, is_grouped: bool) -> RowPattern
         return RowPattern()
     interleaved = config.moe_mlp_glu_interleave_size if is_grouped else None
     block = interleaved or rows // 2
-    return RowPattern((Part("gate", block), Part("up", block)))
+    return RowPattern((Part("gate", block), Part("up", block)), joined=joined)
 
 
 def _by_projections(layer: str, config: TransformerConfig) -> RowPattern:

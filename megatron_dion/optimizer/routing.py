@@ -7,7 +7,7 @@ Megatron's DDP lays out its buffers, because Dion's matrices get buffers of thei
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.optimizer.binding import compression_pays
 from megatron_dion.optimizer.fused import row_pattern
 from megatron_dion.optimizer.rules import RoutingRules
 from megatron_dion.sharding import Weight
@@ -57,6 +58,30 @@ class RoutingTable:
     """The routes of all parameters of the model, of all pipeline stages."""
 
     routes: tuple[Route, ...]
+
+    def with_gradient_sync(self) -> "RoutingTable":
+        """Names the matrices of which replicas average whole gradients in place of factors.
+
+        Raises:
+            ValueError: these are all of Dion's, if there are any.
+        """
+        dense = {
+            route.parameter
+            for route in self.routes
+            if route.matrices and not compression_pays(route.matrices)
+        }
+        if dense == {route.parameter for route in self.routes if route.matrices}:
+            raise ValueError(
+                "compressed gradient sync compresses nothing: no matrix of Dion's has factors that"
+                " are smaller than its gradient; use a smaller rank fraction, or leave it out"
+            )
+        note = ", whole gradients averaged over instances"
+        return RoutingTable(
+            tuple(
+                replace(route, reason=route.reason + note) if route.parameter in dense else route
+                for route in self.routes
+            )
+        )
 
     def to_tsv(self) -> str:
         """A line for each logical matrix, and for each parameter of the scalar optimizer."""
@@ -227,6 +252,7 @@ def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:
         tensor_parallel_size=size,
         parts=pattern.parts,
         separate_periods=pattern.separate_periods,
+        joined=pattern.joined,
     )
 
 

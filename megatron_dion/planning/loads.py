@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from megatron_dion.sharding import Planner, Rank
+from megatron_dion.sharding import TORCH_DTYPES, Planner, Rank
 from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.reduction import Sum
-
-_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass
@@ -47,7 +45,9 @@ def loads(planner: Planner) -> dict[Rank, Load]:
             for rank in grid.tensor_group(Rank(0, d)):
                 found[rank].held += stop - start
     for index in range(len(planner.sets)):
-        _add_sums(found, planner, planner.left_sums(index), _BYTES[config.comm_dtype])
+        _add_sums(
+            found, planner, planner.left_sums(index), TORCH_DTYPES[config.comm_dtype].itemsize
+        )
         for sums in planner.part_sums(index):
             _add_sums(found, planner, sums, 4)
         _add_sums(found, planner, planner.gram_sums(index), 8)

@@ -17,7 +17,7 @@ from megatron_dion.sharding.layout import Held
 from megatron_dion.sharding.plan import Plan, SharedRow
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ShardedExchange:
         self._plan = plan
         self._groups = groups
         self.device = device
-        self._wire = DTYPES[plan.layout.config.comm_dtype]
+        self._wire = TORCH_DTYPES[plan.layout.config.comm_dtype]
         self._left = _Reducer(plan.left, plan.matrices, groups, device, self._wire)
         self._assembled = self._assemble_left()
         self.lefts = [self._left_of(held) for held in plan.held]
@@ -70,6 +70,8 @@ class ShardedExchange:
             plan, self.projections, groups.data, device, self._wire
         )
         self.has_parts = bool(plan.part_sums)
+        self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
+        self._grams = None if plan.grams is None else self._reducer(plan.grams, torch.float64)
 
     def clear_left(self) -> None:
         for memory in (self._left.tiles, *(values for _, values in self._assembled.values())):
@@ -97,16 +99,16 @@ class ShardedExchange:
         self._left.take(self._assembled)
 
     def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
-        yield from self._sum_for_all(self._plan.part_sums[phase], parts)
+        yield from _sum_for_all(self._part_sums[phase], parts)
 
     def sum_grams(self, grams: Sequence[tuple[int, Tensor]]) -> Steps:
-        assert self._plan.grams is not None
-        yield from self._sum_for_all(self._plan.grams, grams, torch.float64)
+        assert self._grams is not None
+        yield from _sum_for_all(self._grams, grams)
 
     def redo_whole(
         self, broken: Sequence[Section], redo: Callable[[Tensor], Tensor]
     ) -> Generator[None, None, int]:
-        divided = [k for k in self._plan.members if len(self._plan.charges[k]) > 1]
+        divided = self._plan.divided
         flags = torch.zeros(len(divided), dtype=torch.int32, device=self.device)
         for section in broken:
             flags[divided.index(section.matrix)] = 1
@@ -140,20 +142,6 @@ class ShardedExchange:
 
     def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "_Reducer":
         return _Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
-
-    def _sum_for_all(
-        self,
-        reduction: Reduction,
-        tensors: Sequence[tuple[int, Tensor]],
-        dtype: torch.dtype = torch.float32,
-    ) -> Steps:
-        """Sums (matrix, (rows, r)) over those who have one for the matrix, in place."""
-        reducer = self._reducer(reduction, dtype)
-        whole = {matrix: (0, tensor) for matrix, tensor in tensors}
-        reducer.put(whole)
-        yield from reducer.sum()
-        yield from reducer.spread()
-        reducer.take(whole)
 
     def _average(self, tensors: Sequence[Tensor]) -> Steps:
         """Averages over the replicas, all tensors together."""
@@ -217,6 +205,7 @@ class _Reducer:
         self._near = _HopBuffers(near, memory, groups.tensor, sums=between)
         self._far = _HopBuffers(far, memory, groups.data, source=self._near.sums)
         self.tiles = self._near.tiles
+        self._only_tiles = {tile.matrix: (tile.start, v) for tile, v in self._near.tile_views}
 
     def hop_tiles(self) -> list[Tile]:
         """What this rank contributes."""
@@ -228,7 +217,7 @@ class _Reducer:
 
     def only_tile(self, matrix: int) -> tuple[int, Tensor]:
         """First row and memory of the tile of a matrix that has only one here."""
-        return next((t.start, view) for t, view in self._near.tile_views if t.matrix == matrix)
+        return self._only_tiles[matrix]
 
     def put(self, rows: dict[int, tuple[int, Tensor]]) -> None:
         """Copies rows of matrices, from the given first row on, into their tiles."""
@@ -383,7 +372,7 @@ class _GatheredColumns:
                     self._theirs[peer.tensor_parallel].append(view[:, columns])
         # Shares differ by a column at most; each rank's place is as large as the largest.
         numel = max(sum(view.numel() for view in views) for views in self._theirs)
-        dtype = DTYPES[plan.layout.config.factor_dtype]
+        dtype = TORCH_DTYPES[plan.layout.config.factor_dtype]
         self._sent = torch.zeros(numel, dtype=dtype, device=device)
         self._received = torch.zeros(size * numel, dtype=dtype, device=device)
         self._mine = self._theirs[plan.rank.tensor_parallel]
@@ -471,6 +460,15 @@ def _row_memory(plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor]]
     memory = torch.zeros(sum(sizes), device=device)
     parts = memory.split(sizes) if sizes else ()
     return memory, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _sum_for_all(reducer: _Reducer, tensors: Sequence[tuple[int, Tensor]]) -> Steps:
+    """Sums (matrix, (rows, r)) over those who have one for the matrix, in place."""
+    whole = {matrix: (0, tensor) for matrix, tensor in tensors}
+    reducer.put(whole)
+    yield from reducer.sum()
+    yield from reducer.spread()
+    reducer.take(whole)
 
 
 def _all_to_all(

@@ -52,6 +52,8 @@ class Weight:
             a weight that is one matrix.
         separate_periods: whether a part is another matrix in each period (one attention head), or
             its rows in all periods are one matrix (all queries).
+        joined: whether all parts are one matrix after all, in which the first part's rows of all
+            periods come first, then the second's: the order that no topology changes.
 
     Raises:
         ValueError: the periods do not fill the rows.
@@ -64,6 +66,7 @@ class Weight:
     tensor_parallel_size: int = 1
     parts: tuple[Part, ...] = ()
     separate_periods: bool = False
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if self.global_rows % self._period:
@@ -90,6 +93,10 @@ class Weight:
 
     def matrices(self, config: DionConfig) -> list[Matrix]:
         """The logical matrices: one for each part, or one for each part of each period."""
+        columns = self.global_columns
+        if self.joined:
+            rank = config.rank(self.global_rows, columns)
+            return [Matrix(self.name, self.global_rows, columns, rank)]
         periods = self.global_rows // self._period
         named = [
             (f"{self.name}[{part.name}.{period}]", part.rows)
@@ -98,7 +105,6 @@ class Weight:
             for period in range(periods if self.separate_periods else 1)
             for part in self._period_parts
         ]
-        columns = self.global_columns
         return [Matrix(name, rows, columns, config.rank(rows, columns)) for name, rows in named]
 
     def first_column(self, tensor_parallel_rank: int) -> int:
@@ -115,11 +121,19 @@ class Weight:
             part, offset = self._part_at(within)
             length = self._period_parts[part].rows
             rows = min(length - offset, last - row)
+            in_part = period * length + offset
             if self.separate_periods:
                 yield Segment(period * len(self.parts) + part, row - first, offset, rows)
+            elif self.joined:
+                yield Segment(0, row - first, self._rows_before(part) + in_part, rows)
             else:
-                yield Segment(part, row - first, period * length + offset, rows)
+                yield Segment(part, row - first, in_part, rows)
             row += rows
+
+    def _rows_before(self, part: int) -> int:
+        """Rows of the parts before one, in all periods."""
+        periods = self.global_rows // self._period
+        return periods * sum(before.rows for before in self._period_parts[:part])
 
     def _part_at(self, row: int) -> tuple[int, int]:
         """The part at a row of the period, and the row within that part."""

@@ -56,6 +56,11 @@ class Plan:
     def matrices(self) -> tuple[Matrix, ...]:
         return self.layout.matrices
 
+    @property
+    def divided(self) -> list[int]:
+        """The members whose P several ranks orthonormalize together."""
+        return [k for k in self.members if len(self.charges[k]) > 1]
+
     def has_partial_rows(self, held: Held) -> bool:
         """Whether R of a block is a sum over tensor-parallel ranks."""
         return self.layout.shares_rows(held.placement)

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from megatron_dion.sharding.exchange import TORCH_DTYPES
 from megatron_dion.sharding.layout import Held, Rank
 from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile
-
-_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
@@ -27,7 +26,7 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         `tensor `.
     """
     config, grid = plan.layout.config, plan.layout.grid
-    wire = _BYTES[config.comm_dtype]
+    wire = TORCH_DTYPES[config.comm_dtype].itemsize
     tensor, data = grid.tensor_parallel_size, grid.data_parallel_size
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
     partial_rows = _numel_of_rows(plan, partial)
@@ -38,7 +37,9 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
         "tensor parts": 0,
         "data parts": 0,
-        "tensor right": (tensor - 1) * _gathered_numel(plan) * _BYTES[config.factor_dtype],
+        "tensor right": (tensor - 1)
+        * _gathered_numel(plan)
+        * TORCH_DTYPES[config.factor_dtype].itemsize,
         "data right": 0,
         "replicas": 0,
     }
@@ -49,7 +50,7 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         )
         found[f"data {kind}"] += _hop_bytes(plan, reduction.data_hop, plan.rank.data_parallel, size)
     if plan.part_sums:
-        flags = 4 * sum(len(plan.charges[k]) > 1 for k in plan.members)
+        flags = 4 * len(plan.divided)
         found["tensor parts"] += _ring(flags, tensor)
         found["data parts"] += _ring(flags, data)
     if plan.grams is None:

@@ -224,7 +224,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
             f"--dion-{name}-dtype",
             choices=DTYPES,
             default=getattr(defaults, f"{name}_dtype"),
-            help=f"in which {what}; arithmetic is in fp32, except sums that the backend makes in transit",
+            help=f"in which {what}; arithmetic is in fp32, but for sums in transit",
         )
     group.add_argument(
         "--dion-split",

@@ -109,16 +109,17 @@ def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
     rules = routing_rules_from_args(args)
 
     def build(config: Any, model_chunks: Any, **options: Any) -> Any:
-        optimizer = get_megatron_dion_optimizer(
-            config,
-            model_chunks,
-            dion_config_from_args(args),
-            scalar_optimizer=args.dion_scalar_optimizer,
-            scalar_lr_mult=args.dion_scalar_lr_mult,
-            compressed_sync=args.dion_compressed_sync,
-            recenter_interval=args.dion_recenter_interval,
-            **options,
-        )
+        with _in_one_line("Dion refuses this run"):
+            optimizer = get_megatron_dion_optimizer(
+                config,
+                model_chunks,
+                dion_config_from_args(args),
+                scalar_optimizer=args.dion_scalar_optimizer,
+                scalar_lr_mult=args.dion_scalar_lr_mult,
+                compressed_sync=args.dion_compressed_sync,
+                recenter_interval=args.dion_recenter_interval,
+                **options,
+            )
         with _in_one_line("--dion-include, --dion-exclude"):
             rules.check_patterns(route.parameter for route in optimizer.routing_table.routes)
         if args.rank == 0:

@@ -63,6 +63,12 @@ def check_dion_hyperparameters(args: argparse.Namespace) -> None:
     dion_config_from_args(args)
     if args.optimizer != "dion":
         _refuse_dion_flags(args)
+    default = DION_DEFAULTS["dion_oversample"]
+    if args.dion_orthonormalizer != "rcqr" and args.dion_oversample != default:
+        raise ConfigurationError(
+            f"--dion-oversample {args.dion_oversample} has no effect with --dion-orthonormalizer "
+            f"{args.dion_orthonormalizer}: use rcqr or leave it out"
+        )
     if not 0 < args.dion_scalar_lr_mult < float("inf"):
         raise ConfigurationError(
             f"--dion-scalar-lr-mult must be positive and finite, not {args.dion_scalar_lr_mult}"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_dion import Dion
-from megatron_dion.optimizer.dion import Distribution
+from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.planning import PRESETS, GptShape, default_bucket_size, place
 from megatron_dion.sharding import Placement
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train

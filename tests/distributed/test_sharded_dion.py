@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight
+from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight, exchange
 from tests.distributed.world import gloo_world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
@@ -469,3 +469,47 @@ def test_comparison_notices_another_momentum() -> None:
     results = run(World(1, 2), TRANSFORMER, config, 5000)
     with pytest.raises(AssertionError):
         compare(results, reference(TRANSFORMER, replace(config, momentum=0.9)), tolerance=1e-5)
+
+
+def lose_tiles(self: Any) -> Any:
+    """The sums of a hop without what arrives from the last peer."""
+    kept, self._arrivals = self._arrivals, self._arrivals[:-1]
+    yield from _UNBROKEN_SUM(self)
+    self._arrivals = kept
+
+
+def double_tiles(self: Any) -> Any:
+    """What arrives is counted twice."""
+    yield from _UNBROKEN_SUM(self)
+    if hasattr(self, "_arrivals"):
+        for arrived, targets in self._arrivals:
+            if arrived:
+                torch._foreach_add_(targets, arrived)
+
+
+def nothing_happens(self: Any, *args: Any) -> Any:
+    """A generator that does not communicate."""
+    yield
+
+
+_UNBROKEN_SUM = exchange._HopBuffers.sum
+BREAKAGES = {
+    "lost tiles of P": (exchange._HopBuffers, "sum", lose_tiles),
+    "tiles of P counted twice": (exchange._HopBuffers, "sum", double_tiles),
+    "P not brought back": (exchange._HopBuffers, "spread", nothing_happens),
+    "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
+    "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
+    "columns of Q not gathered": (exchange._GatheredColumns, "gather", nothing_happens),
+    "replicas not averaged": (exchange.ShardedExchange, "_average", nothing_happens),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
+    owner, name, broken = BREAKAGES[breakage]
+    monkeypatch.setattr(owner, name, broken)
+    config = DionConfig(rank_fraction=0.3)
+    world = World(2, 1, 2) if "replicas" in breakage else World(2, 2)
+    results = gloo_world(world.size, train_shards, world, TRANSFORMER, config, 5000)
+    with pytest.raises(AssertionError):
+        compare(results, reference(TRANSFORMER, config), tolerance=1e-5, states=False)

@@ -107,10 +107,6 @@ REFERENCE_TOLERANCE = {"full-rank": 3e-5}
 Result = tuple[list[float], str, list[dict[str, Any]]]
 
 
-# Rows of gate and up as one matrix lie in another order on two tensor-parallel ranks.
-ROW_ORDER = pytest.mark.xfail(strict=True, reason="an unsplit linear_fc1 depends on the topology")
-
-
 class Runs:
     """Runs models from starting points that all their topologies share."""
 
@@ -165,9 +161,7 @@ def test_run_does_not_depend_on_topology(runs: Runs, name: str) -> None:
     check_against_reference(records, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "option", [pytest.param(name, marks=ROW_ORDER if name == "whole" else ()) for name in OPTIONS]
-)
+@pytest.mark.parametrize("option", OPTIONS)
 def test_options_do_not_depend_on_topology(runs: Runs, option: str) -> None:
     flags, hyperparameters = OPTIONS[option]
     found, routing, records = runs.run(CASES["tp2-dp2"], flags)

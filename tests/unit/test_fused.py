@@ -51,7 +51,9 @@ def logical_matrices(
     """The matrices that the segments of all ranks make of a weight, by the name of their part."""
     rows = len(weight) // ranks
     pattern = row_pattern(name, rows, layer, split, is_grouped)
-    described = Weight(name, rows, COLUMNS, 0, ranks, pattern.parts, pattern.separate_periods)
+    described = Weight(
+        name, rows, COLUMNS, 0, ranks, pattern.parts, pattern.separate_periods, pattern.joined
+    )
     matrices = described.matrices(DionConfig())
     made = [torch.full((m.rows, m.columns), -1) for m in matrices]
     for rank in range(ranks):

@@ -84,7 +84,8 @@ def weights(draw: st.DrawFn, tp: int, name: str) -> Weight:
     period = sum(part.rows for part in parts)
     # A period may go over several tensor-parallel ranks.
     rows = draw(st.integers(1, 3)) * (period // math.gcd(period, tp) if dim == 0 else period)
-    return Weight(name, rows, draw(sizes), dim, tp, parts, separate_periods=draw(st.booleans()))
+    grouping = draw(st.sampled_from([{}, {"separate_periods": True}, {"joined": True}]))
+    return Weight(name, rows, draw(sizes), dim, tp, parts, **grouping)
 
 
 @st.composite

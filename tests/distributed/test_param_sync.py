@@ -1,0 +1,90 @@
+"""After a step all data-parallel ranks have the same parameters, also where buckets are grouped."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+
+VPP = (
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --train-iters 4"
+).split()
+
+
+def train_grouped(dion_first: bool, argv: Sequence[str]) -> list[dict[str, Tensor]]:
+    """On a rank: trains; returns its parameters.
+
+    Megatron puts all buckets of a later model chunk into one group. Which optimizer's come first
+    depends on the order of a layer's parameters, which is another one with Transformer Engine.
+    """
+    from megatron.core.distributed import distributed_data_parallel as ddp
+    from megatron.training import training
+
+    partition, setup = ddp.partition_buckets, training.setup_model_and_optimizer
+    models: list[Any] = []
+
+    def sorted_partition(buffers: Sequence[Any], **options: Any) -> Any:
+        tagged = [b.params[0].is_managed_by_layer_wise_optimizer == dion_first for b in buffers]
+        order = sorted(zip(tagged, buffers, strict=True), key=lambda pair: not pair[0])
+        return partition([buffer for _, buffer in order], **options)
+
+    def keep_model(*args: Any, **options: Any) -> Any:
+        result = setup(*args, **options)
+        models.extend(result[0])
+        return result
+
+    with (
+        mock.patch.object(ddp, "partition_buckets", sorted_partition),
+        mock.patch.object(training, "setup_model_and_optimizer", keep_model),
+    ):
+        train(argv)
+    return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in models]
+
+
+@pytest.fixture(scope="module")
+def by_order(
+    nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
+) -> dict[bool, tuple[list[float], list[list[dict[str, Tensor]]]]]:
+    found = {}
+    for dion_first in (False, True):
+        folder = tmp_path_factory.mktemp("run")
+        argv = [*MODEL, *TRAINING, *DION, *VPP, "--run-dir", str(folder)]
+        records = nursery.run(4, train_grouped, dion_first, argv)
+        found[dion_first] = losses(folder), records
+    return found
+
+
+@pytest.mark.parametrize("dion_first", [False, True])
+def test_data_parallel_ranks_have_equal_parameters(by_order: Any, dion_first: bool) -> None:
+    _, records = by_order[dion_first]
+    for one, other in ((0, 1), (2, 3)):  # of a pipeline stage
+        for here, there in zip(records[one], records[other], strict=True):
+            assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_order_of_buckets_does_not_matter(by_order: Any) -> None:
+    assert by_order[False][0] == by_order[True][0]
+
+
+def test_nothing_to_compress_is_refused(nursery: Nursery, tmp_path: Path) -> None:
+    from tests.unit.test_command_line import exit_of
+
+    argv = [*MODEL, *TRAINING, *DION, "--train-iters", "1", "--dion-compressed-sync"]
+    argv += ["--num-distributed-optimizer-instances", "2", "--dion-rank-fraction", "1"]
+    for code, said in nursery.run(2, exit_of, argv):
+        assert code == 2
+        assert "compressed gradient sync compresses nothing" in said
+
+
+def test_what_is_not_compressed_is_named(nursery: Nursery, tmp_path: Path) -> None:
+    argv = [*DION, "--train-iters", "1", "--dion-compressed-sync", "--dion-rank-fraction", "0.6"]
+    argv += ["--num-distributed-optimizer-instances", "2", "--run-dir", str(tmp_path)]
+    nursery.pretrain(2, *argv)
+    lines = (tmp_path / "routing.tsv").read_text().splitlines()
+    named = {line.split("\t")[0].split(".")[-2] for line in lines if "averaged over" in line}
+    assert named == {"linear_proj", "linear_qkv"}  # nearly square, so that (m + n) r > m n
