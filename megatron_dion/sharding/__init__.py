@@ -1,7 +1,8 @@
 """Where the rows of logical matrices live, and how the sums of a step cross ranks."""
 
 from megatron_dion.sharding.blocks import Rectangle, rectangles
-from megatron_dion.sharding.exchange import TORCH_DTYPES, Groups, ShardedExchange
+from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
+from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
 from megatron_dion.sharding.plan import Plan, Planner, make_plan, sets_in_turn

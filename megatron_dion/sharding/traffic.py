@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from megatron_dion.sharding.exchange import TORCH_DTYPES
+from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Held, Rank
 from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile

@@ -16,7 +16,17 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight, exchange
+from megatron_dion.sharding import (
+    Groups,
+    Part,
+    Placement,
+    Rank,
+    Rectangle,
+    Weight,
+    exchange,
+    reducer,
+    shared_rows,
+)
 from tests.distributed.world import gloo_world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
@@ -492,14 +502,14 @@ def nothing_happens(self: Any, *args: Any) -> Any:
     yield
 
 
-_UNBROKEN_SUM = exchange._HopBuffers.sum
+_UNBROKEN_SUM = reducer.HopBuffers.sum
 BREAKAGES = {
-    "lost tiles of P": (exchange._HopBuffers, "sum", lose_tiles),
-    "tiles of P counted twice": (exchange._HopBuffers, "sum", double_tiles),
-    "P not brought back": (exchange._HopBuffers, "spread", nothing_happens),
+    "lost tiles of P": (reducer.HopBuffers, "sum", lose_tiles),
+    "tiles of P counted twice": (reducer.HopBuffers, "sum", double_tiles),
+    "P not brought back": (reducer.HopBuffers, "spread", nothing_happens),
     "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
     "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
-    "columns of Q not gathered": (exchange._GatheredColumns, "gather", nothing_happens),
+    "columns of Q not gathered": (shared_rows.GatheredColumns, "gather", nothing_happens),
     "replicas not averaged": (exchange.ShardedExchange, "_average", nothing_happens),
 }
 
