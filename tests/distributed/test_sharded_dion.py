@@ -358,7 +358,7 @@ def test_options_equal_the_reference(fraction: float, method: str, right_factor:
         scale_mode="dion",
         momentum=0.8,
     )
-    shapes = TRANSFORMER[1:]
+    shapes = (*TRANSFORMER[1:], *ODD)
     compare(run(World(2, 2), shapes, config, 10**9), reference(shapes, config), tolerance=2e-5)
 
 
@@ -465,13 +465,17 @@ def test_half_precision_of_states_and_exchange(
 
 
 def test_state_is_as_large_as_the_design_says() -> None:
-    """m n + m r numbers in all, nothing twice, where no row is cut."""
+    """(m n + m r) / (TP DP) numbers a rank, nothing twice, where no row is cut."""
     shapes = (Shape("column", 32, 64, 0), Shape("row", 64, 32, 1))
     config = DionConfig(rank_fraction=0.25)
     for world in (World(1, 1), World(2, 1), World(2, 2), World(4, 2)):
         numbers = sum(s.rows * (s.columns + 8) for s in shapes)
         results = run(world, shapes, config, 10**9)
         assert sum(result.state_bytes for result in results) == 4 * numbers
+        for shape in shapes:  # alone, it is cut into equal pieces
+            numbers = shape.rows * (shape.columns + 8)
+            for result in run(world, (shape,), config, 10**9):
+                assert result.state_bytes == 4 * numbers / world.size
 
 
 def test_comparison_notices_another_momentum() -> None:
