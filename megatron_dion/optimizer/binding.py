@@ -1,12 +1,11 @@
 """Joins parameters, states and buffers to the blocks of which the algorithm knows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Block, DionConfig, Matrix
 from megatron_dion.algorithm.counter_random import normal
@@ -23,7 +22,8 @@ from megatron_dion.sharding import (
     ShardedExchange,
     sets_in_turn,
 )
-from megatron_dion.sharding.traffic import bytes_sent
+from megatron_dion.sharding.collectives import rank_in, size_of
+from megatron_dion.sharding.traffic import bytes_sent, compression_pays, ring_bytes
 
 # What is averaged over replicas at a time; its copy takes 4 bytes a number.
 _NUMBERS_AT_A_TIME = 1 << 26
@@ -52,21 +52,16 @@ class Distribution:
 
     @property
     def grid(self) -> Grid:
-        sizes = (1 if group is None else group.size() for group in self._groups)
-        return Grid(*sizes)
+        return Grid(size_of(self.groups.tensor), size_of(self.groups.data))
 
     @property
     def rank(self) -> Rank:
-        return Rank(*(0 if group is None else group.rank() for group in self._groups))
+        return Rank(rank_in(self.groups.tensor), rank_in(self.groups.data))
 
     @property
     def replicas(self) -> int:
         """Number of replicas with gradients of their own."""
-        return 1 if self.groups.replicas is None else self.groups.replicas.size()
-
-    @property
-    def _groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
-        return self.groups.tensor, self.groups.data
+        return size_of(self.groups.replicas)
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,7 @@ class Binding:
         self._keeps_float32 = config.momentum_dtype == "fp32"
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
+        self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
         ranks = distribution.grid.size * distribution.replicas
         placements = distribution.placements
         sets = [s for alike in (compressed, dense) for s in sets_in_turn(placements, alike, ranks)]
@@ -143,20 +139,11 @@ class Binding:
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
                 state[tensor].update(_first_state(index, tensor, plans, config))
-        self.sets: list[StepSet] = []
         first_in_state: dict[int, int] = {}
-        for indices, plan in zip(sets, plans, strict=True):
-            groups, replicas = distribution.groups, distribution.replicas
-            if indices[0] in dense:
-                groups, replicas = Groups(groups.tensor, groups.data), 1
-            exchange = ShardedExchange(plan, groups, distribution.device)
-            held = [
-                self._hold(block, left, projection, plan, first_in_state)
-                for block, left, projection in zip(
-                    plan.held, exchange.lefts, exchange.projections, strict=True
-                )
-            ]
-            self.sets.append(StepSet(plan, exchange, held, replicas))
+        self.sets = [
+            self._bind(plan, indices[0] in dense, first_in_state)
+            for indices, plan in zip(sets, plans, strict=True)
+        ]
 
     @property
     def held(self) -> list[HeldBlock]:
@@ -164,9 +151,8 @@ class Binding:
 
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step, in the gradients of replicas too."""
-        replicas = self._distribution.replicas
         gradients = 4 * sum(parameter.numel() for parameter in self._dense)
-        return 2 * gradients * (replicas - 1) // replicas + sum(
+        return ring_bytes(gradients, self._distribution.replicas) + sum(
             sum(bytes_sent(chosen.plan, chosen.replicas).values()) for chosen in self.sets
         )
 
@@ -201,10 +187,7 @@ class Binding:
 
     def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
-        drifting = [
-            parameter for parameter in self._active if all(parameter is not p for p in self._dense)
-        ]
-        self._average([self._state[parameter]["momentum"] for parameter in drifting])
+        self._average([self._state[parameter]["momentum"] for parameter in self._drifting])
 
     def _average(self, tensors: Sequence[Tensor]) -> None:
         """Averages over replicas, in place."""
@@ -217,6 +200,20 @@ class Binding:
             sent /= self._distribution.replicas
             parts = sent.split([part.numel() for part in group])
             torch._foreach_copy_(group, list(parts))
+
+    def _bind(self, plan: Plan, is_dense: bool, first_in_state: dict[int, int]) -> StepSet:
+        """A set of matrices; dense ones have the same gradients on all replicas by now."""
+        groups = self._distribution.groups
+        if is_dense:
+            groups = replace(groups, replicas=None)
+        exchange = ShardedExchange(plan, groups, self._distribution.device)
+        held = [
+            self._hold(block, left, projection, plan, first_in_state)
+            for block, left, projection in zip(
+                plan.held, exchange.lefts, exchange.projections, strict=True
+            )
+        ]
+        return StepSet(plan, exchange, held, size_of(groups.replicas))
 
     def _hold(
         self,
@@ -269,19 +266,15 @@ class Binding:
 def _in_groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive tensors together, as long as they have not too many numbers."""
     group: list[Tensor] = []
+    numel = 0
     for tensor in tensors:
-        if group and sum(t.numel() for t in [*group, tensor]) > _NUMBERS_AT_A_TIME:
+        if group and numel + tensor.numel() > _NUMBERS_AT_A_TIME:
             yield group
-            group = []
+            group, numel = [], 0
         group.append(tensor)
+        numel += tensor.numel()
     if group:
         yield group
-
-
-def compression_pays(matrices: Sequence[Matrix]) -> bool:
-    """Whether P and R of all matrices of a weight are smaller than its gradient."""
-    compressed = sum((m.rows + m.columns) * m.rank for m in matrices)
-    return compressed < sum(m.rows * m.columns for m in matrices)
 
 
 def _by_gradient_sync(

@@ -20,10 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.optimizer.binding import compression_pays
 from megatron_dion.optimizer.fused import row_pattern
 from megatron_dion.optimizer.rules import RoutingRules
 from megatron_dion.sharding import Weight
+from megatron_dion.sharding.traffic import compression_pays
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"

@@ -5,7 +5,7 @@ from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion.sharding.plan import Plan, Planner, make_plan, sets_in_turn
+from megatron_dion.sharding.plan import Plan, Planner, sets_in_turn
 
 __all__ = [
     "TORCH_DTYPES",
@@ -21,7 +21,6 @@ __all__ = [
     "Rectangle",
     "ShardedExchange",
     "Weight",
-    "make_plan",
     "rectangles",
     "sets_in_turn",
 ]

@@ -79,7 +79,7 @@ def divide(layout: Layout) -> Charges:
             ),
         )[:count]
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
-        charges[k] = _cut(k, shapes[k].columns, sorted(chosen))
+        charges[k] = cut(k, shapes[k].columns, sorted(chosen))
         _add(burden, layout, charges[k], data_ranks)
     return charges
 
@@ -145,7 +145,8 @@ def _add(
             burden.add("sent", Rank(t, d), sign * moved * (size - 1) // size)
 
 
-def _cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:
+def cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:
+    """Divides rows evenly over ranks, in their order; there must be no more ranks than rows."""
     count = len(ranks)
     return tuple(
         Charge(matrix, rows * i // count, rows * (i + 1) // count, rank)

@@ -21,7 +21,6 @@ from megatron_dion.sharding.collectives import (
     size_of,
     wait_for,
 )
-from megatron_dion.sharding.layout import Held
 from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.reducer import Reducer
 from megatron_dion.sharding.reduction import Reduction, Tile
@@ -49,8 +48,11 @@ class ShardedExchange:
         self.device = device
         self._wire = TORCH_DTYPES[plan.layout.config.comm_dtype]
         self._left = Reducer(plan.left, plan.matrices, groups, device, self._wire)
+        self._sections = [
+            Section(tile.matrix, tile.start, view) for tile, view in self._left.sum_views
+        ]
         self._assembled = self._assemble_left()
-        self.lefts = [self._left_of(held) for held in plan.held]
+        self.lefts = self._left_factors()
         self._rows, self.projections = _row_memory(plan, device)
         partial = sum(
             view.numel()
@@ -74,18 +76,14 @@ class ShardedExchange:
     def sum_left(self) -> Generator[None, None, list[Section]]:
         self._left.put(self._assembled)
         yield from self._left.sum()
-        sections = [
-            Section(tile.matrix, tile.start, view) for tile, view in self._left.summed_tiles()
-        ]
-        values = [section.values for section in sections]
-        yield from self._average(values)
-        return sections
+        yield from self._average([section.values for section in self._sections])
+        return self._sections
 
     def spread_left(self) -> Steps:
-        sections = [view for _, view in self._left.summed_tiles()]
-        if self._wire != torch.float32 and sections:
+        values = [section.values for section in self._sections]
+        if self._wire != torch.float32:
             # Whoever is in charge must use the same numbers as those to whom it sends them.
-            torch._foreach_copy_(sections, [view.to(self._wire) for view in sections])
+            copy_all(values, [view.to(self._wire) for view in values])
         yield from self._left.spread()
         self._left.take(self._assembled)
 
@@ -103,10 +101,7 @@ class ShardedExchange:
         flags = torch.zeros(len(divided), dtype=torch.int32, device=self.device)
         for section in broken:
             flags[divided.index(section.matrix)] = 1
-        for group in larger_than_one(self._groups.tensor, self._groups.data):
-            yield from wait_for(
-                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
-            )
+        yield from self._reduce_over_grid(flags, dist.ReduceOp.MAX)
         agreed = [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
         if not agreed:
             return 0
@@ -114,7 +109,7 @@ class ShardedExchange:
         sections = {section.matrix: (section.start, section.values) for section in broken}
         reducer.put(sections)
         yield from reducer.sum()
-        whole = [view for _, view in reducer.summed_tiles()]
+        whole = [view for _, view in reducer.sum_views]
         for p in whole:
             p.copy_(redo(p))
         yield from reducer.spread()
@@ -128,11 +123,14 @@ class ShardedExchange:
         yield from self._shared_rows.sum()
 
     def sum_norms(self, squares: Tensor) -> Steps:
-        for group in larger_than_one(self._groups.tensor, self._groups.data):
-            yield from wait_for(dist.all_reduce(squares, group=group, async_op=True))
+        yield from self._reduce_over_grid(squares, dist.ReduceOp.SUM)
 
     def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "Reducer":
         return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
+
+    def _reduce_over_grid(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Steps:
+        for group in larger_than_one(self._groups.tensor, self._groups.data):
+            yield from wait_for(dist.all_reduce(tensor, op, group=group, async_op=True))
 
     def _average(self, tensors: Sequence[Tensor]) -> Steps:
         """Averages over the replicas, all tensors together."""
@@ -158,7 +156,7 @@ class ShardedExchange:
         For each of them its first row and (rows, r). The others' lies where it is sent from.
         """
         tiles: dict[int, list[Tile]] = {}
-        for tile in self._left.hop_tiles():
+        for tile, _ in self._left.tile_views:
             tiles.setdefault(tile.matrix, []).append(tile)
         memory = {}
         for matrix, several in tiles.items():
@@ -168,13 +166,16 @@ class ShardedExchange:
                 memory[matrix] = start, torch.zeros(shape, device=self.device)
         return memory
 
-    def _left_of(self, held: Held) -> Tensor:
-        if held.matrix in self._assembled:
-            first, rows = self._assembled[held.matrix]
-        else:
-            first, rows = self._left.only_tile(held.matrix)
-        block = held.rectangle
-        return rows[block.column_start - first : block.column_stop - first]
+    def _left_factors(self) -> list[Tensor]:
+        """For each block the rows of P that belong to its columns."""
+        memory = {tile.matrix: (tile.start, view) for tile, view in self._left.tile_views}
+        memory |= self._assembled
+        found = []
+        for held in self._plan.held:
+            first, rows = memory[held.matrix]
+            block = held.rectangle
+            found.append(rows[block.column_start - first : block.column_stop - first])
+        return found
 
 
 def _row_memory(plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor]]:

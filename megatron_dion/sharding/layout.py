@@ -58,10 +58,6 @@ class Grid:
         """The ranks of a rank's tensor-parallel group."""
         return [Rank(t, rank.data_parallel) for t in range(self.tensor_parallel_size)]
 
-    def data_group(self, rank: "Rank") -> list["Rank"]:
-        """The ranks of a rank's data-parallel group."""
-        return [Rank(rank.tensor_parallel, d) for d in range(self.data_parallel_size)]
-
 
 @dataclass(frozen=True, order=True)
 class Rank:

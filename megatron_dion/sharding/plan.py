@@ -104,13 +104,12 @@ class Planner:
 
     def members(self, index: int) -> tuple[int, ...]:
         """The matrices of a set."""
-        layout, chosen = self.layout, set(self.sets[index])
-        firsts = [*layout.first_matrix, len(layout.matrices)]
+        layout = self.layout
+        bounds = [*layout.first_matrix, len(layout.matrices)]
         return tuple(
             matrix
-            for placement in range(len(layout.placements))
-            if placement in chosen
-            for matrix in range(firsts[placement], firsts[placement + 1])
+            for placement in sorted(self.sets[index])
+            for matrix in range(bounds[placement], bounds[placement + 1])
         )
 
     def plans(self, rank: Rank) -> list[Plan]:
@@ -198,9 +197,3 @@ def sets_in_turn(
     ordered = sorted(indices, key=lambda index: (shape(index), index))
     sets = [sorted(ordered[turn::turns]) for turn in range(turns)]
     return [chosen for chosen in sets if chosen]
-
-
-def make_plan(placements: Sequence[Placement], grid: Grid, rank: Rank, config: DionConfig) -> Plan:
-    """Plans one rank's work on all matrices at once; arguments as for `Planner`."""
-    [plan] = Planner(placements, grid, config).plans(rank)
-    return plan

@@ -13,7 +13,13 @@ from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
 
 class Reducer:
-    """The memory of a `Reduction`, and its two directions."""
+    """The memory of a `Reduction`, and its two directions.
+
+    Attributes:
+        tiles: 1-D, the memory of all that this rank contributes.
+        tile_views: its tiles, with their (rows, r).
+        sum_views: what this rank is in charge of, with their (rows, r).
+    """
 
     def __init__(
         self,
@@ -31,19 +37,8 @@ class Reducer:
         self._near = HopBuffers(near, memory, groups.tensor, sums=between)
         self._far = HopBuffers(far, memory, groups.data, source=self._near.sums)
         self.tiles = self._near.tiles
-        self._only_tiles = {tile.matrix: (tile.start, v) for tile, v in self._near.tile_views}
-
-    def hop_tiles(self) -> list[Tile]:
-        """What this rank contributes."""
-        return [tile for tile, _ in self._near.tile_views]
-
-    def summed_tiles(self) -> list[tuple[Tile, Tensor]]:
-        """What this rank is in charge of."""
-        return self._far.sum_views
-
-    def only_tile(self, matrix: int) -> tuple[int, Tensor]:
-        """First row and memory of the tile of a matrix that has only one here."""
-        return self._only_tiles[matrix]
+        self.tile_views = self._near.tile_views
+        self.sum_views = self._far.sum_views
 
     def put(self, rows: dict[int, tuple[int, Tensor]]) -> None:
         """Copies rows of matrices, from the given first row on, into their tiles."""
@@ -58,7 +53,7 @@ class Reducer:
     def _match(self, rows: dict[int, tuple[int, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [
             (view, rows[tile.matrix][1][tile.start - rows[tile.matrix][0] :][: view.shape[0]])
-            for tile, view in self._near.tile_views
+            for tile, view in self.tile_views
             if tile.matrix in rows
         ]
         return [tile for tile, _ in pairs], [values for _, values in pairs]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_dion.algorithm import Matrix
-from megatron_dion.sharding.balance import Charge
+from megatron_dion.sharding.balance import Charge, cut
 from megatron_dion.sharding.layout import Layout, Rank
 
 
@@ -39,11 +39,6 @@ class Hop:
     sends: tuple[tuple[Tile, ...], ...]
     receives: tuple[tuple[Tile, ...], ...]
     sums: tuple[Tile, ...]
-
-    @property
-    def tiles(self) -> tuple[Tile, ...]:
-        """All tiles of this rank, in the order in which they are sent."""
-        return tuple(tile for tiles in self.sends for tile in tiles)
 
 
 @dataclass(frozen=True)
@@ -97,11 +92,7 @@ class Sum:
 
 def sum_for_all(matrix: int, rows: int, ranks: Sequence[Rank]) -> Sum:
     """All of the ranks bring all rows, and each is in charge of as many."""
-    count = min(rows, len(ranks))
-    charges = tuple(
-        Charge(matrix, rows * i // count, rows * (i + 1) // count, ranks[i]) for i in range(count)
-    )
-    return Sum(dict.fromkeys(ranks, (0, rows)), charges)
+    return Sum(dict.fromkeys(ranks, (0, rows)), cut(matrix, rows, ranks[:rows]))
 
 
 def reduction(layout: Layout, rank: Rank, sums: Mapping[int, Sum]) -> Reduction:

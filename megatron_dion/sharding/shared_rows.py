@@ -34,7 +34,6 @@ class GatheredColumns:
         if size_of(self._group) == 1:
             return
         size = plan.layout.grid.tensor_parallel_size
-        self._mine: list[Tensor] = []
         self._theirs: list[list[Tensor]] = [[] for _ in range(size)]
         for held, view in zip(plan.held, projections, strict=True):
             if plan.has_partial_rows(held):
@@ -95,10 +94,11 @@ class SharedRows:
         self._mine = row_views(SharedRow(*key) for key in mine)
         self._kept = [torch.empty_like(view) for view in self._mine]
         self._parts = [row_views(rows) for rows in plan.shared_rows]
+        self._outgoing = [view for views in self._parts for view in views]
         self._sizes = [sum(view.numel() for view in views) for views in self._parts]
         self._sent = torch.zeros(sum(self._sizes), dtype=wire, device=device)
         self._received = torch.zeros_like(self._sent)
-        self._sent_views = like_views(self._sent, [v for views in self._parts for v in views])
+        self._sent_views = like_views(self._sent, self._outgoing)
         self._received_views = [
             like_views(buffer, views)
             for buffer, views in zip(self._received.split(self._sizes), self._parts, strict=True)
@@ -109,7 +109,7 @@ class SharedRows:
             return
         if self._sent.dtype != torch.float32:
             copy_all(self._mine, [view.to(self._sent.dtype) for view in self._mine])
-        copy_all(self._sent_views, [view for views in self._parts for view in views])
+        copy_all(self._sent_views, self._outgoing)
         yield from all_to_all(self._received, self._sent, self._sizes, self._sizes, self._group)
         if not self._mine:
             return

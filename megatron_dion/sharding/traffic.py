@@ -1,7 +1,8 @@
 """The bytes that a rank sends in a step, by what they are for: read off the plan."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
+from megatron_dion.algorithm import Matrix
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Held, Rank
 from megatron_dion.sharding.plan import Plan
@@ -21,58 +22,62 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
 
     Returns:
         Bytes by kind: `left` for P, `rows` for R, `parts` for what divided P need to be
-        orthonormalized, `right` for Q, its norms or its Gram matrices, `replicas`. What is sent
-        between data-parallel ranks is told apart by `data `, within tensor-parallel groups by
-        `tensor `.
+        orthonormalized, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
+        columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
+        within tensor-parallel groups by `tensor `.
     """
-    config, grid = plan.layout.config, plan.layout.grid
-    wire = TORCH_DTYPES[config.comm_dtype].itemsize
-    tensor, data = grid.tensor_parallel_size, grid.data_parallel_size
+    grid, rank = plan.layout.grid, plan.rank
+    wire, kept = _sizes(plan)
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
-    partial_rows = _numel_of_rows(plan, partial)
-    found = {
-        "tensor left": _hop_bytes(plan, plan.left.tensor_hop, plan.rank.tensor_parallel, wire),
-        "data left": _hop_bytes(plan, plan.left.data_hop, plan.rank.data_parallel, wire),
-        "tensor rows": _ring(partial_rows * wire, tensor),
+    partial_rows = _numel_of_rows(plan, partial) * wire
+    sums = _numel(plan, plan.left.data_hop.sums) * wire
+    return {
+        "tensor rows": ring_bytes(partial_rows, grid.tensor_parallel_size),
         "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
-        "tensor parts": 0,
-        "data parts": 0,
-        "tensor right": (tensor - 1)
-        * _gathered_numel(plan)
-        * TORCH_DTYPES[config.factor_dtype].itemsize,
-        "data right": 0,
-        "replicas": 0,
+        "tensor gather": _gathered_numel(plan, partial) * kept,
+        "replicas": ring_bytes(sums, replicas)
+        + ring_bytes(_numel_of_rows(plan, plan.held) * wire, replicas),
+        **_of_group(plan, "tensor", grid.tensor_parallel_size, rank.tensor_parallel),
+        **_of_group(plan, "data", grid.data_parallel_size, rank.data_parallel),
     }
-    for reduction, size in _small_sums(plan):
-        kind = "right" if reduction is plan.grams else "parts"
-        found[f"tensor {kind}"] += _hop_bytes(
-            plan, reduction.tensor_hop, plan.rank.tensor_parallel, size
-        )
-        found[f"data {kind}"] += _hop_bytes(plan, reduction.data_hop, plan.rank.data_parallel, size)
-    if plan.part_sums:
-        flags = 4 * len(plan.divided)
-        found["tensor parts"] += _ring(flags, tensor)
-        found["data parts"] += _ring(flags, data)
-    if plan.grams is None:
-        norms = 8 * sum(plan.matrices[k].rank for k in plan.members)
-        found["tensor right"] += _ring(norms, tensor)
-        found["data right"] += _ring(norms, data)
-    if replicas > 1:
-        sums = _numel(plan, plan.left.data_hop.sums)
-        found["replicas"] = _ring(sums * wire, replicas)
-        found["replicas"] += _ring(_numel_of_rows(plan, plan.held) * wire, replicas)
-    return found
 
 
-def _small_sums(plan: Plan) -> Iterator[tuple[Reduction, int]]:
-    """Reductions besides that of P, with the bytes of a number."""
-    for reduction in plan.part_sums:
-        yield reduction, 4
-    if plan.grams is not None:
-        yield plan.grams, 8
+def _sizes(plan: Plan) -> tuple[int, int]:
+    """Bytes of a number of what travels, and of Q."""
+    config = plan.layout.config
+    return TORCH_DTYPES[config.comm_dtype].itemsize, TORCH_DTYPES[config.factor_dtype].itemsize
 
 
-def _hop_bytes(plan: Plan, hop: Hop, me: int, size: int) -> int:
+def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
+    """What is the same for both groups: hops there and back, and all_reduces."""
+
+    def numel(reductions: Iterable[Reduction]) -> int:
+        return sum(_numel_of_hop(plan, getattr(r, f"{group}_hop"), me) for r in reductions)
+
+    wire, _ = _sizes(plan)
+    grams = () if plan.grams is None else (plan.grams,)
+    norms = 0 if grams else sum(plan.matrices[k].rank for k in plan.members)
+    return {
+        f"{group} left": wire * numel([plan.left]),
+        f"{group} parts": 4 * numel(plan.part_sums),
+        f"{group} grams": 8 * numel(grams),
+        f"{group} norms": ring_bytes(8 * norms, ranks),
+        f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
+    }
+
+
+def compression_pays(matrices: Sequence[Matrix]) -> bool:
+    """Whether P and R of all matrices of a weight are smaller than its gradient."""
+    compressed = sum((m.rows + m.columns) * m.rank for m in matrices)
+    return compressed < sum(m.rows * m.columns for m in matrices)
+
+
+def ring_bytes(numel_bytes: int, ranks: int) -> int:
+    """What a rank sends in an all_reduce of so many bytes."""
+    return 2 * numel_bytes * (ranks - 1) // ranks
+
+
+def _numel_of_hop(plan: Plan, hop: Hop, me: int) -> int:
     """There and back, without what stays on the rank."""
     remote = [
         tile
@@ -81,7 +86,7 @@ def _hop_bytes(plan: Plan, hop: Hop, me: int, size: int) -> int:
         if peer != me
         for tile in tiles
     ]
-    return size * _numel(plan, remote)
+    return _numel(plan, remote)
 
 
 def _numel(plan: Plan, tiles: Iterable[Tile]) -> int:
@@ -92,23 +97,15 @@ def _numel_of_rows(plan: Plan, blocks: Iterable[Held]) -> int:
     return sum(held.rectangle.rows * plan.matrices[held.matrix].rank for held in blocks)
 
 
-def _gathered_numel(plan: Plan) -> int:
-    """Numbers of Q that each tensor-parallel rank contributes: as many as the one with most."""
+def _gathered_numel(plan: Plan, partial: Sequence[Held]) -> int:
+    """Numbers of Q that this rank sends: to each peer as many as the one with most columns has."""
+    ranks = plan.layout.grid.tensor_group(plan.rank)
     sizes = [
-        sum(
-            held.rectangle.rows * _kept_columns(plan, held, peer)
-            for held in plan.held
-            if plan.has_partial_rows(held)
-        )
-        for peer in plan.layout.grid.tensor_group(plan.rank)
+        sum(h.rectangle.rows * _kept_columns(plan, h, peer) for h in partial) for peer in ranks
     ]
-    return max(sizes)
+    return (len(ranks) - 1) * max(sizes)
 
 
 def _kept_columns(plan: Plan, held: Held, peer: Rank) -> int:
     columns = plan.layout.share(held.placement, plan.matrices[held.matrix].rank, peer)
     return columns.stop - columns.start
-
-
-def _ring(numel_bytes: int, ranks: int) -> int:
-    return 2 * numel_bytes * (ranks - 1) // ranks

@@ -6,19 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.distributed.nursery import DION, TRAINING, Nursery, losses
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
 from tests.distributed.recording import check_against_reference, save_start, train_recorded
 
 ITERATIONS = 10
-COMMON = (
-    "--hidden-size 72 --ffn-hidden-size 200 --group-query-attention"
-    " --seq-length 16 --max-position-embeddings 16 --position-embedding-type rope"
-    " --normalization RMSNorm --swiglu --disable-bias-linear"
-    " --untie-embeddings-and-output-weights --init-method-std 0.05"
-    " --attention-dropout 0 --hidden-dropout 0"
-    " --mock-data --tokenizer-type NullTokenizer --vocab-size 250"
-    " --make-vocab-size-divisible-by 8 --padded-vocab-size 256"
-).split()
+COMMON = [*MODEL, *"--seq-length 16 --max-position-embeddings 16".split()]
 GROUPS3 = "--num-layers 2 --num-attention-heads 6 --num-query-groups 3 --kv-channels 12"
 GROUPS2 = "--num-layers 2 --num-attention-heads 6 --num-query-groups 2 --kv-channels 12"
 # Every expert sees every token: a choice between experts would turn rounding into other routes.

@@ -10,7 +10,7 @@ from megatron_dion import DionConfig
 from megatron_dion.planning.layout import default_bucket_size, place
 from megatron_dion.planning.loads import Load, busiest_to_mean, describe, loads
 from megatron_dion.planning.models import PRESETS
-from megatron_dion.sharding import Grid, Plan, Planner, Rank, sets_in_turn
+from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
 from megatron_dion.sharding.traffic import bytes_sent
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
@@ -22,39 +22,9 @@ def test_loads_are_what_the_plans_say(layout: Layout) -> None:
     for rank, plans in layout.plans.items():
         load = found[rank]
         assert load.held == sum(held.rectangle.numel for plan in plans for held in plan.held)
-        tensor = sum(sent(plan, "tensor") for plan in plans)
-        data = sum(sent(plan, "data") for plan in plans)
-        assert (load.tensor_sent, load.data_sent) == (tensor, data)
-
-
-def sent(plan: Plan, group: str) -> int:
-    """Bytes for P, for dividing it, and for Gram matrices, without flags and all_reduces."""
-    found = bytes_sent(plan)
-    size = getattr(plan.layout.grid, f"{group}_parallel_size")
-    divided = sum(len(plan.charges[k]) > 1 for k in plan.members)
-    flags = 2 * 4 * divided * (size - 1) // size if plan.part_sums else 0
-    grams = 0
-    if plan.grams is not None:
-        grams = found[f"{group} right"] - (gathered(plan) if group == "tensor" else 0)
-    return found[f"{group} left"] + found[f"{group} parts"] - flags + grams
-
-
-def gathered(plan: Plan) -> int:
-    """Bytes of the columns of Q that a rank sends to its tensor-parallel group."""
-    ranks = plan.layout.grid.tensor_group(plan.rank)
-
-    def numel(rank: Rank) -> int:
-        widths = [
-            (
-                held.rectangle.rows,
-                plan.layout.share(held.placement, plan.matrices[held.matrix].rank, rank),
-            )
-            for held in plan.held
-            if plan.has_partial_rows(held)
-        ]
-        return sum(rows * (columns.stop - columns.start) for rows, columns in widths)
-
-    return 4 * (len(ranks) - 1) * max(numel(rank) for rank in ranks)
+        for group, found_there in (("tensor", load.tensor_sent), ("data", load.data_sent)):
+            kinds = [f"{group} {kind}" for kind in ("left", "parts", "grams")]
+            assert found_there == sum(bytes_sent(plan)[kind] for plan in plans for kind in kinds)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ def break_update(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     monkeypatch.setattr(step, "_update", update)
 
 
+def assert_noticed(comparison: Comparison) -> None:
+    with pytest.raises(AssertionError, match=NOTICED):
+        comparison.assert_equal()
+
+
 def run_with(monkeypatch: pytest.MonkeyPatch, right_factor: str, change: Change) -> Comparison:
     break_update(monkeypatch, change)
     comparison = Comparison(
@@ -124,8 +129,7 @@ def test_broken_update_is_noticed(
     monkeypatch: pytest.MonkeyPatch, right_factor: str, change: Change
 ) -> None:
     comparison = run_with(monkeypatch, right_factor, change)
-    with pytest.raises(AssertionError, match=NOTICED):
-        comparison.assert_equal()
+    assert_noticed(comparison)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +143,7 @@ def test_broken_orthonormalization_is_noticed(
     monkeypatch.setattr(step, "orthonormalize", orthonormalize)
     comparison = Comparison([(SHAPES, {})])
     comparison.run(range(3))
-    with pytest.raises(AssertionError, match=NOTICED):
-        comparison.assert_equal()
+    assert_noticed(comparison)
 
 
 def zero_then_random(right_factor: str) -> Comparison:
@@ -157,8 +160,7 @@ def test_lost_directions_of_zero_columns_are_noticed(
     zero_then_random(right_factor).assert_equal()
     break_update(monkeypatch, without_alive)
     comparison = zero_then_random(right_factor)
-    with pytest.raises(AssertionError, match=NOTICED):
-        comparison.assert_equal()
+    assert_noticed(comparison)
 
 
 def test_unseeded_sketch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +195,7 @@ def test_unbroken_fused_weight_follows_the_reference(right_factor: str) -> None:
 
 def assert_fused_is_noticed() -> None:
     comparison = run_fused()
-    with pytest.raises(AssertionError, match=NOTICED):
-        comparison.assert_equal()
+    assert_noticed(comparison)
 
 
 def test_first_right_factor_by_local_rows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

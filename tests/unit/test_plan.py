@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ from megatron_dion.sharding import (
     Rank,
     Rectangle,
     Weight,
-    make_plan,
 )
 from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.blocks import rectangles
@@ -108,6 +107,10 @@ def layouts(draw: st.DrawFn, orthonormalizers: tuple[str, ...] = ORTHONORMALIZER
     of_set = [draw(st.integers(0, 2)) for _ in placements]
     sets = [[i for i, s in enumerate(of_set) if s == index] for index in range(3)]
     return Layout(placements, grid, config, [members for members in sets if members])
+
+
+def data_group(grid: Grid, rank: Rank) -> list[Rank]:
+    return [Rank(rank.tensor_parallel, d) for d in range(grid.data_parallel_size)]
 
 
 @given(layouts())
@@ -247,15 +250,16 @@ def test_what_is_sent_is_received(layout: Layout) -> None:
         for each in reductions(plans):
             for rank, reduction in each.items():
                 # The second hop sends from the memory into which the first one sums.
-                assert reduction.data_hop.tiles == reduction.tensor_hop.sums
+                sent_on = [tile for tiles in reduction.data_hop.sends for tile in tiles]
+                assert tuple(sent_on) == reduction.tensor_hop.sums
                 for peer in layout.grid.tensor_group(rank):
                     sent = reduction.tensor_hop.sends[peer.tensor_parallel]
                     assert sent == each[peer].tensor_hop.receives[rank.tensor_parallel]
-                for peer in layout.grid.data_group(rank):
+                for peer in data_group(layout.grid, rank):
                     sent = reduction.data_hop.sends[peer.data_parallel]
                     assert sent == each[peer].data_hop.receives[rank.data_parallel]
         for rank, plan in plans.items():
-            for peer in layout.grid.data_group(rank):
+            for peer in data_group(layout.grid, rank):
                 shared = plans[peer].shared_rows[rank.data_parallel]
                 assert plan.shared_rows[peer.data_parallel] == shared
 
@@ -291,12 +295,12 @@ class Simulation:
         for rank, tile, peer in self._ways(lambda r: r.tensor_hop, self._grid.tensor_group):
             part = rows[rank][tile.matrix][tile.start : tile.stop]
             self._near[peer].view(tile).add_(part)
-        for rank, tile, peer in self._ways(lambda r: r.data_hop, self._grid.data_group):
+        for rank, tile, peer in self._ways(lambda r: r.data_hop, partial(data_group, self._grid)):
             self.sums[peer].view(tile).add_(self._near[rank].view(tile))
 
     def spread(self, rows: Rows) -> None:
         """Overwrites the rows of all tiles with their sums."""
-        for rank, tile, peer in self._ways(lambda r: r.data_hop, self._grid.data_group):
+        for rank, tile, peer in self._ways(lambda r: r.data_hop, partial(data_group, self._grid)):
             self._near[rank].view(tile).copy_(self.sums[peer].view(tile))
         for rank, tile, peer in self._ways(lambda r: r.tensor_hop, self._grid.tensor_group):
             rows[rank][tile.matrix][tile.start : tile.stop] = self._near[peer].view(tile)
@@ -551,8 +555,9 @@ def test_charges_are_balanced() -> None:
     ]
     # Each of four ranks holds eight whole matrices and must decide those.
     grid = Grid(1, 4)
+    planner = Planner(placements, grid, DionConfig(rank_fraction=0.5))
     for rank in grid.ranks():
-        plan = make_plan(placements, grid, rank, DionConfig(rank_fraction=0.5))
+        [plan] = planner.plans(rank)
         assert [tile.matrix // 8 for tile in plan.left.data_hop.sums] == [rank.data_parallel] * 8
 
 
