@@ -73,7 +73,6 @@ class HeldBlock:
         rectangle: which rows and columns of it.
         parameter: the parameter of `param_groups` that holds it.
         tensors: weight, momentum and factors.
-        is_first_copy: whether no rank before this one holds the same elements.
         is_first_of_row: whether no data-parallel rank before this one holds the same rows of Q.
     """
 
@@ -81,7 +80,6 @@ class HeldBlock:
     rectangle: Rectangle
     parameter: Tensor
     tensors: Block
-    is_first_copy: bool
     is_first_of_row: bool
 
 
@@ -258,7 +256,6 @@ class Binding:
             rectangle=rectangle,
             parameter=tensor,
             tensors=tensors,
-            is_first_copy=not layout.is_duplicated(block.placement) or rank.tensor_parallel == 0,
             is_first_of_row=is_first_of_row,
         )
 

@@ -1,67 +1,183 @@
-"""Dion's state as Megatron's distributed checkpoints hold it: in the space of logical matrices.
+"""The state of distributed optimizers as tensors of a checkpoint, to be saved or loaded into.
 
-Every block is a 2-D ShardedTensor with its place in the whole matrix, so saving moves nothing
-between ranks, and a block of any other topology can be loaded.
+Every tensor is a view of what the optimizer holds, with its place in a whole tensor: saving moves
+nothing between ranks, and loading reads what the new topology needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_dion.optimizer.binding import HeldBlock
+from megatron_dion.optimizer.distributed import DionDistributedOptimizer
+from megatron_dion.optimizer.routing import weights_by_rules
+from megatron_dion.optimizer.rules import RoutingRules
+from megatron_dion.optimizer.state_space import (
+    DION_PREFIX,
+    MASTER,
+    Requests,
+    StateSpace,
+    box_of_tensor,
+    pieces,
+)
 
-_PREFIX = "optimizer.state.dion"
+MOMENTUM = "momentum"
+RIGHT_FACTOR = "right_factor"
 
 
-def sharded_state(blocks: Sequence[HeldBlock], instance: int) -> dict[str, ShardedTensor]:
-    """Views of master weights, momenta and right factors, to be saved or loaded into.
+@dataclass(frozen=True)
+class Source:
+    """What of a checkpoint's optimizer state is there and wanted. Master weights always are.
+
+    Attributes:
+        rules: by which the checkpoint keeps matrices as Dion's; None if it has none of Dion's.
+        momentum: whether Dion's momenta are taken.
+        right_factors: whether Dion's right factors are taken.
+        scalars: whether the state of all other parameters is taken.
+    """
+
+    rules: RoutingRules | None
+    momentum: bool
+    right_factors: bool
+    scalars: bool
+
+
+class Transfer:
+    """Names what distributed optimizers hold by its places in a checkpoint.
 
     Args:
-        blocks: what this rank holds.
-        instance: of the distributed optimizer; the first one's copy is saved.
+        optimizers: all of a model's, of this rank.
+        source: what is saved or loaded.
     """
-    tensors = {}
+
+    def __init__(self, optimizers: Sequence[DistributedOptimizer], source: Source) -> None:
+        self._optimizers = [one for one in optimizers if not one.is_stub_optimizer]
+        self._source = source
+        self._requested: dict[str, Tensor] = {}
+
+    def requests(self, model_state: dict[str, Any]) -> Requests:
+        """All tensors, as views; they are kept for `take`.
+
+        Args:
+            model_state: sharded state of the model.
+        """
+        found: Requests = {}
+        for optimizer in self._optimizers:
+            found |= self._requests_of(optimizer, model_state)
+        self._requested = {name: _data(tensor) for name, tensor in found.items()}
+        return found
+
+    @torch.no_grad()
+    def take(self, loaded: dict[str, Tensor], step: int) -> None:
+        """Copies what was loaded for `requests` to where it belongs.
+
+        Args:
+            loaded: by the names of the requests.
+            step: number of steps that the state has seen.
+        """
+        for name, tensor in self._requested.items():
+            tensor.copy_(loaded[name])
+        for optimizer in self._optimizers:
+            _set_step(optimizer, step)
+
+    def _requests_of(
+        self, optimizer: DistributedOptimizer, model_state: dict[str, Any]
+    ) -> Requests:
+        source, is_dion = self._source, isinstance(optimizer, DionDistributedOptimizer)
+        kinds: list[str] | None = [MASTER]
+        if is_dion and source.momentum:
+            kinds = [MASTER, MOMENTUM]
+        if not is_dion and source.scalars:
+            _allocate(optimizer)
+            kinds = None
+        rules, chunks = source.rules, optimizer.model_chunks
+        weights = {} if rules is None else weights_by_rules(chunks, rules)
+        instance = optimizer.distributed_optimizer_instance_id
+        space = StateSpace(weights, model_state, instance)
+        found: Requests = {}
+        for piece in pieces(optimizer):
+            found |= space.place(piece, kinds)
+        if is_dion and source.right_factors:
+            found |= _right_factors(optimizer.held_blocks(), instance)
+        return found
+
+
+class MastersOnly:
+    """Stands in for an optimizer of Megatron's while a checkpoint of Dion's is loaded.
+
+    Takes the master weights; all other state begins anew.
+
+    Args:
+        optimizer: a distributed optimizer, or a chain of them.
+        source: the checkpoint.
+
+    Raises:
+        ValueError: the optimizer is not distributed, or keeps its master weights elsewhere.
+    """
+
+    def __init__(self, optimizer: Any, source: Source) -> None:
+        members = getattr(optimizer, "chained_optimizers", [optimizer])
+        for member in members:
+            if not isinstance(member, DistributedOptimizer):
+                raise ValueError("it needs --use-distributed-optimizer")
+            if member.config.use_precision_aware_optimizer:
+                raise ValueError("it does not go with --use-precision-aware-optimizer")
+        self._optimizer = optimizer
+        self._transfer = Transfer(members, source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def sharded_state_dict(self, model_state: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """The master weights as the checkpoint has them."""
+        return {"state": self._transfer.requests(model_state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what was loaded."""
+        self._transfer.take(state_dict["state"], step=0)
+
+
+def _right_factors(blocks: Iterable[HeldBlock], instance: int) -> Requests:
+    """What this rank keeps of right factors: of shared rows, some of the columns."""
+    found: Requests = {}
     for block in blocks:
-        matrix, place, held = block.matrix, block.rectangle, block.tensors
-        whole = (matrix.rows, matrix.columns)
-        factor = (matrix.rows, matrix.rank)
-        corner = (place.row_start, place.column_start)
-        copy = (instance, 0 if block.is_first_copy else 1)
-        row_copy = (instance, 0 if block.is_first_of_row else 1)
-        right_corner = (place.row_start, held.kept_columns.start)
-        for kind, data, shape, offset, replica in (
-            ("weight", held.weight, whole, corner, copy),
-            ("momentum", held.momentum, whole, corner, copy),
-            ("right_factor", held.kept_right, factor, right_corner, row_copy),
-        ):
-            key = f"{_PREFIX}.{kind}.{matrix.name}"
-            if data.numel():
-                tensors[f"{key}@{corner}"] = _sharded(key, data, shape, offset, replica)
-    return tensors
+        matrix, kept = block.matrix, block.tensors.kept_right
+        if kept.numel():
+            tensor = box_of_tensor(
+                f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}",
+                kept,
+                (matrix.rows, matrix.rank),
+                (block.rectangle.row_start, block.tensors.kept_columns.start),
+                (instance, 0 if block.is_first_of_row else 1),
+            )
+            corner = (block.rectangle.row_start, block.rectangle.column_start)
+            found[f"{tensor.key}@{corner}"] = tensor
+    return found
 
 
-def load_sharded_state(blocks: Sequence[HeldBlock], loaded: dict[str, Tensor]) -> None:
-    """Copies what was loaded for `sharded_state` into the blocks."""
-    for name, tensor in sharded_state(blocks, instance=0).items():
-        assert tensor.data is not None
-        tensor.data.copy_(loaded[name])
+def _allocate(optimizer: DistributedOptimizer) -> None:
+    """Makes the state that an optimizer would make in its first step."""
+    inner = optimizer.optimizer
+    optimizer.init_state_fn(inner, optimizer.config)
+    if isinstance(inner, torch.optim.Adam):  # without Transformer Engine and apex, on CUDA
+        for state in inner.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
-def _sharded(
-    key: str,
-    data: Tensor,
-    global_shape: tuple[int, ...],
-    global_offset: tuple[int, ...],
-    replica_id: tuple[int, ...],
-) -> ShardedTensor:
-    return ShardedTensor(
-        key=key,
-        data=data,
-        dtype=data.dtype,
-        local_shape=tuple(data.shape),
-        global_shape=global_shape,
-        global_offset=global_offset,
-        axis_fragmentations=None,  # the cuts lie anywhere
-        replica_id=replica_id,
-    )
+def _set_step(optimizer: DistributedOptimizer, step: int) -> None:
+    """Where optimizers count steps: in each group, and torch's in each state of its own."""
+    for group in optimizer.param_groups:
+        group["step"] = step
+    for state in optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = torch.full_like(state["step"], step)
+
+
+def _data(tensor: ShardedTensor) -> Tensor:
+    assert tensor.data is not None
+    return tensor.data

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.optimizer.checkpoint import load_sharded_state, sharded_state
+from megatron_dion.optimizer.binding import Distribution, HeldBlock
 from megatron_dion.optimizer.compressed_sync import norm_keeping_sketch
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.routing import weight_of
@@ -119,45 +118,13 @@ class DionDistributedOptimizer(DistributedOptimizer):
             self._dion.recenter()
         return success
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is the same on every rank: the parameter groups without their parameters."""
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.param_groups
-        ]
-        return {"optimizer": {"param_groups": groups}}
+    def recenter(self) -> None:
+        """Makes the momenta of replicas with compressed gradient sync equal. A collective call."""
+        self._dion.recenter()
 
-    def sharded_state_dict(
-        self,
-        model_sharded_state_dict: Any = None,
-        is_loading: bool = False,
-        sharding_type: str | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Parameter groups, and every block of state with its place in its matrix.
-
-        The same whatever sharding type the metadata ask for: it is reshardable and needs no gather.
-        """
-        if self.is_stub_optimizer:
-            return {}
-        if not is_loading:
-            self._dion.recenter()  # the saved momentum is the mean of all replicas'
-        blocks = self._dion.held_blocks()
-        return {
-            **self.state_dict(),
-            "state": sharded_state(blocks, self.distributed_optimizer_instance_id),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `sharded_state_dict` describes."""
-        if self.is_stub_optimizer:
-            return
-        # The base class's helper takes the saved groups' parameters along; ours have none.
-        saved = [{**group, "params": []} for group in state_dict["optimizer"]["param_groups"]]
-        matched = self._filter_and_reorder_param_groups(self.param_groups, saved)
-        for group, values in zip(self.param_groups, matched, strict=True):
-            group.update({key: value for key, value in values.items() if key != "params"})
-        load_sharded_state(self._dion.held_blocks(), state_dict["state"])
+    def held_blocks(self) -> list[HeldBlock]:
+        """Every block on this rank, with its state."""
+        return self._dion.held_blocks()
 
 
 def _placement(

@@ -13,7 +13,6 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,76 +21,14 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig
+from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.compressed_sync import keep_gradients_apart
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
-from megatron_dion.optimizer.routing import DION, RoutingTable, build_routing_table, weight_of
-from megatron_dion.sharding import Planner
+from megatron_dion.optimizer.record import Record
+from megatron_dion.optimizer.routing import DION, build_routing_table, rules_of, weight_of
 
 Overrides = dict[ParamKey, ParamGroupOverride]
-
-
-class DionChainedOptimizer(ChainedOptimizer):
-    """A `ChainedOptimizer` of Dion and a scalar optimizer.
-
-    Attributes:
-        routing_table: which parameter goes where, of the whole model.
-        exchanged_bytes_per_step: what Dion's steps send between ranks, over all ranks.
-    """
-
-    routing_table: RoutingTable
-    exchanged_bytes_per_step: int
-
-    def __init__(self, chained_optimizers: list[Any]) -> None:
-        super().__init__(chained_optimizers)
-        for optimizer in chained_optimizers:
-            optimizer._defer_param_sync = True  # MC/optimizer/distrib_optimizer.py:3166
-
-    def _step(self) -> bool:
-        """As the base class; gathers updated parameters when all optimizers have stepped.
-
-        Each optimizer of its own would gather its buckets after its step. But a bucket group may
-        hold buckets of several, and Megatron's passes over groups with the tag that separates
-        Dion's matrices, which it takes for the layer-wise optimizer's.
-        """
-        success = super()._step()
-        for chunk in self.model_chunks:
-            if not chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync()
-        return success
-
-    @property
-    def fallbacks(self) -> int:
-        """How often this rank had to orthonormalize by Householder QR instead, so far."""
-        return sum(dion.fallbacks for dion in self._inner_dions())
-
-    def planners(self) -> list[Planner]:
-        """Plans of this pipeline stage: of dense weights, and of experts."""
-        return [dion.planner() for dion in self._inner_dions()]
-
-    def _inner_dions(self) -> list[Dion]:
-        return [
-            optimizer.optimizer
-            for optimizer in self.chained_optimizers
-            if isinstance(optimizer, DionDistributedOptimizer) and not optimizer.is_stub_optimizer
-        ]
-
-    @torch.no_grad()
-    def prepare_grads(self) -> bool:
-        """Gradients for the master weights; True if one is not finite and the step is skipped.
-
-        With a loss scale all optimizers must skip together: one scaler hears of all of them. The
-        base class lets each have its own.
-        """
-        scaler = self.chained_optimizers[0].grad_scaler
-        if scaler is None:
-            return super().prepare_grads()
-        found = False
-        for optimizer in self.chained_optimizers:
-            optimizer._copy_model_grads_to_main_grads()
-            found |= optimizer._unscale_main_grads_and_check_for_nan()
-        scaler.update(found)
-        return found
 
 
 def get_megatron_dion_optimizer(
@@ -161,6 +98,7 @@ def get_megatron_dion_optimizer(
     ]
     chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
+    chain.record = Record(dion_config, rules_of(model_chunks), scalar_optimizer)
     chain.exchanged_bytes_per_step = _sum_over_ranks(
         sum(optimizer.exchanged_bytes_per_step for optimizer in dion)
     )

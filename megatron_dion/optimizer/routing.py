@@ -6,8 +6,9 @@ Megatron's DDP lays out its buffers, because Dion's matrices get buffers of thei
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +30,7 @@ DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"
 _REASON_TAG = "dion_reason"
 _WEIGHT_TAG = "dion_weight"
+_RULES_TAG = "dion_rules"
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<linear>linear_fc\d)\.(?P<kind>weight|bias)(?P<number>\d+)"
 )
@@ -124,7 +126,29 @@ def tag_matrices(
         setattr(parameter, _REASON_TAG, reason or rules.reason_for(name))
         if reason is None:
             setattr(parameter, _WEIGHT_TAG, _weight(named, rules.split))
+    for chunk in model_chunks:
+        setattr(chunk, _RULES_TAG, rules)
     return model_chunks
+
+
+def rules_of(model_chunks: Sequence[MegatronModule]) -> RoutingRules:
+    """The rules by which `tag_matrices` has marked the parameters."""
+    chunk: Any = model_chunks[0]
+    while not hasattr(chunk, _RULES_TAG):
+        chunk = chunk.module  # what DDP and mixed precision wrap
+    rules: RoutingRules = getattr(chunk, _RULES_TAG)
+    return rules
+
+
+def weights_by_rules(
+    model_chunks: Sequence[MegatronModule], rules: RoutingRules
+) -> dict[Parameter, Weight]:
+    """How the parameters that rules give to Dion lie in its logical matrices, marked or not."""
+    return {
+        named.parameter: _weight(named, rules.split)
+        for named in _named_parameters(model_chunks)
+        if rules.reason_against(named.name, named.parameter) is None
+    }
 
 
 def weight_of(parameter: Parameter) -> Weight | None:
@@ -167,7 +191,7 @@ class _NamedParameter:
     is_grouped: bool
 
 
-def _named_parameters(model_chunks: list[MegatronModule]) -> Iterator[_NamedParameter]:
+def _named_parameters(model_chunks: Sequence[MegatronModule]) -> Iterator[_NamedParameter]:
     for chunk in model_chunks:
         owners = {
             parameter: module
@@ -237,6 +261,13 @@ def _tensor_parallel_size(parameter: Parameter) -> int:
     if getattr(parameter, "allreduce", True):
         return parallel_state.get_tensor_model_parallel_world_size()
     return parallel_state.get_expert_tensor_parallel_world_size()
+
+
+def tensor_parallel_rank(parameter: Parameter) -> int:
+    """This rank's, among those that share a parameter."""
+    if getattr(parameter, "allreduce", True):
+        return int(parallel_state.get_tensor_model_parallel_rank())
+    return int(parallel_state.get_expert_tensor_parallel_rank())
 
 
 def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:

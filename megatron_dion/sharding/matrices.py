@@ -91,21 +91,30 @@ class Weight:
     def _period_parts(self) -> tuple[Part, ...]:
         return self.parts or (Part("", self.global_rows),)
 
-    def matrices(self, config: DionConfig) -> list[Matrix]:
-        """The logical matrices: one for each part, or one for each part of each period."""
+    def shapes(self) -> list[tuple[str, int, int]]:
+        """Name, rows and columns of each logical matrix: one for each part, or of each period."""
         columns = self.global_columns
         if self.joined:
-            rank = config.rank(self.global_rows, columns)
-            return [Matrix(self.name, self.global_rows, columns, rank)]
+            return [(self.name, self.global_rows, columns)]
         periods = self.global_rows // self._period
-        named = [
-            (f"{self.name}[{part.name}.{period}]", part.rows)
+        return [
+            (f"{self.name}[{part.name}.{period}]", part.rows, columns)
             if self.separate_periods
-            else (f"{self.name}[{part.name}]" if part.name else self.name, part.rows * periods)
+            else (
+                f"{self.name}[{part.name}]" if part.name else self.name,
+                part.rows * periods,
+                columns,
+            )
             for period in range(periods if self.separate_periods else 1)
             for part in self._period_parts
         ]
-        return [Matrix(name, rows, columns, config.rank(rows, columns)) for name, rows in named]
+
+    def matrices(self, config: DionConfig) -> list[Matrix]:
+        """The logical matrices, with the ranks of their updates."""
+        return [
+            Matrix(name, rows, columns, config.rank(rows, columns))
+            for name, rows, columns in self.shapes()
+        ]
 
     def first_column(self, tensor_parallel_rank: int) -> int:
         """The matrices' column that is a rank's column 0."""

@@ -35,6 +35,7 @@ CPU_DEFAULTS: Defaults = {
     "bias_dropout_fusion": (False, _FUSION),
     "apply_rope_fusion": (False, _FUSION),
     "use_cpu_initialization": (True, "weights then do not depend on the tensor-parallel size"),
+    "async_strategy": ("mcore", "the default needs nvidia-resiliency-ext, which needs CUDA"),
     "num_workers": (0, "worker processes compete with the training for the same cores"),
 }
 
@@ -60,6 +61,7 @@ DION_DEFAULTS: dict[str, Any] = {
     "dion_compressed_sync": False,
     "dion_recenter_interval": None,
     "dion_print_plan": False,
+    "dion_reinit_factors": False,
 }
 
 ArgsProvider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -278,6 +280,12 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what each rank holds, sends, sums and orthonormalizes in a step",
     )
+    group.add_argument(
+        "--dion-reinit-factors",
+        action="store_true",
+        help="load momenta, also of a checkpoint with another rank fraction, split or kind of right"
+        " factor, and begin the right factors anew",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +300,17 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-dir",
         default=None,
         help="folder for config.json, routing.tsv, metrics.jsonl and loss.png",
+    )
+    group.add_argument(
+        "--switch-optimizer",
+        action="store_true",
+        help="load a checkpoint of --optimizer adam with dion, or the reverse: master weights are"
+        " kept, the optimizer's state begins anew",
+    )
+    group.add_argument(
+        "--no-checkpoint-hashes",
+        action="store_true",
+        help="neither write nor compare the SHA-256 of checkpoint files",
     )
 
 

@@ -1,9 +1,11 @@
-"""Mistakes of the user, reported as one line."""
+"""Mistakes of the user, and failures to save or load, reported as one line."""
 
 import os
 import sys
 import time
 from typing import NoReturn
+
+from megatron_dion.checkpointing.errors import CheckpointError, SaveError
 
 # Time for the launcher to end the other processes once the one that speaks has exited.
 _LAUNCHER_GRACE_SECONDS = 20.0
@@ -13,8 +15,12 @@ class ConfigurationError(Exception):
     """The run cannot start as it was asked for; the message names what to change."""
 
 
-def exit_with(error: ConfigurationError) -> NoReturn:
-    """Print the error once for all processes and exit with code 2.
+# What ends a run with one line and no traceback.
+TOLD_IN_ONE_LINE = (ConfigurationError, CheckpointError)
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """Print the error once for all processes and exit: with code 1 if the run had begun, else 2.
 
     Rank 0 speaks. The others must not exit before it: their launcher would kill it unheard. One
     that is still alive after a while has an error that rank 0 has not, and says it itself.
@@ -22,4 +28,4 @@ def exit_with(error: ConfigurationError) -> NoReturn:
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(_LAUNCHER_GRACE_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, SaveError) else 2)

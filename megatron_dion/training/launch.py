@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.training import environment
-from megatron_dion.training.errors import ConfigurationError, exit_with
+from megatron_dion.training.errors import TOLD_IN_ONE_LINE, exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         train(sys.argv[1:] if argv is None else list(argv))
-    except ConfigurationError as error:
+    except TOLD_IN_ONE_LINE as error:
         exit_with(error)
 
 
@@ -26,6 +26,7 @@ def train(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigurationError: The run cannot start as it was asked for.
+        CheckpointError: A checkpoint cannot be loaded or saved.
     """
     for check in environment.CHECKS:
         check()

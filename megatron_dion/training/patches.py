@@ -1,17 +1,18 @@
-"""The one place where functions of megatron.training are replaced at run time.
+"""The one place where functions of Megatron are replaced at run time.
 
-Only what has no other seam: neither a hook nor an argument. `megatron.training.training` looks each
-of these names up in its own namespace when it calls them, so rebinding the name is enough.
+Only what has no other seam: neither a hook nor an argument. The module that calls a function looks
+its name up in the namespace named here, so rebinding the name is enough.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
-from megatron.training import ft_integration, get_args, training
+from megatron.training import checkpointing, ft_integration, get_args, training
 
 from megatron_dion.training.errors import ConfigurationError
 
@@ -79,6 +80,33 @@ _TESTED_SIGNATURES: dict[str, tuple[str, ...]] = {
         "non_loss_data_func",
         "pg_collection",
         "p2p_communicator",
+    ),
+    "load_checkpoint": (
+        "ddp_model",
+        "optimizer",
+        "opt_param_scheduler",
+        "load_arg",
+        "strict",
+        "checkpointing_context",
+        "skip_load_to_model_and_opt",
+        "tp_group",
+        "pp_group",
+        "dp_cp_group",
+        "dp_group",
+        "expt_dp_group",
+        "rng_state_key_prefix",
+    ),
+    "read_metadata": ("tracker_filename",),
+    "save": (
+        "sharded_state_dict",
+        "checkpoint_dir",
+        "sharded_strategy",
+        "validate_access_integrity",
+        "async_sharded_save",
+        "preprocess_common_before_consistancy_check",
+        "content_metadata",
+        "async_strategy",
+        "verify_integrity",
     ),
 }
 
@@ -167,6 +195,33 @@ def after_each_evaluation(observe: Callable[[str, int, dict[str, Any]], None]) -
     _rebind("evaluate", report)
 
 
+def read_tracker_with(read: Callable[[str], tuple[int, bool] | None]) -> None:
+    """Let `read(tracker)` say iteration and whether it is a release; None leaves it to Megatron.
+
+    checkpointing.py:1577 and others take the tracker's word for the newest checkpoint, and end the
+    process with exit code 0 where it is damaged.
+    """
+
+    def read_metadata(stock: Callable[..., Any], tracker_filename: str) -> tuple[int, bool]:
+        answer: tuple[int, bool] = read(tracker_filename) or stock(tracker_filename)
+        return answer
+
+    _rebind("read_metadata", read_metadata, checkpointing)
+
+
+def load_checkpoint_with(load: Callable[..., Any]) -> None:
+    """Load through `load(stock, ...)` (training.py:2199), which looks at the checkpoint first."""
+    _rebind("load_checkpoint", load)
+
+
+def save_checkpoint_with(save: Callable[..., Any]) -> None:
+    """Save through `save(stock, ...)` (checkpointing.py:826).
+
+    The stock function writes into the final folder, over what may be a complete checkpoint.
+    """
+    _rebind("save", save, dist_checkpointing)
+
+
 def use_packaged_dataset_helpers() -> None:
     """Keep megatron from compiling what the wheel brings compiled.
 
@@ -185,14 +240,14 @@ def give_fault_tolerance_the_parsed_arguments() -> None:
     ft_integration.arguments = SimpleNamespace(parse_args=lambda ignore_unknown_args: get_args())
 
 
-def _rebind(name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace training.<name> by wrapper(<what it was>, ...)."""
-    current: Callable[..., Any] = getattr(training, name)
+def _rebind(name: str, wrapper: Callable[..., Any], module: ModuleType = training) -> None:
+    """Replace module.<name> by wrapper(<what it was>, ...)."""
+    current: Callable[..., Any] = getattr(module, name)
     found = tuple(inspect.signature(current).parameters)
     if found != _TESTED_SIGNATURES[name]:
         raise ConfigurationError(
-            f"megatron.training.training.{name} has parameters {found}, the tested version has "
+            f"{module.__name__}.{name} has parameters {found}, the tested version has "
             f"{_TESTED_SIGNATURES[name]}: install the tested megatron-core"
         )
     # wraps() keeps the signature, so that several wrappers may lie around one function.
-    setattr(training, name, functools.wraps(current)(functools.partial(wrapper, current)))
+    setattr(module, name, functools.wraps(current)(functools.partial(wrapper, current)))

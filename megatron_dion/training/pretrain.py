@@ -19,7 +19,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
-from megatron_dion.training import patches, validation
+from megatron_dion.training import checkpoints, patches, validation
 from megatron_dion.training.arguments import (
     describe_defaults,
     dion_config_from_args,
@@ -67,7 +67,7 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = parse_args(extra_args_provider(device))
     args.device = device
-    validation.check_checkpoint_exists(args)
+    checkpoints.use(checkpoints.choose(args), args)
     with _in_one_line("megatron refuses these arguments"):
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")

@@ -36,6 +36,8 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "reuse_grad_buf_for_mxfp8_param_ag": (False, "mxfp8 weights are not supported yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
     "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
+    "non_persistent_ckpt_type": (None, "use --save-interval, with --async-save if it takes long"),
+    "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
 }
 
 # Ways of reading data that this script's batches do not know; ignoring the flag would be silent.
@@ -196,6 +198,19 @@ def check_checkpoint_exists(args: argparse.Namespace) -> None:
             )
 
 
+def check_checkpoint_flags(args: argparse.Namespace) -> None:
+    """Flags about checkpoints that contradict each other, or do not go with how they are saved."""
+    if args.no_checkpoint_hashes and args.verify_integrity:
+        raise ConfigurationError(
+            "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out"
+        )
+    if args.enable_msc and args.ckpt_format == "torch_dist":
+        raise ConfigurationError(
+            "--enable-msc does not go with checkpoints that are renamed when they are complete: "
+            "leave it out"
+        )
+
+
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name, accepted in _UNSUPPORTED_DATA.items():
@@ -297,6 +312,7 @@ CHECKS: tuple[Check, ...] = (
     check_latent_attention,
     check_evaluation,
     check_schedule,
+    check_checkpoint_flags,
     check_data_mode,
     check_packages,
     check_tokenizer,

@@ -27,7 +27,7 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
     Only the last rank breaks, in a piece of a matrix that it holds. Returns norms of momenta and
     weights after each step.
     """
-    from megatron_dion.optimizer.factory import DionChainedOptimizer
+    from megatron_dion.optimizer.chain import DionChainedOptimizer
 
     calls = 0
     norms: list[State] = []

@@ -42,6 +42,11 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "experimental_attention_variant": None,
         "reuse_grad_buf_for_mxfp8_param_ag": False,
         "ckpt_step": None,
+        "non_persistent_ckpt_type": None,
+        "ckpt_convert_format": None,
+        "no_checkpoint_hashes": False,
+        "verify_integrity": False,
+        "enable_msc": False,
         "lr": 0.01,
         "train_samples": None,
         "eval_interval": 100,
@@ -162,6 +167,8 @@ def test_hyperparameters_reach_dion() -> None:
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         ({"freeze_all_layers": True}, "--freeze-all-layers"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
+        ({"non_persistent_ckpt_type": "global"}, "--non-persistent-ckpt-type global"),
+        ({"ckpt_convert_format": "torch"}, "--ckpt-convert-format torch"),
     ],
 )
 def test_dion_refuses_what_it_does_not_go_with(change: dict[str, Any], named: str) -> None:
@@ -230,6 +237,12 @@ def test_distributed_optimizer_is_kept() -> None:
 )
 def test_checks_that_megatron_skipped_are_made_up_for(change: dict[str, Any]) -> None:
     complain(validation.keep_distributed_optimizer, arguments(**change))
+
+
+@pytest.mark.parametrize("change", [{"verify_integrity": True}, {"enable_msc": True}])
+def test_flags_that_contradict_how_checkpoints_are_saved(change: dict[str, Any]) -> None:
+    args = arguments(no_checkpoint_hashes=True, **change)
+    assert "leave" in complain(validation.check_checkpoint_flags, args)
 
 
 @pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])

@@ -1,0 +1,36 @@
+"""What one rank finds out, all ranks must know: none may go on alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dion.checkpointing.errors import CheckpointError
+
+
+def on_first_rank[T](function: Callable[[], T]) -> T:
+    """Calls a function on rank 0 and returns its result, which must be small, on all ranks.
+
+    Raises:
+        CheckpointError: what the function raised, on all ranks; an OSError becomes one.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function()]
+        except CheckpointError as error:
+            answer = [error]
+        except OSError as error:
+            answer = [CheckpointError(str(error))]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], CheckpointError):
+        raise answer[0]
+    result: T = answer[0]
+    return result
+
+
+def gathered[T](values: Sequence[T]) -> list[T]:
+    """The values of all ranks, rank 0's first."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, list(values))
+    return [value for ranks in everywhere for value in ranks]

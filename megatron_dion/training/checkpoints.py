@@ -1,0 +1,372 @@
+"""The join with Megatron's loading and saving of checkpoints."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.training import get_args
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dion.checkpointing import folders, hashes
+from megatron_dion.checkpointing.agreement import gathered, on_first_rank
+from megatron_dion.checkpointing.contents import Contents
+from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+from megatron_dion.checkpointing.folders import Choice
+from megatron_dion.checkpointing.saving import Saver
+from megatron_dion.optimizer.chain import DionChainedOptimizer
+from megatron_dion.optimizer.checkpoint import MastersOnly, Source
+from megatron_dion.optimizer.record import Difference, Record
+from megatron_dion.training import patches
+from megatron_dion.training.recorder import say
+from megatron_dion.training.validation import check_checkpoint_exists
+
+Choices = dict[Path, Choice]
+
+_RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
+_MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
+
+
+def choose(args: argparse.Namespace) -> Choices:
+    """Chooses the checkpoints to load, by their folders: the newest that are complete.
+
+    Where `--load` is `--save` and holds none, the run starts from random weights.
+
+    Raises:
+        CheckpointError: there is none elsewhere, or the chosen one is not complete.
+    """
+    if args.ckpt_format != "torch_dist":
+        check_checkpoint_exists(args)
+        return {}
+    choices: Choices = {}
+    for flag, given, step in (
+        ("--load", args.load, args.ckpt_step),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint, None),
+    ):
+        if given is None:
+            continue
+        root = Path(given)
+        try:
+            choices[root] = folders.choose(root, step)
+        except NothingToLoad as error:
+            if not _may_be_empty(args, root):
+                raise CheckpointError(
+                    f"{flag}: {error}: correct the path, or leave {flag} out to start from random"
+                    " weights"
+                ) from error
+            if args.rank == 0:
+                say(f"{flag}: {error}: starting from iteration 0")
+            if flag == "--load":
+                args.load = None  # Megatron believes the tracker, whatever stands beside it
+        else:
+            if args.rank == 0:
+                for remark in choices[root].remarks:
+                    say(f"{flag}: {remark}")
+    return choices
+
+
+def _may_be_empty(args: argparse.Namespace, root: Path) -> bool:
+    """Whether a folder of checkpoints is one that the run itself is to fill."""
+    saves_there = args.save is not None and Path(args.save).resolve() == root.resolve()
+    return saves_there and not args.exit_on_missing_checkpoint
+
+
+def use(choices: Choices, args: argparse.Namespace) -> None:
+    """From now on Megatron loads the chosen checkpoints, and saves new ones beside the old.
+
+    Args:
+        choices: as `choose` returned them.
+        args: the command line.
+    """
+
+    def tracked(tracker: str) -> tuple[int, bool] | None:
+        choice = choices.get(Path(tracker).parent)
+        if choice is None:
+            return None
+        return choice.iteration or 0, choice.iteration is None
+
+    def load(stock: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+        return Loader(choices).load(stock, *positional, **options)
+
+    if args.ckpt_format != "torch_dist":
+        return
+    patches.read_tracker_with(tracked)
+    patches.load_checkpoint_with(load)
+    patches.save_checkpoint_with(Saver(with_hashes=not args.no_checkpoint_hashes).save)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What has to be known of a checkpoint before it is loaded.
+
+    Attributes:
+        optimizer: the value of `--optimizer` that wrote it.
+        record: of Dion, as it stands in the checkpoint; None if its optimizer is another.
+        has_state: whether the optimizer's state was saved.
+        sharding: how Megatron's optimizers keep their state in it.
+        learning_rates: the highest and the lowest of the schedule; None if it was not saved.
+        hashes: of its files, if they were saved.
+    """
+
+    optimizer: str
+    record: Record | None
+    has_state: bool
+    sharding: str | None
+    learning_rates: tuple[float, float] | None
+    hashes: hashes.Hashes | None
+
+
+def read_facts(folder: Path) -> Facts:
+    """Reads what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    contents = Contents(folder)
+    damage = contents.damaged_files()
+    if damage:
+        raise _damaged(folder, damage)
+    common = contents.common
+    state = common.get("optimizer", {})
+    metadata = common.get("content_metadata") or {}
+    scheduler = common.get("opt_param_scheduler")
+    return Facts(
+        optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
+        record=_record_in(folder, state),
+        has_state="optimizer" in common,
+        sharding=metadata.get("distrib_optim_sharding_type"),
+        learning_rates=scheduler and (scheduler["max_lr"], scheduler["min_lr"]),
+        hashes=hashes.read_manifest(folder),
+    )
+
+
+def _record_in(folder: Path, state: dict[str, Any]) -> Record | None:
+    if "dion" not in state:
+        return None
+    try:
+        return Record.from_dict(state["dion"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _is_of_old_format(folder: Path) -> bool:
+    """Whether it is of Megatron's format `torch`, which it recognizes by itself."""
+    return not (folder / folders.MARKER).exists()
+
+
+def _damaged(folder: Path, damage: list[str]) -> CheckpointError:
+    others = [n for n in folders.complete_iterations(folder.parent) if n != _iteration(folder)]
+    advice = f"--ckpt-step {others[0]} takes an older one" if others else "there is no other"
+    return CheckpointError(f"{folder} is damaged: {'; '.join(damage[:5])}: {advice}")
+
+
+def _iteration(folder: Path) -> int:
+    digits = folder.name.rpartition("_")[2]
+    return int(digits) if digits.isdecimal() else -1
+
+
+class Loader:
+    """Stands before Megatron's `load_checkpoint`: looks at the checkpoint, then lets it load.
+
+    Args:
+        choices: the checkpoints to load, by folder.
+    """
+
+    def __init__(self, choices: Choices) -> None:
+        self._args = get_args()
+        self._choices = choices
+
+    def load(
+        self,
+        stock: Callable[..., Any],
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        load_arg: str = "load",
+        **options: Any,
+    ) -> Any:
+        """As `megatron.training.checkpointing.load_checkpoint`.
+
+        Raises:
+            CheckpointError: on all ranks, before anything has been loaded where it can be known.
+        """
+        choice = self._choice(load_arg)
+        if choice is None:
+            return stock(model, optimizer, scheduler, load_arg, **options)
+        _agree_on(choice)
+        if self._args.optimizer != "dion" and _is_of_old_format(choice.folder):
+            return stock(model, optimizer, scheduler, load_arg, **options)
+        facts = on_first_rank(lambda: read_facts(choice.folder))
+        self._verify(choice.folder, facts)
+        if optimizer is not None and self._takes_optimizer(choice):
+            optimizer = self._prepared(optimizer, choice.folder, facts)
+        with _explained(choice.folder):
+            return stock(model, optimizer, scheduler, load_arg, **options)
+
+    def _choice(self, load_arg: str) -> Choice | None:
+        """As Megatron chooses between the two folders (checkpointing.py:1925)."""
+        given = (getattr(self._args, load_arg), self._args.pretrained_checkpoint)
+        found = [self._choices.get(Path(folder)) for folder in given if folder is not None]
+        return next((choice for choice in found if choice is not None), None)
+
+    def _verify(self, folder: Path, facts: Facts) -> None:
+        """Compares the files with their hashes; each rank takes some."""
+        if facts.hashes is None or self._args.no_checkpoint_hashes:
+            why = "was saved without hashes" if facts.hashes is None else "--no-checkpoint-hashes"
+            self._say(f"{folder}: {why}: only the sizes of its files were checked")
+            return
+        names = sorted(facts.hashes)[dist.get_rank() :: dist.get_world_size()]
+        found = hashes.damage(folder, {name: facts.hashes[name] for name in names})
+        damage = gathered(found)
+        if damage:
+            raise _damaged(folder, damage)
+
+    def _takes_optimizer(self, choice: Choice) -> bool:
+        args = self._args
+        is_pretrained = args.pretrained_checkpoint is not None and choice is not self._choices.get(
+            Path(args.load or "")
+        )
+        if args.finetune or is_pretrained or choice.iteration is None:
+            return False
+        if args.no_load_optim:
+            self._say(f"{choice.folder}: --no-load-optim: all optimizer state begins anew")
+        return not args.no_load_optim
+
+    def _prepared(self, optimizer: Any, folder: Path, facts: Facts) -> Any:
+        """The optimizer, told what the checkpoint has for it.
+
+        Raises:
+            CheckpointError: the checkpoint is of a run that cannot go on as this one.
+        """
+        if not facts.has_state:
+            raise CheckpointError(
+                f"{folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
+            )
+        self._check_learning_rates(folder, facts)
+        if isinstance(optimizer, DionChainedOptimizer):
+            if facts.record is None:
+                kept = optimizer.record.scalar_optimizer == facts.optimizer
+                source = self._switched(folder, facts, keeps_scalars=kept)
+            else:
+                source = self._same_optimizer(folder, optimizer.record, facts.record)
+            optimizer.load_from(source)
+            return optimizer
+        if facts.record is None:
+            return optimizer  # Megatron's own affair
+        source = self._switched(folder, facts, keeps_scalars=False)
+        try:
+            return MastersOnly(optimizer, source)
+        except ValueError as error:
+            raise CheckpointError(f"--switch-optimizer: {error}") from error
+
+    def _same_optimizer(self, folder: Path, here: Record, saved: Record) -> Source:
+        found = saved.differences(here)
+        if found.routes:
+            raise CheckpointError(
+                f"{folder}: {_listed(found.routes)}: with other routes the state has another owner;"
+                " use the saved values"
+            )
+        if found.factors and not self._args.dion_reinit_factors:
+            raise CheckpointError(
+                f"{folder}: {_listed(found.factors)}: use the saved values, or"
+                " --dion-reinit-factors to keep momenta and begin the right factors anew"
+            )
+        if found.scalars and not self._args.switch_optimizer:
+            raise CheckpointError(
+                f"{folder}: {_listed(found.scalars)}: use the saved one, or --switch-optimizer to"
+                " begin the state of these parameters anew"
+            )
+        if self._args.dion_reinit_factors:
+            cause = _listed(found.factors) or "same hyperparameters"
+            self._say(f"{folder}: right factors begin anew, momenta are kept: {cause}")
+        if found.scalars:
+            self._say(f"{folder}: state of scalar parameters begins anew: {_listed(found.scalars)}")
+        if found.free:
+            self._say(f"{folder}: changed since it was saved: {_listed(found.free)}")
+        return Source(
+            saved.rules,
+            momentum=True,
+            right_factors=not self._args.dion_reinit_factors,
+            scalars=not found.scalars,
+        )
+
+    def _switched(self, folder: Path, facts: Facts, keeps_scalars: bool) -> Source:
+        here, saved = self._args.optimizer, "dion" if facts.record else facts.optimizer
+        if not self._args.switch_optimizer:
+            raise CheckpointError(
+                f"{folder} was saved with --optimizer {saved}, and this run has --optimizer {here}:"
+                " --switch-optimizer keeps its master weights and begins the optimizer's state"
+                f" anew; {_MODEL_ONLY}"
+            )
+        if {here, saved} != {"adam", "dion"}:
+            raise CheckpointError(
+                f"--switch-optimizer goes between adam and dion, and {folder} was saved with"
+                f" --optimizer {saved}: {_MODEL_ONLY}"
+            )
+        if facts.record is None and facts.sharding not in _RESHARDABLE:
+            raise CheckpointError(
+                f"{folder} keeps master weights in the layout of one run ({facts.sharding}): save"
+                f" it again with --dist-ckpt-optim-fully-reshardable; {_MODEL_ONLY}"
+            )
+        scalars = ", and the state of scalar parameters," if keeps_scalars else ""
+        self._say(
+            f"{folder}: from --optimizer {saved} to --optimizer {here}: master weights{scalars} are"
+            " kept, all other optimizer state begins anew"
+        )
+        rules = facts.record.rules if facts.record else None
+        return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
+
+    def _check_learning_rates(self, folder: Path, facts: Facts) -> None:
+        """Megatron would take those of the command line in spite of the flag."""
+        here = (self._args.lr, self._args.min_lr)
+        saved = facts.learning_rates
+        if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
+            raise CheckpointError(
+                f"--use-checkpoint-opt-param-scheduler: {folder} has --lr {saved[0]} --min-lr"
+                f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
+                " --override-opt-param-scheduler"
+            )
+
+    def _say(self, line: str) -> None:
+        if self._args.rank == 0:
+            say(line)
+
+
+def _agree_on(choice: Choice) -> None:
+    """Each rank has looked into the folder on its own."""
+    chosen = sorted({str(folder) for folder in gathered([choice.folder])})
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"the ranks see other checkpoints ({', '.join(chosen)}): is the folder on a filesystem"
+            " that all of them share, and is another run saving into it?"
+        )
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong while Megatron loads into one line."""
+    try:
+        yield
+    except AssertionError as error:
+        text = " ".join(str(error).split())
+        hint = (
+            ": --override-opt-param-scheduler takes the command line's, "
+            "--use-checkpoint-opt-param-scheduler the checkpoint's"
+            if "OptimizerParamScheduler" in text
+            else ""
+        )
+        raise CheckpointError(f"{folder} does not fit this run: {text}{hint}") from error
+    except (CheckpointException, CheckpointingException, KeyError, OSError) as error:
+        failures = getattr(error, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else error
+        raise CheckpointError(
+            f"{folder} does not fit this run: {' '.join(str(cause).split())[:500]}"
+        ) from error
+
+
+def _listed(differences: tuple[Difference, ...]) -> str:
+    return "; ".join(map(str, differences))
