@@ -351,7 +351,11 @@ class _ToRight:
     alive: Tensor
 
     def apply(self, projection: Tensor) -> Tensor:
-        return projection * self.factor if self.factor.dim() == 1 else projection @ self.factor
+        if self.factor.dim() == 1:
+            return projection * self.factor
+        # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
+        # operands are aligned, in their last bit: clones start where an allocation does.
+        return projection.clone() @ self.factor.clone()
 
 
 def _unit_factors(

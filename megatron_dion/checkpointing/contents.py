@@ -1,6 +1,7 @@
 """Reads what a checkpoint of Megatron's `torch_dist` format holds, without a run around it."""
 
 import json
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,9 @@ class Contents:
         entry = self.tensors[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
-            load({key: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load({key: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
         except BaseException as error:  # torch's CheckpointException is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise

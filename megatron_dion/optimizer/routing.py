@@ -171,7 +171,9 @@ def build_routing_table(
     everywhere: list[list[Route]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everywhere, here)
     distinct = {route.parameter: route for routes in everywhere for route in routes}
-    return RoutingTable(tuple(sorted(distinct.values(), key=lambda route: _order(route.parameter))))
+    return RoutingTable(
+        tuple(sorted(distinct.values(), key=lambda route: in_order_of_layers(route.parameter)))
+    )
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,6 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\.\d+(?=[.\]])", ".*", name)
 
 
-def _order(name: str) -> list[tuple[int, str]]:
+def in_order_of_layers(name: str) -> list[tuple[int, str]]:
     """Sorts numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

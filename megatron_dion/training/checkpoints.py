@@ -21,6 +21,7 @@ from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
 from megatron_dion.optimizer.record import Difference, Record
+from megatron_dion.optimizer.stored import record_of
 from megatron_dion.training import patches
 from megatron_dion.training.recorder import say
 from megatron_dion.training.validation import check_checkpoint_exists
@@ -55,11 +56,11 @@ def choose(args: argparse.Namespace) -> Choices:
         except NothingToLoad as error:
             if not _may_be_empty(args, root):
                 raise CheckpointError(
-                    f"{flag}: {error}: correct the path, or leave {flag} out to start from random"
+                    f"{flag} {error}: correct the path, or leave {flag} out to start from random"
                     " weights"
                 ) from error
             if args.rank == 0:
-                say(f"{flag}: {error}: starting from iteration 0")
+                say(f"{flag} {error}: starting from iteration 0")
             if flag == "--load":
                 args.load = None  # Megatron believes the tracker, whatever stands beside it
         else:
@@ -131,12 +132,11 @@ def read_facts(folder: Path) -> Facts:
     if damage:
         raise _damaged(folder, damage)
     common = contents.common
-    state = common.get("optimizer", {})
     metadata = common.get("content_metadata") or {}
     scheduler = common.get("opt_param_scheduler")
     return Facts(
         optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-        record=_record_in(folder, state),
+        record=_record_in(folder, common),
         has_state="optimizer" in common,
         sharding=metadata.get("distrib_optim_sharding_type"),
         learning_rates=scheduler and (scheduler["max_lr"], scheduler["min_lr"]),
@@ -144,11 +144,9 @@ def read_facts(folder: Path) -> Facts:
     )
 
 
-def _record_in(folder: Path, state: dict[str, Any]) -> Record | None:
-    if "dion" not in state:
-        return None
+def _record_in(folder: Path, common: dict[str, Any]) -> Record | None:
     try:
-        return Record.from_dict(state["dion"])
+        return record_of(common)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
