@@ -15,10 +15,9 @@ from _common import ToolError, progress_bar, quiet_imports, run_tool
 from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.errors import CheckpointError
-
-with quiet_imports():
-    from megatron_dion.optimizer.routing import in_order_of_layers
-    from megatron_dion.optimizer.stored import KINDS, StoredMatrix, record_of, stored_matrices
+from megatron_dion.optimizer.keys import KINDS
+from megatron_dion.optimizer.rules import in_order_of_layers
+from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matrices
 
 HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in KINDS))
 
@@ -28,6 +27,8 @@ def main() -> None:
     args = _parse()
     try:
         contents = Contents(_folder(Path(args.folder), args.ckpt_step))
+        with quiet_imports():
+            import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
         print("\n".join(_summary(contents)))
         matrices, problems = stored_matrices(contents)
         matrices.sort(key=lambda matrix: in_order_of_layers(matrix.name))

@@ -15,19 +15,10 @@ from torch import Tensor
 
 from megatron_dion.optimizer.binding import HeldBlock
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
+from megatron_dion.optimizer.keys import DION_PREFIX, MASTER, MOMENTUM, RIGHT_FACTOR
 from megatron_dion.optimizer.routing import weights_by_rules
 from megatron_dion.optimizer.rules import RoutingRules
-from megatron_dion.optimizer.state_space import (
-    DION_PREFIX,
-    MASTER,
-    Requests,
-    StateSpace,
-    box_of_tensor,
-    pieces,
-)
-
-MOMENTUM = "momentum"
-RIGHT_FACTOR = "right_factor"
+from megatron_dion.optimizer.state_space import Requests, StateSpace, box_of_tensor, pieces
 
 
 @dataclass(frozen=True)

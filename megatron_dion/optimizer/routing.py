@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.optimizer.fused import row_pattern
-from megatron_dion.optimizer.rules import RoutingRules
+from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers
 from megatron_dion.sharding import Weight
 from megatron_dion.sharding.traffic import compression_pays
 
@@ -291,8 +291,3 @@ def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\.\d+(?=[.\]])", ".*", name)
-
-
-def in_order_of_layers(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers in names as numbers: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

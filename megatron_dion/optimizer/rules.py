@@ -77,3 +77,8 @@ class RoutingRules:
 
 def _match(patterns: Iterable[str], name: str) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
+
+
+def in_order_of_layers(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names as numbers: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

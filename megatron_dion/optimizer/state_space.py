@@ -19,14 +19,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_dion.optimizer.keys import DION_PREFIX, MASTER, PREFIX, WEIGHT
 from megatron_dion.optimizer.routing import tensor_parallel_rank
 from megatron_dion.sharding import Weight, rectangles
-
-PREFIX = "optimizer.state"
-DION_PREFIX = f"{PREFIX}.dion"
-# Megatron's name for master weights (MC/optimizer/distrib_optimizer.py:1113), and Dion's.
-MASTER = "param"
-WEIGHT = "weight"
 
 Requests = dict[str, ShardedTensor]
 

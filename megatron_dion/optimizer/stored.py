@@ -1,14 +1,11 @@
-"""Dion's logical matrices as a checkpoint holds them, read without a run."""
+"""Dion's logical matrices as a checkpoint holds them, read without a run and without Megatron."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_dion.checkpointing.contents import Contents
-from megatron_dion.optimizer.checkpoint import MOMENTUM, RIGHT_FACTOR
+from megatron_dion.optimizer.keys import DION_PREFIX, KINDS, WEIGHT
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.state_space import DION_PREFIX, WEIGHT
-
-KINDS = (WEIGHT, MOMENTUM, RIGHT_FACTOR)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,12 @@ class Nursery:
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As `run_world`, from a process that has imported Megatron."""
-        self._end.send((size, function, args))
+        worlds: list[Any] = self.call(run_world, size, function, *args)
+        return worlds
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function, which may fork worlds, in the process that has imported Megatron."""
+        self._end.send((function, args))
         ok, value = self._end.recv()
         if not ok:
             raise RankError(value)
@@ -87,9 +92,9 @@ def _serve(end: Connection) -> None:
     cpu.install_megatron_patches()
     _prepare_for_all_worlds()
     while (request := end.recv()) is not None:
-        size, function, args = request
+        function, args = request
         try:
-            end.send((True, run_world(size, function, *args)))
+            end.send((True, function(*args)))
         except Exception as error:
             end.send((False, str(error)))
 

@@ -4,15 +4,18 @@ Forking shares what the parent has imported, so a world starts in milliseconds. 
 rank with the environment that torchrun would set.
 """
 
+import contextlib
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         RankError: a rank raised or died; the others are ended first.
     """
-    port = str(_free_port())
+    port = str(free_port())
     ends = [_FORK.Pipe(duplex=False) for _ in range(size)]
     ranks = [
         _FORK.Process(target=_run_rank, args=(rank, size, port, ends[rank][1], function, args))
@@ -46,8 +49,15 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return _collect([parent_end for parent_end, _ in ends])
     finally:
         for process in ranks:
-            process.kill()
-            process.join()
+            end(process)
+
+
+def end(process: BaseProcess) -> None:
+    """Ends a rank, and the helpers that it has started, which would outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()  # it may not have come to make a group of its own
+    process.join()
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -79,14 +89,8 @@ def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    os.setpgrp()
+    os.environ |= environment_of(rank, size, port)
     torch.set_num_threads(1)
     try:
         result = (True, function(*args))
@@ -101,6 +105,18 @@ def _run_rank(
     os._exit(0)  # the parent's threads and exit handlers are not this process's
 
 
+def environment_of(rank: int, size: int, port: str) -> dict[str, str]:
+    """What torchrun would set for a rank on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
 def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
@@ -109,7 +125,8 @@ def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

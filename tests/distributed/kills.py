@@ -1,0 +1,282 @@
+"""Runs that lose a rank to SIGKILL, over and over, and have to end as if nothing had happened.
+
+    python -m tests.distributed.kills --trials 50
+
+A run is started, a random rank of it is killed at a random moment, and it is started again on
+another topology from whatever checkpoints it has left, until as many have been killed as asked for;
+then it runs to its end. Its final loss must be that of a run that nobody disturbed. Moments are
+drawn over the whole life of a run: while it starts, loads, trains, saves and publishes.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_dion.checkpointing import folders
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.recording import save_start
+from tests.distributed.world import end, environment_of, free_port
+
+_FORK = multiprocessing.get_context("fork")
+
+ITERATIONS = 12
+RUN = [
+    *MODEL, *TRAINING, *DION, "--num-layers", "2", "--clip-grad", "0",
+    *"--seq-length 16 --max-position-embeddings 16".split(),
+    "--train-iters", str(ITERATIONS), "--save-interval", "2",
+]  # fmt: skip
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
+INSTANCES = "--num-distributed-optimizer-instances 2"
+# Ranks, samples of a rank at a time, flags.
+TOPOLOGIES: dict[str, tuple[int, int, str]] = {
+    "dp2": (2, 6, OVERLAP),
+    "dp3": (3, 4, ""),
+    "tp2": (2, 12, TP2),
+    "pp2": (2, 6, PP2),
+    "cp2": (2, 12, "--context-parallel-size 2"),
+    "tp2-dp2": (4, 6, f"{TP2} {OVERLAP}"),
+    "tp2-pp2": (4, 6, f"{TP2} {PP2}"),
+    "instances": (4, 3, INSTANCES),
+    "compressed": (4, 3, f"{INSTANCES} --dion-compressed-sync"),
+}
+# A rank whose peer is gone must end by itself within this time; longer is a hang.
+SECONDS_TO_NOTICE = 60.0
+# Longer than any of these runs takes, also on a busy machine.
+SECONDS_TO_FINISH = 300.0
+_POLL_SECONDS = 0.002
+
+
+@dataclass
+class Report:
+    """What happened.
+
+    Attributes:
+        killed: runs that lost a rank, by what they were doing.
+        passed_over: starts that found a checkpoint that was never finished.
+        from_nothing: starts that found no complete checkpoint.
+        slowest: seconds until the last survivor of a kill had ended.
+        problems: what should not have happened.
+    """
+
+    killed: Counter[str] = field(default_factory=Counter)
+    passed_over: int = 0
+    from_nothing: int = 0
+    slowest: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        moments = ", ".join(f"{count} {what}" for what, count in sorted(self.killed.items()))
+        return (
+            f"{sum(self.killed.values())} runs killed ({moments}); unfinished checkpoints passed"
+            f" over {self.passed_over} times; {self.from_nothing} starts without any checkpoint;"
+            f" survivors ended within {self.slowest:.1f} s; problems: {self.problems or 'none'}"
+        )
+
+
+class World:
+    """Ranks that train, in a group of processes of their own.
+
+    Args:
+        ranks: how many.
+        argv: the command line.
+        log: where they print.
+    """
+
+    def __init__(self, ranks: int, argv: Sequence[str], log: Path) -> None:
+        port = str(free_port())
+        self.ranks = [
+            _FORK.Process(target=_run_rank, args=(rank, ranks, port, list(argv), log))
+            for rank in range(ranks)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def is_running(self) -> bool:
+        return any(process.exitcode is None for process in self.ranks)
+
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.ranks]
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for all ranks to end; False if some have not."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return not self.is_running()
+
+    def clean(self) -> None:
+        """Ends what is left: ranks, and helpers that they have started."""
+        for process in self.ranks:
+            end(process)
+
+
+def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> None:
+    os.setpgrp()
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment_of(rank, size, port)
+    code = 1
+    try:
+        train(argv)
+        code = 0
+    except BaseException as error:  # a lost peer, in whatever call this rank was
+        print(f"rank {rank} ends: {type(error).__name__}: {error}", flush=True)
+    os._exit(code)
+
+
+def disturb(trials: int, seed: int, folder: Path, flags: Sequence[str] = ()) -> Report:
+    """In the nursery: kills runs, restarts them, and compares the end with an undisturbed run."""
+    chance = random.Random(seed)
+    report = Report()
+    start = folder / "start"
+    undisturbed, seconds = _undisturbed(folder, start, flags)
+    number = 0
+    while sum(report.killed.values()) < trials and not report.problems:
+        number += 1
+        run = folder / f"run{number}"
+        _one_run(run, start, chance, trials, seconds, flags, report)
+        if not report.problems:
+            _compare(run, undisturbed, report)
+    return report
+
+
+def _undisturbed(folder: Path, start: Path, flags: Sequence[str]) -> tuple[list[float], float]:
+    run = folder / "undisturbed"
+    began = time.monotonic()
+    world = _start(run, start, "dp2", flags)
+    finished = world.wait(SECONDS_TO_FINISH)
+    world.clean()
+    assert finished
+    assert world.codes() == [0, 0], (run / "log").read_text()[-3000:]
+    return losses(run), time.monotonic() - began
+
+
+def _start(run: Path, start: Path, topology: str, flags: Sequence[str]) -> World:
+    ranks, micro, grid = TOPOLOGIES[topology]
+    saved = run / "checkpoints"
+    run.mkdir(exist_ok=True)
+    argv = [*RUN, *grid.split(), "--micro-batch-size", str(micro), "--run-dir", str(run), *flags]
+    argv += ["--load", str(saved), "--save", str(saved), "--pretrained-checkpoint", str(start)]
+    return World(ranks, argv, run / "log")
+
+
+def _one_run(
+    run: Path,
+    start: Path,
+    chance: random.Random,
+    trials: int,
+    seconds: float,
+    flags: Sequence[str],
+    report: Report,
+) -> None:
+    """Kills a run a few times and lets it finish."""
+    kills = chance.randint(2, 6)
+    while True:
+        world = _start(run, start, chance.choice(sorted(TOPOLOGIES)), flags)
+        try:
+            if kills and sum(report.killed.values()) < trials:
+                _kill(world, run, chance, seconds, report)
+                kills -= 1
+            elif not world.wait(SECONDS_TO_FINISH):
+                report.problems.append(f"{run}: a run that nobody killed hangs")
+        finally:
+            world.clean()
+        if report.problems or world.codes() == [0] * len(world.ranks):
+            return
+        if -signal.SIGKILL not in world.codes():
+            tail = (run / "log").read_text()[-2000:]
+            report.problems.append(f"{run}: ended by itself with {world.codes()}: {tail}")
+            return
+
+
+def _kill(world: World, run: Path, chance: random.Random, seconds: float, report: Report) -> None:
+    """Kills a rank at a moment that is drawn: by the clock, or as soon as a file appears."""
+    victim = chance.choice(world.ranks)
+    what, sign = chance.choice(
+        [
+            ("by the clock", None),
+            ("while saving", "partial_*/*.distcp"),
+            ("before publishing", "partial_*/.metadata"),
+            ("at its end", "partial_*/metadata.json"),
+        ]
+    )
+    before = set((run / "checkpoints").glob(sign)) if sign else set()
+    deadline = time.monotonic() + (chance.uniform(0, 1.2 * seconds) if not sign else 60.0)
+    while world.is_running() and time.monotonic() < deadline:
+        if sign and set((run / "checkpoints").glob(sign)) - before:
+            time.sleep(chance.uniform(0, 0.02))
+            break
+        time.sleep(_POLL_SECONDS)
+    if not world.is_running() or victim.exitcode is not None:
+        return  # it was done before
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    report.killed[what] += 1
+    killed = time.monotonic()
+    if not world.wait(SECONDS_TO_NOTICE):
+        report.problems.append(f"{run}: ranks hang after one of them was killed {what}")
+    report.slowest = max(report.slowest, time.monotonic() - killed)
+    _look_at(run / "checkpoints", report)
+
+
+def _look_at(saved: Path, report: Report) -> None:
+    """What the next start will find."""
+    if not saved.exists() or not folders.complete_iterations(saved):
+        report.from_nothing += 1
+    elif folders.unfinished(saved):
+        report.passed_over += 1
+
+
+def _compare(run: Path, undisturbed: list[float], report: Report) -> None:
+    found = losses(run)
+    if len(found) != ITERATIONS:
+        report.problems.append(f"{run} has {len(found)} iterations of {ITERATIONS}")
+        return
+    difference = max(abs(a - b) for a, b in zip(found, undisturbed, strict=True))
+    if difference > 2e-5:
+        report.problems.append(f"{run}: losses differ by {difference}: another run")
+
+
+def main() -> None:
+    """Run the trials and print what happened; end with status 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=50, help="runs to be killed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags for the runs")
+    args = parser.parse_args()
+    nursery = Nursery()
+    try:
+        with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+            report = run_trials(nursery, args.trials, args.seed, Path(folder), args.flags)
+    finally:
+        nursery.close()
+    print(report)
+    sys.exit(1 if report.problems else 0)
+
+
+def run_trials(
+    nursery: Nursery, trials: int, seed: int, folder: Path, flags: Sequence[str] = ()
+) -> Report:
+    """Kills as many runs as asked for; each of the runs that go on has to end undisturbed."""
+    save_start(nursery, RUN[: RUN.index("--train-iters")], folder / "start")
+    report: Any = nursery.call(disturb, trials, seed, folder, list(flags))
+    assert isinstance(report, Report)
+    return report
+
+
+if __name__ == "__main__":
+    main()

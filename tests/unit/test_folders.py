@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_dion.checkpointing import folders
+from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+
+MARKER_CONTENT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+
+
+def make(root: Path, name: str, complete: bool = True) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"data")
+    if complete:
+        (folder / "metadata.json").write_text(MARKER_CONTENT)
+    return folder
+
+
+def track(root: Path, text: str) -> None:
+    (root / folders.TRACKER).write_text(text)
+
+
+def test_newest_complete_checkpoint_is_chosen(tmp_path: Path) -> None:
+    make(tmp_path, "iter_0000004")
+    make(tmp_path, "iter_0000012")
+    make(tmp_path, "iter_0000008")
+    track(tmp_path, "12")
+    choice = folders.choose(tmp_path)
+    assert choice.folder == tmp_path / "iter_0000012"
+    assert choice.remarks == ()
+
+
+@pytest.mark.parametrize("name", ["iter_0000008", "partial_iter_0000008.00ff"])
+def test_unfinished_checkpoint_is_passed_over_with_a_remark(tmp_path: Path, name: str) -> None:
+    make(tmp_path, "iter_0000004")
+    make(tmp_path, name, complete=False)
+    track(tmp_path, "4")
+    choice = folders.choose(tmp_path)
+    assert choice.iteration == 4
+    assert choice.remarks == (f"passed over {tmp_path / name}: its writing was never finished",)
+
+
+def test_older_unfinished_checkpoints_are_nobodys_business(tmp_path: Path) -> None:
+    make(tmp_path, "partial_iter_0000004.00ff", complete=False)
+    make(tmp_path, "iter_0000008")
+    track(tmp_path, "8")
+    assert folders.choose(tmp_path).remarks == ()
+
+
+@pytest.mark.parametrize("text", ["", "\x00\x00", "4", None])
+def test_tracker_that_is_damaged_or_behind(tmp_path: Path, text: str | None) -> None:
+    """A process can be killed between the last file of a checkpoint and the tracker, or in it."""
+    make(tmp_path, "iter_0000004")
+    make(tmp_path, "iter_0000008")
+    if text is not None:
+        track(tmp_path, text)
+    choice = folders.choose(tmp_path)
+    assert choice.iteration == 8
+    assert "--ckpt-step takes another" in choice.remarks[0]
+    folders.repair_tracker(tmp_path)
+    if text == "4":
+        assert folders.tracked(tmp_path) == 4  # a valid one is left alone
+    elif text is not None:
+        assert folders.tracked(tmp_path) == 8
+
+
+def test_tracker_that_names_nothing_is_removed(tmp_path: Path) -> None:
+    track(tmp_path, "junk")
+    folders.repair_tracker(tmp_path)
+    assert not (tmp_path / folders.TRACKER).exists()
+
+
+def test_chosen_step(tmp_path: Path) -> None:
+    make(tmp_path, "iter_0000004")
+    make(tmp_path, "iter_0000008")
+    make(tmp_path, "iter_0000012", complete=False)
+    track(tmp_path, "8")
+    assert folders.choose(tmp_path, 4).iteration == 4
+    with pytest.raises(CheckpointError, match=r"iter_0000012 was never finished: .*4, 8\)"):
+        folders.choose(tmp_path, 12)
+    with pytest.raises(CheckpointError, match="iter_0000005 is not there"):
+        folders.choose(tmp_path, 5)
+
+
+def test_release_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, "release")
+    track(tmp_path, "release")
+    assert folders.choose(tmp_path).folder == tmp_path / "release"
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(NothingToLoad, match="does not exist"):
+        folders.choose(tmp_path / "nowhere")
+    with pytest.raises(NothingToLoad, match="holds no checkpoint"):
+        folders.choose(tmp_path)
+    make(tmp_path, "partial_iter_0000004.00ff", complete=False)
+    with pytest.raises(NothingToLoad, match=r"partial_iter_0000004\.00ff was never finished"):
+        folders.choose(tmp_path)
+
+
+def test_tracker_without_its_checkpoint_is_a_mistake(tmp_path: Path) -> None:
+    track(tmp_path, "100")
+    with pytest.raises(CheckpointError, match="no checkpoint beside it") as refusal:
+        folders.choose(tmp_path)
+    assert not isinstance(refusal.value, NothingToLoad)
+
+
+def test_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CheckpointError, match="cannot be read as a folder"):
+        folders.choose(file)
+
+
+def test_finished_but_not_yet_renamed(tmp_path: Path) -> None:
+    """A process was killed between the last file and the name, or between two names."""
+    make(tmp_path, "partial_iter_0000008.00ff")
+    (tmp_path / "iter_0000008").mkdir()  # Megatron makes it before anything is written
+    assert folders.choose(tmp_path).folder == tmp_path / "iter_0000008"
+    assert (tmp_path / "iter_0000008" / "__0_0.distcp").exists()
+    make(tmp_path, "partial_iter_0000012.00ff")
+    make(tmp_path, "replaced_iter_0000012.00ff")
+    assert folders.choose(tmp_path).iteration == 12
+
+
+def test_newer_copy_never_overwrites_a_complete_one(tmp_path: Path) -> None:
+    old = make(tmp_path, "iter_0000008")
+    (old / "__0_0.distcp").write_bytes(b"old")
+    make(tmp_path, "partial_iter_0000008.00ff")
+    assert folders.choose(tmp_path).iteration == 8
+    assert (old / "__0_0.distcp").read_bytes() == b"old"
+
+
+def test_formats_without_a_marker(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000004" / "mp_rank_00").mkdir(parents=True)
+    assert folders.is_complete(tmp_path / "iter_0000004")
+    damaged = make(tmp_path, "iter_0000008")
+    (damaged / "metadata.json").write_text("{")
+    assert not folders.is_complete(damaged)
