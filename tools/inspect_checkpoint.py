@@ -27,17 +27,9 @@ def main() -> None:
     args = _parse()
     try:
         contents = Contents(_folder(Path(args.folder), args.ckpt_step))
-        with quiet_imports():
-            import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
-        print("\n".join(_summary(contents)))
-        matrices, problems = stored_matrices(contents)
-        matrices.sort(key=lambda matrix: in_order_of_layers(matrix.name))
-        if matrices:
-            print()
-            for line in _table(contents, matrices, with_norms=not args.no_norms):
-                print(line)
-        if args.verify:
-            problems = _verify(contents, problems)
+        problems = contents.damaged_files() or _show(contents, not args.no_norms)
+        if args.verify and not problems:
+            problems = _damage(contents)
     except CheckpointError as error:
         raise ToolError(str(error)) from error
     if problems:
@@ -69,6 +61,20 @@ def _folder(given: Path, step: int | None) -> Path:
     for remark in choice.remarks:
         print(remark)
     return choice.folder
+
+
+def _show(contents: Contents, with_norms: bool) -> list[str]:
+    """Prints what a checkpoint holds; returns what is missing in it."""
+    with quiet_imports():
+        import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
+    print("\n".join(_summary(contents)))
+    matrices, problems = stored_matrices(contents)
+    matrices.sort(key=lambda matrix: in_order_of_layers(matrix.name))
+    if matrices:
+        print()
+        for line in _table(contents, matrices, with_norms):
+            print(line)
+    return problems
 
 
 def _summary(contents: Contents) -> Iterator[str]:
@@ -120,9 +126,9 @@ def _types(matrix: StoredMatrix) -> str:
     return short[0] if len(set(short)) == 1 else "/".join(short)
 
 
-def _verify(contents: Contents, problems: list[str]) -> list[str]:
-    """All that is wrong with a checkpoint."""
-    found = [*problems, *contents.damaged_files(), *contents.gaps()]
+def _damage(contents: Contents) -> list[str]:
+    """Reads everything; returns what is wrong."""
+    found = contents.gaps()
     manifest = hashes.read_manifest(contents.folder)
     if manifest is None:
         print("\nsaved without hashes: changed bytes within a tensor cannot be seen")

@@ -3,6 +3,8 @@
 import json
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_dion.checkpointing.errors import CheckpointError
+from megatron_dion.checkpointing.errors import CheckpointError, told
 from megatron_dion.checkpointing.folders import MARKER
 
 _BACKEND, _BACKEND_VERSION = "torch_dist", 1
@@ -38,15 +41,8 @@ class Contents:
             CheckpointError: it cannot be read, or is of a later version of the format.
         """
         self._check_format()
-        try:
-            found = FileSystemReader(self.folder).read_metadata()
-        except Exception as error:  # unpickling damaged bytes raises anything
-            raise CheckpointError(
-                f"{self.folder}/.metadata is missing or damaged ({_line(error)})"
-            ) from error
-        if not isinstance(found, Metadata) or found.storage_data is None:
-            raise CheckpointError(f"{self.folder}/.metadata is not an index of tensors")
-        return found
+        with _explained(f"{self.folder}/.metadata is missing or damaged"):
+            return FileSystemReader(self.folder).read_metadata()
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -58,12 +54,8 @@ class Contents:
         from megatron.core.dist_checkpointing import load_common_state_dict
 
         self._check_format()
-        try:
+        with _explained(f"the common state in {self.folder} cannot be read"):
             return load_common_state_dict(self.folder)
-        except Exception as error:
-            raise CheckpointError(
-                f"the common state in {self.folder} cannot be read ({_line(error)})"
-            ) from error
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -79,14 +71,8 @@ class Contents:
         """
         entry = self.tensors[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                load({key: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise CheckpointError(f"{key} cannot be read ({_line(error)})") from error
+        with _explained(f"{key} cannot be read"):
+            load({key: tensor}, storage_reader=FileSystemReader(self.folder), no_dist=True)
         return tensor
 
     def damaged_files(self) -> list[str]:
@@ -114,13 +100,9 @@ class Contents:
         return found
 
     def _check_format(self) -> None:
-        try:
+        with _explained(f"{self.folder / MARKER} is missing or damaged"):
             values = json.loads((self.folder / MARKER).read_text())
             backend, version = values["sharded_backend"], values["sharded_backend_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.folder / MARKER} is missing or damaged ({_line(error)})"
-            ) from error
         if backend != _BACKEND:
             raise CheckpointError(f"{self.folder} has the format {backend}, not {_BACKEND}")
         if version > _BACKEND_VERSION:
@@ -130,8 +112,12 @@ class Contents:
             )
 
 
-def _line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = " ".join(str(error).split())
-    name = type(error).__name__
-    return f"{name}: {text[:300]}" if text else name
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns whatever damaged bytes make a reader raise into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise CheckpointError(f"{what} ({told(error)})") from error

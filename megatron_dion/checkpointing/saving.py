@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.agreement import gathered, on_first_rank
-from megatron_dion.checkpointing.errors import CheckpointError, SaveError
+from megatron_dion.checkpointing.errors import CheckpointError, SaveError, told
 
 # What a checkpoint has beside its tensors; a guess, for large models it is nothing.
 _OVERHEAD_BYTES = 1 << 20
@@ -151,9 +151,7 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed:
             folders.remove(folder)
-            raise CheckpointError(
-                f"it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
-            )
+            raise CheckpointError(f"it takes {needed / 1e6:.0f} MB")
 
     on_first_rank(check)
 
@@ -194,16 +192,6 @@ def _explanation(target: Path, error: BaseException) -> str:
     newest = f"of iteration {complete[0]}" if complete else "none"
     free = shutil.disk_usage(target.parent).free
     return (
-        f"the checkpoint {target} could not be written: {_reason(error)}; {free / 1e6:.0f} MB are"
+        f"the checkpoint {target} could not be written: {told(error)}; {free / 1e6:.0f} MB are"
         f" free there; newest complete checkpoint: {newest}"
     )
-
-
-def _reason(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)  # of CheckpointException: by rank, with tracebacks
-    if failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {' '.join(str(cause).split())}"
-    if isinstance(error, CheckpointException):
-        return "another rank failed"
-    return " ".join(str(error).split()) or type(error).__name__

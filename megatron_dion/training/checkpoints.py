@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.agreement import gathered, on_first_rank
 from megatron_dion.checkpointing.contents import Contents
-from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad, told
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.optimizer.chain import DionChainedOptimizer
@@ -349,21 +349,20 @@ def _explained(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while Megatron loads into one line."""
     try:
         yield
-    except AssertionError as error:
-        text = " ".join(str(error).split())
+    except (
+        AssertionError,
+        CheckpointException,
+        CheckpointingException,
+        KeyError,
+        OSError,
+    ) as error:
         hint = (
             ": --override-opt-param-scheduler takes the command line's, "
             "--use-checkpoint-opt-param-scheduler the checkpoint's"
-            if "OptimizerParamScheduler" in text
+            if "OptimizerParamScheduler" in str(error)
             else ""
         )
-        raise CheckpointError(f"{folder} does not fit this run: {text}{hint}") from error
-    except (CheckpointException, CheckpointingException, KeyError, OSError) as error:
-        failures = getattr(error, "failures", None)
-        cause = next(iter(failures.values()))[0] if failures else error
-        raise CheckpointError(
-            f"{folder} does not fit this run: {' '.join(str(cause).split())[:500]}"
-        ) from error
+        raise CheckpointError(f"{folder} does not fit this run: {told(error)}{hint}") from error
 
 
 def _listed(differences: tuple[Difference, ...]) -> str:

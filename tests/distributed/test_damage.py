@@ -1,0 +1,248 @@
+"""Checkpoints that somebody or something has damaged: an error, and nothing is lost by it."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_dion.checkpointing.folders import TRACKER, complete_iterations, folder_of
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
+from tests.distributed.test_loading_options import exit_of_rank
+from tests.unit.test_inspect_checkpoint import inspect
+
+RUN = [
+    *MODEL, *TRAINING, *DION, "--num-layers", "2", "--seq-length", "16",
+    "--max-position-embeddings", "16", "--train-iters", "8", "--save-interval", "4",
+]  # fmt: skip
+RANKS = 2
+
+
+def run(nursery: Nursery, *flags: str) -> tuple[list[object], str]:
+    """Exit codes of all ranks, and what the first one said."""
+    everything = nursery.run(RANKS, exit_of_rank, [*RUN, *flags])
+    return [code for code, _ in everything], str(everything[0][1])
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of iterations 4 and 8, with the losses beside them."""
+    folder = tmp_path_factory.mktemp("whole")
+    codes, said = run(nursery, "--save", str(folder), "--run-dir", str(folder / "run"))
+    assert codes == [0, 0], said
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "checkpoints"))
+
+
+def newest(folder: Path) -> Path:
+    return folder_of(folder, 8)
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = newest(folder) / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    path = newest(folder) / "__0_0.distcp"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose_a_rank(folder: Path) -> None:
+    (newest(folder) / "__1_0.distcp").unlink()
+
+
+def break_the_index(folder: Path) -> None:
+    path = newest(folder) / ".metadata"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def lose_the_index(folder: Path) -> None:
+    (newest(folder) / ".metadata").unlink()
+
+
+def replace_the_index(folder: Path) -> None:
+    (newest(folder) / ".metadata").write_bytes(pickle.dumps("not an index"))
+
+
+def break_the_manifest(folder: Path) -> None:
+    (newest(folder) / "integrity.json").write_text("{")
+
+
+def make_the_format_later(folder: Path) -> None:
+    path = newest(folder) / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sharded_backend_version": 2}))
+
+
+# What is done, what the error says, and what the tool that inspects a checkpoint says.
+DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
+    flip_a_bit: ("__1_0.distcp has changed since it was saved", "NOT whole: __1_0.distcp has"),
+    truncate: ("__0_0.distcp has", "NOT whole: __0_0.distcp has"),
+    lose_a_rank: ("__1_0.distcp is missing", "__1_0.distcp"),
+    break_the_index: (".metadata is missing or damaged", ".metadata is missing or damaged"),
+    lose_the_index: (".metadata is missing or damaged", ".metadata is missing or damaged"),
+    replace_the_index: (".metadata is missing or damaged", ".metadata is missing or damaged"),
+    break_the_manifest: ("integrity.json is damaged", "integrity.json is damaged"),
+    make_the_format_later: ("has version 2 of the format", "has version 2 of the format"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_is_an_error_and_the_older_checkpoint_loads(
+    nursery: Nursery, whole: Path, folder: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    said_by_run, said_by_tool = DAMAGE[damage]
+    damage(folder)
+    before = contents(folder)
+    into = ["--save", str(folder), "--run-dir", str(tmp_path / "run")]
+    codes, said = run(nursery, "--load", str(folder), *into, "--train-iters", "8")
+    assert codes == [2, 2], said
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert said_by_run in line
+    assert str(newest(folder)) in line
+    code, told = inspect(newest(folder), "--verify")
+    assert code == 1
+    assert said_by_tool in told
+    assert contents(folder) == before
+    load = ["--load", str(folder), "--ckpt-step", "4", "--run-dir", str(tmp_path / "older")]
+    codes, said = run(nursery, *load)
+    assert codes == [0, 0], said
+    assert losses(tmp_path / "older") == losses(whole / "run")[4:]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "run" not in path.parts
+    }
+
+
+def test_advice_names_an_older_checkpoint(nursery: Nursery, folder: Path) -> None:
+    flip_a_bit(folder)
+    _, said = run(nursery, "--load", str(folder))
+    assert "--ckpt-step 4 takes an older one" in said
+
+
+def test_hashes_can_be_left_out(nursery: Nursery, tmp_path: Path) -> None:
+    """Then only sizes are checked, which it says."""
+    flags = ["--no-checkpoint-hashes", "--save", str(tmp_path)]
+    run(nursery, *flags)
+    assert not (newest(tmp_path) / "integrity.json").exists()
+    codes, said = run(nursery, "--load", str(tmp_path), "--ckpt-step", "4")
+    assert codes == [0, 0], said
+    assert "was saved without hashes: only the sizes of its files were checked" in said
+    code, told = inspect(newest(tmp_path), "--verify")
+    assert code == 0
+    assert "changed bytes within a tensor cannot be seen" in told
+
+
+def test_dion_state_of_a_later_version(nursery: Nursery, tmp_path: Path) -> None:
+    codes, said = nursery.run(1, save_with_later_format, [*RUN, "--save", str(tmp_path)])[0]
+    assert codes == 0, said
+    codes_now, said = run(nursery, "--load", str(tmp_path))
+    assert codes_now == [2, 2]
+    assert "Dion's state in it has format 2" in said
+    assert "install a newer one" in said
+
+
+def save_with_later_format(argv: Sequence[str]) -> tuple[object, str]:
+    from megatron_dion.optimizer import record
+
+    record.FORMAT += 1
+    return exit_of_rank(argv)
+
+
+def run_as_nobody(argv: Sequence[str]) -> tuple[object, str]:
+    os.seteuid(65534)
+    return exit_of_rank(argv)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
+def test_folder_that_may_not_be_read(nursery: Nursery, folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.owner() == "root" and path != Path("/"):
+            os.chmod(path, 0o755 if path != folder else 0o700)
+        if path.name.startswith("pytest-of"):
+            break
+    everything = nursery.run(RANKS, run_as_nobody, [*RUN, "--load", str(folder)])
+    assert [code for code, _ in everything] == [2, 2]
+    assert f"{folder} cannot be read as a folder of checkpoints" in everything[0][1]
+
+
+def test_load_is_no_folder(nursery: Nursery, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    codes, said = run(nursery, "--load", str(file))
+    assert codes == [2, 2]
+    assert f"{file} cannot be read as a folder of checkpoints" in said
+
+
+def run_with_small_files(limit: int, argv: Sequence[str]) -> tuple[object, str]:
+    """On a rank: as on a disk that is full when a file has `limit` bytes; rank 1 only."""
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return exit_of_rank(argv)
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "async"])
+def test_file_that_cannot_be_written(nursery: Nursery, folder: Path, flags: list[str]) -> None:
+    """The rank that cannot write and the one that can end with one line; the rest is untouched."""
+    before = contents(folder)
+    argv = [*RUN, "--load", str(folder), "--ckpt-step", "4", "--save", str(folder), *flags]
+    everything = nursery.run(RANKS, run_with_small_files, 50_000, argv)
+    assert [code for code, _ in everything] == [1, 1], everything[0][1][-2000:]
+    line = next(line for line in everything[0][1].splitlines() if line.startswith("error: "))
+    assert f"the checkpoint {newest(folder)} could not be written: rank 1: " in line
+    assert "newest complete checkpoint: of iteration 8" in line
+    assert contents(folder) == before
+
+
+def run_on_a_full_disk(argv: Sequence[str]) -> tuple[object, str]:
+    """On a rank: the disk says that it has no room."""
+    usage = shutil.disk_usage("/")
+    shutil.disk_usage = lambda path: usage._replace(free=1000)
+    return exit_of_rank(argv)
+
+
+def test_full_disk_is_noticed_before_anything_is_written(nursery: Nursery, folder: Path) -> None:
+    before = contents(folder)
+    argv = [*RUN, "--load", str(folder), "--ckpt-step", "4", "--save", str(folder)]
+    everything = nursery.run(RANKS, run_on_a_full_disk, argv)
+    assert [code for code, _ in everything] == [1, 1]
+    assert "could not be written: it takes 3 MB; 0 MB are free there" in everything[0][1]
+    assert contents(folder) == before
+
+
+def test_saving_again_replaces_a_checkpoint_at_once(nursery: Nursery, folder: Path) -> None:
+    """Iteration 8 is saved by other ranks than before: no file of the old one stays."""
+    argv = [*RUN, "--load", str(folder), "--ckpt-step", "4", "--save", str(folder)]
+    [(code, said)] = nursery.run(1, exit_of_rank, argv)
+    assert code == 0, said
+    assert complete_iterations(folder) == [8, 4]
+    assert not (newest(folder) / "__1_0.distcp").exists()
+    assert sorted(path.name for path in folder.iterdir() if path.name != "run") == [
+        "iter_0000004", "iter_0000008", TRACKER,
+    ]  # fmt: skip
+    assert inspect(newest(folder), "--verify")[0] == 0
+
+
+def test_damaged_tracker(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
+    (folder / TRACKER).write_text("")
+    codes, said = run(nursery, "--load", str(folder), "--train-iters", "12", *WITH_MORE_ITERATIONS)
+    assert codes == [0, 0], said
+    assert "is missing or damaged; the newest complete checkpoint, of iteration 8, is taken" in said
+
+
+WITH_MORE_ITERATIONS = ["--override-opt-param-scheduler", "--lr-decay-iters", "20"]

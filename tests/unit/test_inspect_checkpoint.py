@@ -1,0 +1,80 @@
+"""What the tool says of checkpoints; those that are damaged are in tests/distributed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
+
+TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+SMALL = "--num-layers 2 --seq-length 16 --max-position-embeddings 16 --train-iters 2".split()
+
+
+def inspect(folder: Path, *flags: str) -> tuple[int, str]:
+    """The exit code of the tool, and all that it says."""
+    command = [sys.executable, str(TOOL), str(folder), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Checkpoints of a run with Dion and of one with Adam."""
+    made = []
+    for name, flags in (
+        ("dion", [*DION, "--dion-momentum-dtype", "bf16", "--dion-rank-fraction", "0.5"]),
+        ("adam", ["--optimizer", "adam"]),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        argv = [*MODEL, *TRAINING, *SMALL, "--lr-warmup-iters", "0", *flags]
+
+        nursery.run(1, train, [*argv, "--save", str(folder), "--save-interval", "2"])
+        made.append(folder)
+    return made[0], made[1]
+
+
+def test_of_dion(folders: tuple[Path, Path]) -> None:
+    code, said = inspect(folders[0], "--verify")
+    assert code == 0, said
+    assert "iteration   2" in said
+    assert "optimizer   dion, after 2 steps; adam" in said
+    assert "saved by    1 ranks, TP1 PP1 EP1" in said
+    assert "rank_fraction 0.5" in said
+    assert "split       gate, qkv" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("decoder.layers.")]
+    assert len(rows) == 14
+    name, m, n, rank, types, *norms = rows[0]
+    assert name == "decoder.layers.0.mlp.linear_fc1.weight[gate]"
+    assert (m, n, rank, types) == ("200", "72", "36", "fp32/bf16/fp32")
+    assert all(float(norm) > 0 for norm in norms)
+    assert len(norms) == 3
+    assert said.rstrip().endswith("iter_0000002 is whole")
+
+
+def test_without_norms(folders: tuple[Path, Path]) -> None:
+    code, said = inspect(folders[0] / "iter_0000002", "--no-norms")
+    assert code == 0
+    assert "|weight|" not in said
+    assert "decoder.layers.0.mlp.linear_fc1.weight[gate]" in said
+
+
+def test_of_adam(folders: tuple[Path, Path]) -> None:
+    code, said = inspect(folders[1], "--verify")
+    assert code == 0
+    assert "optimizer   adam" in said
+    assert "decoder.layers" not in said
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    code, said = inspect(tmp_path)
+    assert code == 1
+    assert f"inspect_checkpoint.py: error: {tmp_path} holds no checkpoint" in said
+
+
+def test_other_step(folders: tuple[Path, Path]) -> None:
+    code, said = inspect(folders[0], "--ckpt-step", "7")
+    assert code == 1
+    assert "iter_0000007 is not there: choose another with --ckpt-step (complete: 2)" in said
