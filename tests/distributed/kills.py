@@ -9,6 +9,7 @@ drawn over the whole life of a run: while it starts, loads, trains, saves and pu
 """
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -51,8 +52,10 @@ TOPOLOGIES: dict[str, tuple[int, int, str]] = {
     "instances": (4, 3, INSTANCES),
     "compressed": (4, 3, f"{INSTANCES} --dion-compressed-sync"),
 }
-# A rank whose peer is gone must end by itself within this time; longer is a hang.
-SECONDS_TO_NOTICE = 60.0
+# A rank whose peer is gone must end by itself within this time. But while processes look for each
+# other they wait for minutes; there it is the launcher (torchrun, srun) that ends them.
+SECONDS_TO_NOTICE = 20.0
+LOOKING_FOR_EACH_OTHER = ("init_process_group", "new_group", "new_subgroups_by_enumeration")
 # Longer than any of these runs takes, also on a busy machine.
 SECONDS_TO_FINISH = 300.0
 _POLL_SECONDS = 0.002
@@ -66,7 +69,8 @@ class Report:
         killed: runs that lost a rank, by what they were doing.
         passed_over: starts that found a checkpoint that was never finished.
         from_nothing: starts that found no complete checkpoint.
-        slowest: seconds until the last survivor of a kill had ended.
+        slowest: seconds until the last survivor of a kill had ended by itself.
+        ended_by_launcher: runs whose survivors were still looking for the killed rank.
         problems: what should not have happened.
     """
 
@@ -74,6 +78,7 @@ class Report:
     passed_over: int = 0
     from_nothing: int = 0
     slowest: float = 0.0
+    ended_by_launcher: int = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -81,7 +86,8 @@ class Report:
         return (
             f"{sum(self.killed.values())} runs killed ({moments}); unfinished checkpoints passed"
             f" over {self.passed_over} times; {self.from_nothing} starts without any checkpoint;"
-            f" survivors ended within {self.slowest:.1f} s; problems: {self.problems or 'none'}"
+            f" survivors ended within {self.slowest:.1f} s, but for {self.ended_by_launcher} times"
+            f" when they had not found each other yet; problems: {self.problems or 'none'}"
         )
 
 
@@ -121,12 +127,26 @@ class World:
         for process in self.ranks:
             end(process)
 
+    def stacks(self, log: Path) -> str:
+        """Where the ranks that still run are."""
+        before = log.stat().st_size
+        for process in self.ranks:
+            if process.exitcode is None:
+                os.kill(process.pid or 0, signal.SIGUSR1)
+        deadline = time.monotonic() + 5.0
+        while "most recent call first" not in log.read_text()[before:]:
+            if time.monotonic() > deadline:
+                return "unknown"
+            time.sleep(_POLL_SECONDS)
+        return log.read_text()[before:]
+
 
 def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> None:
     os.setpgrp()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=2)
     os.environ |= environment_of(rank, size, port)
     code = 1
     try:
@@ -225,9 +245,16 @@ def _kill(world: World, run: Path, chance: random.Random, seconds: float, report
     os.kill(victim.pid or 0, signal.SIGKILL)
     report.killed[what] += 1
     killed = time.monotonic()
-    if not world.wait(SECONDS_TO_NOTICE):
-        report.problems.append(f"{run}: ranks hang after one of them was killed {what}")
-    report.slowest = max(report.slowest, time.monotonic() - killed)
+    if world.wait(SECONDS_TO_NOTICE):
+        report.slowest = max(report.slowest, time.monotonic() - killed)
+    else:
+        stacks = world.stacks(run / "log")
+        if any(call in stacks for call in LOOKING_FOR_EACH_OTHER):
+            report.ended_by_launcher += 1
+        else:
+            report.problems.append(f"{run}: ranks hang, a rank was killed {what}: {stacks}")
+        world.clean()
+    print(f"{sum(report.killed.values())} killed", flush=True)
     _look_at(run / "checkpoints", report)
 
 

@@ -111,7 +111,7 @@ def test_damage_is_an_error_and_the_older_checkpoint_loads(
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert said_by_run in line
     assert str(newest(folder)) in line
-    code, told = inspect(newest(folder), "--verify")
+    code, told = inspect(nursery, newest(folder), "--verify")
     assert code == 1
     assert said_by_tool in told
     assert contents(folder) == before
@@ -143,7 +143,7 @@ def test_hashes_can_be_left_out(nursery: Nursery, tmp_path: Path) -> None:
     codes, said = run(nursery, "--load", str(tmp_path), "--ckpt-step", "4")
     assert codes == [0, 0], said
     assert "was saved without hashes: only the sizes of its files were checked" in said
-    code, told = inspect(newest(tmp_path), "--verify")
+    code, told = inspect(nursery, newest(tmp_path), "--verify")
     assert code == 0
     assert "changed bytes within a tensor cannot be seen" in told
 
@@ -235,7 +235,7 @@ def test_saving_again_replaces_a_checkpoint_at_once(nursery: Nursery, folder: Pa
     assert sorted(path.name for path in folder.iterdir() if path.name != "run") == [
         "iter_0000004", "iter_0000008", TRACKER,
     ]  # fmt: skip
-    assert inspect(newest(folder), "--verify")[0] == 0
+    assert inspect(nursery, newest(folder), "--verify")[0] == 0
 
 
 def test_damaged_tracker(nursery: Nursery, folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What the tool says of checkpoints; those that are damaged are in tests/distributed."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,36 @@ TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 SMALL = "--num-layers 2 --seq-length 16 --max-position-embeddings 16 --train-iters 2".split()
 
 
-def inspect(folder: Path, *flags: str) -> tuple[int, str]:
+def inspect(nursery: Nursery, folder: Path, *flags: str) -> tuple[int, str]:
     """The exit code of the tool, and all that it says."""
-    command = [sys.executable, str(TOOL), str(folder), *flags]
+    [(code, said)] = nursery.run(1, exit_of_tool, [str(folder), *flags])
+    assert "Traceback" not in said, said
+    return code, said
+
+
+def exit_of_tool(argv: list[str]) -> tuple[int, str]:
+    """In a process that has imported Megatron already."""
+    import inspect_checkpoint
+    from _common import run_tool
+
+    sys.argv = ["inspect_checkpoint.py", *argv]
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            run_tool(inspect_checkpoint.main)
+        except SystemExit as end:
+            return 1, f"{said.getvalue()}{end.code}"
+    return 0, said.getvalue()
+
+
+def test_from_the_command_line(folders: tuple[Path, Path]) -> None:
+    command = [sys.executable, str(TOOL), str(folders[0]), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.rstrip().endswith("iter_0000002 is whole")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +62,8 @@ def folders(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return made[0], made[1]
 
 
-def test_of_dion(folders: tuple[Path, Path]) -> None:
-    code, said = inspect(folders[0], "--verify")
+def test_of_dion(nursery: Nursery, folders: tuple[Path, Path]) -> None:
+    code, said = inspect(nursery, folders[0], "--verify")
     assert code == 0, said
     assert "iteration   2" in said
     assert "optimizer   dion, after 2 steps; adam" in said
@@ -54,27 +80,27 @@ def test_of_dion(folders: tuple[Path, Path]) -> None:
     assert said.rstrip().endswith("iter_0000002 is whole")
 
 
-def test_without_norms(folders: tuple[Path, Path]) -> None:
-    code, said = inspect(folders[0] / "iter_0000002", "--no-norms")
+def test_without_norms(nursery: Nursery, folders: tuple[Path, Path]) -> None:
+    code, said = inspect(nursery, folders[0] / "iter_0000002", "--no-norms")
     assert code == 0
     assert "|weight|" not in said
     assert "decoder.layers.0.mlp.linear_fc1.weight[gate]" in said
 
 
-def test_of_adam(folders: tuple[Path, Path]) -> None:
-    code, said = inspect(folders[1], "--verify")
+def test_of_adam(nursery: Nursery, folders: tuple[Path, Path]) -> None:
+    code, said = inspect(nursery, folders[1], "--verify")
     assert code == 0
     assert "optimizer   adam" in said
     assert "decoder.layers" not in said
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    code, said = inspect(tmp_path)
+def test_nothing_there(nursery: Nursery, tmp_path: Path) -> None:
+    code, said = inspect(nursery, tmp_path)
     assert code == 1
     assert f"inspect_checkpoint.py: error: {tmp_path} holds no checkpoint" in said
 
 
-def test_other_step(folders: tuple[Path, Path]) -> None:
-    code, said = inspect(folders[0], "--ckpt-step", "7")
+def test_other_step(nursery: Nursery, folders: tuple[Path, Path]) -> None:
+    code, said = inspect(nursery, folders[0], "--ckpt-step", "7")
     assert code == 1
     assert "iter_0000007 is not there: choose another with --ckpt-step (complete: 2)" in said
