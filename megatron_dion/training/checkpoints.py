@@ -26,77 +26,82 @@ from megatron_dion.training import patches
 from megatron_dion.training.recorder import say
 from megatron_dion.training.validation import check_checkpoint_exists
 
-Choices = dict[Path, Choice]
-
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 _MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
 
 
-def choose(args: argparse.Namespace) -> Choices:
-    """Chooses the checkpoints to load, by their folders: the newest that are complete.
+def choose(args: argparse.Namespace) -> Choice | None:
+    """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
-    Where `--load` is `--save` and holds none, the run starts from random weights.
+    Where `--load` is `--save` and holds none, the run starts from `--pretrained-checkpoint` or from
+    random weights. What is not to be loaded is taken off the command line, since Megatron believes
+    the trackers, whatever stands beside them.
 
     Raises:
         CheckpointError: there is none elsewhere, or the chosen one is not complete.
     """
     if args.ckpt_format != "torch_dist":
         check_checkpoint_exists(args)
-        return {}
-    choices: Choices = {}
-    for flag, given, step in (
-        ("--load", args.load, args.ckpt_step),
-        ("--pretrained-checkpoint", args.pretrained_checkpoint, None),
-    ):
-        if given is None:
-            continue
-        root = Path(given)
-        try:
-            choices[root] = folders.choose(root, step)
-        except NothingToLoad as error:
-            if not _may_be_empty(args, root):
-                raise CheckpointError(
-                    f"{flag} {error}: correct the path, or leave {flag} out to start from random"
-                    " weights"
-                ) from error
-            if args.rank == 0:
-                say(f"{flag} {error}: starting from iteration 0")
-            if flag == "--load":
-                args.load = None  # Megatron believes the tracker, whatever stands beside it
-        else:
-            if args.rank == 0:
-                for remark in choices[root].remarks:
-                    say(f"{flag}: {remark}")
-    return choices
+        return None
+    choice = _chosen(args, "--load", args.load)
+    if choice is None:
+        args.load = None
+        choice = _chosen(args, "--pretrained-checkpoint", args.pretrained_checkpoint)
+    else:
+        args.pretrained_checkpoint = None
+    return choice
 
 
-def _may_be_empty(args: argparse.Namespace, root: Path) -> bool:
+def _chosen(args: argparse.Namespace, flag: str, given: str | None) -> Choice | None:
+    if given is None:
+        return None
+    try:
+        choice = folders.choose(Path(given), args.ckpt_step)
+    except NothingToLoad as error:
+        if not _may_be_empty(args, given):
+            raise CheckpointError(
+                f"{flag} {error}: correct the path, or leave {flag} out to start from random"
+                " weights"
+            ) from error
+        _say(args, f"{flag} {error}: starting from iteration 0")
+        return None
+    for remark in choice.remarks:
+        _say(args, f"{flag}: {remark}")
+    return choice
+
+
+def _may_be_empty(args: argparse.Namespace, given: str) -> bool:
     """Whether a folder of checkpoints is one that the run itself is to fill."""
-    saves_there = args.save is not None and Path(args.save).resolve() == root.resolve()
+    saves_there = args.save is not None and Path(args.save).resolve() == Path(given).resolve()
     return saves_there and not args.exit_on_missing_checkpoint
 
 
-def use(choices: Choices, args: argparse.Namespace) -> None:
-    """From now on Megatron loads the chosen checkpoints, and saves new ones beside the old.
+def _say(args: argparse.Namespace, line: str) -> None:
+    if args.rank == 0:
+        say(line)
+
+
+def use(choice: Choice | None, args: argparse.Namespace) -> None:
+    """From now on Megatron loads the chosen checkpoint, and saves new ones beside the old.
 
     Args:
-        choices: as `choose` returned them.
+        choice: as `choose` returned it.
         args: the command line.
     """
-
-    def tracked(tracker: str) -> tuple[int, bool] | None:
-        choice = choices.get(Path(tracker).parent)
-        if choice is None:
-            return None
-        return choice.iteration or 0, choice.iteration is None
-
-    def load(stock: Callable[..., Any], *positional: Any, **options: Any) -> Any:
-        return Loader(choices).load(stock, *positional, **options)
-
     if args.ckpt_format != "torch_dist":
         return
-    patches.read_tracker_with(tracked)
-    patches.load_checkpoint_with(load)
+    if choice is not None:
+
+        def tracked(tracker: str) -> tuple[int, bool] | None:
+            if Path(tracker).parent != choice.root:
+                return None
+            return choice.iteration or 0, choice.iteration is None
+
+        def load(stock: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+            return Loader(choice).load(stock, *positional, **options)
+
+        patches.read_tracker_with(tracked)
+        patches.load_checkpoint_with(load)
     patches.save_checkpoint_with(Saver(with_hashes=not args.no_checkpoint_hashes).save)
 
 
@@ -171,45 +176,31 @@ class Loader:
     """Stands before Megatron's `load_checkpoint`: looks at the checkpoint, then lets it load.
 
     Args:
-        choices: the checkpoints to load, by folder.
+        choice: the checkpoint.
     """
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choice: Choice) -> None:
         self._args = get_args()
-        self._choices = choices
+        self._choice = choice
 
     def load(
-        self,
-        stock: Callable[..., Any],
-        model: Any,
-        optimizer: Any,
-        scheduler: Any,
-        load_arg: str = "load",
-        **options: Any,
+        self, stock: Callable[..., Any], model: Any, optimizer: Any, *others: Any, **options: Any
     ) -> Any:
         """As `megatron.training.checkpointing.load_checkpoint`.
 
         Raises:
             CheckpointError: on all ranks, before anything has been loaded where it can be known.
         """
-        choice = self._choice(load_arg)
-        if choice is None:
-            return stock(model, optimizer, scheduler, load_arg, **options)
-        _agree_on(choice)
-        if self._args.optimizer != "dion" and _is_of_old_format(choice.folder):
-            return stock(model, optimizer, scheduler, load_arg, **options)
-        facts = on_first_rank(lambda: read_facts(choice.folder))
-        self._verify(choice.folder, facts)
-        if optimizer is not None and self._takes_optimizer(choice):
-            optimizer = self._prepared(optimizer, choice.folder, facts)
-        with _explained(choice.folder):
-            return stock(model, optimizer, scheduler, load_arg, **options)
-
-    def _choice(self, load_arg: str) -> Choice | None:
-        """As Megatron chooses between the two folders (checkpointing.py:1925)."""
-        given = (getattr(self._args, load_arg), self._args.pretrained_checkpoint)
-        found = [self._choices.get(Path(folder)) for folder in given if folder is not None]
-        return next((choice for choice in found if choice is not None), None)
+        folder = self._choice.folder
+        _agree_on(folder)
+        if self._args.optimizer != "dion" and _is_of_old_format(folder):
+            return stock(model, optimizer, *others, **options)
+        facts = on_first_rank(lambda: read_facts(folder))
+        self._verify(folder, facts)
+        if optimizer is not None and self._takes_optimizer():
+            optimizer = self._prepared(optimizer, folder, facts)
+        with _explained(folder):
+            return stock(model, optimizer, *others, **options)
 
     def _verify(self, folder: Path, facts: Facts) -> None:
         """Compares the files with their hashes; each rank takes some."""
@@ -223,15 +214,13 @@ class Loader:
         if damage:
             raise _damaged(folder, damage)
 
-    def _takes_optimizer(self, choice: Choice) -> bool:
+    def _takes_optimizer(self) -> bool:
         args = self._args
-        is_pretrained = args.pretrained_checkpoint is not None and choice is not self._choices.get(
-            Path(args.load or "")
-        )
-        if args.finetune or is_pretrained or choice.iteration is None:
+        is_pretrained = args.load is None
+        if args.finetune or is_pretrained or self._choice.iteration is None:
             return False
         if args.no_load_optim:
-            self._say(f"{choice.folder}: --no-load-optim: all optimizer state begins anew")
+            self._say(f"{self._choice.folder}: --no-load-optim: all optimizer state begins anew")
         return not args.no_load_optim
 
     def _prepared(self, optimizer: Any, folder: Path, facts: Facts) -> Any:
@@ -330,13 +319,12 @@ class Loader:
             )
 
     def _say(self, line: str) -> None:
-        if self._args.rank == 0:
-            say(line)
+        _say(self._args, line)
 
 
-def _agree_on(choice: Choice) -> None:
-    """Each rank has looked into the folder on its own."""
-    chosen = sorted({str(folder) for folder in gathered([choice.folder])})
+def _agree_on(folder: Path) -> None:
+    """Each rank has looked into the folder of all checkpoints on its own."""
+    chosen = sorted({str(one) for one in gathered([folder])})
     if len(chosen) > 1:
         raise CheckpointError(
             f"the ranks see other checkpoints ({', '.join(chosen)}): is the folder on a filesystem"

@@ -306,3 +306,36 @@ def test_experts_change_the_number_of_optimizers(nursery: Nursery, tmp_path: Pat
         run(nursery, "dp2", *DION, *experts, *here, *load(folder, run_dir))
         pairs: Any = zip(losses(run_dir), losses(folder / "run")[4:], strict=True)
         assert max(abs(a - b) for a, b in pairs) < 2e-5
+
+
+def exit_without_the_join(argv: Sequence[str]) -> tuple[object, str]:
+    """On a rank: as in a script that uses the optimizer, but not this project's training."""
+    from megatron_dion.training import checkpoints
+
+    checkpoints.use = lambda choice, args: None
+    return exit_of_rank(argv)
+
+
+def test_optimizer_guards_itself(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+    argv = [*COMMON, *DION, "--bf16", *TP2.split(), *load(dion, tmp_path)]
+    for code, said in nursery.run(4, exit_without_the_join, argv):
+        assert code == 0, said[-3000:]
+    assert losses(tmp_path) == losses(dion / "run")[4:]
+    orth = [*argv, "--dion-right-factor", "orth"]
+    for code, said in nursery.run(4, exit_without_the_join, orth):
+        assert code == 2
+        assert "of another run: --dion-right-factor colnorm (saved), orth (here)" in said
+
+
+def test_own_checkpoint_wins_over_a_pretrained_one(
+    nursery: Nursery, dion: Path, tmp_path: Path
+) -> None:
+    """Megatron would take the other one where the tracker was not written any more."""
+    folder = tmp_path / "own"
+    own = [*DION, "--bf16", "--load", str(folder), *save(folder)]
+    run(nursery, "dp2", *own)
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+    more = ["--pretrained-checkpoint", str(dion), "--train-iters", "9"]
+    said = run(nursery, "dp2", *own, *more)
+    assert "the newest complete checkpoint, of iteration 8, is taken" in said
+    assert [entry["iteration"] for entry in read_metrics(folder / "run")] == list(range(1, 10))
