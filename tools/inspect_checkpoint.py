@@ -96,7 +96,9 @@ def _summary(contents: Contents) -> Iterator[str]:
         yield f"optimizer   {getattr(args, 'optimizer', 'unknown')}{state}"
         return
     config = record.to_dict()
-    yield f"optimizer   dion, after {common['optimizer']['step']} steps; {record.scalar_optimizer}"
+    steps = common["optimizer"]["steps"]
+    yield f"optimizer   dion, after {steps['dion']} steps"
+    yield f"and         {record.scalar_optimizer}, after {steps['scalar']} steps"
     yield f"dion        {', '.join(f'{k} {v}' for k, v in config['config'].items())}"
     for name in ("split", "include", "exclude"):
         yield f"{name:11} {', '.join(config[name]) or 'none'}"

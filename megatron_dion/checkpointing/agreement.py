@@ -5,14 +5,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dion.checkpointing.errors import CheckpointError
+from megatron_dion.checkpointing.errors import CheckpointError, told
 
 
 def on_first_rank[T](function: Callable[[], T]) -> T:
     """Calls a function on rank 0 and returns its result, which must be small, on all ranks.
 
     Raises:
-        CheckpointError: what the function raised, on all ranks; an OSError becomes one.
+        CheckpointError: what the function raised, on all ranks, whatever it was.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -20,8 +20,8 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
             answer = [function()]
         except CheckpointError as error:
             answer = [error]
-        except OSError as error:
-            answer = [CheckpointError(str(error))]
+        except Exception as error:  # all others wait for the answer
+            answer = [CheckpointError(f"{type(error).__name__}: {told(error)}")]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], CheckpointError):
         raise answer[0]

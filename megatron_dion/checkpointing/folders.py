@@ -1,7 +1,7 @@
 """Which checkpoints a folder holds, and which of them are complete.
 
     DIR/latest_checkpointed_iteration.txt    the tracker: Megatron's note of the newest one
-    DIR/iter_0000100/                        a checkpoint; metadata.json is written last
+    DIR/iter_0000100/                        a checkpoint; its metadata.json is written last
     DIR/partial_iter_0000200.5f3a9c01/       one that is being written, or that was never finished
     DIR/replaced_iter_0000100.5f3a9c01/      one of which a newer copy has just taken the place
 
@@ -10,6 +10,7 @@ that is killed at any moment leaves complete checkpoints as they were, and nothi
 complete and is not.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -104,18 +105,17 @@ def leftovers(root: Path) -> Iterator[Path]:
 def settle(root: Path) -> None:
     """Gives complete checkpoints their names where a killed process did not come to it.
 
-    All ranks may call this at once: the first to rename wins. Does nothing in a folder that cannot
-    be written.
+    For the run that saves there, before it saves: another one would take them from under its hands.
+    All of its ranks may call this at once, the first to rename wins.
     """
-    for path in leftovers(root):
-        match = _LEFTOVER.fullmatch(path.name)
-        assert match is not None
-        target = folder_of(root, int(match[1]))
-        if is_complete(path) and not is_complete(target):
-            try:
-                os.rename(path, target)  # replaces an empty folder, and fails on any other
-            except OSError:
-                continue
+    with contextlib.suppress(OSError):  # what cannot be read or renamed `choose` will not find
+        for path in list(leftovers(root)):
+            match = _LEFTOVER.fullmatch(path.name)
+            assert match is not None
+            target = folder_of(root, int(match[1]))
+            if is_complete(path) and not is_complete(target):
+                with contextlib.suppress(OSError):
+                    os.rename(path, target)  # replaces an empty folder, and fails on any other
 
 
 def tracked(root: Path) -> int | str | None:
@@ -143,7 +143,12 @@ def repair_tracker(root: Path) -> None:
 
 
 def choose(root: Path, step: int | None = None) -> Choice:
-    """Chooses the checkpoint to load: the newest complete one, or that of a step.
+    """Chooses the checkpoint to load: that of a step, or the newest complete one.
+
+    The newest is the one that the tracker names, or one that was finished after the tracker was
+    written: a process can be killed between the two. So a run that has gone back to an older
+    checkpoint goes on from there, whatever it once had of later iterations. Without a tracker it is
+    the one of the latest iteration.
 
     Raises:
         NothingToLoad: there is no complete checkpoint.
@@ -160,24 +165,49 @@ def choose(root: Path, step: int | None = None) -> Choice:
 def _choose(root: Path, step: int | None) -> Choice:
     if not root.exists():
         raise NothingToLoad(f"{root} does not exist")
-    settle(root)
     complete = complete_iterations(root)
     if step is not None:
         return _choose_step(root, step, complete)
     noted = tracked(root)
-    if noted == RELEASE:
-        return Choice(root, None)
     passed_over = [path for path in unfinished(root) if not complete or _number(path) > complete[0]]
+    chosen = _finished_after_tracker(root, complete)
+    if chosen is None and noted == RELEASE:
+        return Choice(root, None)
     if not complete:
         raise _nothing_complete(root, passed_over)
+    if chosen is None:
+        chosen = int(noted) if noted in complete else complete[0]
     remarks = [f"passed over {path}: its writing was never finished" for path in passed_over]
-    if noted != complete[0]:
-        what = "is missing or damaged" if noted is None else f"names iteration {noted}"
+    if chosen != noted:
+        what = "is missing or damaged" if noted is None else f"names {_name(noted)}"
         remarks.append(
-            f"{root / TRACKER} {what}; the newest complete checkpoint, of iteration {complete[0]},"
-            " is taken (--ckpt-step takes another)"
+            f"{root / TRACKER} {what}; iteration {chosen}, the newest complete checkpoint, is taken"
+            " (--ckpt-step takes another)"
         )
-    return Choice(root, complete[0], tuple(remarks))
+    elif chosen != complete[0]:
+        remarks.append(
+            f"iteration {chosen} is taken, as {root / TRACKER} says; there are complete checkpoints"
+            f" of later iterations, up to {complete[0]} (--ckpt-step takes another)"
+        )
+    return Choice(root, chosen, tuple(remarks))
+
+
+def _finished_after_tracker(root: Path, complete: list[int]) -> int | None:
+    """The iteration that was finished last, if that was after the tracker was written."""
+    if tracked(root) is None:
+        return None
+    written = (root / TRACKER).stat().st_mtime_ns
+    later = [
+        ((folder_of(root, number) / MARKER).stat().st_mtime_ns, number)
+        for number in complete
+        if (folder_of(root, number) / MARKER).exists()
+    ]
+    when, number = max(later, default=(0, 0))
+    return number if when > written else None
+
+
+def _name(noted: int | str) -> str:
+    return f"iteration {noted}" if isinstance(noted, int) else noted
 
 
 def _choose_step(root: Path, step: int, complete: list[int]) -> Choice:

@@ -1,12 +1,12 @@
 """Writes a checkpoint beside the others and gives it its name when everything is in it."""
 
+import contextlib
 import functools
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from megatron_dion.checkpointing.errors import CheckpointError, SaveError, told
 
 # What a checkpoint has beside its tensors; a guess, for large models it is nothing.
 _OVERHEAD_BYTES = 1 << 20
+
+# Each rank leaves its hashes for rank 0 in a file of such a name, and takes it away again.
+_HASHES_OF_RANK = "hashes_"
 
 
 class Saver:
@@ -89,36 +92,45 @@ class Saver:
         return self._token
 
     def _completed(self, request: Any, partial: Path, target: Path) -> Any:
-        """The request with what has to happen after the writing."""
+        """The request with what has to happen after the writing.
+
+        Megatron's own last step writes the marker of a complete checkpoint; hashes come before it.
+        """
         if self._with_hashes and request.async_fn is not None:
             write = functools.partial(_write_and_hash, request.async_fn, partial, dist.get_rank())
             request = request._replace(async_fn=write)
-        steps = [*request.finalize_fns, functools.partial(self._publish, partial, target)]
+        *steps, mark = request.finalize_fns
+        if self._with_hashes:
+            steps.append(functools.partial(_collect_hashes, partial))
+        steps += [mark, lambda: on_first_rank(lambda: _take_place(partial, target))]
         request.finalize_fns[:] = [functools.partial(_explaining, target, step) for step in steps]
         return request
 
-    def _publish(self, partial: Path, target: Path) -> None:
-        if self._with_hashes:
-            mine = _take_hashes(partial, dist.get_rank())
-            found = dict(gathered(list(mine.items())))
-            on_first_rank(lambda: _write_manifest(partial, found))
-        on_first_rank(lambda: _take_place(partial, target))
 
-
-def _write_and_hash(write: Callable[..., Any], folder: Path, rank: int, *args: Any) -> None:
+def _write_and_hash(
+    write: Callable[..., Any], folder: Path, rank: int, *args: Any, **options: Any
+) -> None:
     """Writes a rank's files, in this process or one that works in the background."""
-    write(*args)
-    found = hashes.hash_files(folder, hashes.data_files_of(folder, rank))
-    _hashes_of_rank(folder, rank).write_text(json.dumps(found))
+    write(*args, **options)
+    # What `write` could not write it has noted, and all ranks will hear of it.
+    with contextlib.suppress(OSError):
+        found = hashes.hash_files(folder, hashes.data_files_of(folder, rank))
+        _hashes_of_rank(folder, rank).write_text(json.dumps(found))
+
+
+def _collect_hashes(partial: Path) -> None:
+    mine = _take_hashes(partial, dist.get_rank())
+    found = dict(gathered(list(mine.items())))
+    on_first_rank(lambda: _write_manifest(partial, found))
 
 
 def _hashes_of_rank(folder: Path, rank: int) -> Path:
-    return folder / f"hashes_{rank}.json"
+    return folder / f"{_HASHES_OF_RANK}{rank}.json"
 
 
 def _take_hashes(folder: Path, rank: int) -> hashes.Hashes:
     path = _hashes_of_rank(folder, rank)
-    if not path.exists():  # the rank had nothing to write
+    if not path.exists():  # the rank had nothing to write; or no room, which is told elsewhere
         return {}
     found: hashes.Hashes = json.loads(path.read_text())
     path.unlink()
@@ -126,8 +138,10 @@ def _take_hashes(folder: Path, rank: int) -> hashes.Hashes:
 
 
 def _write_manifest(folder: Path, found: hashes.Hashes) -> None:
-    names = (path.name for path in folder.iterdir() if path.name not in found)
-    hashes.write_manifest(folder, found | hashes.hash_files(folder, names))
+    names = (path.name for path in folder.iterdir() if not path.name.startswith(_HASHES_OF_RANK))
+    hashes.write_manifest(
+        folder, found | hashes.hash_files(folder, [name for name in names if name not in found])
+    )
 
 
 def _take_place(partial: Path, target: Path) -> None:
@@ -172,14 +186,14 @@ def _explaining(target: Path, step: Callable[[], None]) -> None:
         step()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
     """Turns what goes wrong while a checkpoint is written into one line."""
     try:
         yield
     except SaveError:
         raise
-    except (CheckpointException, CheckpointError, OSError, RuntimeError) as error:
+    except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
         if dist.get_rank() == 0:
             for path in folders.leftovers(target.parent):
                 if path.name.startswith(f"partial_{target.name}."):

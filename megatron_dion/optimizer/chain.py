@@ -1,12 +1,13 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_dion.checkpointing.errors import CheckpointError
-from megatron_dion.optimizer.checkpoint import Source, Transfer
+from megatron_dion.optimizer.checkpoint import Source, Steps, Transfer
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
@@ -106,7 +107,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         scaler = self.chained_optimizers[0].grad_scaler
         return {
             "dion": self.record.to_dict(),
-            "step": max(group.get("step", 0) for group in self.param_groups),
+            "steps": asdict(Steps.of(self.chained_optimizers)),
             **({"grad_scaler": scaler.state_dict()} if scaler else {}),
             "state": transfer.requests(model_sharded_state_dict),
         }
@@ -121,7 +122,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         assert self._transfer is not None, "sharded_state_dict(is_loading=True) comes first"
         if self._source is None:
             self._require_same(state_dict)
-        self._transfer.take(state_dict["state"], _step_of(state_dict))
+        self._transfer.take(state_dict["state"], Steps.saved(state_dict))
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler and "grad_scaler" in state_dict:
             scaler.load_state_dict(state_dict["grad_scaler"])
@@ -136,17 +137,3 @@ class DionChainedOptimizer(ChainedOptimizer):
             raise CheckpointError(
                 f"the checkpoint is of another run: {'; '.join(map(str, serious))}"
             )
-
-
-def _step_of(state_dict: dict[str, Any]) -> int:
-    """Steps that saved state has seen, of this chain's or of an optimizer of Megatron's."""
-    if "step" in state_dict:
-        return int(state_dict["step"])
-    groups = [state_dict] if "optimizer" in state_dict else list(state_dict.values())
-    found = [
-        group.get("step", 0)
-        for one in groups
-        if "optimizer" in one
-        for group in one["optimizer"]["param_groups"]
-    ]
-    return int(max(found, default=0))

@@ -38,6 +38,39 @@ class Source:
     scalars: bool
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Number of steps that the state of Dion, and that of the scalar optimizer, has seen."""
+
+    dion: int
+    scalar: int
+
+    @classmethod
+    def of(cls, optimizers: Sequence[DistributedOptimizer]) -> "Steps":
+        """Those of a chain; a rank may have neither. A collective call of all ranks."""
+        found = [0, 0]
+        for optimizer in optimizers:
+            is_scalar = not isinstance(optimizer, DionDistributedOptimizer)
+            found[is_scalar] = max(found[is_scalar], _step_of(optimizer))
+        everywhere = torch.tensor(found, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
+        return cls(*everywhere.tolist())
+
+    @classmethod
+    def saved(cls, state_dict: dict[str, Any]) -> "Steps":
+        """Those in a checkpoint of Dion's chain, or of an optimizer of Megatron's."""
+        if "steps" in state_dict:
+            return cls(**state_dict["steps"])
+        members = [state_dict] if "optimizer" in state_dict else list(state_dict.values())
+        steps = [
+            group.get("step", 0)
+            for member in members
+            if "optimizer" in member
+            for group in member["optimizer"]["param_groups"]
+        ]
+        return cls(dion=0, scalar=int(max(steps, default=0)))
+
+
 class Transfer:
     """Names what distributed optimizers hold by its places in a checkpoint.
 
@@ -64,17 +97,20 @@ class Transfer:
         return found
 
     @torch.no_grad()
-    def take(self, loaded: dict[str, Tensor], step: int) -> None:
+    def take(self, loaded: dict[str, Tensor], steps: Steps) -> None:
         """Copies what was loaded for `requests` to where it belongs.
 
         Args:
             loaded: by the names of the requests.
-            step: number of steps that the state has seen.
+            steps: that the saved state has seen; state that begins anew has seen none.
         """
         for name, tensor in self._requested.items():
             tensor.copy_(loaded[name])
         for optimizer in self._optimizers:
-            _set_step(optimizer, step)
+            if isinstance(optimizer, DionDistributedOptimizer):
+                _set_step(optimizer, steps.dion if self._source.momentum else 0)
+            else:
+                _set_step(optimizer, steps.scalar if self._source.scalars else 0)
 
     def _requests_of(
         self, optimizer: DistributedOptimizer, model_state: dict[str, Any]
@@ -130,7 +166,7 @@ class MastersOnly:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was loaded."""
-        self._transfer.take(state_dict["state"], step=0)
+        self._transfer.take(state_dict["state"], Steps(0, 0))
 
 
 def _right_factors(blocks: Iterable[HeldBlock], instance: int) -> Requests:
@@ -160,8 +196,16 @@ def _allocate(optimizer: DistributedOptimizer) -> None:
             state.setdefault("step", torch.tensor(0.0))
 
 
-def _set_step(optimizer: DistributedOptimizer, step: int) -> None:
+def _step_of(optimizer: DistributedOptimizer) -> int:
     """Where optimizers count steps: in each group, and torch's in each state of its own."""
+    if optimizer.is_stub_optimizer:
+        return 0
+    in_states = (state.get("step", 0) for state in optimizer.optimizer.state.values())
+    in_groups = (group.get("step", 0) for group in optimizer.param_groups)
+    return max((int(step) for steps in (in_states, in_groups) for step in steps), default=0)
+
+
+def _set_step(optimizer: DistributedOptimizer, step: int) -> None:
     for group in optimizer.param_groups:
         group["step"] = step
     for state in optimizer.optimizer.state.values():

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from megatron_dion.optimizer.keys import DION_PREFIX, MASTER, PREFIX, WEIGHT
 from megatron_dion.optimizer.routing import tensor_parallel_rank
-from megatron_dion.sharding import Weight, rectangles
+from megatron_dion.sharding import Weight, boxes, rectangles
 
 Requests = dict[str, ShardedTensor]
 
@@ -150,34 +150,6 @@ def box_of_tensor(
         replica_id=replica_id,
         allow_shape_mismatch=allow_shape_mismatch,
     )
-
-
-def boxes(
-    shape: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Tiles elements start:stop of a row-major tensor.
-
-    Yields:
-        For each box the offset of its first element in the flattened tensor, its shape and its
-        corner; the box is contiguous.
-    """
-    if start >= stop:
-        return
-    inner = prod(shape[1:])
-    while start < stop:
-        row, rest = divmod(start, inner)
-        if len(shape) == 1:
-            yield start, (stop - start,), (start,)
-            return
-        if rest == 0 and stop - start >= inner:
-            rows = (stop - start) // inner
-            yield start, (rows, *shape[1:]), (row, *(0 for _ in shape[1:]))
-            start += rows * inner
-        else:
-            end = min(inner, rest + stop - start)
-            for offset, inner_shape, corner in boxes(shape[1:], rest, end):
-                yield row * inner + offset, (1, *inner_shape), (row, *corner)
-            start += end - rest
 
 
 def _parts(base: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

@@ -1,6 +1,6 @@
 """Where the rows of logical matrices live, and how the sums of a step cross ranks."""
 
-from megatron_dion.sharding.blocks import Rectangle, rectangles
+from megatron_dion.sharding.blocks import Rectangle, boxes, rectangles
 from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
@@ -21,6 +21,7 @@ __all__ = [
     "Rectangle",
     "ShardedExchange",
     "Weight",
+    "boxes",
     "rectangles",
     "sets_in_turn",
 ]

@@ -7,6 +7,7 @@ its part of each logical matrix.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from megatron_dion.sharding.matrices import Weight
 
@@ -49,10 +50,10 @@ def rectangles(
     first_column = weight.first_column(tensor_parallel_rank)
     segments = list(weight.segments(tensor_parallel_rank))
     found = []
-    for row_start, row_stop, column_start, column_stop in _row_runs(start, stop, weight.columns):
+    for _, (rows, columns), (row, column) in boxes((weight.rows, weight.columns), start, stop):
         for segment in segments:
-            low = max(row_start, segment.local_row)
-            high = min(row_stop, segment.local_row + segment.rows)
+            low = max(row, segment.local_row)
+            high = min(row + rows, segment.local_row + segment.rows)
             if low < high:
                 shift = segment.matrix_row - segment.local_row
                 found.append(
@@ -60,24 +61,38 @@ def rectangles(
                         part=segment.part,
                         row_start=low + shift,
                         row_stop=high + shift,
-                        column_start=first_column + column_start,
-                        column_stop=first_column + column_stop,
-                        offset=low * weight.columns + column_start - start,
-                        cut=column_stop - column_start < weight.columns,
+                        column_start=first_column + column,
+                        column_stop=first_column + column + columns,
+                        offset=low * weight.columns + column - start,
+                        cut=columns < weight.columns,
                     )
                 )
     return tuple(found)
 
 
-def _row_runs(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Splits elements start:stop of a row-major matrix into a cut row, whole rows, a cut row."""
+def boxes(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Tiles elements start:stop of a row-major tensor.
+
+    Yields:
+        For each box the offset of its first element in the flattened tensor, its shape and its
+        corner; the box is contiguous.
+    """
+    if start >= stop:
+        return
+    inner = prod(shape[1:])
     while start < stop:
-        row, column = divmod(start, columns)
-        if column == 0 and stop - start >= columns:
-            rows = (stop - start) // columns
-            yield row, row + rows, 0, columns
-            start += rows * columns
+        row, rest = divmod(start, inner)
+        if len(shape) == 1:
+            yield start, (stop - start,), (start,)
+            return
+        if rest == 0 and stop - start >= inner:
+            rows = (stop - start) // inner
+            yield start, (rows, *shape[1:]), (row, *(0 for _ in shape[1:]))
+            start += rows * inner
         else:
-            end = min(columns, column + stop - start)
-            yield row, row + 1, column, end
-            start += end - column
+            end = min(inner, rest + stop - start)
+            for offset, inner_shape, corner in boxes(shape[1:], rest, end):
+                yield row * inner + offset, (1, *inner_shape), (row, *corner)
+            start += end - rest

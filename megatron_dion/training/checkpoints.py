@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training import get_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
@@ -34,8 +35,8 @@ def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
     Where `--load` is `--save` and holds none, the run starts from `--pretrained-checkpoint` or from
-    random weights. What is not to be loaded is taken off the command line, since Megatron believes
-    the trackers, whatever stands beside them.
+    random weights. The choice is put on the command line, since Megatron believes the trackers,
+    whatever stands beside them, and without one that there is no checkpoint.
 
     Raises:
         CheckpointError: there is none elsewhere, or the chosen one is not complete.
@@ -43,12 +44,16 @@ def choose(args: argparse.Namespace) -> Choice | None:
     if args.ckpt_format != "torch_dist":
         check_checkpoint_exists(args)
         return None
+    if _saves_there(args, args.load):
+        folders.settle(Path(args.load))
     choice = _chosen(args, "--load", args.load)
     if choice is None:
-        args.load = None
-        choice = _chosen(args, "--pretrained-checkpoint", args.pretrained_checkpoint)
-    else:
-        args.pretrained_checkpoint = None
+        args.load = args.pretrained_checkpoint
+        choice = _chosen(args, "--pretrained-checkpoint", args.load)
+        args.finetune = args.finetune or choice is not None
+    args.pretrained_checkpoint = None
+    if choice is not None:
+        args.ckpt_step = choice.iteration
     return choice
 
 
@@ -72,8 +77,27 @@ def _chosen(args: argparse.Namespace, flag: str, given: str | None) -> Choice | 
 
 def _may_be_empty(args: argparse.Namespace, given: str) -> bool:
     """Whether a folder of checkpoints is one that the run itself is to fill."""
-    saves_there = args.save is not None and Path(args.save).resolve() == Path(given).resolve()
-    return saves_there and not args.exit_on_missing_checkpoint
+    return _saves_there(args, given) and not args.exit_on_missing_checkpoint
+
+
+def _saves_there(args: argparse.Namespace, given: str | None) -> bool:
+    if args.save is None or given is None:
+        return False
+    return Path(args.save).resolve() == Path(given).resolve()
+
+
+def load_arguments(args: argparse.Namespace, choice: Choice | None) -> None:
+    """Does what `--use-checkpoint-args` asks for.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    if not args.use_checkpoint_args:
+        return
+    folder = args.load or args.pretrained_checkpoint if choice is None else choice.folder
+    with _explained(Path(folder or ".")):
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
@@ -90,6 +114,7 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
     """
     if args.ckpt_format != "torch_dist":
         return
+    patches.when_optimizer_is_built(lambda _: _agree_on(choice))
     if choice is not None:
 
         def tracked(tracker: str) -> tuple[int, bool] | None:
@@ -130,46 +155,47 @@ def read_facts(folder: Path) -> Facts:
     """Reads what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it is damaged, or a newer version wrote it.
     """
+    try:
+        return _facts(folder)
+    except CheckpointError as error:
+        raise _refusal(folder, str(error)) from error
+
+
+def _facts(folder: Path) -> Facts:
     contents = Contents(folder)
     damage = contents.damaged_files()
     if damage:
-        raise _damaged(folder, damage)
+        raise CheckpointError("; ".join(damage[:5]))
     common = contents.common
     metadata = common.get("content_metadata") or {}
     scheduler = common.get("opt_param_scheduler")
     return Facts(
         optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-        record=_record_in(folder, common),
+        record=record_of(common),
         has_state="optimizer" in common,
         sharding=metadata.get("distrib_optim_sharding_type"),
-        learning_rates=scheduler and (scheduler["max_lr"], scheduler["min_lr"]),
+        learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
         hashes=hashes.read_manifest(folder),
     )
 
 
-def _record_in(folder: Path, common: dict[str, Any]) -> Record | None:
-    try:
-        return record_of(common)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+def _refusal(folder: Path, reason: str) -> CheckpointError:
+    """Says what is wrong with a checkpoint, and which one is older."""
+    older = [n for n in folders.complete_iterations(folder.parent) if n < _iteration(folder)]
+    advice = f"--ckpt-step {older[0]} takes an older one" if older else "there is no older one"
+    return CheckpointError(f"{folder} cannot be used: {reason}: {advice}")
+
+
+def _iteration(folder: Path) -> int:
+    digits = folder.name.rpartition("_")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _is_of_old_format(folder: Path) -> bool:
     """Whether it is of Megatron's format `torch`, which it recognizes by itself."""
     return not (folder / folders.MARKER).exists()
-
-
-def _damaged(folder: Path, damage: list[str]) -> CheckpointError:
-    others = [n for n in folders.complete_iterations(folder.parent) if n != _iteration(folder)]
-    advice = f"--ckpt-step {others[0]} takes an older one" if others else "there is no other"
-    return CheckpointError(f"{folder} is damaged: {'; '.join(damage[:5])}: {advice}")
-
-
-def _iteration(folder: Path) -> int:
-    digits = folder.name.rpartition("_")[2]
-    return int(digits) if digits.isdecimal() else -1
 
 
 class Loader:
@@ -192,7 +218,6 @@ class Loader:
             CheckpointError: on all ranks, before anything has been loaded where it can be known.
         """
         folder = self._choice.folder
-        _agree_on(folder)
         if self._args.optimizer != "dion" and _is_of_old_format(folder):
             return stock(model, optimizer, *others, **options)
         facts = on_first_rank(lambda: read_facts(folder))
@@ -212,12 +237,11 @@ class Loader:
         found = hashes.damage(folder, {name: facts.hashes[name] for name in names})
         damage = gathered(found)
         if damage:
-            raise _damaged(folder, damage)
+            raise _refusal(folder, "; ".join(damage[:5]))
 
     def _takes_optimizer(self) -> bool:
         args = self._args
-        is_pretrained = args.load is None
-        if args.finetune or is_pretrained or self._choice.iteration is None:
+        if args.finetune or self._choice.iteration is None:
             return False
         if args.no_load_optim:
             self._say(f"{self._choice.folder}: --no-load-optim: all optimizer state begins anew")
@@ -322,9 +346,10 @@ class Loader:
         _say(self._args, line)
 
 
-def _agree_on(folder: Path) -> None:
+def _agree_on(choice: Choice | None) -> None:
     """Each rank has looked into the folder of all checkpoints on its own."""
-    chosen = sorted({str(one) for one in gathered([folder])})
+    mine = "none" if choice is None else str(choice.folder)
+    chosen = sorted(set(gathered([mine])))
     if len(chosen) > 1:
         raise CheckpointError(
             f"the ranks see other checkpoints ({', '.join(chosen)}): is the folder on a filesystem"
@@ -343,6 +368,7 @@ def _explained(folder: Path) -> Iterator[None]:
         CheckpointingException,
         KeyError,
         OSError,
+        RuntimeError,
     ) as error:
         hint = (
             ": --override-opt-param-scheduler takes the command line's, "
@@ -350,7 +376,9 @@ def _explained(folder: Path) -> Iterator[None]:
             if "OptimizerParamScheduler" in str(error)
             else ""
         )
-        raise CheckpointError(f"{folder} does not fit this run: {told(error)}{hint}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded into this run: {told(error)}{hint}"
+        ) from error
 
 
 def _listed(differences: tuple[Difference, ...]) -> str:

@@ -198,8 +198,8 @@ def after_each_evaluation(observe: Callable[[str, int, dict[str, Any]], None]) -
 def read_tracker_with(read: Callable[[str], tuple[int, bool] | None]) -> None:
     """Let `read(tracker)` say iteration and whether it is a release; None leaves it to Megatron.
 
-    checkpointing.py:1577 and others take the tracker's word for the newest checkpoint, and end the
-    process with exit code 0 where it is damaged.
+    checkpointing.py:1577 and others take the tracker's word for the newest checkpoint where there
+    is a tracker, and end the process with exit code 0 where it is damaged.
     """
 
     def read_metadata(stock: Callable[..., Any], tracker_filename: str) -> tuple[int, bool]:

@@ -14,7 +14,6 @@ from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
-from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_dion.planning.loads import describe, loads
@@ -67,11 +66,9 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         args = parse_args(extra_args_provider(device))
     args.device = device
-    checkpoints.use(checkpoints.choose(args), args)
-    with _in_one_line("megatron refuses these arguments"):
-        if args.use_checkpoint_args:
-            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-            load_args_from_checkpoint(args)
+    choice = checkpoints.choose(args)
+    checkpoints.use(choice, args)
+    checkpoints.load_arguments(args, choice)
     for check in validation.CHECKS:
         check(args)
     with _in_one_line("megatron refuses these arguments"):

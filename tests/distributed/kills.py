@@ -13,6 +13,7 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_dion.checkpointing import folders
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
@@ -148,6 +151,7 @@ def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> No
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=2)
     os.environ |= environment_of(rank, size, port)
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     code = 1
     try:
         train(argv)
@@ -205,6 +209,8 @@ def _one_run(
     """Kills a run a few times and lets it finish."""
     kills = chance.randint(2, 6)
     while True:
+        expected = _newest(run / "checkpoints")
+        said = (run / "log").stat().st_size if (run / "log").exists() else 0
         world = _start(run, start, chance.choice(sorted(TOPOLOGIES)), flags)
         try:
             if kills and sum(report.killed.values()) < trials:
@@ -214,6 +220,7 @@ def _one_run(
                 report.problems.append(f"{run}: a run that nobody killed hangs")
         finally:
             world.clean()
+        _check_start((run / "log").read_bytes()[said:].decode(), expected, run, report)
         if report.problems or world.codes() == [0] * len(world.ranks):
             return
         if -signal.SIGKILL not in world.codes():
@@ -256,6 +263,24 @@ def _kill(world: World, run: Path, chance: random.Random, seconds: float, report
         world.clean()
     print(f"{sum(report.killed.values())} killed", flush=True)
     _look_at(run / "checkpoints", report)
+
+
+def _newest(saved: Path) -> int:
+    """The iteration from which the next start has to go on, also if its name is still missing."""
+    done = [path.name for path in saved.glob("*iter_*") if folders.is_complete(path)]
+    return max((int(name.split("iter_")[1].split(".")[0]) for name in done), default=0)
+
+
+def _check_start(said: str, expected: int, run: Path, report: Report) -> None:
+    """Nothing that was complete may be lost, in silence or not."""
+    found = re.search(
+        r"successfully loaded checkpoint from \S+/checkpoints .* at iteration (\d+)", said
+    )
+    began = int(found[1]) if found else 0
+    if "before the start of training step" in said and began != expected:
+        report.problems.append(
+            f"{run}: began at iteration {began}, with a checkpoint of {expected}"
+        )
 
 
 def _look_at(saved: Path, report: Report) -> None:

@@ -133,6 +133,9 @@ def test_advice_names_an_older_checkpoint(nursery: Nursery, folder: Path) -> Non
     flip_a_bit(folder)
     _, said = run(nursery, "--load", str(folder))
     assert "--ckpt-step 4 takes an older one" in said
+    break_the_index(folder)
+    _, said = run(nursery, "--load", str(folder))
+    assert "--ckpt-step 4 takes an older one" in said
 
 
 def test_hashes_can_be_left_out(nursery: Nursery, tmp_path: Path) -> None:
@@ -238,11 +241,25 @@ def test_saving_again_replaces_a_checkpoint_at_once(nursery: Nursery, folder: Pa
     assert inspect(nursery, newest(folder), "--verify")[0] == 0
 
 
-def test_damaged_tracker(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
+def test_damaged_tracker(nursery: Nursery, folder: Path) -> None:
     (folder / TRACKER).write_text("")
-    codes, said = run(nursery, "--load", str(folder), "--train-iters", "12", *WITH_MORE_ITERATIONS)
+    more = "--train-iters 9 --override-opt-param-scheduler".split()
+    codes, said = run(nursery, "--load", str(folder), *more)
     assert codes == [0, 0], said
-    assert "is missing or damaged; the newest complete checkpoint, of iteration 8, is taken" in said
+    assert "is missing or damaged; iteration 8, the newest complete checkpoint, is taken" in said
+    assert "at iteration 8\n" in said
+    (folder / TRACKER).unlink()
+    codes, said = run(nursery, "--load", str(folder), *more)
+    assert codes == [0, 0], said
+    assert "at iteration 8\n" in said
 
 
-WITH_MORE_ITERATIONS = ["--override-opt-param-scheduler", "--lr-decay-iters", "20"]
+def test_reader_leaves_a_save_in_progress_alone(nursery: Nursery, folder: Path) -> None:
+    """A folder of another run's, all of whose files are there, and which it is about to rename."""
+    partial = folder / "partial_iter_0000012.00ff"
+    shutil.copytree(newest(folder), partial)
+    before = contents(folder)
+    codes, said = run(nursery, "--load", str(folder), "--ckpt-step", "4")
+    assert codes == [0, 0], said
+    assert inspect(nursery, folder)[0] == 0
+    assert contents(folder) == before

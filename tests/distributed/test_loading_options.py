@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,7 @@ def test_scalar_state_of_adam_goes_on_beside_dion(
     # One step with beta2 0.999: nearly all of it is the old state.
     old, new = before.read(key), after.read(key)
     assert (new >= 0.998 * old).all()
-    assert after.common["optimizer"]["step"] == 5
+    assert after.common["optimizer"]["steps"] == {"dion": 1, "scalar": 5}
 
 
 def test_other_optimizer_without_the_flag(nursery: Nursery, adam: Path, dion: Path) -> None:
@@ -223,15 +225,18 @@ def test_reinit_keeps_momenta_across_splits(nursery: Nursery, dion: Path, tmp_pa
         torch.testing.assert_close(after[name], fused, rtol=1e-5, atol=1e-7)
 
 
-def test_other_routes_and_scalar_optimizer(nursery: Nursery, dion: Path) -> None:
+def test_other_routes_and_scalar_optimizer(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
     exclude = ["--dion-exclude", "*.linear_proj.weight"]
     said = run(nursery, "dp2", *DION, "--bf16", *exclude, *load(dion), code=2)
     assert "--dion-exclude none (saved), *.linear_proj.weight (here)" in said
     lion = "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1".split()
     said = run(nursery, "dp2", *DION, "--bf16", *lion, *load(dion), code=2)
     assert "--dion-scalar-optimizer adam (saved), lion (here)" in said
-    said = run(nursery, "dp2", *DION, "--bf16", *lion, "--switch-optimizer", *load(dion))
+    argv = [*DION, "--bf16", *lion, "--switch-optimizer", *load(dion)]
+    said = resave(nursery, "dp2", tmp_path, *argv)
     assert "state of scalar parameters begins anew" in said
+    state = Contents(folder_of(tmp_path, 5)).common["optimizer"]
+    assert state["steps"] == {"dion": 5, "scalar": 1}
 
 
 def test_model_only(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
@@ -270,6 +275,29 @@ def test_arguments_of_the_checkpoint(nursery: Nursery, dion: Path, tmp_path: Pat
     for code, said in nursery.run(4, exit_of_rank, argv):
         assert code == 0, said
     assert losses(tmp_path) == losses(dion / "run")[4:]
+
+
+def test_arguments_of_a_damaged_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dion, tmp_path / "copy"))
+    (folder_of(folder, 4) / ".metadata").write_bytes(b"junk")
+    argv = [*DION, "--bf16", "--use-checkpoint-args", *load(folder)]
+    said = run(nursery, "dp2", *argv, code=2)
+    assert f"{folder_of(folder, 4)} cannot be loaded into this run" in said
+
+
+def test_ranks_that_see_other_checkpoints(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+    """One of them sees none, as on a node where the folder is not mounted."""
+    argv = [*COMMON, *DION, "--bf16", "--load", str(dion), "--save", str(dion)]
+    argv += ["--save-interval", "100"]
+    for code, said in nursery.run(2, exit_with_folder_elsewhere, argv, str(tmp_path)):
+        assert code == 2, said[-3000:]
+        assert "the ranks see other checkpoints" in said
+
+
+def exit_with_folder_elsewhere(argv: Sequence[str], other: str) -> tuple[object, str]:
+    if os.environ["RANK"] == "1":
+        argv = [other if one == argv[argv.index("--load") + 1] else one for one in argv]
+    return exit_of_rank(argv)
 
 
 def test_saved_without_optimizer(nursery: Nursery, tmp_path: Path) -> None:
@@ -337,5 +365,7 @@ def test_own_checkpoint_wins_over_a_pretrained_one(
     (folder / "latest_checkpointed_iteration.txt").unlink()
     more = ["--pretrained-checkpoint", str(dion), "--train-iters", "9"]
     said = run(nursery, "dp2", *own, *more)
-    assert "the newest complete checkpoint, of iteration 8, is taken" in said
+    assert "iteration 8, the newest complete checkpoint, is taken" in said
+    assert f"successfully loaded checkpoint from {folder}" in said
+    assert "at iteration 8\n" in said
     assert [entry["iteration"] for entry in read_metrics(folder / "run")] == list(range(1, 10))

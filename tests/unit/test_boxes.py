@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dion.optimizer.state_space import boxes
+from megatron_dion.sharding import boxes
 
 
 @given(

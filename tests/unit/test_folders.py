@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,19 @@ def test_older_unfinished_checkpoints_are_nobodys_business(tmp_path: Path) -> No
     assert folders.choose(tmp_path).remarks == ()
 
 
+def written(path: Path, when: int) -> None:
+    """Makes a file as old as that many seconds after some moment."""
+    os.utime(path, (1_700_000_000 + when,) * 2)
+
+
 @pytest.mark.parametrize("text", ["", "\x00\x00", "4", None])
 def test_tracker_that_is_damaged_or_behind(tmp_path: Path, text: str | None) -> None:
     """A process can be killed between the last file of a checkpoint and the tracker, or in it."""
-    make(tmp_path, "iter_0000004")
-    make(tmp_path, "iter_0000008")
+    for iteration, when in ((4, -1), (8, 1)):
+        written(make(tmp_path, f"iter_{iteration:07d}") / "metadata.json", when)
     if text is not None:
         track(tmp_path, text)
+        written(tmp_path / folders.TRACKER, 0)
     choice = folders.choose(tmp_path)
     assert choice.iteration == 8
     assert "--ckpt-step takes another" in choice.remarks[0]
@@ -63,6 +70,20 @@ def test_tracker_that_is_damaged_or_behind(tmp_path: Path, text: str | None) -> 
         assert folders.tracked(tmp_path) == 4  # a valid one is left alone
     elif text is not None:
         assert folders.tracked(tmp_path) == 8
+
+
+def test_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
+    """Later iterations that it once had are older than the tracker."""
+    for iteration, when in ((100, 1), (500, 5), (150, 6)):
+        written(make(tmp_path, f"iter_{iteration:07d}") / "metadata.json", when)
+    track(tmp_path, "150")
+    written(tmp_path / folders.TRACKER, 7)
+    choice = folders.choose(tmp_path)
+    assert choice.iteration == 150
+    assert "complete checkpoints of later iterations, up to 500" in choice.remarks[0]
+    track(tmp_path, "500")  # killed before the tracker was written
+    written(tmp_path / folders.TRACKER, 5)
+    assert folders.choose(tmp_path).iteration == 150
 
 
 def test_tracker_that_names_nothing_is_removed(tmp_path: Path) -> None:
@@ -86,7 +107,10 @@ def test_chosen_step(tmp_path: Path) -> None:
 def test_release_checkpoint(tmp_path: Path) -> None:
     make(tmp_path, "release")
     track(tmp_path, "release")
+    written(tmp_path / folders.TRACKER, 0)
     assert folders.choose(tmp_path).folder == tmp_path / "release"
+    written(make(tmp_path, "iter_0000004") / "metadata.json", 1)  # killed before its tracker
+    assert folders.choose(tmp_path).iteration == 4
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
@@ -117,17 +141,22 @@ def test_finished_but_not_yet_renamed(tmp_path: Path) -> None:
     """A process was killed between the last file and the name, or between two names."""
     make(tmp_path, "partial_iter_0000008.00ff")
     (tmp_path / "iter_0000008").mkdir()  # Megatron makes it before anything is written
+    with pytest.raises(NothingToLoad):  # whoever only reads may not rename
+        folders.choose(tmp_path)
+    folders.settle(tmp_path)
     assert folders.choose(tmp_path).folder == tmp_path / "iter_0000008"
     assert (tmp_path / "iter_0000008" / "__0_0.distcp").exists()
     make(tmp_path, "partial_iter_0000012.00ff")
     make(tmp_path, "replaced_iter_0000012.00ff")
-    assert folders.choose(tmp_path).iteration == 12
+    folders.settle(tmp_path)
+    assert folders.choose(tmp_path, 12).iteration == 12
 
 
 def test_newer_copy_never_overwrites_a_complete_one(tmp_path: Path) -> None:
     old = make(tmp_path, "iter_0000008")
     (old / "__0_0.distcp").write_bytes(b"old")
     make(tmp_path, "partial_iter_0000008.00ff")
+    folders.settle(tmp_path)
     assert folders.choose(tmp_path).iteration == 8
     assert (old / "__0_0.distcp").read_bytes() == b"old"
 

@@ -66,7 +66,7 @@ def test_of_dion(nursery: Nursery, folders: tuple[Path, Path]) -> None:
     code, said = inspect(nursery, folders[0], "--verify")
     assert code == 0, said
     assert "iteration   2" in said
-    assert "optimizer   dion, after 2 steps; adam" in said
+    assert "optimizer   dion, after 2 steps\nand         adam, after 2 steps" in said
     assert "saved by    1 ranks, TP1 PP1 EP1" in said
     assert "rank_fraction 0.5" in said
     assert "split       gate, qkv" in said
