@@ -138,10 +138,9 @@ def _take_hashes(folder: Path, rank: int) -> hashes.Hashes:
 
 
 def _write_manifest(folder: Path, found: hashes.Hashes) -> None:
-    names = (path.name for path in folder.iterdir() if not path.name.startswith(_HASHES_OF_RANK))
-    hashes.write_manifest(
-        folder, found | hashes.hash_files(folder, [name for name in names if name not in found])
-    )
+    names = [path.name for path in folder.iterdir()]
+    rest = [name for name in names if name not in found and not name.startswith(_HASHES_OF_RANK)]
+    hashes.write_manifest(folder, found | hashes.hash_files(folder, rest))
 
 
 def _take_place(partial: Path, target: Path) -> None:

@@ -263,3 +263,28 @@ def test_reader_leaves_a_save_in_progress_alone(nursery: Nursery, folder: Path) 
     assert codes == [0, 0], said
     assert inspect(nursery, folder)[0] == 0
     assert contents(folder) == before
+
+
+def train_watching_the_marker(argv: Sequence[str]) -> list[list[str]]:
+    """On a rank: the files beside the marker of a complete checkpoint when it is written."""
+    from megatron.core.dist_checkpointing import serialization
+
+    seen: list[list[str]] = []
+    save_config = serialization.save_config
+
+    def watched(config: object, folder: str) -> None:
+        seen.append(sorted(path.name for path in Path(folder).iterdir()))
+        assert Path(folder).name.startswith("partial_iter_")
+        save_config(config, folder)
+
+    serialization.save_config = watched
+    code, said = exit_of_rank(argv)
+    assert code == 0, said
+    return seen
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "async"])
+def test_marker_is_written_last(nursery: Nursery, tmp_path: Path, flags: list[str]) -> None:
+    argv = [*RUN, "--save", str(tmp_path), *flags]
+    first, _ = nursery.run(RANKS, train_watching_the_marker, argv)
+    assert first == [[".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json"]] * 2
