@@ -49,6 +49,12 @@ class Choice:
             return self.root / RELEASE
         return folder_of(self.root, self.iteration)
 
+    def tracked(self, tracker: str) -> tuple[int, bool] | None:
+        """What a tracker should say: iteration, and whether a release; None for another one."""
+        if Path(tracker).parent != self.root:
+            return None
+        return self.iteration or 0, self.iteration is None
+
 
 def folder_of(root: Path, iteration: int) -> Path:
     """Megatron's name for the checkpoint of an iteration."""

@@ -35,8 +35,8 @@ def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
     Where `--load` is `--save` and holds none, the run starts from `--pretrained-checkpoint` or from
-    random weights. The choice is put on the command line, since Megatron believes the trackers,
-    whatever stands beside them, and without one that there is no checkpoint.
+    random weights. The choice is put on the command line and in Megatron's reading of the tracker:
+    it believes that, whatever stands beside it, and without one that there is no checkpoint.
 
     Raises:
         CheckpointError: there is none elsewhere, or the chosen one is not complete.
@@ -54,6 +54,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
     args.pretrained_checkpoint = None
     if choice is not None:
         args.ckpt_step = choice.iteration
+        patches.read_tracker_with(choice.tracked)
     return choice
 
 
@@ -117,15 +118,9 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
     patches.when_optimizer_is_built(lambda _: _agree_on(choice))
     if choice is not None:
 
-        def tracked(tracker: str) -> tuple[int, bool] | None:
-            if Path(tracker).parent != choice.root:
-                return None
-            return choice.iteration or 0, choice.iteration is None
-
         def load(stock: Callable[..., Any], *positional: Any, **options: Any) -> Any:
             return Loader(choice).load(stock, *positional, **options)
 
-        patches.read_tracker_with(tracked)
         patches.load_checkpoint_with(load)
     patches.save_checkpoint_with(Saver(with_hashes=not args.no_checkpoint_hashes).save)
 

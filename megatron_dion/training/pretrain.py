@@ -16,6 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
+from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, patches, validation
@@ -41,7 +42,7 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     Raises:
         ConfigurationError: The run cannot start as it was asked for.
     """
-    args = resolve_arguments(argv, device)
+    args, choice = resolve_arguments(argv, device)
     if args.rank == 0:
         _announce(args, argv)
     patches.use_packaged_dataset_helpers()
@@ -49,16 +50,20 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     if args.optimizer == "dion":
         _join_dion(args, config.model)
+    checkpoints.use(choice, args)
     with _recording(args):
         pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.destroy_process_group()
 
 
-def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
+def resolve_arguments(argv: Sequence[str], device: str) -> tuple[argparse.Namespace, Choice | None]:
     """Parse and check the command line, and make it megatron's global arguments.
 
     The same steps as megatron.training.arguments.parse_and_validate_args, with the project's own
     checks between them.
+
+    Returns:
+        The arguments, and the checkpoint that the run loads.
 
     Raises:
         ConfigurationError: The run cannot start as it was asked for.
@@ -67,7 +72,6 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
         args = parse_args(extra_args_provider(device))
     args.device = device
     choice = checkpoints.choose(args)
-    checkpoints.use(choice, args)
     checkpoints.load_arguments(args, choice)
     for check in validation.CHECKS:
         check(args)
@@ -77,7 +81,7 @@ def resolve_arguments(argv: Sequence[str], device: str) -> argparse.Namespace:
             validation.keep_distributed_optimizer(args)
         set_global_variables(args)
     validation.check_token_ids(args, get_tokenizer().vocab_size)
-    return args
+    return args, choice
 
 
 @contextmanager
