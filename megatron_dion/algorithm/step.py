@@ -82,6 +82,7 @@ class Block:
             it holds as well, another process does.
         counted: the rows of R whose norms this process reports. Every row of a matrix is counted
             by one process.
+        is_copied: whether other processes hold the same elements, and must keep them equal.
     """
 
     matrix: int
@@ -95,6 +96,7 @@ class Block:
     projection: Tensor
     multiplied: slice
     counted: slice
+    is_copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -398,9 +400,12 @@ def _orthonormal_factors(
 def _update(
     block: Block, to_right: _ToRight, momentum: float, scaled_lr: float, shrink: float
 ) -> None:
-    right = to_right.apply(block.projection)  # (rows, r)
-    transposed = block.left_factor.T  # (r, columns)
-    block.total.addmm_(block.projection, transposed, alpha=momentum - 1)
+    projection, left = block.projection, block.left_factor
+    if block.is_copied:  # see _ToRight.apply
+        projection, left = projection.clone(), left.clone()
+    right = to_right.apply(projection)  # (rows, r)
+    transposed = left.T  # (r, columns)
+    block.total.addmm_(projection, transposed, alpha=momentum - 1)
     if block.momentum is not block.total:
         block.momentum.copy_(block.total)
     block.weight.addmm_(right, transposed, beta=shrink, alpha=-scaled_lr)

@@ -250,6 +250,7 @@ class Binding:
             projection=projection,
             multiplied=block.multiplied,
             counted=counted if is_first_of_row else slice(0, 0),
+            is_copied=layout.is_duplicated(block.placement),
         )
         return HeldBlock(
             matrix=plan.matrices[block.matrix],

@@ -87,6 +87,11 @@ def assert_orthonormal(q: Tensor, tolerance: float = 1e-5) -> None:
     assert (exact.mT @ exact - identity).abs().max().item() < tolerance
 
 
+def let_pass(r: int) -> float:
+    """The error that the probes of the result let pass; processors come more or less near."""
+    return 5e-6 * r**0.5
+
+
 def assert_spans(q: Tensor, p: Tensor) -> None:
     """Every column of P, scaled to unit norm, lies in the span of Q's orthonormal columns."""
     unit = p.double() / p.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
@@ -141,7 +146,8 @@ def test_ill_conditioned_gives_the_positive_qr(
 def test_many_matrices_with_few_more_rows_than_columns(
     n: int, r: int, condition: float, method: str
 ) -> None:
-    assert_orthonormal(orthonormal(conditioned(40, n, r, condition), method))
+    q = orthonormal(conditioned(40, n, r, condition), method)
+    assert_orthonormal(q, tolerance=max(1e-5, let_pass(r)))
 
 
 def duplicate_columns(p: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ def test_dependent_columns_are_completed(
 ) -> None:
     p = degenerate(gaussian(40, n, r))
     q = orthonormal(p, method)
-    assert_orthonormal(q, tolerance=2e-5)  # what the probes of the result let pass
+    assert_orthonormal(q, tolerance=max(2e-5, let_pass(r)))
     assert_spans(q, p)
 
 
