@@ -14,7 +14,7 @@ import copy
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.utils.data
+from torch.distributed.distributed_c10d import _world
 
 CPU = torch.device("cpu")
 
@@ -349,6 +350,7 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 def _megatron_patches() -> list[Patch]:
     from megatron.core import optimizer as optimizers
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import token_dispatcher
@@ -390,6 +392,12 @@ def _megatron_patches() -> list[Patch]:
             "MC/transformer/dot_product_attention.py:43 knows no v_channels, and line 58 no CP",
         ),
         Patch(
+            param_and_grad_buffer,
+            "_coalescing_manager",
+            _one_type_at_a_time(param_and_grad_buffer._coalescing_manager),
+            "see _one_type_at_a_time",
+        ),
+        Patch(
             token_dispatcher,
             "maybe_move_tensor_to_cpu",
             _to_numpy_if_asked,
@@ -414,6 +422,28 @@ def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..
         return norm
 
     return new
+
+
+def _one_type_at_a_time(coalescing: Callable[..., Any]) -> Callable[..., Any]:
+    """Let gloo see only tensors of one type in one coalesced collective.
+
+    It gathers tensors of several types into each other's memory without a word. With FP8 weights
+    Megatron gathers bytes and bf16 together (MC/distributed/param_and_grad_buffer.py:504).
+    """
+
+    @contextlib.contextmanager
+    def manage(group: Any, async_ops: bool = False) -> Iterator[Any]:
+        with coalescing(group, async_ops=async_ops) as works:
+            yield works
+            recorded = list(_world.pg_coalesce_state[group])
+            _world.pg_coalesce_state[group].clear()
+        for dtype in dict.fromkeys(operation.tensor.dtype for operation in recorded):
+            with coalescing(group, async_ops=async_ops) as of_one_type:
+                alike = [operation for operation in recorded if operation.tensor.dtype == dtype]
+                _world.pg_coalesce_state[group].extend(alike)
+            works.works.extend(of_one_type.works)
+
+    return manage
 
 
 def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -302,6 +302,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for config.json, routing.tsv, metrics.jsonl and loss.png",
     )
     group.add_argument(
+        "--fp8-emulation",
+        action="store_true",
+        help="on CPU, compute linear layers with operands rounded to FP8, as --fp8-format and"
+        " --fp8-recipe say: the numerics of FP8 training, not its speed",
+    )
+    group.add_argument(
         "--switch-optimizer",
         action="store_true",
         help="load a checkpoint of --optimizer adam with dion, or the reverse: master weights are"

@@ -48,6 +48,8 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     patches.use_packaged_dataset_helpers()
     patches.give_fault_tolerance_the_parsed_arguments()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    if args.fp8_emulation:
+        _emulate_fp8(config.model)
     if args.optimizer == "dion":
         _join_dion(args, config.model)
     checkpoints.use(choice, args)
@@ -101,6 +103,16 @@ def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
         say(defaults)
     if args.run_dir is not None:
         write_config(Path(args.run_dir), args, argv)
+
+
+def _emulate_fp8(model_config: Any) -> None:
+    from megatron_dion.platforms.fp8.emulation import emulate_fp8
+
+    def emulate(model_chunks: Any) -> Any:
+        with _in_one_line("--fp8-emulation"):
+            return emulate_fp8(model_chunks)
+
+    model_config.pre_wrap_hooks.append(emulate)
 
 
 def _join_dion(args: argparse.Namespace, model_config: Any) -> None:
