@@ -1,6 +1,7 @@
 # `make` prints what there is. PYTHON=path/to/python names the interpreter to make .venv with.
 
 VENV := .venv
+TE_VENV := .venv-te
 PYTHON_IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SOURCES := megatron_dion tools tests setup.py pretrain_gpt.py
@@ -9,16 +10,19 @@ SOURCES := megatron_dion tools tests setup.py pretrain_gpt.py
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test test-te test-gpu lint format clean
 
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
 	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
 	@echo "             ARGS='--train-iters 50' adds or overrides flags of pretrain_gpt.py"
 	@echo 'make test    run all tests'
+	@echo 'make test-te   build Transformer Engine into $(TE_VENV) (once, 25 minutes of processor time)'
+	@echo '               and run the tests that need it; no GPU is needed'
+	@echo 'make test-gpu  run the tests that need a GPU, in the Python that is active'
 	@echo 'make lint    check style and types'
 	@echo 'make format  rewrite the code in the project style'
-	@echo 'make clean   remove $(VENV), data/ and caches; runs/ is kept'
+	@echo 'make clean   remove $(VENV), $(TE_VENV), data/ and caches; runs/ is kept'
 
 setup: $(INSTALLED)
 
@@ -39,6 +43,14 @@ train: setup
 test: setup
 	$(PYTHON_IN_VENV) -m pytest
 
+test-te:
+	@tools/build_transformer_engine.sh $(TE_VENV)
+	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
+
+# Not in $(VENV): a container, or `pip install --no-build-isolation ".[te]"`, has Transformer Engine.
+test-gpu:
+	python -m pytest tests/gpu
+
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff check $(SOURCES)
 	$(PYTHON_IN_VENV) -m ruff format --check $(SOURCES)
@@ -49,4 +61,4 @@ format: setup
 	$(PYTHON_IN_VENV) -m ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TE_VENV) data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -67,8 +67,7 @@ class Result:
 
 def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterations: int) -> Result:
     """Train once, or read what an earlier call measured."""
-    slug = re.sub(r"[^a-z0-9]+", "-", candidate.name.lower())
-    run_dir = folder / f"{slug}-{rate:g}"
+    run_dir = run_directory(folder, candidate, rate)
     metrics = run_dir / "metrics.jsonl"
     if not is_finished(metrics, iterations):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,12 @@ def measure(candidate: Candidate, rate: float, data: Data, folder: Path, iterati
     validation = [record["lm_loss"] for record in records if record["kind"] == "validation"]
     last = losses[-10:]
     return Result(candidate.name, rate, sum(last) / len(last), validation[-1])
+
+
+def run_directory(folder: Path, candidate: Candidate, rate: float) -> Path:
+    """Where a run writes."""
+    slug = re.sub(r"[^a-z0-9]+", "-", candidate.name.lower())
+    return folder / f"{slug}-{rate:g}"
 
 
 def is_finished(metrics: Path, iterations: int) -> bool:

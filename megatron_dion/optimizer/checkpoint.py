@@ -111,6 +111,7 @@ class Transfer:
                 _set_step(optimizer, steps.dion if self._source.momentum else 0)
             else:
                 _set_step(optimizer, steps.scalar if self._source.scalars else 0)
+        make_model_weights(self._optimizers)
 
     def _requests_of(
         self, optimizer: DistributedOptimizer, model_state: dict[str, Any]
@@ -132,6 +133,26 @@ class Transfer:
         if is_dion and source.right_factors:
             found |= _right_factors(optimizer.held_blocks(), instance)
         return found
+
+
+def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
+    """Makes what the model computes with from the master weights. A collective call of all ranks.
+
+    A checkpoint of FP8 weights has their rounded values: a run with bf16 weights would begin with
+    these, and one with FP8 weights would round them again, with other scales.
+    """
+    chunks = {id(chunk): chunk for one in optimizers for chunk in one.model_chunks}.values()
+    if any(one.config.reuse_grad_buf_for_mxfp8_param_ag for one in optimizers):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()  # it is where mxfp8 weights are gathered
+    for optimizer in optimizers:
+        if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag:
+            optimizer._copy_main_params_to_param_buffer()
+        else:
+            optimizer._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+        chunk.reset_param_sync_dispatch_state()
 
 
 class MastersOnly:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.transformer.fsdp_dtensor_checkpoint import (
     get_ep_layer_offset,
     get_global_unique_param_name,
@@ -46,6 +47,7 @@ class Route:
         optimizer: `dion` or the name of the scalar optimizer.
         reason: why.
         matrices: the logical matrices of a parameter that goes to Dion.
+        is_fp8: whether the model keeps it in FP8.
     """
 
     parameter: str
@@ -53,6 +55,7 @@ class Route:
     optimizer: str
     reason: str
     matrices: tuple[Matrix, ...] = ()
+    is_fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class RoutingTable:
         for route in self.routes:
             for matrix in route.matrices:
                 size = f"{matrix.rows} x {matrix.columns}, rank {matrix.rank}"
+                size += ", kept in FP8" if route.is_fp8 else ""
                 kinds[f"{route.optimizer}: {_without_numbers(matrix.name)} ({size})"] += 1
             if not route.matrices:
                 size = " x ".join(map(str, route.shape))
@@ -127,8 +131,31 @@ def tag_matrices(
         if reason is None:
             setattr(parameter, _WEIGHT_TAG, _weight(named, rules.split))
     for chunk in model_chunks:
+        _check_one_fp8_buffer([chunk])
+    for chunk in model_chunks:
         setattr(chunk, _RULES_TAG, rules)
     return model_chunks
+
+
+def _is_fp8(parameter: Parameter) -> bool:
+    """As the buffers see it: Transformer Engine has several classes of FP8 tensors."""
+    return bool(param_and_grad_buffer._param_uses_quantized_storage(parameter))
+
+
+def _check_one_fp8_buffer(model_chunks: list[MegatronModule]) -> None:
+    """DDP asserts that its FP8 weights are in one buffer (MC/.../param_and_grad_buffer.py:1703)."""
+    first: dict[bool, dict[bool, str]] = {True: {}, False: {}}
+    for named in _named_parameters(model_chunks):
+        if _is_fp8(named.parameter):
+            of_experts = not getattr(named.parameter, "allreduce", True)
+            first[of_experts].setdefault(weight_of(named.parameter) is not None, named.name)
+    for names in first.values():
+        if len(names) == 2:
+            raise ValueError(
+                f"{names[True]} would be Dion's and {names[False]} not, and both are kept in FP8,"
+                " for which Megatron has one buffer: include or exclude all FP8 weights, or leave"
+                " out --fp8-param-gather"
+            )
 
 
 def rules_of(model_chunks: Sequence[MegatronModule]) -> RoutingRules:
@@ -237,11 +264,12 @@ def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer
             f"{name} has no route: add megatron_dion.optimizer.routing.tag_matrices to the"
             " pre_wrap_hooks of the model's config, so that it runs before DDP wraps the model"
         )
-    weight, reason = weight_of(parameter), getattr(parameter, _REASON_TAG)
+    weight, is_fp8 = weight_of(parameter), _is_fp8(parameter)
+    reason = getattr(parameter, _REASON_TAG) + (", kept in FP8" if is_fp8 else "")
     if weight is None:
-        return Route(name, _global_shape(parameter), scalar_optimizer, reason)
+        return Route(name, _global_shape(parameter), scalar_optimizer, reason, is_fp8=is_fp8)
     shape = (weight.global_rows, weight.global_columns)
-    return Route(name, shape, DION, reason, tuple(weight.matrices(config)))
+    return Route(name, shape, DION, reason, tuple(weight.matrices(config)), is_fp8)
 
 
 def _global_shape(parameter: Parameter) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
         _announce(args, argv)
     patches.use_packaged_dataset_helpers()
     patches.give_fault_tolerance_the_parsed_arguments()
+    hooks = [_fp8_emulation()] if args.fp8_emulation else []
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    if args.fp8_emulation:
-        _emulate_fp8(config.model)
+    config.model.pre_wrap_hooks.extend(hooks)
     if args.optimizer == "dion":
         _join_dion(args, config.model)
     checkpoints.use(choice, args)
@@ -105,14 +105,17 @@ def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
         write_config(Path(args.run_dir), args, argv)
 
 
-def _emulate_fp8(model_config: Any) -> None:
-    from megatron_dion.platforms.fp8.emulation import emulate_fp8
+def _fp8_emulation() -> Callable[[Any], Any]:
+    """Installs it; the hook lets a model compute in FP8."""
+    from megatron_dion.platforms.fp8 import emulation
+
+    emulation.install()
 
     def emulate(model_chunks: Any) -> Any:
         with _in_one_line("--fp8-emulation"):
-            return emulate_fp8(model_chunks)
+            return emulation.emulate_fp8(model_chunks)
 
-    model_config.pre_wrap_hooks.append(emulate)
+    return emulate
 
 
 def _join_dion(args: argparse.Namespace, model_config: Any) -> None:

@@ -33,11 +33,17 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
     "expert_tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
     "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
-    "reuse_grad_buf_for_mxfp8_param_ag": (False, "mxfp8 weights are not supported yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
     "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
     "non_persistent_ckpt_type": (None, "use --save-interval, with --async-save if it takes long"),
     "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
+}
+
+# What --fp8-emulation knows of FP8.
+_EMULATED_FP8: dict[str, tuple[object, ...]] = {
+    "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    "fp8_wgrad": (True,),
+    "fp8_output_proj": (False,),
 }
 
 # Ways of reading data that this script's batches do not know; ignoring the flag would be silent.
@@ -172,6 +178,74 @@ def check_latent_attention(args: argparse.Namespace) -> None:
         raise ConfigurationError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} does not go with "
             "--multi-latent-attention and --transformer-impl local, which loses gradients: use 1"
+        )
+
+
+def check_fp8(args: argparse.Namespace) -> None:
+    """FP8 that something computes, and weights in FP8 that Megatron can gather."""
+    for name in ("fp8_emulation", "fp8_param_gather"):
+        if getattr(args, name) and not args.fp8:
+            raise ConfigurationError(
+                f"{_as_flag(name, True)} has no effect without --fp8-format: add --fp8-format "
+                "hybrid (or e4m3) or leave it out"
+            )
+    if args.fp8 and not args.fp8_emulation and args.transformer_impl == "local":
+        raise ConfigurationError(
+            f"--fp8-format {args.fp8} has no effect with --transformer-impl local: use "
+            "transformer_engine, which has to be installed, or on CPU add --fp8-emulation"
+        )
+    if args.fp8 and args.fp8_recipe == "delayed" and args.first_last_layers_bf16:
+        raise ConfigurationError(
+            "--first-last-layers-bf16 does not go with --fp8-recipe delayed: use tensorwise, "
+            "blockwise or mxfp8, or leave it out"
+        )
+    if args.fp8_param_gather and not (args.bf16 or args.fp16):
+        raise ConfigurationError(
+            "--fp8-param-gather keeps weights in FP8 that are bf16 otherwise: add --bf16"
+        )
+    reuses = args.reuse_grad_buf_for_mxfp8_param_ag
+    is_mxfp8_weights = args.fp8_param_gather and args.fp8_recipe == "mxfp8"
+    if is_mxfp8_weights and not reuses:
+        raise ConfigurationError(
+            "--fp8-param-gather with --fp8-recipe mxfp8 needs room to gather bf16 weights in: add "
+            "--reuse-grad-buf-for-mxfp8-param-ag"
+        )
+    if reuses and not is_mxfp8_weights:
+        raise ConfigurationError(
+            "--reuse-grad-buf-for-mxfp8-param-ag is for --fp8-param-gather with --fp8-recipe mxfp8 "
+            f"(it is {args.fp8_recipe}): leave it out"
+        )
+
+
+def check_fp8_emulation(args: argparse.Namespace) -> None:
+    """What the emulation leaves to Transformer Engine, and sizes that CUDA refuses."""
+    if not args.fp8_emulation:
+        return
+    if args.device != "cpu":
+        raise ConfigurationError(
+            f"--fp8-emulation does not go with --device {args.device}: Transformer Engine "
+            "computes in FP8 there (--transformer-impl transformer_engine)"
+        )
+    for name, accepted in _EMULATED_FP8.items():
+        value = getattr(args, name)
+        if value not in accepted:
+            raise ConfigurationError(
+                f"--fp8-emulation does not know {_as_flag(name, value)}: it knows "
+                f"{', '.join(map(str, accepted))}"
+            )
+    if args.fp8_recipe == "delayed" and args.recompute_granularity is not None:
+        raise ConfigurationError(
+            f"--recompute-granularity {args.recompute_granularity} does not go with "
+            "--fp8-emulation and --fp8-recipe delayed: activations would be computed again with "
+            "other scales; leave it out or use --fp8-recipe tensorwise"
+        )
+    multiple = 32 if args.fp8_recipe == "mxfp8" else 16
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    if tokens % multiple:
+        raise ConfigurationError(
+            f"--micro-batch-size {args.micro_batch_size} and --seq-length {args.seq_length} make "
+            f"{tokens} tokens on a rank, which is not a multiple of {multiple}: FP8 products with "
+            f"--fp8-recipe {args.fp8_recipe} need one"
         )
 
 
@@ -310,6 +384,8 @@ CHECKS: tuple[Check, ...] = (
     check_dion_surroundings,
     check_compressed_sync,
     check_latent_attention,
+    check_fp8,
+    check_fp8_emulation,
     check_evaluation,
     check_schedule,
     check_checkpoint_flags,

@@ -41,6 +41,19 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "moe_shared_expert_glu_interleave_size": None,
         "experimental_attention_variant": None,
         "reuse_grad_buf_for_mxfp8_param_ag": False,
+        "fp8": None,
+        "fp8_recipe": "delayed",
+        "fp8_emulation": False,
+        "fp8_param_gather": False,
+        "fp8_wgrad": True,
+        "fp8_output_proj": False,
+        "first_last_layers_bf16": False,
+        "recompute_granularity": None,
+        "bf16": True,
+        "fp16": False,
+        "seq_length": 32,
+        "micro_batch_size": 1,
+        "context_parallel_size": 1,
         "ckpt_step": None,
         "non_persistent_ckpt_type": None,
         "ckpt_convert_format": None,
@@ -163,7 +176,6 @@ def test_hyperparameters_reach_dion() -> None:
         ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards 2"),
         ({"expert_tensor_parallel_num_weight_shards": 2}, "--expert-tensor-parallel-num-weight"),
         ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa"),
-        ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         ({"freeze_all_layers": True}, "--freeze-all-layers"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch"),
@@ -196,6 +208,62 @@ def test_latent_attention_of_plain_torch_is_limited(change: dict[str, Any], name
     validation.check_latent_attention(arguments(multi_latent_attention=True))
     args.transformer_impl = "transformer_engine"
     validation.check_latent_attention(args)
+
+
+FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_emulation": True}
+MXFP8 = {**FP8, "fp8_recipe": "mxfp8", "fp8_param_gather": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fp8_emulation": True}, "--fp8-emulation has no effect without --fp8-format"),
+        ({"fp8_param_gather": True}, "--fp8-param-gather has no effect without --fp8-format"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid has no effect with --transformer-impl local"),
+        ({**FP8, "fp8_recipe": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-"),
+        ({**FP8, "fp8_param_gather": True, "bf16": False}, "add --bf16"),
+        (MXFP8, "add --reuse-grad-buf-for-mxfp8-param-ag"),
+        ({**FP8, "reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
+    ],
+)
+def test_fp8_that_would_not_be(change: dict[str, Any], named: str) -> None:
+    assert named in complain(validation.check_fp8, arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"device": "cuda"}, "--fp8-emulation does not go with --device cuda"),
+        ({"fp8_recipe": "custom"}, "--fp8-emulation does not know --fp8-recipe custom"),
+        ({"fp8_wgrad": False}, "--fp8-emulation does not know --fp8-wgrad False"),
+        ({"fp8_output_proj": True}, "--fp8-emulation does not know --fp8-output-proj"),
+        (
+            {"fp8_recipe": "delayed", "recompute_granularity": "full"},
+            "--recompute-granularity full",
+        ),
+        ({"seq_length": 24}, "24 tokens on a rank, which is not a multiple of 16"),
+        ({"fp8_recipe": "mxfp8", "seq_length": 48}, "not a multiple of 32"),
+        ({"context_parallel_size": 4}, "8 tokens on a rank"),
+    ],
+)
+def test_emulation_is_limited(change: dict[str, Any], named: str) -> None:
+    assert named in complain(validation.check_fp8_emulation, arguments(**{**FP8, **change}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        FP8,
+        {**FP8, "fp8_param_gather": True},
+        {**MXFP8, "reuse_grad_buf_for_mxfp8_param_ag": True},
+        {"fp8": "e4m3", "transformer_impl": "transformer_engine", "first_last_layers_bf16": True,
+         "fp8_recipe": "blockwise", "fp8_param_gather": True},
+    ],
+)  # fmt: skip
+def test_fp8_that_is_known(change: dict[str, Any]) -> None:
+    validation.check_fp8(arguments(**change))
+    validation.check_fp8_emulation(arguments(**change))
 
 
 @pytest.mark.parametrize("interval", [None, 0])

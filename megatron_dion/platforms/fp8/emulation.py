@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer import transformer_config
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,18 +30,24 @@ from megatron_dion.platforms.fp8.operands import DelayedScaling, Recipe
 _STATE = "emulated_fp8"
 
 
+def install() -> None:
+    """Replaces what Megatron leaves to Transformer Engine; before a model's config is made."""
+    if not _installed:
+        for patch in _patches():
+            patch.apply()
+        _installed.append(True)
+
+
 def emulate_fp8(model_chunks: list[MegatronModule]) -> list[MegatronModule]:
     """Lets the linear layers of transformer layers compute in FP8, as the model's config says.
 
     A `pre_wrap_hooks` function of Megatron's models. These are the layers that Transformer Engine
     would run in FP8: all but the output layer and the layers of `--first-last-layers-bf16`. With
-    `config.fp8_param` their weights are kept in FP8 too.
+    `config.fp8_param` their weights are kept in FP8 too. `install` comes first.
 
     Raises:
         ValueError: a weight has sizes that CUDA would refuse.
     """
-    for patch in _patches():
-        patch.apply()
     for chunk in model_chunks:
         config = chunk.config
         recipe = Recipe.of(str(getattr(config.fp8_recipe, "value", config.fp8_recipe)), config.fp8)
@@ -158,13 +165,19 @@ def _set_extra_state(self: Module, state: Any) -> None:
             scaling.load_state(saved)
 
 
-_is_patched: list[bool] = []
+def _is_te_min_version(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """The emulation knows experts without tokens, for which Megatron wants a recent version."""
+
+    def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+        return version == "1.7.0.dev0" or stock(version, check_equality)
+
+    return is_te_min_version
+
+
+_installed: list[bool] = []
 
 
 def _patches() -> list[Patch]:
-    if _is_patched:
-        return []
-    _is_patched.append(True)
     product = "MC/tensor_parallel/layers.py:1094, 1424 choose the product of a linear layer"
     state = "MC/tensor_parallel/layers.py:1229, 1508: Transformer Engine's scales are saved here"
     fp8 = "MC/fp8_utils.py knows Transformer Engine's tensors only"
@@ -178,6 +191,12 @@ def _patches() -> list[Patch]:
                 Patch(layer, "get_extra_state", _get_extra_state, state),
                 Patch(layer, "set_extra_state", _set_extra_state, state),
             )
+        ),
+        Patch(
+            transformer_config,
+            "is_te_min_version",
+            _is_te_min_version(transformer_config.is_te_min_version),
+            "MC/transformer/transformer_config.py:2296 refuses experts in FP8",
         ),
         Patch(buffers, "is_float8tensor", weights.is_fp8, fp8),
         Patch(buffers, "is_mxfp8tensor", weights.is_mxfp8, fp8),
