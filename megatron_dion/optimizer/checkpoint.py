@@ -152,7 +152,6 @@ def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
             optimizer._copy_main_params_to_model_params()
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
-        chunk.reset_param_sync_dispatch_state()
 
 
 class MastersOnly:

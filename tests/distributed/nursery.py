@@ -121,5 +121,5 @@ def _prepare_for_all_worlds() -> None:
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     MockGPTLowLevelDataset.size = 1000  # documents, which are shuffled
     # Each rank that saves starts a process for a queue; a spawned one would import torch again.
-    get_write_results_queue.__defaults__ = ("fork",)
+    get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
     gc.freeze()  # the collector of a rank would write to memory that all share

@@ -4,10 +4,7 @@ The bytes and scales on every rank are compared with those of whole weights, wri
 more for each recipe.
 """
 
-import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed.fp8_weights import cast, check_forms, expected, masters_of, train_and_keep
 from tests.distributed.nursery import DION, TRAINING, Nursery, losses, train
 from tests.distributed.recording import check_against_reference, train_recorded
+from tests.distributed.world import RankError
 
 ITERATIONS = 4
 MODEL = (
@@ -46,160 +45,6 @@ GRIDS = {"dp2": (2, f"{OVERLAP} 80000"), "dp4": (4, ""), "tp2-dp2": (4, f"{TP2} 
 def argv_of(recipe: str, *flags: str) -> list[str]:
     fp8 = [*RECIPES[recipe].split(), *SIZES.get(recipe, "").split()] if recipe in RECIPES else []
     return [*MODEL, *TRAINING, *DION, *fp8, *(word for flag in flags for word in flag.split())]
-
-
-@dataclass
-class Kept:
-    """A weight on a rank after a step.
-
-    Attributes:
-        name: of the parameter.
-        tensor_rank: tensor-parallel rank.
-        start: place of `master` in the flattened weight.
-        master: this rank's piece.
-        values: what the model computes with, as a parameter shows it.
-        forms: bytes and scale_inv, of one or two forms of the weight; none if it is in bf16.
-    """
-
-    name: str
-    tensor_rank: int
-    start: int
-    master: Tensor
-    values: Tensor
-    forms: list[tuple[Tensor, Tensor]]
-
-
-def train_and_keep(argv: Sequence[str]) -> list[list[Kept]]:
-    """On a rank: trains; what there is of each weight before the first step and after each."""
-    from megatron.training import training
-
-    kept: list[list[Kept]] = []
-    train_step = training.train_step
-
-    @functools.wraps(train_step)
-    def watched(*args: Any, **options: Any) -> Any:
-        model, optimizer = args[2], args[3]
-        if not kept:
-            kept.append(weights_of(model, optimizer))
-        result = train_step(*args, **options)
-        if optimizer.config.overlap_param_gather:
-            optimizer.prepare_model_params_for_param_sync()
-            for chunk in model:
-                chunk.start_param_sync(force_sync=True)
-                chunk.reset_param_sync_dispatch_state()
-        kept.append(weights_of(model, optimizer))
-        return result
-
-    training.train_step = watched
-    train(argv)
-    return kept
-
-
-def weights_of(model: Any, optimizer: Any) -> list[Kept]:
-    from megatron_dion.optimizer.routing import tensor_parallel_rank, weight_of
-    from megatron_dion.optimizer.state_space import pieces
-    from megatron_dion.platforms.fp8.weights import fp8_of
-
-    held = {piece.parameter: piece for one in optimizer.chained_optimizers for piece in pieces(one)}
-    found = []
-    for parameter in (parameter for chunk in model for parameter in chunk.parameters()):
-        if (weight := weight_of(parameter)) is None:
-            continue
-        piece, fp8 = held.get(parameter), fp8_of(parameter)
-        forms = []
-        if fp8 is not None:
-            forms = [(fp8.data, fp8.scale_inv), (fp8.data_over_rows, fp8.scale_inv_over_rows)]
-        found.append(
-            Kept(
-                weight.name,
-                tensor_parallel_rank(parameter),
-                piece.start if piece else 0,
-                piece.tensors["param"].clone() if piece else torch.empty(0),
-                parameter.detach().clone(),
-                [(data.clone(), scale_inv.clone()) for data, scale_inv in forms],
-            )
-        )
-    return found
-
-
-Key = tuple[str, int]
-
-
-def masters_of(ranks: Sequence[list[Kept]]) -> dict[Key, Tensor]:
-    """The whole master weight of each tensor-parallel rank, from all data-parallel ranks."""
-    whole: dict[Key, Tensor] = {}
-    for kept in (one for rank in ranks for one in rank):
-        flat = whole.setdefault(
-            (kept.name, kept.tensor_rank), torch.full(kept.values.shape, torch.nan)
-        )
-        flat.view(-1)[kept.start : kept.start + kept.master.numel()] = kept.master
-    assert all(weight.isfinite().all() for weight in whole.values())
-    return whole
-
-
-def cast(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def with_one_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return cast(weight, scale), scale.reciprocal().view(1, 1)
-
-
-def in_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of 128 x 128, scaled by powers of two."""
-    rows, columns = (-(-size // 128) for size in weight.shape)
-    data, scale_inv = torch.empty(weight.shape, dtype=torch.uint8), torch.empty(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
-            exponent = torch.frexp(448 / weight[block].abs().max().float()).exponent - 1
-            data[block] = cast(weight[block], 2.0**exponent)
-            scale_inv[i, j] = 2.0**-exponent
-    return data, scale_inv
-
-
-def in_lines(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """32 numbers of a row with an E8M0 scale."""
-    lines = weight.view(weight.shape[0], -1, 32)  # (rows, columns / 32, 32)
-    mantissa, exponent = torch.frexp(lines.abs().amax(2).float() * (1 / 448))
-    exponent -= (mantissa == 0.5).int()
-    data = cast(lines, 2.0 ** -exponent.unsqueeze(2)).view(weight.shape)
-    return data, 2.0**exponent
-
-
-def expected(recipe: str, weight: Tensor, last: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both forms of a whole weight; `last` is the largest magnitude that delayed scaling knows."""
-    if recipe == "mxfp8":
-        data, scale_inv = in_lines(weight.T.contiguous())
-        return [in_lines(weight), (data.T, scale_inv.T)]
-    if recipe == "blockwise":
-        return [in_blocks(weight)] * 2
-    largest = last if recipe == "delayed" else weight.abs().max().float()
-    # Not `448 / largest`, which torch makes the reciprocal times 448.
-    return [with_one_scale(weight, torch.tensor(448.0) / largest)] * 2
-
-
-def check_forms(recipe: str, ranks: Sequence[list[Kept]], before: dict[Key, Tensor]) -> None:
-    """All weights of all ranks in one step, `before` being the masters of the step before."""
-    masters = masters_of(ranks)
-    for one in (one for rank in ranks for one in rank):
-        weight = masters[one.name, one.tensor_rank].bfloat16()
-        others = [master for (name, _), master in before.items() if name == one.name]
-        last = torch.stack([other.bfloat16().abs().max() for other in others]).max().float()
-        forms = expected(recipe, weight, last)
-        for (data, scale_inv), (right_data, right_scale_inv) in zip(one.forms, forms, strict=True):
-            assert torch.equal(scale_inv, right_scale_inv), one.name
-            assert torch.equal(data, right_data), one.name
-        shown = one.forms[0][0].view(torch.float8_e4m3fn).float()
-        spread = (1, 1) if recipe in ("delayed", "tensorwise") else TILES[recipe]
-        scale_inv = one.forms[0][1]
-        for dim, times in enumerate(spread):
-            scale_inv = scale_inv.repeat_interleave(times, dim) if times > 1 else scale_inv
-        scale_inv = scale_inv[: shown.shape[0], : shown.shape[1]]
-        assert torch.equal(one.values, (shown * scale_inv).bfloat16()), one.name
-
-
-TILES = {"blockwise": (128, 128), "mxfp8": (1, 32)}
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -348,3 +193,9 @@ def test_other_models_and_grids(nursery: Nursery, tmp_path: Path, case: str) -> 
     layers = int(argv[len(argv) - 1 - argv[::-1].index("--num-layers") + 1])
     first_and_last = case.startswith("first and last")
     assert in_fp8 == ({1} if first_and_last else set(range(layers)))
+
+
+def test_fp8_weights_of_two_optimizers_are_refused(nursery: Nursery) -> None:
+    argv = argv_of("tensorwise", "--dion-exclude *layers.1.*.linear_proj.weight")
+    with pytest.raises(RankError, match="for which Megatron has one buffer"):
+        nursery.run(2, train, argv)

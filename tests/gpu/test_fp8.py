@@ -1,0 +1,101 @@
+"""Training in FP8 by Transformer Engine, with its own layers and kernels, over NCCL.
+
+The weights on every GPU are compared with those of whole weights, as on CPU.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.fp8_weights import Kept, check_forms, masters_of
+from tests.distributed.nursery import losses
+
+ITERATIONS = 8
+HALF = ITERATIONS // 2
+MODEL = (
+    "--num-layers 3 --hidden-size 320 --ffn-hidden-size 448 --num-attention-heads 4"
+    " --group-query-attention --num-query-groups 2 --kv-channels 64"
+    " --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope"
+    " --normalization RMSNorm --swiglu --disable-bias-linear --no-bias-swiglu-fusion"
+    " --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
+    " --mock-data --tokenizer-type NullTokenizer --vocab-size 250"
+    " --make-vocab-size-divisible-by 8 --padded-vocab-size 256"
+    " --micro-batch-size 4 --global-batch-size 16 --lr 4e-3 --min-lr 4e-4"
+    " --lr-decay-style cosine --lr-warmup-iters 2 --lr-decay-iters 20 --weight-decay 0.1"
+    " --clip-grad 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
+    " --bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
+    " --optimizer dion --use-distributed-optimizer --device cuda"
+).split()
+FP8 = "--fp8-param-gather --fp8-format"
+RECIPES = {
+    "delayed": f"{FP8} hybrid --fp8-recipe delayed",
+    "tensorwise": f"{FP8} hybrid --fp8-recipe tensorwise",
+    "blockwise": f"{FP8} e4m3 --fp8-recipe blockwise",
+    "mxfp8": f"{FP8} e4m3 --fp8-recipe mxfp8 --reuse-grad-buf-for-mxfp8-param-ag",
+    "bf16": "",
+}
+GRIDS = {
+    "one GPU": (1, ""),
+    "DP2": (2, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300000"),
+    "TP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+}
+
+
+def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kept]]]:
+    """Trains in a world of GPUs; what each kept. Its metrics and log are in the folder."""
+    gpus, grid_flags = GRIDS[grid]
+    needs(recipe, gpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(gpus), "-m", "tests.gpu.run", str(folder), *MODEL]
+    command += [*RECIPES[recipe].split(), *grid_flags.split(), "--run-dir", str(folder)]
+    command += ["--train-iters", str(ITERATIONS), *flags]
+    with (folder / "log.txt").open("w") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    assert status == 0, (folder / "log.txt").read_text()[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(gpus)]
+
+
+def needs(recipe: str, gpus: int) -> None:
+    """Skips what these GPUs cannot do."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs, there is {torch.cuda.device_count()}")
+    wanted = {"mxfp8": (10, 0), "blockwise": (9, 0), "bf16": (8, 0)}.get(recipe, (8, 9))
+    if torch.cuda.get_device_capability() < wanted:
+        pytest.skip(f"{recipe} needs compute capability {wanted[0]}.{wanted[1]}")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "bf16"])
+def test_bytes_and_scales_are_those_of_whole_weights(
+    tmp_path: Path, recipe: str, grid: str
+) -> None:
+    kept = run(tmp_path, recipe, grid)
+    steps = [[rank[step] for rank in kept] for step in range(ITERATIONS + 1)]
+    for before, after in itertools.pairwise(steps):
+        check_forms(recipe, after, masters_of(before))
+    found = losses(tmp_path)
+    assert found[-1] < found[0] - 0.5
+    routes = (tmp_path / "routing.tsv").read_text().splitlines()
+    assert sum("\tdion\tlinear layer, kept in FP8\t" in route for route in routes) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("delayed", "delayed"), ("tensorwise", "tensorwise"), ("bf16", "tensorwise"),
+     ("tensorwise", "bf16"), ("blockwise", "blockwise")],
+)  # fmt: skip
+def test_checkpoints_are_of_no_precision(tmp_path: Path, writer: str, reader: str) -> None:
+    flags = ["--save", str(tmp_path / "saved"), "--save-interval", str(HALF)]
+    saved = run(tmp_path / "first", writer, "one GPU", *flags)
+    flags = ["--load", str(tmp_path / "saved"), "--ckpt-step", str(HALF)]
+    loaded = run(tmp_path / "second", reader, "one GPU", *flags)
+    masters = masters_of([saved[0][HALF]])
+    assert all(torch.equal(masters[key], one) for key, one in masters_of([loaded[0][0]]).items())
+    found, expected = losses(tmp_path / "second"), losses(tmp_path / "first")[HALF:]
+    difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert difference == 0 if writer == reader else difference < 0.05

@@ -1,0 +1,178 @@
+"""Stand-ins for the CUDA kernels of Transformer Engine that weights kept in FP8 need.
+
+Transformer Engine decides in Python what is computed from which piece of a weight; only what it
+then calls is replaced. Signatures are those of csrc/extensions in its source distribution.
+"""
+
+from typing import Any
+
+import torch
+import transformer_engine_torch as tex
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch import Tensor
+from transformer_engine.pytorch.constants import TE_DType_To_Torch
+from transformer_engine.pytorch.tensor import (
+    Float8BlockQuantizer,
+    Float8CurrentScalingQuantizer,
+    Float8Quantizer,
+    MXFP8Quantizer,
+    utils,
+)
+from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
+
+from megatron_dion.platforms.fp8.scaling import (
+    LARGEST,
+    ScaleRule,
+    Tiles,
+    cast,
+    e8m0_scale,
+    float_scale,
+    power_of_two_scale,
+)
+
+_BLOCK = 128
+_LINE = 32
+
+
+def install() -> None:
+    """Replaces the kernels, for the whole process."""
+    for kernel in (
+        quantize,
+        compute_amax,
+        fp8_block_scaling_compute_partial_amax,
+        fp8_block_scaling_partial_cast,
+        fp8_transpose,
+    ):
+        _rebind(tex, kernel.__name__, kernel)
+    # From here on, what other modules have imported by name.
+    _rebind(utils, "multi_tensor_scale", local_multi_tensor_scale)
+    _rebind(
+        utils, "multi_tensor_compute_scale_and_scale_inv", multi_tensor_compute_scale_and_scale_inv
+    )
+    _rebind(optimizer, "multi_tensor_scale_impl", local_multi_tensor_scale)
+    _rebind(clip_grads, "multi_tensor_scale_tensor_impl", local_multi_tensor_scale)
+    _rebind(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    # It copies to a GPU before it calls its kernel.
+    _rebind(mxfp8_tensor_storage._FromMXFP8Func, "forward", staticmethod(_values_of_mxfp8))
+
+
+def _rebind(owner: Any, name: str, kernel: Any) -> None:
+    assert hasattr(owner, name), f"{owner.__name__} has no {name}"
+    setattr(owner, name, kernel)
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    amax.copy_(tensor.abs().max())
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int,
+    flag: Tensor,
+    lists: list[list[Tensor]],
+    largest: float,
+    powers_of_two: bool,
+    epsilon: float,
+) -> None:
+    dtype = next(dtype for dtype, value in LARGEST.items() if value == largest)
+    rule = _rule(powers_of_two)
+    for amax, scale, scale_inv in zip(*lists, strict=True):
+        scale.copy_(rule(amax.clamp(min=epsilon), dtype))
+        scale_inv.copy_(scale.reciprocal())
+
+
+def fp8_block_scaling_compute_partial_amax(
+    piece: Tensor, amax: Tensor, rows: int, columns: int, start: int, block: int
+) -> None:
+    tiles = Tiles(rows, columns, block, block)
+    _unpadded(amax, tiles).copy_(tiles.amax_of_piece(piece, start))
+
+
+def fp8_block_scaling_partial_cast(
+    piece: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    rows: int,
+    columns: int,
+    start: int,
+    block: int,
+    dtype: Any,
+) -> None:
+    tiles = Tiles(rows, columns, block, block)
+    of_elements = tiles.of_elements(start, start + piece.numel())
+    scales = _unpadded(scale, tiles).flatten()[of_elements]
+    _put(out, cast(piece, scales, TE_DType_To_Torch[dtype]))
+
+
+def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
+    transposed = data.T.contiguous()
+    return transposed if out is None else out.copy_(transposed)
+
+
+def quantize(values: Tensor, quantizer: Any, output: Any, noop: Tensor | None = None) -> None:
+    """As a scale that is given, or that the values need, makes them."""
+    values, dtype = values.detach(), TE_DType_To_Torch[quantizer.dtype]
+    match quantizer:
+        case Float8Quantizer():
+            _quantize_whole(values, quantizer.scale, dtype, output)
+            if quantizer.amax.numel():
+                quantizer.amax.clamp_(min=values.abs().max().float())
+        case Float8CurrentScalingQuantizer():
+            amax = values.abs().max().float().clamp(min=quantizer.amax_epsilon).view(1)
+            scale = _rule(quantizer.force_pow_2_scales)(amax, dtype)
+            _quantize_whole(values, scale, dtype, output)
+        case Float8BlockQuantizer():
+            tiles = Tiles(*values.shape, _BLOCK, _BLOCK)
+            amax = tiles.amax(values).clamp(min=quantizer.amax_epsilon)
+            scale = _rule(quantizer.force_pow_2_scales)(amax, dtype)
+            _put(output._rowwise_data, cast(values, tiles.spread(scale), dtype))
+            _unpadded(output._rowwise_scale_inv, tiles).copy_(scale.reciprocal())
+            output._create_columnwise()
+        case MXFP8Quantizer():
+            for data, scale_inv, tiles in _mxfp8_forms(output):
+                scale = e8m0_scale(tiles.amax(values), dtype)
+                _put(data, cast(values, tiles.spread(scale), dtype))
+                exponents = torch.frexp(scale.reciprocal()).exponent - 1
+                _unpadded(scale_inv, tiles).copy_(exponents + 127)
+
+
+def _quantize_whole(values: Tensor, scale: Tensor, dtype: torch.dtype, output: Any) -> None:
+    _put(output._data, cast(values, scale, dtype))
+    output._scale_inv.copy_(scale.reciprocal())
+    output._reset_caches()
+
+
+def mxfp8_forms(tensor: Any) -> list[tuple[Tensor, Tensor]]:
+    """Bytes and inverse scales, the form for products over columns first."""
+    return [
+        (data, 2.0 ** (_unpadded(scale_inv, tiles).float() - 127))
+        for data, scale_inv, tiles in _mxfp8_forms(tensor)
+    ]
+
+
+def _mxfp8_forms(tensor: Any) -> list[tuple[Tensor, Tensor, Tiles]]:
+    rows, columns = tensor._rowwise_data.shape
+    return [
+        (tensor._rowwise_data, tensor._rowwise_scale_inv, Tiles(rows, columns, 1, _LINE)),
+        (tensor._columnwise_data, tensor._columnwise_scale_inv, Tiles(rows, columns, _LINE, 1)),
+    ]
+
+
+def _values_of_mxfp8(context: Any, tensor: Any, dtype: torch.dtype) -> Tensor:
+    data, _, tiles = _mxfp8_forms(tensor)[0]
+    _, scale_inv = mxfp8_forms(tensor)[0]
+    values = data.view(TE_DType_To_Torch[tensor._fp8_dtype]).float()
+    return (values * tiles.spread(scale_inv)).to(dtype)
+
+
+def _rule(powers_of_two: bool) -> ScaleRule:
+    return power_of_two_scale if powers_of_two else float_scale
+
+
+def _unpadded(scales: Tensor, tiles: Tiles) -> Tensor:
+    down, across = tiles.counts
+    return scales[:down, :across]
+
+
+def _put(data: Tensor, rounded: Tensor) -> None:
+    data.copy_(rounded.view(torch.uint8).view(data.shape))

@@ -1,0 +1,68 @@
+"""Weights kept in FP8 by Transformer Engine itself, with kernels that torch computes.
+
+Bytes and scales on every rank are compared with those of whole weights, as in
+tests/distributed/fp8_weights.py, which has the arithmetic.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.fp8_weights import Kept, check_forms, masters_of, weights_of
+from tests.distributed.nursery import Nursery
+from tests.distributed.world import gloo_world
+
+STEPS = 4
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def kept_now(training: Any) -> list[Kept]:
+    from tests.transformer_engine.model import forms_of
+
+    return weights_of(training.weights, training.optimizer, forms_of)
+
+
+def train(recipe: str, is_hopper: bool) -> dict[str, Any]:
+    """On a rank: what there is of each weight before the first step and after each."""
+    from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
+
+    from tests.transformer_engine.model import Training
+
+    if is_hopper:  # where weights are kept transposed too
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    is_non_tn_fp8_gemm_supported.cache_clear()
+    training = Training(recipe)
+    kept = [kept_now(training)]
+    amaxes = []
+    for _ in range(STEPS):
+        training.step()
+        kept.append(kept_now(training))
+        amaxes.append(training.amaxes())
+    assert not any(weight._transpose_invalid for weight in training.weights if is_hopper)
+    routes = [(one.optimizer, one.reason) for one in training.optimizer.routing_table.routes]
+    return {"kept": kept, "amaxes": amaxes, "routes": routes}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("recipe", "is_hopper"),
+    [*((recipe, False) for recipe in RECIPES), ("delayed", True), ("tensorwise", True)],
+)
+def test_bytes_and_scales_are_those_of_whole_weights(
+    engine: Nursery, recipe: str, is_hopper: bool, ranks: int
+) -> None:
+    found = engine.call(gloo_world, ranks, train, recipe, is_hopper)
+    steps = [[rank["kept"][step] for rank in found] for step in range(STEPS + 1)]
+    cuts = {one.start % one.values.shape[1] for rank in steps[0] for one in rank}
+    assert any(cut % 128 for cut in cuts), "no cut is within a row, and a block"
+    for number, (before, after) in enumerate(itertools.pairwise(steps)):
+        assert not torch.equal(before[0][0].values, after[0][0].values)
+        check_forms(recipe, after, masters_of(before))
+        largest = [master.bfloat16().abs().max() for master in masters_of(after).values()]
+        for rank in found if recipe == "delayed" else []:
+            assert [float(amax) for amax in rank["amaxes"][number]] == list(map(float, largest))
+    routes = found[0]["routes"]
+    assert sum(optimizer == "dion" for optimizer, _ in routes) == 3
+    assert all((optimizer == "dion") == ("FP8" in reason) for optimizer, reason in routes)
