@@ -13,6 +13,13 @@ from torch import Tensor
 
 from tests.distributed.nursery import train
 
+_FP8 = "--fp8-param-gather --fp8-format"
+RECIPES = {
+    "delayed": f"{_FP8} hybrid --fp8-recipe delayed",
+    "tensorwise": f"{_FP8} hybrid --fp8-recipe tensorwise",
+    "blockwise": f"{_FP8} e4m3 --fp8-recipe blockwise",
+    "mxfp8": f"{_FP8} e4m3 --fp8-recipe mxfp8 --reuse-grad-buf-for-mxfp8-param-ag",
+}
 Form = tuple[Tensor, Tensor]
 FormsOf = Callable[[Any], list[Form]]
 _TILES = {"blockwise": (128, 128), "mxfp8": (1, 32)}

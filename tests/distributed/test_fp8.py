@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.fp8_weights import cast, check_forms, expected, masters_of, train_and_keep
+from tests.distributed.fp8_weights import (
+    RECIPES,
+    cast,
+    check_forms,
+    expected,
+    masters_of,
+    train_and_keep,
+)
 from tests.distributed.nursery import DION, TRAINING, Nursery, losses, train
 from tests.distributed.recording import check_against_reference, train_recorded
 from tests.distributed.world import RankError
@@ -28,22 +35,17 @@ MODEL = (
     " --mock-data --tokenizer-type NullTokenizer --vocab-size 250"
     " --make-vocab-size-divisible-by 8 --padded-vocab-size 256 --bf16 --train-iters 4"
 ).split()
-FP8 = "--fp8-emulation --fp8-param-gather --fp8-format"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-RECIPES = {
-    "delayed": f"{FP8} hybrid --fp8-recipe delayed",
-    "tensorwise": f"{FP8} hybrid --fp8-recipe tensorwise",
-    "blockwise": f"{FP8} e4m3 --fp8-recipe blockwise",
-    "mxfp8": f"{FP8} e4m3 --fp8-recipe mxfp8 --reuse-grad-buf-for-mxfp8-param-ag",
-}
 # Of mxfp8 all sizes must be multiples of 32.
 SIZES = {"mxfp8": "--hidden-size 160 --ffn-hidden-size 448 --kv-channels 32"}
 GRIDS = {"dp2": (2, f"{OVERLAP} 80000"), "dp4": (4, ""), "tp2-dp2": (4, f"{TP2} {OVERLAP} 40000")}
 
 
 def argv_of(recipe: str, *flags: str) -> list[str]:
-    fp8 = [*RECIPES[recipe].split(), *SIZES.get(recipe, "").split()] if recipe in RECIPES else []
+    fp8 = []
+    if recipe in RECIPES:
+        fp8 = ["--fp8-emulation", *RECIPES[recipe].split(), *SIZES.get(recipe, "").split()]
     return [*MODEL, *TRAINING, *DION, *fp8, *(word for flag in flags for word in flag.split())]
 
 

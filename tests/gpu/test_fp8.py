@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.fp8_weights import Kept, check_forms, masters_of
+from tests.distributed.fp8_weights import RECIPES, Kept, check_forms, masters_of
 from tests.distributed.nursery import losses
 
 ITERATIONS = 8
@@ -30,14 +30,6 @@ MODEL = (
     " --bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
     " --optimizer dion --use-distributed-optimizer --device cuda"
 ).split()
-FP8 = "--fp8-param-gather --fp8-format"
-RECIPES = {
-    "delayed": f"{FP8} hybrid --fp8-recipe delayed",
-    "tensorwise": f"{FP8} hybrid --fp8-recipe tensorwise",
-    "blockwise": f"{FP8} e4m3 --fp8-recipe blockwise",
-    "mxfp8": f"{FP8} e4m3 --fp8-recipe mxfp8 --reuse-grad-buf-for-mxfp8-param-ag",
-    "bf16": "",
-}
 GRIDS = {
     "one GPU": (1, ""),
     "DP2": (2, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300000"),
@@ -52,7 +44,7 @@ def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kep
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(gpus), "-m", "tests.gpu.run", str(folder), *MODEL]
-    command += [*RECIPES[recipe].split(), *grid_flags.split(), "--run-dir", str(folder)]
+    command += [*RECIPES.get(recipe, "").split(), *grid_flags.split(), "--run-dir", str(folder)]
     command += ["--train-iters", str(ITERATIONS), *flags]
     with (folder / "log.txt").open("w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -70,7 +62,7 @@ def needs(recipe: str, gpus: int) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "bf16"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_bytes_and_scales_are_those_of_whole_weights(
     tmp_path: Path, recipe: str, grid: str
 ) -> None:
