@@ -102,7 +102,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         for run in runs:
             if run.optimizer == optimizer and run.seed == runs[0].seed:
                 axes.plot(smoothed(run.losses), label=run.precision, linewidth=1)
-        axes.set(title=optimizer, xlabel="iteration", yscale="log")
+        axes.set(title=optimizer, xlabel="iteration")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"training loss (nats per token, mean of {SMOOTHED_OVER})")
     panels[0].legend()
