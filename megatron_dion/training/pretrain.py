@@ -1,6 +1,7 @@
 """Puts a GPT pretraining run together and hands it to megatron.training."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from megatron_dion.training.data import LOSS_NAME, datasets_provider, forward_st
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.recorder import Recorder, RunFacts, say
 from megatron_dion.training.run_directory import write_config, write_routing
+
+_REFUSED = "megatron refuses these arguments"
 
 
 def pretrain_gpt(argv: Sequence[str], device: str) -> None:
@@ -70,20 +73,48 @@ def resolve_arguments(argv: Sequence[str], device: str) -> tuple[argparse.Namesp
     Raises:
         ConfigurationError: The run cannot start as it was asked for.
     """
-    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
-        args = parse_args(extra_args_provider(device))
-    args.device = device
+    args = _parsed(argv, device)
     choice = checkpoints.choose(args)
     checkpoints.load_arguments(args, choice)
-    for check in validation.CHECKS:
-        check(args)
-    with _in_one_line("megatron refuses these arguments"):
-        validate_args(args)
-        if args.optimizer == "dion":
-            validation.keep_distributed_optimizer(args)
+    _validate(args, validation.CHECKS)
+    with _in_one_line(_REFUSED):
         set_global_variables(args)
     validation.check_token_ids(args, get_tokenizer().vocab_size)
     return args, choice
+
+
+def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
+    """All that can be known of a run before it starts, away from its machines and its files.
+
+    Args:
+        argv: Megatron's flags and the project's own.
+        device: `cuda` or `cpu`.
+        world_size: number of ranks of the run.
+
+    Raises:
+        ConfigurationError: the run would not start.
+    """
+    with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": str(world_size)}):
+        args = _parsed(argv, device)
+    _validate(args, [check for check in validation.CHECKS if check not in validation.OF_FILES])
+    with _in_one_line(_REFUSED):
+        gpt_config_from_args(args)
+
+
+def _parsed(argv: Sequence[str], device: str) -> argparse.Namespace:
+    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+        args = parse_args(extra_args_provider(device))
+    args.device = device
+    return args
+
+
+def _validate(args: argparse.Namespace, checks: Sequence[validation.Check]) -> None:
+    for check in checks:
+        check(args)
+    with _in_one_line(_REFUSED):
+        validate_args(args)
+    if args.optimizer == "dion":
+        validation.keep_distributed_optimizer(args)
 
 
 @contextmanager

@@ -115,6 +115,26 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def check_batches(args: argparse.Namespace) -> None:
+    """Every data-parallel rank gets whole micro-batches. Megatron names no flag."""
+    model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    is_fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
+    if not (is_fixed and args.global_batch_size and args.micro_batch_size):
+        return
+    if args.world_size % model:
+        return  # Megatron says so, with the sizes
+    ranks = args.world_size // model
+    if args.global_batch_size % (args.micro_batch_size * ranks):
+        raise ConfigurationError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} times {ranks} data-parallel ranks: change one of them"
+        )
+
+
 def check_dion_surroundings(args: argparse.Namespace) -> None:
     """What Dion needs of Megatron's optimizer and what it does not go with."""
     if args.optimizer != "dion":
@@ -388,6 +408,7 @@ CHECKS: tuple[Check, ...] = (
     check_fp8_emulation,
     check_evaluation,
     check_schedule,
+    check_batches,
     check_checkpoint_flags,
     check_data_mode,
     check_packages,
@@ -395,6 +416,9 @@ CHECKS: tuple[Check, ...] = (
     check_data,
     check_splits,
 )
+
+# Those that look at this machine's packages and files.
+OF_FILES: tuple[Check, ...] = (check_packages, check_tokenizer, check_data, check_splits)
 
 
 def keep_distributed_optimizer(args: argparse.Namespace) -> None:

@@ -53,6 +53,11 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "fp16": False,
         "seq_length": 32,
         "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "world_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "rampup_batch_size": None,
+        "decrease_batch_size_if_needed": False,
         "context_parallel_size": 1,
         "ckpt_step": None,
         "non_persistent_ckpt_type": None,
@@ -264,6 +269,14 @@ def test_emulation_is_limited(change: dict[str, Any], named: str) -> None:
 def test_fp8_that_is_known(change: dict[str, Any]) -> None:
     validation.check_fp8(arguments(**change))
     validation.check_fp8_emulation(arguments(**change))
+
+
+def test_batches_are_whole() -> None:
+    sizes = {"micro_batch_size": 3, "world_size": 8, "pipeline_model_parallel_size": 2}
+    validation.check_batches(arguments(global_batch_size=24, **sizes))
+    complaint = complain(validation.check_batches, arguments(global_batch_size=20, **sizes))
+    assert "--global-batch-size 20 is not a multiple of --micro-batch-size 3 times 4" in complaint
+    validation.check_batches(arguments(global_batch_size=None, **sizes))
 
 
 @pytest.mark.parametrize("interval", [None, 0])
