@@ -48,6 +48,13 @@ class DionChainedOptimizer(ChainedOptimizer):
                 chunk.start_param_sync()
         return success
 
+    def _should_defer_mxfp8_param_sync(self) -> bool:
+        """Never: `_step` gathers once already, and a second gather would be of what it has zeroed.
+
+        The base class would, after `_step` (MC/optimizer/optimizer.py:1740).
+        """
+        return False
+
     @property
     def fallbacks(self) -> int:
         """How often this rank had to orthonormalize by Householder QR instead, so far."""

@@ -12,6 +12,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_dion.optimizer.binding import HeldBlock
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
@@ -145,6 +146,8 @@ def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
     if any(one.config.reuse_grad_buf_for_mxfp8_param_ag for one in optimizers):
         for chunk in chunks:
             chunk.zero_grad_buffer()  # it is where mxfp8 weights are gathered
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        _forget_amax(parameter)
     for optimizer in optimizers:
         if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag:
             optimizer._copy_main_params_to_param_buffer()
@@ -152,6 +155,17 @@ def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
             optimizer._copy_main_params_to_model_params()
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
+
+
+def _forget_amax(parameter: Parameter) -> None:
+    """Of a weight with delayed scaling, the magnitude of the rounded values that were loaded.
+
+    It may be larger than that of the masters, and would count for the next scale.
+    """
+    quantizer = getattr(parameter, "_get_quantizer", lambda: None)()
+    amax = getattr(quantizer, "amax", None)
+    if amax is not None:
+        amax.zero_()
 
 
 class MastersOnly:

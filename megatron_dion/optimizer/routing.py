@@ -154,7 +154,7 @@ def _check_one_fp8_buffer(model_chunks: list[MegatronModule]) -> None:
             raise ValueError(
                 f"{names[True]} would be Dion's and {names[False]} not, and both are kept in FP8,"
                 " for which Megatron has one buffer: include or exclude all FP8 weights, or leave"
-                " out --fp8-param-gather"
+                " out --fp8-param-gather (or --fp8-output-proj)"
             )
 
 

@@ -115,6 +115,7 @@ def _validate(args: argparse.Namespace, checks: Sequence[validation.Check]) -> N
         validate_args(args)
     if args.optimizer == "dion":
         validation.keep_distributed_optimizer(args)
+    validation.keep_masters_of_fp8_weights(args)
 
 
 @contextmanager

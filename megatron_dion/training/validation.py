@@ -7,9 +7,11 @@ value and what to do. They run before megatron's own validation, except the last
 import argparse
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_dion.platforms.fp8.operands import RECIPES, Recipe
 from megatron_dion.training.arguments import DION_DEFAULTS, dion_config_from_args
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.indexed_data import IndexedData, open_indexed_data, read_sidecar
@@ -39,11 +41,23 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
 }
 
-# What --fp8-emulation knows of FP8.
-_EMULATED_FP8: dict[str, tuple[object, ...]] = {
-    "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
-    "fp8_wgrad": (True,),
-    "fp8_output_proj": (False,),
+# What --fp8-emulation leaves to Transformer Engine: its resting value, and the flag.
+_NOT_EMULATED: dict[str, tuple[object, str]] = {
+    "fp8_wgrad": (True, "--no-fp8-wgrad"),
+    "fp8_output_proj": (False, "--fp8-output-proj"),
+    "fp8_interval": (1, "--fp8-interval"),
+    "te_precision_config_file": (None, "--te-precision-config-file"),
+    # Megatron calls Transformer Engine to compute activations again.
+    "recompute_granularity": (None, "--recompute-granularity"),
+    "recompute_activations": (False, "--recompute-activations"),
+    "moe_layer_recompute": (False, "--moe-layer-recompute"),
+}
+
+# What --fp8-recipe delayed alone looks at, and its resting value.
+_OF_DELAYED: dict[str, object] = {
+    "fp8_margin": 0,
+    "fp8_amax_history_len": 1,
+    "fp8_amax_compute_algo": "most_recent",
 }
 
 # Ways of reading data that this script's batches do not know; ignoring the flag would be silent.
@@ -62,6 +76,9 @@ _TOKENIZERS_FROM_A_FILE = (
     "Llama2Tokenizer",
     "TikTokenizer",
 )
+
+# What Transformer Engine asks for where it has to unpickle its state (module/base.py:1432).
+_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 _SPLITS = ("training", "validation", "test")
 
@@ -237,6 +254,29 @@ def check_fp8(args: argparse.Namespace) -> None:
         )
 
 
+def check_delayed_scaling(args: argparse.Namespace) -> None:
+    """Its own flags, and its scales in checkpoints."""
+    if args.fp8 and args.fp8_recipe == "delayed":
+        if args.fp8_amax_history_len < 1:
+            raise ConfigurationError(
+                f"--fp8-amax-history-len must be at least 1, not {args.fp8_amax_history_len}"
+            )
+        if args.load is not None and not args.fp8_emulation and _UNPICKLE not in os.environ:
+            raise ConfigurationError(
+                "Transformer Engine refuses to load the scales of --fp8-recipe delayed from "
+                f"--load {args.load}: set {_UNPICKLE}=1 if you trust the checkpoint, or use "
+                "another recipe"
+            )
+        return
+    for name, default in _OF_DELAYED.items():
+        if getattr(args, name) != default:
+            recipe = args.fp8_recipe if args.fp8 else "none"
+            raise ConfigurationError(
+                f"{_as_flag(name, getattr(args, name))} has no effect with --fp8-recipe {recipe}: "
+                "use delayed or leave it out"
+            )
+
+
 def check_fp8_emulation(args: argparse.Namespace) -> None:
     """What the emulation leaves to Transformer Engine, and sizes that CUDA refuses."""
     if not args.fp8_emulation:
@@ -246,27 +286,24 @@ def check_fp8_emulation(args: argparse.Namespace) -> None:
             f"--fp8-emulation does not go with --device {args.device}: Transformer Engine "
             "computes in FP8 there (--transformer-impl transformer_engine)"
         )
-    for name, accepted in _EMULATED_FP8.items():
-        value = getattr(args, name)
-        if value not in accepted:
+    if args.fp8_recipe not in RECIPES:
+        raise ConfigurationError(
+            f"--fp8-emulation does not know --fp8-recipe {args.fp8_recipe}: it knows "
+            f"{', '.join(RECIPES)}"
+        )
+    for name, (accepted, flag) in _NOT_EMULATED.items():
+        if getattr(args, name) != accepted:
+            raise ConfigurationError(f"--fp8-emulation does not know {flag}: leave it out")
+    multiple = Recipe.of(args.fp8_recipe, args.fp8).multiple
+    for name in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, name) or args.micro_batch_size
+        tokens = args.seq_length * size // args.context_parallel_size
+        if tokens % multiple:
             raise ConfigurationError(
-                f"--fp8-emulation does not know {_as_flag(name, value)}: it knows "
-                f"{', '.join(map(str, accepted))}"
+                f"{_as_flag(name, size)} and --seq-length {args.seq_length} make {tokens} tokens on"
+                f" a rank, which is not a multiple of {multiple}: FP8 products with --fp8-recipe "
+                f"{args.fp8_recipe} need one"
             )
-    if args.fp8_recipe == "delayed" and args.recompute_granularity is not None:
-        raise ConfigurationError(
-            f"--recompute-granularity {args.recompute_granularity} does not go with "
-            "--fp8-emulation and --fp8-recipe delayed: activations would be computed again with "
-            "other scales; leave it out or use --fp8-recipe tensorwise"
-        )
-    multiple = 32 if args.fp8_recipe == "mxfp8" else 16
-    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    if tokens % multiple:
-        raise ConfigurationError(
-            f"--micro-batch-size {args.micro_batch_size} and --seq-length {args.seq_length} make "
-            f"{tokens} tokens on a rank, which is not a multiple of {multiple}: FP8 products with "
-            f"--fp8-recipe {args.fp8_recipe} need one"
-        )
 
 
 def check_checkpoint_exists(args: argparse.Namespace) -> None:
@@ -405,6 +442,7 @@ CHECKS: tuple[Check, ...] = (
     check_compressed_sync,
     check_latent_attention,
     check_fp8,
+    check_delayed_scaling,
     check_fp8_emulation,
     check_evaluation,
     check_schedule,
@@ -440,6 +478,16 @@ def keep_distributed_optimizer(args: argparse.Namespace) -> None:
             "--no-ckpt-fully-parallel-save writes checkpoints that no other topology can load: "
             "leave it out with --optimizer dion"
         )
+
+
+def keep_masters_of_fp8_weights(args: argparse.Namespace) -> None:
+    """Master weights from the checkpoint's weights where no optimizer state is loaded.
+
+    By default Megatron takes them from the model's (training/checkpointing.py:2613), which are
+    rounded to FP8 by then. Its own flag for this is refused with --finetune.
+    """
+    if args.fp8_param_gather:
+        args.load_main_params_from_ckpt = True
 
 
 def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:

@@ -27,7 +27,15 @@ from typing import Any
 import torch
 
 from megatron_dion.checkpointing import folders
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.nursery import (
+    DION,
+    MODEL,
+    TRAINING,
+    Nursery,
+    losses,
+    start_queues_by,
+    train,
+)
 from tests.distributed.recording import save_start
 from tests.distributed.world import end, environment_of, free_port
 
@@ -152,6 +160,7 @@ def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> No
     faulthandler.register(signal.SIGUSR1, file=2)
     os.environ |= environment_of(rank, size, port)
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    start_queues_by("spawn")  # forked ones would hold what tells that this process has ended
     code = 1
     try:
         train(argv)

@@ -103,9 +103,6 @@ def _prepare_for_all_worlds() -> None:
     """What every rank would spend more than a second on, done once before the forks."""
     import megatron.training.arguments
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     import megatron_dion.optimizer.factory
@@ -120,6 +117,14 @@ def _prepare_for_all_worlds() -> None:
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     MockGPTLowLevelDataset.size = 1000  # documents, which are shuffled
-    # Each rank that saves starts a process for a queue; a spawned one would import torch again.
-    get_write_results_queue.__wrapped__.__defaults__ = ("fork",)
+    start_queues_by("fork")
     gc.freeze()  # the collector of a rank would write to memory that all share
+
+
+def start_queues_by(method: str) -> None:
+    """How a rank that saves starts the process of its queue; spawned ones import torch again."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        get_write_results_queue,
+    )
+
+    get_write_results_queue.__wrapped__.__defaults__ = (method,)

@@ -36,6 +36,7 @@ MODEL = (
     " --make-vocab-size-divisible-by 8 --padded-vocab-size 256 --bf16 --train-iters 4"
 ).split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
+PP2 = "--pipeline-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 # Of mxfp8 all sizes must be multiples of 32.
 SIZES = {"mxfp8": "--hidden-size 160 --ffn-hidden-size 448 --kv-channels 32"}
@@ -108,6 +109,40 @@ def test_a_resumed_run_is_the_same_run(
                 assert torch.equal(form[1], other_form[1]), one.name
 
 
+def test_a_resumed_run_is_the_same_run_where_weights_shrink(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    # The largest rounded weight is then larger than the largest master, which scales follow.
+    flags = "--weight-decay 10 --lr 2e-3 --lr-warmup-iters 0"
+    save(nursery, tmp_path, "delayed", "dp2", flags)
+    again = tmp_path / "again"
+    load(nursery, tmp_path, "delayed", "dp2", flags, f"--run-dir {again}")
+    assert losses(again) == losses(tmp_path / "run")[HALF:]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "mxfp8"])
+def test_masters_are_not_rounded_where_no_optimizer_state_is_loaded(
+    nursery: Nursery, tmp_path: Path, recipe: str
+) -> None:
+    sizes = SIZES.get(recipe, "")
+    saved = save(nursery, tmp_path, "bf16", "dp2", sizes)
+    loaded = load(nursery, tmp_path, recipe, "dp4", "--finetune")
+    expected = masters_of([rank[HALF] for rank in saved])
+    for key, master in masters_of([rank[0] for rank in loaded]).items():
+        assert torch.equal(master, expected[key].bfloat16().float()), key
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8"])
+def test_chunks_of_an_interleaved_pipeline_have_their_masters_values(
+    nursery: Nursery, recipe: str
+) -> None:
+    flags = f"{PP2} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+    kept = nursery.run(2, train_and_keep, argv_of(recipe, flags))
+    for stage in kept:
+        for before, after in itertools.pairwise(stage):
+            check_forms(recipe, [after], masters_of([before]))
+
+
 # What saves, and what loads.
 CHANGES = {
     "bf16 to delayed": ("bf16", "delayed"),
@@ -115,14 +150,17 @@ CHANGES = {
     "bf16 to blockwise": ("bf16", "blockwise"),
     "tensorwise to bf16": ("tensorwise", "bf16"),
     "delayed to blockwise": ("delayed", "blockwise"),
+    "bf16 to mxfp8": ("bf16", "mxfp8"),
+    "mxfp8 to bf16": ("mxfp8", "bf16"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_checkpoints_are_of_no_precision(nursery: Nursery, tmp_path: Path, change: str) -> None:
     writer, reader = CHANGES[change]
-    saved = save(nursery, tmp_path, writer, "dp2")
-    loaded = load(nursery, tmp_path, reader, "tp2-dp2", f"--run-dir {tmp_path / 'again'}")
+    sizes = SIZES["mxfp8"] if "mxfp8" in change else ""
+    saved = save(nursery, tmp_path, writer, "dp2", sizes)
+    loaded = load(nursery, tmp_path, reader, "tp2-dp2", sizes, f"--run-dir {tmp_path / 'again'}")
     expected = masters_of([rank[HALF] for rank in saved])
     first = [rank[0] for rank in loaded]
     for (name, tensor_rank), master in masters_of(first).items():

@@ -37,7 +37,13 @@ def load(folder: Path, recipe: str, sizes_of: str) -> dict[str, Any]:
     training = Training(recipe, sizes_of, seed=2)
     before = kept_now(training)
     training.load(dist_checkpointing.load(training.state(is_loading=True), str(folder)))
-    return {"before": before, "weights": kept_now(training), "state": state_of(training)}
+    amaxes = training.amaxes()
+    return {
+        "before": before,
+        "weights": kept_now(training),
+        "state": state_of(training),
+        "amaxes": list(map(float, amaxes)),
+    }
 
 
 def state_of(training: Any) -> list[tuple[str, tuple[slice, ...], tuple[int, ...], Tensor]]:
@@ -82,5 +88,7 @@ def test_state_survives_and_weights_are_made_of_it(
         weights = [rank["weights"] for rank in then]
         if recipe != "bf16":
             check_forms(recipe, weights, masters_of([rank["before"] for rank in then]))
+        largest = [float(master.bfloat16().abs().max()) for master in masters.values()]
+        assert all(rank["amaxes"] == largest for rank in then if recipe == "delayed")
         for one in (one for rank in weights for one in rank if recipe == "bf16"):
             assert torch.equal(one.values, masters[one.name, 0].bfloat16()), one.name

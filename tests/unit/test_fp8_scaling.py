@@ -150,6 +150,14 @@ def test_delayed_state_comes_back() -> None:
     assert other.history.tolist() == [5.0, 0.0]
 
 
+def test_delayed_scales_fit_another_type() -> None:
+    scaling = DelayedScaling(E5M2, 1, "most_recent", 0)
+    scaling.update(torch.tensor(4.0))
+    other = DelayedScaling(E4M3, 1, "most_recent", 0)
+    other.load_state(scaling.state())
+    assert other.scale == 448 / 4
+
+
 def test_what_does_not_count_leaves_no_trace() -> None:
     scaling = DelayedScaling(E4M3, 1, "max", 0)
     scaling.counts = False

@@ -47,6 +47,14 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "fp8_param_gather": False,
         "fp8_wgrad": True,
         "fp8_output_proj": False,
+        "fp8_interval": 1,
+        "fp8_margin": 0,
+        "fp8_amax_history_len": 1,
+        "fp8_amax_compute_algo": "most_recent",
+        "te_precision_config_file": None,
+        "recompute_activations": False,
+        "moe_layer_recompute": False,
+        "eval_micro_batch_size": None,
         "first_last_layers_bf16": False,
         "recompute_granularity": None,
         "bf16": True,
@@ -240,19 +248,51 @@ def test_fp8_that_would_not_be(change: dict[str, Any], named: str) -> None:
     [
         ({"device": "cuda"}, "--fp8-emulation does not go with --device cuda"),
         ({"fp8_recipe": "custom"}, "--fp8-emulation does not know --fp8-recipe custom"),
-        ({"fp8_wgrad": False}, "--fp8-emulation does not know --fp8-wgrad False"),
+        ({"fp8_wgrad": False}, "--fp8-emulation does not know --no-fp8-wgrad"),
         ({"fp8_output_proj": True}, "--fp8-emulation does not know --fp8-output-proj"),
+        ({"fp8_interval": 2}, "--fp8-emulation does not know --fp8-interval"),
         (
-            {"fp8_recipe": "delayed", "recompute_granularity": "full"},
-            "--recompute-granularity full",
+            {"recompute_granularity": "full"},
+            "--fp8-emulation does not know --recompute-granularity",
         ),
+        ({"recompute_activations": True}, "--fp8-emulation does not know --recompute-activations"),
+        ({"eval_micro_batch_size": 2, "seq_length": 24, "micro_batch_size": 4}, None),
+        ({"eval_micro_batch_size": 3, "seq_length": 24, "micro_batch_size": 4}, "72 tokens"),
         ({"seq_length": 24}, "24 tokens on a rank, which is not a multiple of 16"),
         ({"fp8_recipe": "mxfp8", "seq_length": 48}, "not a multiple of 32"),
         ({"context_parallel_size": 4}, "8 tokens on a rank"),
     ],
 )
-def test_emulation_is_limited(change: dict[str, Any], named: str) -> None:
-    assert named in complain(validation.check_fp8_emulation, arguments(**{**FP8, **change}))
+def test_emulation_is_limited(change: dict[str, Any], named: str | None) -> None:
+    args = arguments(**{**FP8, **change})
+    if named is None:
+        validation.check_fp8_emulation(args)
+    else:
+        assert named in complain(validation.check_fp8_emulation, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fp8_margin": 1}, "--fp8-margin 1 has no effect with --fp8-recipe none"),
+        ({**FP8, "fp8_amax_history_len": 8}, "--fp8-amax-history-len 8 has no effect"),
+        ({**FP8, "fp8_amax_compute_algo": "max"}, "--fp8-amax-compute-algo max has no effect"),
+        ({**FP8, "fp8_recipe": "delayed", "fp8_amax_history_len": 0}, "must be at least 1, not 0"),
+        (
+            {"fp8": "hybrid", "device": "cuda", "load": "saved"},
+            "set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1",
+        ),
+    ],
+)
+def test_delayed_scaling_is_checked(
+    change: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
+    assert named in complain(validation.check_delayed_scaling, arguments(**change))
+    delayed = {**FP8, "fp8_recipe": "delayed", "load": "saved", "fp8_amax_history_len": 8}
+    validation.check_delayed_scaling(arguments(**delayed))
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    validation.check_delayed_scaling(arguments(**{**delayed, "fp8_emulation": False}))
 
 
 @pytest.mark.parametrize(

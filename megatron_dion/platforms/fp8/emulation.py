@@ -160,8 +160,15 @@ def _get_extra_state(self: Module) -> Any:
 
 def _set_extra_state(self: Module, state: Any) -> None:
     layer: Fp8Linear | None = getattr(self, _STATE, None)
-    if layer is not None and state is not None:
-        for scaling, saved in zip(layer.delayed, state, strict=False):
+    if layer is None or not layer.delayed or state is None:
+        return
+    if not isinstance(state, list):
+        raise ValueError(
+            "the checkpoint's scales of --fp8-recipe delayed are Transformer Engine's, which "
+            "--fp8-emulation cannot read: use another recipe"
+        )
+    if state:
+        for scaling, saved in zip(layer.delayed, state, strict=True):
             scaling.load_state(saved)
 
 

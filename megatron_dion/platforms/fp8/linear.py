@@ -44,10 +44,6 @@ class Fp8Linear:
                 for tile, dtype in zip(tiles, dtypes, strict=True)
             ]
 
-    @property
-    def recipe(self) -> Recipe:
-        return self._recipe
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """X W^T; its gradients are products of FP8 operands too.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_dion.platforms.fp8.scaling import (
     E4M3,
     E5M2,
+    LARGEST,
     ScaleRule,
     Tiles,
     cast,
@@ -173,11 +174,17 @@ class DelayedScaling:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        return {"scale": self.scale, "amax": self.amax, "history": self.history}
+        largest = torch.tensor(LARGEST[self._dtype])
+        return {
+            "scale": self.scale,
+            "amax": self.amax,
+            "history": self.history,
+            "largest": largest,
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` gave; of a history of another length as much as there is."""
-        self.scale.copy_(state["scale"])
+        """Takes what `state` gave, also of another type or with another length of history."""
+        self.scale.copy_(state["scale"] * (LARGEST[self._dtype] / state["largest"]))
         self.amax.copy_(state["amax"])
         common = min(len(self.history), len(state["history"]))
         self.history[:common] = state["history"][:common]

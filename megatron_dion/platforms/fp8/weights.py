@@ -69,7 +69,7 @@ class Fp8Weight:
         Args:
             values: (rows, columns).
         """
-        self.set_scale(self._amax(values.reshape(-1), 0))
+        self.set_scale(self.tiles.amax_of_piece(values.reshape(-1), 0))
         self.set_piece(values.reshape(-1), 0)
         if not self.has_one_form:
             scale = self._recipe.rule(self._over_rows.amax(values), self._recipe.forward)
@@ -81,12 +81,12 @@ class Fp8Weight:
         """Largest magnitudes, by tile, of a piece of the flattened weight, or of none."""
         if piece is None or start is None:
             return torch.zeros_like(self.scale_inv)
-        return self._amax(piece, start)
+        return self.tiles.amax_of_piece(piece, start)
 
     def set_scale(self, amax: Tensor) -> None:
         """Scales by the largest magnitudes, or notes them for later scales (delayed)."""
         if self.delayed is not None:
-            self.delayed.record(amax)
+            self.delayed.amax.copy_(amax.max())  # of these bytes: others are no more
             self._scale = self.delayed.scale.clone().view(1, 1)
         else:
             self._scale = self._recipe.rule(amax, self._recipe.forward)
@@ -111,9 +111,6 @@ class Fp8Weight:
         """Keeps the bytes in other memory of the same shape."""
         memory.copy_(self.data)
         self.data = self.data_over_rows = memory
-
-    def _amax(self, piece: Tensor, start: int) -> Tensor:
-        return self.tiles.amax_of_piece(piece, start)
 
     def _values(self, data: Tensor, scale_inv: Tensor) -> Tensor:
         return data.view(self._recipe.forward).float() * scale_inv
@@ -150,11 +147,14 @@ def is_mxfp8(tensor: Tensor) -> bool:
 
 
 def take_values(parameter: Parameter) -> None:
-    """Makes the FP8 form follow a parameter into which something was loaded."""
+    """Makes the FP8 form follow a parameter into which something was loaded.
+
+    What was loaded stays as it is, in the state that the parameter was loaded from.
+    """
     kept = fp8_of(parameter)
     if kept is not None:
         kept.take(parameter.detach())
-        show_values([parameter])
+        parameter.data = values_of(parameter)
 
 
 def move_to(parameter: Parameter, memory: Tensor) -> None:
