@@ -117,7 +117,6 @@ def sbatch_command(arguments: argparse.Namespace, run_dir: Path, arguments_file:
         "sbatch",
         f"--job-name={arguments.job_name}",
         f"--nodes={arguments.nodes}",
-        f"--ntasks-per-node={arguments.gpus_per_node}",
         f"--gpus-per-node={arguments.gpus_per_node}",
         f"--output={run_dir / 'slurm-%j.log'}",
         *arguments.sbatch_flag,

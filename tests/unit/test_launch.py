@@ -96,7 +96,7 @@ def test_a_dry_run_prints_what_would_be_submitted(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     last = shlex.split(answer.stdout.splitlines()[-1])
     assert last[0] == "sbatch"
-    assert {"--nodes=8", "--ntasks-per-node=4", "--time=1:00"} <= set(last)
+    assert {"--nodes=8", "--gpus-per-node=4", "--time=1:00"} <= set(last)
     assert last[-2:] == [str(launch.SCRIPT), str(tmp_path / "recipe.args")]
     assert list(tmp_path.iterdir()) == []
     refused = subprocess.run([*command, "--", "--bogus"], capture_output=True, text=True)
