@@ -15,6 +15,7 @@ set -eu
 VERSION=2.20.2
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$here/.venv-te}
+case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 done="$folder/.transformer_engine_$VERSION"
 
 if [ -f "$done" ] && [ ! "$here/constraints.txt" -nt "$done" ]; then
