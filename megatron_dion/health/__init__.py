@@ -1,0 +1,1 @@
+"""The doctor: is this machine, or this set of ranks, fit to train?"""
