@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/bin/bash
 # Builds Transformer Engine from the package index into a virtual environment of its own, on a
 # machine without a GPU and without a CUDA toolkit. Its kernels do not run there; its FP8 tensors
 # and quantizers are Python objects that do, and the tests in tests/transformer_engine use them.
@@ -10,7 +10,7 @@
 # wherever it can import Transformer Engine. For a GPU, use a container that brings it, or
 # `pip install --no-build-isolation "megatron-dion[te]"` (docs/fp8.md).
 
-set -eu
+set -euo pipefail
 
 VERSION=2.20.2
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,7 +18,7 @@ folder=${1:-$here/.venv-te}
 case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 done="$folder/.transformer_engine_$VERSION"
 
-if [ -f "$done" ] && [ ! "$here/constraints.txt" -nt "$done" ]; then
+if [[ -f $done && ! $here/constraints.txt -nt $done ]]; then
     echo "Transformer Engine $VERSION is in $folder"
     exit 0
 fi
@@ -39,7 +39,7 @@ install() {
 }
 
 echo '1/3 torch, megatron-core and the tests'
-install -e "$here[data,run,dev]"
+install -e "${here}[data,run,dev]"
 
 # The headers that the extension includes: wheels of the CUDA toolkit that torch was built with.
 echo '2/3 headers of CUDA, and what builds'

@@ -183,8 +183,9 @@ def test_shell_reads_the_install_script() -> None:
     assert os.access(INSTALL, os.X_OK)
 
 
-def test_shellcheck_has_no_complaint() -> None:
-    shellcheck = [program("shellcheck"), INSTALL]
+def test_shellcheck_has_no_complaint_about_any_script() -> None:
+    scripts = [INSTALL, ROOT / ".ci" / "run", *(ROOT / "tools").glob("*.sh")]
+    shellcheck = [program("shellcheck"), *scripts]
     ended = subprocess.run(shellcheck, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "")
 
