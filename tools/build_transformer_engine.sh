@@ -61,7 +61,7 @@ CC="$compiler" CXX="$compiler" \
     MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
     NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
     python -m pip install --disable-pip-version-check --quiet --no-build-isolation \
-    -c "$here/constraints.txt" "transformer-engine[core_cu${cuda%%.*},pytorch]==$VERSION"
+    -c "$here/constraints.txt" "transformer-engine[core-cu${cuda%%.*},pytorch]==$VERSION"
 
 python -c 'import torch, transformer_engine.pytorch'  # torch loads the libraries that it needs
 touch "$done"
