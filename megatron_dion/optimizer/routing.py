@@ -131,7 +131,7 @@ def tag_matrices(
         if reason is None:
             setattr(parameter, _WEIGHT_TAG, _weight(named, rules.split))
     for chunk in model_chunks:
-        _check_one_fp8_buffer([chunk])
+        _check_one_fp8_buffer(chunk)
     for chunk in model_chunks:
         setattr(chunk, _RULES_TAG, rules)
     return model_chunks
@@ -142,10 +142,10 @@ def _is_fp8(parameter: Parameter) -> bool:
     return bool(param_and_grad_buffer._param_uses_quantized_storage(parameter))
 
 
-def _check_one_fp8_buffer(model_chunks: list[MegatronModule]) -> None:
+def _check_one_fp8_buffer(chunk: MegatronModule) -> None:
     """DDP asserts that its FP8 weights are in one buffer (MC/.../param_and_grad_buffer.py:1703)."""
     first: dict[bool, dict[bool, str]] = {True: {}, False: {}}
-    for named in _named_parameters(model_chunks):
+    for named in _named_parameters([chunk]):
         if _is_fp8(named.parameter):
             of_experts = not getattr(named.parameter, "allreduce", True)
             first[of_experts].setdefault(weight_of(named.parameter) is not None, named.name)

@@ -22,6 +22,7 @@ from tests.distributed.fp8_weights import (
 )
 from tests.distributed.nursery import DION, TRAINING, Nursery, losses, train
 from tests.distributed.recording import check_against_reference, train_recorded
+from tests.distributed.test_checkpoints import largest_difference
 from tests.distributed.world import RankError
 
 ITERATIONS = 4
@@ -161,27 +162,23 @@ def test_checkpoints_are_of_no_precision(nursery: Nursery, tmp_path: Path, chang
     sizes = SIZES["mxfp8"] if "mxfp8" in change else ""
     saved = save(nursery, tmp_path, writer, "dp2", sizes)
     loaded = load(nursery, tmp_path, reader, "tp2-dp2", sizes, f"--run-dir {tmp_path / 'again'}")
-    expected = masters_of([rank[HALF] for rank in saved])
+    whole = masters_of([rank[HALF] for rank in saved])
     first = [rank[0] for rank in loaded]
-    for (name, tensor_rank), master in masters_of(first).items():
-        whole = expected[name, 0]
-        assert torch.equal(master, part_of(whole, name, tensor_rank)), name
+    masters = masters_of(first)
+    for (name, tensor_rank), master in masters.items():
+        assert torch.equal(master, part_of(whole[name, 0], name, tensor_rank)), name
     for one in (one for rank in first for one in rank):
-        weight = masters_of(first)[one.name, one.tensor_rank].bfloat16()
+        weight = masters[one.name, one.tensor_rank].bfloat16()
         if reader == "bf16":
             assert torch.equal(one.values, weight), one.name
         elif reader == "delayed":
             # Scales begin at one.
             assert torch.equal(one.forms[0][0], cast(weight, torch.tensor(1.0))), one.name
         else:
-            right = cast_and_scales(reader, weight)
+            right = expected(reader, weight, torch.tensor(0.0))[0]
             assert torch.equal(one.forms[0][0], right[0]), one.name
             assert torch.equal(one.forms[0][1], right[1]), one.name
     assert largest_difference(losses(tmp_path / "again"), losses(tmp_path / "run")[HALF:]) < 0.05
-
-
-def cast_and_scales(recipe: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return expected(recipe, weight, torch.tensor(0.0))[0]
 
 
 def part_of(weight: Tensor, name: str, tensor_rank: int) -> Tensor:
@@ -192,10 +189,6 @@ def part_of(weight: Tensor, name: str, tensor_rank: int) -> Tensor:
         halves = [half.chunk(2)[tensor_rank] for half in weight.chunk(2)]
         return torch.cat(halves)
     return weight.chunk(2)[tensor_rank]  # whole query groups
-
-
-def largest_difference(found: list[float], right: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(found, right, strict=True))
 
 
 EXPERTS = (

@@ -69,8 +69,8 @@ class Fp8Weight:
         Args:
             values: (rows, columns).
         """
-        self.set_scale(self.tiles.amax_of_piece(values.reshape(-1), 0))
-        self.set_piece(values.reshape(-1), 0)
+        scale = self.set_scale(self.tiles.amax_of_piece(values.reshape(-1), 0))
+        self.set_piece(values.reshape(-1), 0, scale)
         if not self.has_one_form:
             scale = self._recipe.rule(self._over_rows.amax(values), self._recipe.forward)
             self.scale_inv_over_rows.copy_(scale.reciprocal())
@@ -83,20 +83,25 @@ class Fp8Weight:
             return torch.zeros_like(self.scale_inv)
         return self.tiles.amax_of_piece(piece, start)
 
-    def set_scale(self, amax: Tensor) -> None:
-        """Scales by the largest magnitudes, or notes them for later scales (delayed)."""
+    def set_scale(self, amax: Tensor) -> Tensor:
+        """Scales by the largest magnitudes, or notes them for later scales (delayed).
+
+        Returns:
+            The scales of the tiles, for `set_piece`.
+        """
         if self.delayed is not None:
             self.delayed.amax.copy_(amax.max())  # of these bytes: others are no more
-            self._scale = self.delayed.scale.clone().view(1, 1)
+            scale = self.delayed.scale.view(1, 1)
         else:
-            self._scale = self._recipe.rule(amax, self._recipe.forward)
-        self.scale_inv.copy_(self._scale.reciprocal())
+            scale = self._recipe.rule(amax, self._recipe.forward)
+        self.scale_inv.copy_(scale.reciprocal())
+        return scale
 
-    def set_piece(self, piece: Tensor, start: int) -> None:
-        """Rounds a piece of the flattened weight, with the scale that was set."""
+    def set_piece(self, piece: Tensor, start: int, scale: Tensor) -> None:
+        """Rounds a piece of the flattened weight with the scales of the tiles."""
         stop = start + piece.numel()
-        scale = self._scale.view(-1)[self.tiles.of_elements(start, stop)]
-        rounded = cast(piece, scale, self._recipe.forward)
+        of_elements = scale.view(-1)[self.tiles.of_elements(start, stop)]
+        rounded = cast(piece, of_elements, self._recipe.forward)
         self.data.view(-1)[start:stop] = rounded.view(torch.uint8)
 
     def values(self) -> tuple[Tensor, Tensor]:
@@ -189,9 +194,9 @@ def quantize_pieces(
     dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
     sizes = [weight.scale_inv.numel() for weight in kept]
     for (weight, piece, start), part in zip(ranges, amax.split(sizes), strict=True):
-        weight.set_scale(part.view_as(weight.scale_inv))
+        scale = weight.set_scale(part.view_as(weight.scale_inv))
         if piece is not None and start is not None:
-            weight.set_piece(piece, start)
+            weight.set_piece(piece, start, scale)
 
 
 def show_values(parameters: Sequence[Parameter]) -> None:
