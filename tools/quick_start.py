@@ -46,9 +46,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Data:
-    """Where the prepared data is."""
+    """Where the prepared data is, and the size of its vocabulary."""
 
     folder: Path
+    vocab_size: int = VOCAB_SIZE
 
     @property
     def tokenizer(self) -> Path:
@@ -74,7 +75,7 @@ def prepare(data: Data) -> None:
     run_step("fetch_corpus.py", "--output", data.folder)
     run_step(
         *("train_tokenizer.py", "--input", data.text("train")),
-        *("--vocab-size", VOCAB_SIZE, "--output-prefix", data.tokenizer),
+        *("--vocab-size", data.vocab_size, "--output-prefix", data.tokenizer),
     )
     for split in ("train", "validation"):
         run_step(
@@ -123,14 +124,18 @@ def training_command(
     """Return the command that trains."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(layout.processes), str(ROOT / "pretrain_gpt.py")]
-    paths = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
-    paths += ["--train-data-path", str(data.dataset("train"))]
-    paths += ["--valid-data-path", str(data.dataset("validation"))]
-    paths += ["--run-dir", str(run_dir)]
+    paths = [*data_flags(data), "--run-dir", str(run_dir)]
     spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
     if layout.sequence_parallel:
         spread.append("--sequence-parallel")
     return [*launcher, *read_arguments(ARGUMENTS), *paths, *spread, *overrides]
+
+
+def data_flags(data: Data) -> list[str]:
+    """Return the flags that name the tokenizer and both splits."""
+    flags = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
+    flags += ["--train-data-path", str(data.dataset("train"))]
+    return [*flags, "--valid-data-path", str(data.dataset("validation"))]
 
 
 def train(command: Sequence[str], log: Path) -> None:

@@ -27,17 +27,17 @@ from typing import Any
 import torch
 
 from megatron_dion.checkpointing import folders
+from megatron_dion.local.preload import start_queues_by
+from megatron_dion.local.world import end, environment_of, free_port
 from tests.distributed.nursery import (
     DION,
     MODEL,
     TRAINING,
     Nursery,
     losses,
-    start_queues_by,
     train,
 )
 from tests.distributed.recording import save_start
-from tests.distributed.world import end, environment_of, free_port
 
 _FORK = multiprocessing.get_context("fork")
 

@@ -4,9 +4,6 @@ The nursery is a process of its own that has installed the CPU platform (which c
 whole process) and imported Megatron; it forks every world.
 """
 
-import argparse
-import functools
-import gc
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -14,7 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.world import RankError, run_world
+from megatron_dion.local.preload import preload
+from megatron_dion.local.world import RankError, run_world
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -86,11 +84,8 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def _serve(end: Connection) -> None:
-    from megatron_dion.platforms import cpu
-
-    cpu.install(hide_gpus=True, quiet=True)
-    cpu.install_megatron_patches()
-    _prepare_for_all_worlds()
+    preload()
+    _mock_documents()
     while (request := end.recv()) is not None:
         function, args = request
         try:
@@ -99,32 +94,7 @@ def _serve(end: Connection) -> None:
             end.send((False, str(error)))
 
 
-def _prepare_for_all_worlds() -> None:
-    """What every rank would spend more than a second on, done once before the forks."""
-    import megatron.training.arguments
+def _mock_documents() -> None:
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-    from megatron.training.argument_utils import ArgumentGroupFactory
 
-    import megatron_dion.optimizer.factory
-    import megatron_dion.training.plot
-    import megatron_dion.training.pretrain  # noqa: F401
-
-    # The parser takes its help texts from the source files.
-    read_docstrings = ArgumentGroupFactory._get_field_docstrings
-    cached = functools.cache(
-        lambda kind: read_docstrings(object.__new__(ArgumentGroupFactory), kind)
-    )
-    ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
-    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     MockGPTLowLevelDataset.size = 1000  # documents, which are shuffled
-    start_queues_by("fork")
-    gc.freeze()  # the collector of a rank would write to memory that all share
-
-
-def start_queues_by(method: str) -> None:
-    """How a rank that saves starts the process of its queue; spawned ones import torch again."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
-
-    get_write_results_queue.__wrapped__.__defaults__ = (method,)

@@ -16,7 +16,7 @@ from megatron_dion.health import doctor, links
 from megatron_dion.health.doctor import Options, run
 from megatron_dion.health.findings import Check, Finding
 from megatron_dion.health.world import World
-from tests.distributed.world import run_world
+from megatron_dion.local.world import run_world
 
 Illness = Callable[[], None]
 LARGE = 2**16

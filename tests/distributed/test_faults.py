@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_dion import Dion
+from megatron_dion.local.world import RankError
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics, train
-from tests.distributed.world import RankError
 
 BROKEN_STEP = 3
 GRIDS = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dion.local.world import RankError
 from tests.distributed.fp8_weights import (
     RECIPES,
     cast,
@@ -23,7 +24,6 @@ from tests.distributed.fp8_weights import (
 from tests.distributed.nursery import DION, TRAINING, Nursery, losses, train
 from tests.distributed.recording import check_against_reference, train_recorded
 from tests.distributed.test_checkpoints import largest_difference
-from tests.distributed.world import RankError
 
 ITERATIONS = 4
 MODEL = (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
+from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.sharding import (
     Groups,
@@ -27,7 +28,6 @@ from megatron_dion.sharding import (
     reducer,
     shared_rows,
 )
-from tests.distributed.world import gloo_world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.folders import tracked
+from megatron_dion.local.world import free_port
 from tests.distributed.nursery import DION, MODEL, TRAINING, losses
-from tests.distributed.world import free_port
 from tests.slurm.cluster import REPOSITORY, SCRIPTS, Cluster, Job, wait_for
 
 ITERATIONS = 60

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dion.local.world import gloo_world
 from tests.distributed.fp8_weights import check_forms, masters_of
 from tests.distributed.nursery import Nursery
-from tests.distributed.world import gloo_world
 from tests.transformer_engine.test_weights import kept_now
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from megatron_dion.local.world import gloo_world
 from tests.distributed.nursery import Nursery
-from tests.distributed.world import gloo_world
 
 CLASSES = {
     "delayed": "Float8Tensor",

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dion.local.world import gloo_world
 from tests.distributed.fp8_weights import Kept, check_forms, masters_of, weights_of
 from tests.distributed.nursery import Nursery
-from tests.distributed.world import gloo_world
 
 STEPS = 4
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_dion.local.world import run_world
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.training.arguments import CPU_DEFAULTS, extra_args_provider
 from megatron_dion.training.errors import ConfigurationError
 from tests.distributed.nursery import MODEL, TRAINING, Nursery
-from tests.distributed.world import run_world
 
 # Everything that installs the platform runs in forked processes: it changes torch for good.
 
