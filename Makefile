@@ -10,13 +10,14 @@ SOURCES := megatron_dion tools tests setup.py pretrain_gpt.py
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-te test-gpu lint format clean
+.PHONY: help setup train test convergence test-te test-gpu lint format clean
 
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
 	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
 	@echo "             ARGS='--train-iters 50' adds or overrides flags of pretrain_gpt.py"
 	@echo 'make test    run all tests'
+	@echo 'make convergence   train all cases in tests/convergence and check their curves'
 	@echo 'make test-te   build Transformer Engine into $(TE_VENV) (once, 25 minutes of processor time)'
 	@echo '               and run the tests that need it; no GPU is needed'
 	@echo 'make test-gpu  run the tests that need a GPU, in the Python that is active'
@@ -42,6 +43,9 @@ train: setup
 
 test: setup
 	$(PYTHON_IN_VENV) -m pytest
+
+convergence: setup
+	$(PYTHON_IN_VENV) tools/convergence.py check --controls
 
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _common import ToolError, run_tool
-from megatron_dion.local.flags import FileError
+from megatron_dion.convergence.environment import describe
 from megatron_dion.local.preload import preload
 from megatron_dion.local.runs import RunFailed
-from megatron_dion.studies.results import StudyUnfinished, collect, cpu_model, data_hashes, to_json
-from megatron_dion.studies.study import Trials, conduct, read_study
+from megatron_dion.studies.results import StudyUnfinished, collect, to_json
+from megatron_dion.studies.study import FileError, Trials, conduct, read_study
 from megatron_dion.studies.tables import page
 from quick_start import ROOT, Data, data_flags, prepare
 
@@ -34,7 +34,7 @@ def report(studies: Sequence[Trials], results: Path, images: Path) -> None:
     # matplotlib is needed for reports only.
     from megatron_dion.studies.pictures import draw_all
 
-    environment = {"cpu": cpu_model(), "data_sha256": data_hashes(DATA.folder)}
+    environment = describe(data_flags(DATA))
     found = [collect(trials, environment) for trials in studies]
     results.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)

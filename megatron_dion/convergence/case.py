@@ -24,7 +24,7 @@ class RunSpec:
         processes: number of ranks.
         continues: name of the run from whose checkpoint this one starts, if it does.
         at: iteration of that checkpoint.
-        patch: `module:function` that every rank calls before training.
+        patch: `file:function` that every rank calls before training.
     """
 
     name: str
@@ -161,7 +161,7 @@ def _parse(path: Path, content: Any) -> Case:
         golden=top.take_list("golden", str),
         checks=tuple(map(_check, top.take("checks", list, []))),
         controls=tuple(
-            _control(name, _Table(f"control {name}", spec), runs)
+            _control(name, _Table(f"control {name}", spec), runs, path.parent)
             for name, spec in top.take("controls", dict, {}).items()
         ),
     )
@@ -221,7 +221,7 @@ def _check(entry: Any) -> Check:
     return check
 
 
-def _control(name: str, spec: "_Table", runs: Mapping[str, RunSpec]) -> Control:
+def _control(name: str, spec: "_Table", runs: Mapping[str, RunSpec], folder: Path) -> Control:
     _require_folder_name(spec, name)
     if name in runs:
         raise _Wrong(f"control {name}: a run has this name, too")
@@ -235,12 +235,22 @@ def _control(name: str, spec: "_Table", runs: Mapping[str, RunSpec]) -> Control:
         processes=right.processes,
         continues=right.continues,
         at=right.at,
-        patch=spec.take("patch", str, None),
+        patch=_patch(spec, folder),
     )
     fields = {"run": name, "reference": instead_of}
     checks = [_check({kind: fields}) for kind in spec.take_list("noticed_by", str)]
     spec.finish()
     return Control(run, tuple(checks))
+
+
+def _patch(spec: "_Table", folder: Path) -> str | None:
+    patch = spec.take("patch", str, None)
+    if patch is None:
+        return None
+    file, _, function = patch.partition(":")
+    if not function or not (folder / file).is_file():
+        raise _Wrong(f"{spec.name}: patch cannot be {patch!r}: FILE:FUNCTION, beside the case")
+    return f"{folder / file}:{function}"
 
 
 def _require_folder_name(spec: "_Table", name: Any) -> None:

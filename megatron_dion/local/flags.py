@@ -6,10 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 
 
-class FileError(Exception):
-    """A case's or a study's file is not what it has to be; names the file and the key."""
-
-
 def read_flags(path: Path) -> tuple[str, ...]:
     """The flags of an arguments file; `#` starts a comment."""
     return tuple(shlex.split(path.read_text(encoding="utf-8"), comments=True))

@@ -1,9 +1,9 @@
 """Training runs on this machine: several at a time, reused where they are finished."""
 
-import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -34,7 +34,7 @@ class Run:
         folder: its run directory; the log is in it, too.
         flags: of pretrain_gpt.py, without `--run-dir`.
         processes: number of ranks.
-        patch: `module:function` to call on every rank before training, to break something on
+        patch: `file:function` to call on every rank before training, to break something on
             purpose.
     """
 
@@ -141,8 +141,8 @@ def train(flags: Sequence[str], patch: str | None) -> None:
     from megatron_dion.training.launch import train as launch
 
     if patch is not None:
-        module, _, function = patch.partition(":")
-        getattr(importlib.import_module(module), function)()
+        file, _, function = patch.rpartition(":")
+        runpy.run_path(file)[function]()
     launch(flags)
 
 

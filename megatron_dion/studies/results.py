@@ -5,9 +5,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from megatron_dion.convergence.noise import estimate
 from megatron_dion.studies.study import Cell, Study, Trial, Trials, is_validation, missing
 from megatron_dion.training.run_directory import Record, read_metrics
 
@@ -16,8 +16,6 @@ SMOOTHED_OVER = 16
 _THINNED_BY = 8
 """Iterations from one point of a kept curve to the next."""
 _CURVE_DIGITS = 6
-_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Of Student's t distribution at 97.5 %, for 1 to 9 degrees of freedom."""
 
 
 class StudyUnfinished(Exception):
@@ -66,8 +64,7 @@ class Comparison:
     Attributes:
         differences: final validation loss minus the baseline's, by seed, in nats per token.
         difference: their mean and standard deviation.
-        standard_error: of the mean.
-        interval: the two-sided 95 % t interval of the mean; None for one seed.
+        margin: half the width of the mean's 95 % t interval; infinite for one seed.
         step_shares: by seed, the first step from which on the smoothed training loss stays at or
             below the baseline's last, as a share of all steps; None where it ends above.
         step_share: their mean and standard deviation, where no seed has None.
@@ -75,8 +72,7 @@ class Comparison:
 
     differences: Mapping[int, float]
     difference: Spread
-    standard_error: float
-    interval: tuple[float, float] | None
+    margin: float
     step_shares: Mapping[int, float | None]
     step_share: Spread
 
@@ -203,17 +199,6 @@ def paired_differences(
     return {s: d if math.isfinite(d) else math.nan for s, d in differences.items()}
 
 
-def t_interval(mean: float, standard_error: float, samples: int) -> tuple[float, float] | None:
-    """The two-sided 95 % interval of a mean; None for one sample.
-
-    Beyond the table its last quantile is used, which makes the interval at most 16 % too wide.
-    """
-    if samples == 1:
-        return None
-    half = _T_QUANTILES[min(samples - 1, len(_T_QUANTILES)) - 1] * standard_error
-    return mean - half, mean + half
-
-
 def trailing_means(values: Sequence[float]) -> list[float]:
     """Means over the last `SMOOTHED_OVER` values, from the first full window on."""
     ends = range(SMOOTHED_OVER, len(values) + 1)
@@ -236,23 +221,6 @@ def steps_to_loss(losses: Sequence[float], target: float) -> int | None:
     if last_above == len(losses):
         return None
     return max(last_above + 1, SMOOTHED_OVER)
-
-
-def data_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the training and validation text and of the tokenizer, from their manifests."""
-    files: dict[str, str] = {}
-    for manifest in ("corpus.json", "tokenizer.json"):
-        files |= json.loads((folder / manifest).read_text(encoding="utf-8"))["files"]
-    return {name: files[name] for name in ("train.jsonl", "validation.jsonl", "tokenizer.model")}
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The processor's name; None where Linux does not tell."""
-    for line in cpuinfo.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return None
 
 
 def _require_finished(trials: Trials, cells: Sequence[Cell]) -> None:
@@ -299,14 +267,11 @@ def _comparison(trials: Trials, cell: Cell) -> Comparison | None:
     differences = paired_differences(
         _losses_at_best(trials, cell), _losses_at_best(trials, baseline)
     )
-    difference = spread(differences.values())
-    standard_error = difference.sd / math.sqrt(len(differences))
     step_shares = _step_shares(_records_at_best(trials, cell), _records_at_best(trials, baseline))
     return Comparison(
         differences=differences,
-        difference=difference,
-        standard_error=standard_error,
-        interval=t_interval(difference.mean, standard_error, len(differences)),
+        difference=spread(differences.values()),
+        margin=estimate(list(differences.values())).margin,
         step_shares=step_shares,
         step_share=spread(step_shares.values()),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dion.local.flags import FileError, effective, read_flags, split_flags
+from megatron_dion.local.flags import effective, read_flags, split_flags
 from megatron_dion.local.runs import Run, execute
 from megatron_dion.training.run_directory import read_metrics
 
@@ -18,6 +18,10 @@ _FACTOR = 2.0
 """Between two learning rates of a sweep."""
 _MOST_RATES = 8
 """A loss that still falls after so many doublings is not a matter of the learning rate."""
+
+
+class FileError(Exception):
+    """A study's file is not what it has to be; names the file and the key."""
 
 
 @dataclass(frozen=True)

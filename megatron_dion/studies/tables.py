@@ -64,10 +64,8 @@ def _difference(comparison: Comparison) -> str:
     mean = comparison.difference.mean
     if not math.isfinite(mean):
         return "diverged"
-    if comparison.interval is None:
-        return f"{mean:+.3f}"
-    low, high = comparison.interval
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    known = math.isfinite(comparison.margin)
+    return f"{mean:+.3f}" + (f" ± {comparison.margin:.3f}" if known else "")
 
 
 def _steps(comparison: Comparison) -> str:
@@ -107,7 +105,7 @@ def _legend(result: StudyResult) -> str:
         f"* validation loss: in nats per token, after the last step{over_seeds}.",
     ]
     if study.baseline:
-        interval = ", mean and its 95 % t interval" if several else ""
+        interval = ", mean and half of its 95 % t interval" if several else ""
         lines += [
             f"* minus {study.baseline}: validation loss less that of {study.baseline} with the "
             f"same seed{interval}.",

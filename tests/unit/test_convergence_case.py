@@ -47,7 +47,7 @@ checks:
 controls:
   frozen:
     instead_of: resumed
-    patch: tests.mistakes:freeze
+    patch: mistakes.py:freeze
     noticed_by: [exact]
   fast:
     instead_of: two
@@ -60,6 +60,7 @@ controls:
 def read(tmp_path: Path) -> Callable[[Any], Case]:
     """Reads a case of the given content, text or not."""
     (tmp_path / "tiny.args").write_text("--num-layers 2  # few\n--lr 1e-3\n")
+    (tmp_path / "mistakes.py").touch()
 
     def write_and_read(content: Any) -> Case:
         text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
@@ -106,8 +107,9 @@ def test_every_option_is_read(read: Callable[[Any], Case]) -> None:
     )
 
 
-def test_a_control_is_a_run_with_its_mistake(read: Callable[[Any], Case]) -> None:
-    frozen = RunSpec("frozen", (), continues="one", at=30, patch="tests.mistakes:freeze")
+def test_a_control_is_a_run_with_its_mistake(read: Callable[[Any], Case], tmp_path: Path) -> None:
+    patch = f"{tmp_path}/mistakes.py:freeze"
+    frozen = RunSpec("frozen", (), continues="one", at=30, patch=patch)
     flags = ("--tensor-model-parallel-size", "2", "--name", "a b", "--lr", "1")
     fast = RunSpec("fast", flags, processes=2)
     case = read(LARGE)
@@ -197,6 +199,8 @@ def test_unknown_keys_are_refused(read: Callable[[Any], Case], path: str, table:
         ("controls/wrong/noticed_by", ["eye"], "{'run': 'wrong', 'reference': 'one'}} is not one"),
         ("controls/wrong/noticed_by", ["below"], "check below has no 'at'"),
         ("controls/wrong/patch", 1, "control wrong: patch cannot be 1"),
+        ("controls/wrong/patch", "mistakes.py", "patch cannot be 'mistakes.py': FILE:FUNCTION"),
+        ("controls/wrong/patch", "none.py:freeze", "patch cannot be 'none.py:freeze'"),
     ],
 )
 def test_wrong_values_are_named(

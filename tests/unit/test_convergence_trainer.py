@@ -376,7 +376,9 @@ def test_a_mistake_must_be_noticed_by_each_of_its_checks(tmp_path: Path) -> None
 def test_golden_curves_that_are_missing_are_named(tmp_path: Path) -> None:
     trained = Trained(tmp_path, case())
     trained.golden = dataclasses.replace(trained.golden, curves={})
-    with pytest.raises(ConvergenceError, match="small: there are no golden curves of one: `update`"):
+    with pytest.raises(
+        ConvergenceError, match="small: there are no golden curves of one: `update`"
+    ):
         trained.judge()
 
 

@@ -262,12 +262,14 @@ def test_never_more_processes_than_jobs_unless_a_run_alone_has_more(
     assert seen == beside
 
 
-def test_a_mistake_is_made_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_made_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[object] = []
-    launch = SimpleNamespace(train=lambda flags: done.append(flags))
-    mistakes = SimpleNamespace(make=lambda: done.append("mistake"))
+    launch = SimpleNamespace(train=lambda flags: done.append(flags), done=done)
     monkeypatch.setitem(sys.modules, "megatron_dion.training.launch", launch)
-    monkeypatch.setitem(sys.modules, "mistakes", mistakes)
+    mistakes = tmp_path / "mistakes.py"
+    mistakes.write_text(
+        "from megatron_dion.training.launch import done\ndef make(): done.append('mistake')\n"
+    )
     train(["--lr", "1"], None)
-    train(["--lr", "2"], "mistakes:make")
+    train(["--lr", "2"], f"{mistakes}:make")
     assert done == [["--lr", "1"], "mistake", ["--lr", "2"]]
