@@ -1,1 +1,1 @@
-"""Whether training converges as it did: cases, golden curves, checks, studies and reports."""
+"""Whether training converges as it did: cases, golden curves, checks and reports."""

@@ -17,6 +17,8 @@ def compare(
 ) -> list[Verdict]:
     """Hold runs against the first of them, in the iterations that all curves have.
 
+    A run that ends before the reference does is not as it should be.
+
     Args:
         runs: two or more, with different names; the first is the reference.
         noise: three runs or more that differ in nothing but their seed; with them, runs are as they
@@ -63,10 +65,14 @@ def _compare(
     else:
         verdict = checks.exact(ours, theirs, quantity)
         finding = f"{verdict.finding}; {_size(ours.curve(quantity), theirs.curve(quantity))}"
-    notes = [_iterations(given, quantity), _precision(given)]
+    missed = next((i for i in reference.curve(quantity) if i > max(run.curve(quantity))), None)
+    early = None if missed is None else f"ends at iteration {max(run.curve(quantity))}, too early"
+    notes = [_iterations(given, quantity), _precision(given), _lacks(run, reference)]
     return replace(
         verdict,
-        finding="; ".join([finding, *filter(None, notes)]),
+        passed=verdict.passed and missed is None,
+        divergent=missed if verdict.divergent is None else verdict.divergent,
+        finding="; ".join(filter(None, [early, finding, *notes])),
         window=window_of(theirs.curve(quantity)),
     )
 
@@ -120,6 +126,11 @@ def _extent(name: str, curve: Curve) -> str:
     if not curve:
         return f"{name} has none"
     return f"{name} has {len(curve)} from {min(curve)} to {max(curve)}"
+
+
+def _lacks(run: Curves, reference: Curves) -> str | None:
+    lacking = [q for q in QUANTITIES if q in reference.quantities and q not in run.quantities]
+    return f"it has no {', '.join(lacking)}" if lacking else None
 
 
 def _precision(all_curves: Sequence[Curves]) -> str | None:

@@ -3,10 +3,11 @@
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import megatron_dion
+from megatron_dion.local.flags import effective
 from megatron_dion.training.run_directory import git_revision
 
 Environment = Mapping[str, str | None]
@@ -18,6 +19,7 @@ _HASHED_BYTES = 1 << 30
 # the code changed a number is what is being asked.
 _ARITHMETIC = ("torch", "megatron-core", "numpy", "processor", "instructions")
 _DATA = ("tokenizer", "data")
+_DATA_FLAGS = ("--train-data-path", "--data-path")
 
 
 def describe(flags: Sequence[str]) -> Environment:
@@ -36,8 +38,8 @@ def describe(flags: Sequence[str]) -> Environment:
         **versions,
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "tokenizer": _hash_of(flags, "--tokenizer-model", ("",)),
-        "data": _hash_of(flags, "--train-data-path", (".bin", ".idx")),
+        "tokenizer": _hash_of(effective(flags), ("--tokenizer-model",), ("",)),
+        "data": _hash_of(effective(flags), _DATA_FLAGS, (".bin", ".idx")),
     }
 
 
@@ -70,14 +72,27 @@ def _processor() -> str:
     return next(names, platform.processor())
 
 
-def _hash_of(flags: Sequence[str], flag: str, endings: Sequence[str]) -> str | None:
-    if flag not in flags:
-        return None
-    path = flags[len(flags) - flags[::-1].index(flag)]  # of several, the last one counts
-    digest = hashlib.sha256()
-    for file in (Path(path + ending) for ending in endings):
-        size = file.stat().st_size
-        digest.update(f"{size} ".encode())
-        if size <= _HASHED_BYTES:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _hash_of(flags: Sequence[str], names: Sequence[str], endings: Sequence[str]) -> str | None:
+    """Of all files that the flags name; a blend's weights are no files."""
+    digest, found = hashlib.sha256(), False
+    for file in (Path(value + ending) for value in _values(flags, names) for ending in endings):
+        if file.is_file():
+            found = True
+            size = file.stat().st_size
+            digest.update(f"{size} ".encode())
+            if size <= _HASHED_BYTES:
+                digest.update(file.read_bytes())
+    return digest.hexdigest() if found else None
+
+
+def _values(flags: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """The values of the named flags, written as `--flag value ...` or `--flag=value`."""
+    named = False
+    for part in flags:
+        if part.startswith("--"):
+            flag, _, value = part.partition("=")
+            named = flag in names
+            if named and value:
+                yield value
+        elif named:
+            yield part

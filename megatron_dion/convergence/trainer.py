@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_dion.convergence.case import Case, RunSpec
 from megatron_dion.convergence.curves import Curves, read_curves
+from megatron_dion.convergence.errors import ConvergenceError
 from megatron_dion.local.flags import effective
 from megatron_dion.local.runs import Run, execute
 
@@ -30,6 +31,8 @@ class Trainer:
     def train(self, wanted: Iterable[Wanted], jobs: int, report: Callable[[str], None]) -> None:
         """Train runs, all of them from the beginning: the code may have changed since.
 
+        What earlier calls trained is removed first, also of runs that are not wanted now.
+
         Args:
             wanted: runs and seeds; those that others continue are trained whether named or not.
             jobs: how many processes share the machine.
@@ -38,28 +41,37 @@ class Trainer:
         Raises:
             RunFailed: a run failed.
         """
+        self._forget_all()
         asked = dict.fromkeys(wanted)
         parents = [(self.case.runs[s.continues], seed) for s, seed in asked if s.continues]
         first = [pair for pair in dict.fromkeys([*parents, *asked]) if not pair[0].continues]
         then = [pair for pair in asked if pair[0].continues]
         for batch in (first, then):
-            runs = [self._run(spec, seed) for spec, seed in batch]
-            for run in runs:
-                run.forget()
-            execute(runs, jobs, report)
+            execute([self._run(spec, seed) for spec, seed in batch], jobs, report)
 
     def curves(self, spec: RunSpec, seed: int) -> Curves:
         """The curves of a trained run.
 
         Raises:
-            ConvergenceError: there are none.
+            ConvergenceError: it was not trained to its end with these flags.
         """
         run = self._run(spec, seed)
+        if not run.is_finished():
+            raise ConvergenceError(
+                f"{self.case.name}: {run.name} was not trained to its end with its present flags: "
+                "`check` trains it"
+            )
         return read_curves(run.folder, run.name)
 
     def command(self, spec: RunSpec) -> str:
         """The flags of a run that decide its numbers: without seed, data and checkpoints."""
         return " ".join(effective((*self.case.flags, *spec.flags)))
+
+    def _forget_all(self) -> None:
+        mistakes = (control.run for control in self.case.controls)
+        for spec in (*self.case.runs.values(), *mistakes):
+            for seed in self.case.seeds:
+                self._run(spec, seed).forget()
 
     def _run(self, spec: RunSpec, seed: int) -> Run:
         # A run's own flags come last: one with a wrong seed is a mistake to be noticed.

@@ -91,7 +91,12 @@ def read_study(path: Path) -> Study:
     Raises:
         FileError: it is not what a study's file has to be; names the key.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: not yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: {content!r} is not a mapping")
     known = {"question", "arguments", "axis", "settings", "methods", "seeds", "rates"}
     known |= {"baseline", "panels"}
     if unknown := set(content) - known:

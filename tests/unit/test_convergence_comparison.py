@@ -174,11 +174,22 @@ def test_runs_logged_at_different_intervals() -> None:
     assert png(draw_comparison([verdict])).startswith(b"\x89PNG")
 
 
-def test_runs_of_different_lengths() -> None:
-    [verdict] = compare([run("long", last=200), run("short", last=50)], [], 0.1, ["lm_loss"])
-    assert verdict.passed
+def test_run_that_ends_too_early_is_not_alike() -> None:
+    long, short = run("long", last=200), run("short", last=50)
+    [verdict] = compare([long, short], [], 0.1, ["lm_loss"])
+    assert not verdict.passed
+    assert verdict.divergent == 51
+    assert verdict.finding.startswith("ends at iteration 50, too early; the same numbers in 50")
     assert verdict.finding.endswith("short has 50 from 1 to 50, long has 200 from 1 to 200")
-    assert "the same numbers in 50 iterations" in verdict.finding
+    [verdict] = compare([short, long], [], 0.1, ["lm_loss"])
+    assert verdict.passed
+
+
+def test_quantity_that_a_run_lacks_is_named() -> None:
+    only_loss = replace(run("b"), quantities={"lm_loss": run("").quantities["lm_loss"]})
+    [verdict] = compare([run("a"), only_loss], [], 0.1, [])
+    assert "; it has no " in verdict.finding
+    assert "lr" in verdict.finding.partition("; it has no ")[2]
 
 
 def test_equally_logged_runs_need_no_remark() -> None:
@@ -247,5 +258,5 @@ def test_event_file_of_a_killed_process(tmp_path: Path) -> None:
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-7])
     [verdict] = compare([run("a"), read_curves(tmp_path, "cut")], [], 0.1, ["lm_loss"])
-    assert verdict.passed
+    assert verdict.finding.startswith("ends at iteration 30, too early; the same numbers in 30")
     assert "cut has 30 from 1 to 30, a has 100 from 1 to 100" in verdict.finding

@@ -240,3 +240,14 @@ def test_flags_without_data_have_no_hashes(data: list[str]) -> None:
     bare = describe(["--mock-data"])
     assert (bare["tokenizer"], bare["data"]) == (None, None)
     assert different_data(bare, describe(data)) == ["tokenizer", "data"]
+
+
+def test_a_blend_of_data_is_hashed(tmp_path: Path) -> None:
+    for name in ("a.bin", "a.idx", "b.bin", "b.idx"):
+        (tmp_path / name).write_text(name)
+    blend = ["--lr", "1", "--train-data-path", "0.5", f"{tmp_path}/a", "0.5", f"{tmp_path}/b"]
+    before = environment.describe(blend)["data"]
+    assert before is not None
+    assert environment.describe([f"--data-path={tmp_path}/a"])["data"] not in (None, before)
+    (tmp_path / "b.bin").write_text("c.bin")
+    assert environment.describe(blend)["data"] != before

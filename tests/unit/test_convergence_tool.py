@@ -64,6 +64,7 @@ class Laboratory:
                 for i, loss in enumerate(values, start=1)
             ]
             run.metrics.write_text("\n".join(lines) + "\n")
+            run.mark_finished()
 
     def call(self, command: str, *argv: str) -> None:
         case = [str(self.folder / "small.yaml"), "--output", str(self.folder / "runs")]
@@ -184,18 +185,18 @@ def test_only_short_cases(laboratory: Laboratory) -> None:
 
 
 def test_compare_runs(with_golden: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
-    with_golden.call("run")
+    with_golden.call("run", "--controls")
     runs = with_golden.folder / "runs" / "small"
     one, two = str(runs / "one" / "seed-1"), str(runs / "two" / "seed-1")
     with_golden.call_exactly("compare", one, two)
     assert "the same numbers in 40 iterations" in capsys.readouterr().out
 
-    other = str(runs / "one" / "seed-2")
+    other = str(runs / "too fast" / "seed-1")
     page = with_golden.folder / "out"
     with pytest.raises(SystemExit) as stop:
         with_golden.call_exactly("compare", one, other, "--output", str(page))
     assert stop.value.code == 1
-    assert "first differs at iteration 1" in capsys.readouterr().out
+    assert "first differs at iteration 2" in capsys.readouterr().out
     assert {file.name for file in page.iterdir()} == {"comparison.png", "comparison.html"}
 
 

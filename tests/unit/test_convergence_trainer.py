@@ -169,8 +169,8 @@ def test_everything_is_trained_from_the_beginning(batches: Batches, tmp_path: Pa
     for folder in old:
         folder.mkdir(parents=True)
         (folder / "finished.json").write_text("{}")
-    train(case(), tmp_path, [(RESUMED, 3)])  # the executor finds no folder of what it trains
-    assert [folder.exists() for folder in old] == [False, False, True]
+    train(case(), tmp_path, [(RESUMED, 3)])  # and nothing of what is not trained now
+    assert [folder.exists() for folder in old] == [False, False, False]
 
 
 def test_commands_are_the_same_on_every_machine(tmp_path: Path) -> None:
@@ -244,6 +244,7 @@ class Trained:
             for i in range(first - 1, LENGTH)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.trainer._run(run, seed).mark_finished()
 
     def judge(
         self, environment: dict[str, str] = ENVIRONMENT, with_controls: bool = False
@@ -272,6 +273,13 @@ def trained(tmp_path: Path) -> Trained:
             controls=[control("exact", "band")],
         ),
     )
+
+
+def test_runs_of_other_flags_are_not_judged(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, case())
+    (tmp_path / "one" / "seed-3" / "finished.json").write_text("{}")
+    with pytest.raises(ConvergenceError, match="one, seed 3 was not trained to its end with"):
+        trained.judge()
 
 
 def test_golden_curves_of_other_flags_are_refused(tmp_path: Path) -> None:

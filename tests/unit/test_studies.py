@@ -446,6 +446,13 @@ def test_run_and_report(
     assert len(list(images.iterdir())) == 3
 
 
+@pytest.mark.parametrize(("text", "message"), [("", "is not a mapping"), ("{", "not yaml")])
+def test_file_that_is_no_study_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(FileError, match=message):
+        read_study(tmp_path / "broken.yaml")
+
+
 def test_mistake_in_a_study_is_told_in_one_line(
     at_home: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
