@@ -157,12 +157,14 @@ def judge(arguments: argparse.Namespace, trained: Sequence[Trainer]) -> None:
 
 def update_cases(arguments: argparse.Namespace) -> None:
     """Train golden runs with all seeds, show what changes, and keep them if asked to."""
-    for trainer in trainers(arguments):
+    found = trainers(arguments)
+    here = [environment_of(trainer) for trainer in found]  # before a file changes the revision
+    for trainer, environment in zip(found, here, strict=True):
         case, path = trainer.case, golden_path(arguments, trainer.case)
         old = read_golden(path) if path.exists() else None
         trainer.train(wanted_by_golden(case), arguments.jobs, say)
         new = Golden(
-            environment=environment_of(trainer),
+            environment=environment,
             commands={name: trainer.command(case.runs[name]) for name in case.golden},
             curves={
                 name: {seed: trainer.curves(case.runs[name], seed) for seed in case.seeds}
