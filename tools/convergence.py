@@ -133,17 +133,8 @@ def report_cases(arguments: argparse.Namespace) -> None:
 
 def judge(arguments: argparse.Namespace, trained: Sequence[Trainer]) -> None:
     """Check, write the report, and exit with status 1 if a check failed."""
-    golden = [read_golden(golden_path(arguments, trainer.case)) for trainer in trained]
-    sections = [
-        page.Section(
-            outcome=evaluate(trainer, kept, environment_of(trainer), arguments.controls),
-            golden=kept.environment,
-            here=environment_of(trainer),
-            commands=commands_of(trainer),
-        )
-        for trainer, kept in zip(trained, golden, strict=True)
-    ]
-    outcomes = [section.outcome for section in sections]
+    sections = [section(arguments, trainer) for trainer in trained]
+    outcomes = [one.outcome for one in sections]
     for outcome in outcomes:
         picture = arguments.output / f"{outcome.case.name}.png"
         picture.write_bytes(pictures.png(pictures.draw_case(outcome)))
@@ -153,6 +144,18 @@ def judge(arguments: argparse.Namespace, trained: Sequence[Trainer]) -> None:
     print(page.text(outcomes), end="")
     if not all(outcome.passed for outcome in outcomes):
         sys.exit(1)
+
+
+def section(arguments: argparse.Namespace, trainer: Trainer) -> page.Section:
+    """What became of a case."""
+    golden = read_golden(golden_path(arguments, trainer.case))
+    here = environment_of(trainer)
+    return page.Section(
+        outcome=evaluate(trainer, golden, here, arguments.controls),
+        golden=golden.environment,
+        here=here,
+        commands=commands_of(trainer),
+    )
 
 
 def update_cases(arguments: argparse.Namespace) -> None:

@@ -66,7 +66,12 @@ class Below:
 
 Check = Exact | Band | Below
 KINDS = {"exact": Exact, "band": Band, "below": Below}
-_OPTIONS: dict[str, dict[str, Any]] = {"exact": {}, "band": {"share": SHARE}, "below": {"at": None}}
+# The settings that only one kind has: the type of each, and its default if it has one.
+_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "exact": {},
+    "band": {"share": ((int, float), SHARE)},
+    "below": {"at": (int,)},
+}
 
 
 @dataclass(frozen=True)
@@ -205,12 +210,7 @@ def _check(entry: Any) -> Check:
         raise _Wrong(f"checks: {entry!r} is not one of {', '.join(KINDS)} with its settings")
     [(kind, settings)] = entry.items()
     table = _Table(f"check {kind}", settings)
-    options = {
-        name: table.take(name, (int, float), default)
-        if default is not None
-        else table.take(name, int)
-        for name, default in _OPTIONS[kind].items()
-    }
+    options = {name: table.take(name, *how) for name, how in _OPTIONS[kind].items()}
     check: Check = KINDS[kind](
         run=table.take("run", str),
         reference=table.take("reference", str),

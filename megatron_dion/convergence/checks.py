@@ -149,14 +149,9 @@ def below(runs: Sequence[Curves], others: Sequence[Curves], at: int, quantity: s
     ]
     window = window_of(pairs[0][0])
     name, other = without_seed(runs[0].name), without_seed(others[0].name)
-    curves = {
-        label: curve
-        for run, reference in zip(runs, others, strict=True)
-        for label, curve in (
-            (run.name, run.curve(quantity)),
-            (reference.name, reference.curve(quantity)),
-        )
-    }
+    curves: dict[str, Curve] = {}
+    for run, reference, (ours, theirs) in zip(runs, others, pairs, strict=True):
+        curves |= {run.name: ours, reference.name: theirs}
     if any(at not in curve for pair in pairs for curve in pair):
         passed, finding = False, f"a run does not reach iteration {at}"
     else:

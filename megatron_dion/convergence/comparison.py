@@ -5,11 +5,9 @@ from dataclasses import replace
 
 from megatron_dion.convergence import checks
 from megatron_dion.convergence.checks import Verdict
-from megatron_dion.convergence.curves import GRAD_NORM, LOSS, VALIDATION_LOSS, Curve, Curves
+from megatron_dion.convergence.curves import QUANTITIES, Curve, Curves
 from megatron_dion.convergence.errors import ConvergenceError
 from megatron_dion.convergence.noise import smoothed, window_of
-
-QUANTITIES = (LOSS, GRAD_NORM, VALIDATION_LOSS, "lr")
 
 
 def compare(

@@ -16,6 +16,8 @@ Curve = Mapping[int, float]
 LOSS = "lm_loss"
 GRAD_NORM = "grad_norm"
 VALIDATION_LOSS = "validation_loss"
+QUANTITIES = (LOSS, GRAD_NORM, VALIDATION_LOSS, "lr")
+"""What is kept of a golden run, and compared where nobody says what."""
 
 # What Megatron writes for TensorBoard, in the words of metrics.jsonl. It writes most of it twice,
 # the second time by the number of samples.

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.convergence.curves import Curve, Curves
+from megatron_dion.convergence.curves import QUANTITIES, Curve, Curves
 from megatron_dion.convergence.environment import Environment
 from megatron_dion.convergence.errors import ConvergenceError
 from megatron_dion.training.run_directory import replace_file
-
-QUANTITIES = ("lm_loss", "grad_norm", "lr", "validation_loss")
 
 
 @dataclass(frozen=True)
