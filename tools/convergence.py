@@ -33,7 +33,7 @@ from megatron_dion.convergence.golden import (
 from megatron_dion.convergence.trainer import Trainer
 from megatron_dion.local.preload import preload
 from megatron_dion.local.runs import RunFailed
-from quick_start import ROOT, Data, data_flags, prepare
+from quick_start import ROOT, data_flags, data_with_vocabulary, prepare
 
 CASES = ROOT / "tests" / "convergence"
 
@@ -221,7 +221,7 @@ def data_of(case: Case) -> list[str]:
     """Prepare the corpus that a case trains on; the flags that name it."""
     if case.vocab_size is None:
         return []
-    data = Data(ROOT / "data" / f"vocab-{case.vocab_size}", case.vocab_size)
+    data = data_with_vocabulary(case.vocab_size)
     prepare(data)
     return data_flags(data)
 

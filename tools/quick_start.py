@@ -70,6 +70,11 @@ class Data:
         return self.folder / f"{split}_text_document"
 
 
+def data_with_vocabulary(vocab_size: int) -> Data:
+    """The corpus with a tokenizer of another size, for studies and convergence tests."""
+    return Data(ROOT / "data" / f"vocab-{vocab_size}", vocab_size)
+
+
 def prepare(data: Data) -> None:
     """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
     run_step("fetch_corpus.py", "--output", data.folder)

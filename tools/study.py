@@ -13,20 +13,23 @@ from megatron_dion.convergence.environment import describe
 from megatron_dion.local.preload import preload
 from megatron_dion.local.runs import RunFailed
 from megatron_dion.studies.results import StudyUnfinished, collect, to_json
-from megatron_dion.studies.study import FileError, Trials, conduct, read_study
+from megatron_dion.studies.study import FileError, Study, Trials, conduct, read_study
 from megatron_dion.studies.tables import page
-from quick_start import ROOT, Data, data_flags, prepare
+from quick_start import ROOT, data_flags, data_with_vocabulary, prepare
 
-VOCAB_SIZE = 1024
-DATA = Data(ROOT / "data" / f"vocab-{VOCAB_SIZE}", VOCAB_SIZE)
+
+def trials(study: Study, pool: Path) -> Trials:
+    """A study's runs on the corpus, with the vocabulary it asks for."""
+    return Trials(study, pool, data_flags(data_with_vocabulary(study.vocab_size)))
 
 
 def run(studies: Sequence[Trials], jobs: int) -> None:
     """Train all that the studies need, some runs at a time."""
-    prepare(DATA)
+    for vocab_size in dict.fromkeys(one.study.vocab_size for one in studies):
+        prepare(data_with_vocabulary(vocab_size))
     preload()
-    for trials in studies:
-        conduct(trials, jobs, lambda line: print(line, flush=True))
+    for one in studies:
+        conduct(one, jobs, lambda line: print(line, flush=True))
 
 
 def report(studies: Sequence[Trials], results: Path, images: Path) -> None:
@@ -34,8 +37,7 @@ def report(studies: Sequence[Trials], results: Path, images: Path) -> None:
     # matplotlib is needed for reports only.
     from megatron_dion.studies.pictures import draw_all
 
-    environment = describe(data_flags(DATA))
-    found = [collect(trials, environment) for trials in studies]
+    found = [collect(one, describe(one.data)) for one in studies]
     results.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     for result in found:
@@ -70,8 +72,7 @@ def main() -> None:
     """Run the command line."""
     arguments = read_command_line()
     try:
-        flags = data_flags(DATA)
-        studies = [Trials(read_study(path), arguments.pool, flags) for path in arguments.study]
+        studies = [trials(read_study(path), arguments.pool) for path in arguments.study]
         if arguments.action == "run":
             run(studies, arguments.jobs)
         else:

@@ -46,6 +46,7 @@ class Study:
         name: of its file.
         question: what it asks.
         common: flags of all runs.
+        vocab_size: of the tokenizer of the corpus they train on.
         axis: what the settings vary.
         settings: flags by name of setting.
         methods: flags and first learning rate by name of method.
@@ -59,6 +60,7 @@ class Study:
     name: str
     question: str
     common: tuple[str, ...]
+    vocab_size: int
     axis: str
     settings: Mapping[str, tuple[str, ...]]
     methods: Mapping[str, Method]
@@ -97,7 +99,7 @@ def read_study(path: Path) -> Study:
         raise FileError(f"{path}: not yaml: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: {content!r} is not a mapping")
-    known = {"question", "arguments", "axis", "settings", "methods", "seeds", "rates"}
+    known = {"question", "arguments", "vocab_size", "axis", "settings", "methods", "seeds", "rates"}
     known |= {"baseline", "panels"}
     if unknown := set(content) - known:
         raise FileError(f"{path}: unknown keys {sorted(unknown)} (there are {sorted(known)})")
@@ -106,6 +108,7 @@ def read_study(path: Path) -> Study:
             name=path.stem,
             question=content["question"],
             common=read_flags(path.parent / content["arguments"]),
+            vocab_size=int(content["vocab_size"]),
             axis=content.get("axis", ""),
             settings={
                 str(name): split_flags(flags)
@@ -143,7 +146,7 @@ class Trials:
     def __init__(self, study: Study, pool: Path, data: Sequence[str]) -> None:
         self.study = study
         self._pool = pool
-        self._data = tuple(data)
+        self.data = tuple(data)
 
     def run(self, trial: Trial) -> Run:
         """The training run of a trial."""
@@ -152,7 +155,7 @@ class Trials:
         rates = ("--lr", f"{trial.lr:g}", "--min-lr", f"{trial.lr / 10:g}")
         names = [cell.setting, cell.method, f"lr {trial.lr:g}", f"seed {trial.seed}"]
         flags = (*study.common, *study.settings[cell.setting], *method.flags, *rates)
-        flags = effective((*flags, "--seed", str(trial.seed), *self._data))
+        flags = effective((*flags, "--seed", str(trial.seed), *self.data))
         digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()
         return Run(", ".join(filter(None, names)), self._pool / digest[:16], flags)
 

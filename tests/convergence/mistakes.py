@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from megatron_dion.algorithm import step
+from megatron_dion.optimizer.checkpoint import MOMENTUM, Transfer
 
 
 def swap_sign_of_error_feedback() -> None:
@@ -26,3 +29,15 @@ def freeze_one_matrix() -> None:
             block.weight.copy_(weight)
 
     step._update = wrong
+
+
+def lose_momentum_on_resume() -> None:
+    """What a checkpoint has as momentum is taken for zeros."""
+    take = Transfer.take
+
+    def wrong(self: Transfer, loaded: dict[str, torch.Tensor], *rest: Any) -> None:
+        lost = {name: torch.zeros_like(t) for name, t in loaded.items() if MOMENTUM in name}
+        assert lost, "no momentum among what was loaded"
+        take(self, loaded | lost, *rest)
+
+    Transfer.take = wrong

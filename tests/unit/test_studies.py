@@ -2,7 +2,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,14 @@ from megatron_dion.studies.results import (
 )
 from megatron_dion.studies.study import Cell, FileError, Study, Trial, Trials, conduct, read_study
 from megatron_dion.studies.tables import page
+from quick_start import Data
 
 ROOT = Path(__file__).parents[2]
 STEPS = 48
 TEXT = """
 question: Which is better?
 arguments: common.args
+vocab_size: 512
 axis: width
 settings: {"64": --hidden-size 64, "128": ""}
 methods:
@@ -410,7 +411,7 @@ def test_pictures_are_drawn(laboratory: Laboratory, loss: Loss) -> None:
 @pytest.fixture
 def at_home(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
     """The tool, with the laboratory's data."""
-    monkeypatch.setattr(tool, "DATA", replace(tool.DATA, folder=laboratory.folder))
+    monkeypatch.setattr(tool, "data_with_vocabulary", lambda size: Data(laboratory.folder, size))
     for file in ("tokenizer.model", "train_text_document.bin", "train_text_document.idx"):
         (laboratory.folder / file).write_text(file)
     for slow in ("prepare", "preload"):
