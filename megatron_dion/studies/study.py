@@ -128,10 +128,19 @@ def read_study(path: Path) -> Study:
         )
     except KeyError as error:
         raise FileError(f"{path}: no key {error}") from error
+    if len(study.settings) > 1 and (wrong := [s for s in study.settings if not _is_number(s)]):
+        raise FileError(f"{path}: settings {wrong} are no numbers, and pictures have an axis of them")
     named = {name for names in study.panels.values() for name in names} | {study.baseline}
     if unknown := named - {None, *study.methods}:
         raise FileError(f"{path}: no methods {sorted(map(str, unknown))} for baseline and panels")
     return study
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 class Trials:

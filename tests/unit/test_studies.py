@@ -147,6 +147,7 @@ def test_study_is_read(laboratory: Laboratory) -> None:
         (("lr: 0.008", "rate: 0.008"), "no key 'lr'"),
         (("baseline: Base", "baseline: Basis"), "no methods.*Basis"),
         (("baseline: Base", "panels: {all: [Base, Old]}"), "no methods.*Old"),
+        (('"128"', "wide"), "settings .*wide.* are no numbers"),
     ],
 )
 def test_mistake_in_a_study_is_named(
@@ -207,7 +208,7 @@ def test_finished_runs_are_not_repeated(laboratory: Laboratory) -> None:
 def test_studies_share_runs_with_the_same_flags(laboratory: Laboratory) -> None:
     laboratory.conducted()
     done = len(laboratory.executed)
-    laboratory.conducted(TEXT.replace('"128"', "wide").replace("Base", "Old"))
+    laboratory.conducted(TEXT.replace('"128"', '"256"').replace("Base", "Old"))
     assert len(laboratory.executed) == done
 
 
