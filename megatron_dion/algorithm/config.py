@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ORTHONORMALIZERS = ("rcqr", "cqr", "qr")
+ORTHONORMALIZERS = ("auto", "rcqr", "cqr", "qr")
 RIGHT_FACTORS = ("colnorm", "orth")
 DTYPES = ("fp32", "bf16")
 
@@ -37,6 +37,8 @@ class DionConfig:
         momentum_dtype: in which M is stored, one of `DTYPES`; arithmetic is in fp32.
         factor_dtype: in which Q is stored.
         comm_dtype: in which P and R travel between ranks, and in which an all_reduce adds them.
+        exchange_buffer_mib: MiB that the buffers of the exchange take at most on a rank; None for
+            no limit.
         seed: of the right factors' first values and of the sketches.
 
     Raises:
@@ -48,13 +50,14 @@ class DionConfig:
     rank_multiple_of: int = 1
     scale_mode: str = "spectral"
     extra_scale_factor: float = 1.0
-    orthonormalizer: str = "rcqr"
+    orthonormalizer: str = "auto"
     oversample: float = 1.25
     eps: float = 1e-8
     right_factor: str = "colnorm"
     momentum_dtype: str = "fp32"
     factor_dtype: str = "fp32"
     comm_dtype: str = "fp32"
+    exchange_buffer_mib: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +73,9 @@ class DionConfig:
             self._require_one_of(name, DTYPES)
         self._require("oversample", 1 <= self.oversample < math.inf, "at least 1 and finite")
         self._require("eps", 0 < self.eps < math.inf, "positive and finite")
+        limit = self.exchange_buffer_mib
+        is_limit = limit is None or 0 < limit < math.inf
+        self._require("exchange_buffer_mib", is_limit, "positive and finite")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dion.algorithm.counter_random import signs
 
 Sketch = Callable[[int], Tensor]
-"""Given a number of rows k, random test matrices (batch, k, n) of independent signs."""
+"""Given a number of rows k, independent random signs: (batch, k, n), or (1, k, n) for all."""
 
 PartialSums = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
 """Yields a part's (batch, k, r), expects the sum over the parts; returns result and failures."""
@@ -35,7 +35,8 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         p: (batch, n, r) float32 with r <= n.
         method: `rcqr`: randomized Cholesky QR: the triangle of a sketch of P preconditions one
             Cholesky QR (Higgins et al., arXiv 2309.05868); `cqr`: Cholesky QR, twice (Yamamoto
-            et al. 2015); `qr`: Householder.
+            et al. 2015); `qr`: Householder; `auto`: whichever is fastest on P's device, `qr` on a
+            CPU and `rcqr` elsewhere.
         sketch: the random matrices of `rcqr`.
         oversample: rows of the sketch per column of P.
 
@@ -43,7 +44,7 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
         broke down, so that they were done by Householder QR instead.
     """
-    if method == "qr":
+    if method == "qr" or (method == "auto" and p.device.type == "cpu"):
         return householder(p), 0
     part = orthonormalize_part(p, method, sketch, oversample)
     try:
@@ -64,7 +65,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
 
     Args:
         p: (batch, rows, r) float32, the rows of this part.
-        method: `rcqr` or `cqr`.
+        method: `rcqr`, which is also what `auto` means here, or `cqr`.
         sketch: gives the columns of the random matrices that belong to these rows.
         oversample: rows of the sketch per column of P.
 
@@ -77,7 +78,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
         parts.
     """
     rank = p.shape[2]
-    if method == "rcqr":
+    if method in ("rcqr", "auto"):
         (sketch_rows, _, _) = summed_rows(method, rank, oversample)
         sketched = yield sketch(sketch_rows) @ p  # (batch, k, r)
         scale = _column_scale(sketched)
@@ -98,7 +99,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
 
 def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
     """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
-    if method == "rcqr":
+    if method in ("rcqr", "auto"):
         # The few extra rows keep the sketch of a handful of columns from being nearly singular.
         return max(math.ceil(oversample * rank), rank + 8), rank, _PROBES
     return 1, rank, rank, _PROBES
@@ -106,9 +107,13 @@ def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
 
 def householder(p: Tensor) -> Tensor:
     """Householder QR of (batch, n, r) with a positive diagonal: for every finite input."""
-    q, u = torch.linalg.qr(p / _column_scale(p))
-    diagonal = u.diagonal(dim1=-2, dim2=-1)
-    return q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+    # LAPACK's norms neither overflow nor vanish.
+    scaled = p if p.device.type == "cpu" else p / _column_scale(p)
+    # As torch.linalg.qr, without the copies that it makes of the triangle.
+    reflectors, factors = torch.geqrf(scaled)
+    diagonal = reflectors.diagonal(dim1=-2, dim2=-1)  # (batch, r), of the triangle
+    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, r)
+    return q.mul_(torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2))
 
 
 def _column_scale(p: Tensor) -> Tensor:

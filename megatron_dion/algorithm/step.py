@@ -19,7 +19,7 @@ other matrices, can compute meanwhile (`interleave`).
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Protocol
 
 import torch
@@ -43,6 +43,8 @@ from megatron_dion.algorithm.right_factor import (
 
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
+
+_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Block:
     multiplied: slice
     counted: slice
     is_copied: bool = False
+
+    def multiplied_rows(self, tensor: Tensor) -> Tensor:
+        """Those rows of one of the block's (rows, ...), or itself where they are all of them."""
+        is_whole = self.multiplied == slice(0, tensor.shape[0])
+        return tensor if is_whole else tensor[self.multiplied]
 
 
 @dataclass(frozen=True)
@@ -156,12 +163,14 @@ class Exchange(Protocol):
 
 
 def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
-    """Takes several steps in turns, each computing while others wait; returns the sum of results.
+    """Takes steps in turns, each computing while another waits; returns the sum of results.
 
-    Every process must do it with the same steps in the same order.
+    Two are under way at a time, and the next begins where one has ended. Every process must do it
+    with the same steps in the same order.
     """
+    upcoming = iter(steps)
+    waiting = list(islice(upcoming, _IN_FLIGHT))
     total = 0
-    waiting = list(steps)
     while waiting:
         step = waiting.pop(0)
         try:
@@ -169,6 +178,7 @@ def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
             waiting.append(step)
         except StopIteration as end:
             total += end.value
+            waiting += islice(upcoming, 1)
     return total
 
 
@@ -210,9 +220,10 @@ def dion_step(
         factors = yield from _orthonormal_factors(matrices, blocks, exchange, config)
     else:
         factors = yield from _unit_factors(matrices, members, blocks, exchange, config)
-    for block, lr, weight_decay in zip(blocks, learning_rates, weight_decays, strict=True):
-        scale = config.scale(matrices[block.matrix].rows, matrices[block.matrix].columns)
-        _update(block, factors[block.matrix], config.momentum, lr * scale, 1 - lr * weight_decay)
+    scales = [config.scale(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks]
+    rates = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
+    shrinks = [1 - lr * decay for lr, decay in zip(learning_rates, weight_decays, strict=True)]
+    _update(blocks, [factors[block.matrix] for block in blocks], config.momentum, rates, shrinks)
     return fallbacks
 
 
@@ -224,20 +235,16 @@ def _load_right(blocks: Sequence[Block]) -> None:
 
 def _project_left(blocks: Sequence[Block]) -> None:
     for block in blocks:
-        total, right = block.total[block.multiplied], block.right_factor[block.multiplied]
+        total, right = block.multiplied_rows(block.total), block.multiplied_rows(block.right_factor)
         block.left_factor.addmm_(total.T, right)  # (columns, r)
 
 
 def _project_right(blocks: Sequence[Block]) -> None:
     for block in blocks:
-        rows = block.projection.shape[0]
-        if block.multiplied != slice(0, rows):
+        multiplied = block.multiplied_rows(block.projection)
+        if multiplied is not block.projection:
             block.projection.zero_()
-        torch.mm(
-            block.total[block.multiplied],
-            block.left_factor,
-            out=block.projection[block.multiplied],
-        )
+        torch.mm(block.multiplied_rows(block.total), block.left_factor, out=multiplied)
 
 
 def _orthonormalize_left(
@@ -253,7 +260,7 @@ def _orthonormalize_left(
     for whole, alike in groupby(sections, key=lambda section: _likeness(matrices, section)):
         batch = list(alike)
         stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
-        sketch = _sketch_of(matrices, batch, config, step)
+        sketch = _sketch_of(batch, config, step)
         if whole[0]:
             result, failures = orthonormalize(
                 stacked, config.orthonormalizer, sketch, config.oversample
@@ -314,30 +321,23 @@ def _likeness(matrices: Sequence[Matrix], section: Section) -> tuple[bool, torch
     return whole, section.values.shape
 
 
-def _sketch_of(
-    matrices: Sequence[Matrix], batch: Sequence[Section], config: DionConfig, step: int
-) -> Callable[[int], Tensor]:
+def _sketch_of(batch: Sequence[Section], config: DionConfig, step: int) -> Callable[[int], Tensor]:
     def sketch(rows: int) -> Tensor:
-        device = batch[0].values.device
-        count = batch[0].values.shape[0]
-        return torch.stack(
-            [
-                signs(
-                    config.seed,
-                    f"{matrices[section.matrix].name}/sketch/{step}",
-                    torch.arange(section.start, section.start + count, device=device),
-                    rows,
-                ).T
-                for section in batch
-            ]
-        )  # (batch, rows, columns of P's section)
+        """The same for all matrices: it has to be independent of P, not of other sketches."""
+        starts = sorted({section.start for section in batch})
+        count, device = batch[0].values.shape[0], batch[0].values.device
+        own = torch.arange(count, device=device)
+        purpose = f"sketch/{step}"
+        by_start = {s: signs(config.seed, purpose, s + own, rows).T for s in starts}
+        if len(starts) == 1:
+            return by_start[starts[0]].unsqueeze(0)  # (1, rows, columns of P's section)
+        return torch.stack([by_start[section.start] for section in batch])  # (batch, rows, columns)
 
     return sketch
 
 
 def _store(sections: Sequence[Section], results: Tensor) -> None:
-    if sections:
-        torch._foreach_copy_([section.values for section in sections], list(results.unbind()))
+    _copy([section.values for section in sections], list(results.unbind()))
 
 
 @dataclass(frozen=True)
@@ -346,18 +346,11 @@ class _ToRight:
 
     Attributes:
         factor: (r,) for each column, or (r, r).
-        alive: (r,), whether R's column is not zero.
+        dead: (r,) float32, one where R's column is zero.
     """
 
     factor: Tensor
-    alive: Tensor
-
-    def apply(self, projection: Tensor) -> Tensor:
-        if self.factor.dim() == 1:
-            return projection * self.factor
-        # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
-        # operands are aligned, in their last bit: clones start where an allocation does.
-        return projection.clone() @ self.factor.clone()
+    dead: Tensor
 
 
 def _unit_factors(
@@ -373,9 +366,10 @@ def _unit_factors(
     for block in blocks:
         by_matrix[block.matrix].add_(squared_norms(block.projection[block.counted]))
     yield from exchange.sum_norms(squares)
-    norms = dict(zip(members, squares.sqrt_().split(ranks), strict=True))
-    held = {block.matrix for block in blocks}
-    return {k: _ToRight(to_unit_columns(norms[k], config.eps), norms[k] > 0) for k in held}
+    norms = squares.sqrt_()
+    factors = to_unit_columns(norms, config.eps).split(ranks)
+    dead = (norms == 0).float().split(ranks)
+    return {k: _ToRight(*found) for k, *found in zip(members, factors, dead, strict=True)}
 
 
 def _orthonormal_factors(
@@ -392,23 +386,57 @@ def _orthonormal_factors(
     yield from exchange.sum_grams([(k, grams[k]) for k in held])
     factors = to_orthonormal_columns([grams[k] for k in held], config.eps)
     return {
-        k: _ToRight(factor, grams[k].diagonal() > 0)
+        k: _ToRight(factor, (grams[k].diagonal() == 0).float())
         for k, factor in zip(held, factors, strict=True)
     }
 
 
 def _update(
-    block: Block, to_right: _ToRight, momentum: float, scaled_lr: float, shrink: float
+    blocks: Sequence[Block],
+    to_right: Sequence[_ToRight],
+    momentum: float,
+    scaled_lrs: Sequence[float],
+    shrinks: Sequence[float],
 ) -> None:
-    projection, left = block.projection, block.left_factor
-    if block.is_copied:  # see _ToRight.apply
-        projection, left = projection.clone(), left.clone()
-    right = to_right.apply(projection)  # (rows, r)
-    transposed = left.T  # (r, columns)
-    block.total.addmm_(projection, transposed, alpha=momentum - 1)
-    if block.momentum is not block.total:
-        block.momentum.copy_(block.total)
-    block.weight.addmm_(right, transposed, beta=shrink, alpha=-scaled_lr)
-    # A column without any gradient would otherwise lose its direction for ever.
-    kept, alive = block.kept_columns, to_right.alive
-    block.kept_right.copy_(torch.where(alive[kept], right[:, kept], block.kept_right))
+    # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
+    # operands are aligned, in their last bit: clones start where an allocation does.
+    projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (rows, r)
+    lefts = [_clone_if(b.is_copied, b.left_factor).T for b in blocks]  # (r, columns)
+    for block, projection, left in zip(blocks, projections, lefts, strict=True):
+        block.total.addmm_(projection, left, alpha=momentum - 1)
+    rounded = [block for block in blocks if block.momentum is not block.total]
+    _copy([block.momentum for block in rounded], [block.total for block in rounded])
+    rights = _rights(projections, [found.factor for found in to_right])
+    steps = zip(blocks, rights, lefts, scaled_lrs, shrinks, strict=True)
+    for block, right, left, scaled_lr, shrink in steps:
+        block.weight.addmm_(right, left, beta=shrink, alpha=-scaled_lr)
+    _keep_right(blocks, rights, [found.dead for found in to_right])
+
+
+def _clone_if(condition: bool, tensor: Tensor) -> Tensor:
+    return tensor.clone() if condition else tensor
+
+
+def _rights(projections: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """The new Q, (rows, r) each; with factors for columns in the memory of R."""
+    if all(factor.dim() == 1 for factor in factors):
+        if projections:
+            torch._foreach_mul_(projections, factors)
+        return projections
+    # Copies of rows are elsewhere on other processes: see _update.
+    return [p.clone() @ factor.clone() for p, factor in zip(projections, factors, strict=True)]
+
+
+def _keep_right(blocks: Sequence[Block], rights: Sequence[Tensor], dead: Sequence[Tensor]) -> None:
+    """Stores Q; a column without any gradient would otherwise lose its direction for ever."""
+    if not blocks:
+        return
+    kept = [block.kept_right for block in blocks]
+    columns = [block.kept_columns for block in blocks]
+    torch._foreach_mul_(kept, [d[c] for d, c in zip(dead, columns, strict=True)])
+    torch._foreach_add_(kept, [right[:, c] for right, c in zip(rights, columns, strict=True)])
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

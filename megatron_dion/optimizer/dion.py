@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm import DionConfig, dion_step, interleave
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
-from megatron_dion.sharding import TORCH_DTYPES, Placement, Plan, Planner, Weight
+from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
 
 _DEFAULTS = DionConfig()
 
@@ -33,7 +33,7 @@ class Dion(torch.optim.Optimizer):
         rank_multiple_of: K, ranks are rounded up to a multiple of it.
         scale_mode: `dion` sqrt(m / n), `spectral` 0.2 sqrt(max(m, n)), `unit_rms_norm` sqrt(m / n).
         extra_scale_factor: multiplies the scale.
-        orthonormalizer: `rcqr`, `cqr` or `qr`.
+        orthonormalizer: `auto`, `rcqr`, `cqr` or `qr`.
         oversample: rows of the sketch of `rcqr` per column.
         eps: added to column norms.
         right_factor: `colnorm` (the paper) or `orth`: how R becomes Q.
@@ -41,6 +41,8 @@ class Dion(torch.optim.Optimizer):
             gradients.
         factor_dtype: of the stored right factors.
         comm_dtype: of what ranks send to each other.
+        exchange_buffer_mib: MiB that buffers take at most in a step: as many sets of parameters as
+            that needs are stepped one after the other. None for no limit.
         seed: of the right factors' first values and the sketches.
 
     Attributes:
@@ -48,7 +50,7 @@ class Dion(torch.optim.Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range. `init_state` and the first `step` raise it for
-            a parameter that is not a 2-D float32 matrix.
+            a parameter that is not a 2-D float32 matrix, or needs larger buffers than allowed.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Dion(torch.optim.Optimizer):
         momentum_dtype: str = _DEFAULTS.momentum_dtype,
         factor_dtype: str = _DEFAULTS.factor_dtype,
         comm_dtype: str = _DEFAULTS.comm_dtype,
+        exchange_buffer_mib: float | None = _DEFAULTS.exchange_buffer_mib,
         seed: int = _DEFAULTS.seed,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -86,6 +89,7 @@ class Dion(torch.optim.Optimizer):
             momentum_dtype=momentum_dtype,
             factor_dtype=factor_dtype,
             comm_dtype=comm_dtype,
+            exchange_buffer_mib=exchange_buffer_mib,
             seed=seed,
         )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
@@ -102,9 +106,9 @@ class Dion(torch.optim.Optimizer):
         """Allocates momentum and right factors of all parameters that have none yet."""
         self._bind(self._parameters())
 
-    def plans(self) -> list[Plan]:
+    def step_sets(self) -> list[StepSet]:
         """What this rank does in a step, for each set of matrices that is stepped together."""
-        return [chosen.plan for chosen in self._bind(self._parameters()).sets]
+        return self._bind(self._parameters()).sets
 
     def planner(self) -> Planner:
         """Who does what in a step, on all ranks."""
@@ -150,9 +154,9 @@ class Dion(torch.optim.Optimizer):
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if not parameters:
             return
-        # The norm is one fast pass; it is not finite either where a square overflows.
-        norms = torch.stack(torch._foreach_norm([gradient_of(p) for p in parameters]))
-        if norms.isfinite().all():
+        # A sum is one fast pass; it is not finite either where it overflows.
+        sums = torch.stack([gradient_of(parameter).sum() for parameter in parameters])
+        if sums.isfinite().all():
             return
         broken = [p for p in parameters if not gradient_of(p).isfinite().all()]
         if broken:
@@ -204,16 +208,19 @@ class Dion(torch.optim.Optimizer):
 
     def _step_of(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
         groups = self._group_of()
-        return dion_step(
-            chosen.plan.matrices,
-            chosen.plan.members,
-            [block.tensors for block in chosen.held],
-            chosen.exchange,
-            self.config,
-            number,
-            [groups[id(block.parameter)]["lr"] for block in chosen.held],
-            [groups[id(block.parameter)]["weight_decay"] for block in chosen.held],
-        )
+        with chosen.exchange.allocated():
+            return (
+                yield from dion_step(
+                    chosen.plan.matrices,
+                    chosen.plan.members,
+                    [block.tensors for block in chosen.held],
+                    chosen.exchange,
+                    self.config,
+                    number,
+                    [groups[id(block.parameter)]["lr"] for block in chosen.held],
+                    [groups[id(block.parameter)]["weight_decay"] for block in chosen.held],
+                )
+            )
 
     def _group_of(self) -> dict[int, dict[str, Any]]:
         return {

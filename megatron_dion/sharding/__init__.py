@@ -5,7 +5,8 @@ from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion.sharding.plan import Plan, Planner, sets_in_turn
+from megatron_dion.sharding.plan import Plan, Planner
+from megatron_dion.sharding.sets import sets_in_turn, sets_within
 
 __all__ = [
     "TORCH_DTYPES",
@@ -24,4 +25,5 @@ __all__ = [
     "boxes",
     "rectangles",
     "sets_in_turn",
+    "sets_within",
 ]

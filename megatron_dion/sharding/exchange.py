@@ -4,7 +4,8 @@ The number of collectives of a step does not depend on the number of matrices; d
 them. Each is started, then the step yields, then it waits.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Section, Steps
+from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
@@ -23,12 +25,14 @@ from megatron_dion.sharding.collectives import (
 )
 from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.reducer import Reducer
-from megatron_dion.sharding.reduction import Reduction, Tile
+from megatron_dion.sharding.reduction import Reduction
 from megatron_dion.sharding.shared_rows import GatheredColumns, SharedRows
 
 
 class ShardedExchange:
     """The exchange of one rank of a grid (`megatron_dion.algorithm.Exchange`).
+
+    Its buffers have memory within `allocated` only; `sharding/memory.py` counts it.
 
     Args:
         plan: of this rank.
@@ -45,26 +49,43 @@ class ShardedExchange:
     def __init__(self, plan: Plan, groups: Groups, device: torch.device) -> None:
         self._plan = plan
         self._groups = groups
+        self._replicas = size_of(groups.replicas)
         self.device = device
         self._wire = TORCH_DTYPES[plan.layout.config.comm_dtype]
+        self._memory = Buffers(device)
         self._left = Reducer(plan.left, plan.matrices, groups, device, self._wire)
         self._sections = [
             Section(tile.matrix, tile.start, view) for tile, view in self._left.sum_views
         ]
+        self._sections_sent = self._sections_in_transit()
         self._assembled = self._assemble_left()
-        self.lefts = self._left_factors()
-        self._rows, self.projections = _row_memory(plan, device)
+        with self._left.held.allocated():
+            self.lefts = self._left_factors()
+        self._rows, self.projections = self._row_memory()
         partial = sum(
             view.numel()
             for held, view in zip(plan.held, self.projections, strict=True)
             if plan.has_partial_rows(held)
         )
         self._partial_rows = self._rows[:partial]
+        self._rows_transit = Buffers(device)
+        self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
         self.has_parts = bool(plan.part_sums)
         self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
         self._grams = None if plan.grams is None else self._reducer(plan.grams, torch.float64)
+        for buffers in (self._memory, self._left.transit, self._rows_transit):
+            buffers.free()
+
+    @contextmanager
+    def allocated(self) -> Iterator[None]:
+        """For the time of a step."""
+        with self._memory.allocated(), self._left.held.allocated():
+            try:
+                yield
+            finally:
+                self._left.transit.free()
 
     def clear_left(self) -> None:
         for memory in (self._left.tiles, *(values for _, values in self._assembled.values())):
@@ -75,8 +96,9 @@ class ShardedExchange:
 
     def sum_left(self) -> Generator[None, None, list[Section]]:
         self._left.put(self._assembled)
+        self._left.transit.allocate()
         yield from self._left.sum()
-        yield from self._average([section.values for section in self._sections])
+        yield from self._average_sections()
         return self._sections
 
     def spread_left(self) -> Steps:
@@ -85,6 +107,7 @@ class ShardedExchange:
             # Whoever is in charge must use the same numbers as those to whom it sends them.
             copy_all(values, [view.to(self._wire) for view in values])
         yield from self._left.spread()
+        self._left.transit.free()
         self._left.take(self._assembled)
 
     def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
@@ -107,19 +130,24 @@ class ShardedExchange:
             return 0
         reducer = self._reducer(self._plan.gathering(agreed))
         sections = {section.matrix: (section.start, section.values) for section in broken}
-        reducer.put(sections)
-        yield from reducer.sum()
-        whole = [view for _, view in reducer.sum_views]
-        for p in whole:
-            p.copy_(redo(p))
-        yield from reducer.spread()
-        reducer.take(sections)
+        with reducer.held.allocated(), reducer.transit.allocated():
+            reducer.put(sections)
+            yield from reducer.sum()
+            whole: dict[int, list[Tensor]] = {}
+            for tile, view in sorted(reducer.sum_views, key=lambda item: item[0].start):
+                whole.setdefault(tile.matrix, []).append(view)
+            for views in whole.values():
+                result = redo(torch.cat(views))
+                copy_all(views, result.split([len(view) for view in views]))
+            yield from reducer.spread()
+            reducer.take(sections)
         return len(whole)
 
     def sum_rows(self) -> Steps:
-        # Replicas first: later sums then give the copies of a row the same bits.
-        yield from self._average([self._rows])
-        yield from self._all_reduce(self._partial_rows, self._groups.tensor)
+        with self._rows_transit.allocated():
+            # Replicas first: later sums then give the copies of a row the same bits.
+            yield from self._average_rows()
+            yield from self._all_reduce(self._partial_rows, self._groups.tensor)
         yield from self._shared_rows.sum()
 
     def sum_norms(self, squares: Tensor) -> Steps:
@@ -132,38 +160,61 @@ class ShardedExchange:
         for group in larger_than_one(self._groups.tensor, self._groups.data):
             yield from wait_for(dist.all_reduce(tensor, op, group=group, async_op=True))
 
-    def _average(self, tensors: Sequence[Tensor]) -> Steps:
-        """Averages over the replicas, all tensors together."""
-        if size_of(self._groups.replicas) == 1:
+    def _average_sections(self) -> Steps:
+        """Averages P in charge over the replicas, all sections together."""
+        if self._replicas == 1:
             return
-        flat = torch.cat([torch.zeros(0, device=self.device), *(t.flatten() for t in tensors)])
-        yield from self._all_reduce(flat, self._groups.replicas)
-        flat /= size_of(self._groups.replicas)
-        copy_all(tensors, like_views(flat, tensors))
+        values = [section.values for section in self._sections]
+        sent = like_views(self._sections_sent, values)
+        copy_all(sent, values)
+        yield from self._all_reduce_in_place(self._sections_sent, self._groups.replicas)
+        copy_all(values, sent)
+        for value in values:
+            value /= self._replicas
 
-    def _all_reduce(self, memory: Tensor, group: ProcessGroup | None) -> Steps:
-        """Sums float32 memory over a group, in place, in the exchange's dtype."""
+    def _average_rows(self) -> Steps:
+        yield from self._all_reduce(self._rows, self._groups.replicas)
+        if self._replicas > 1:
+            self._rows /= self._replicas
+
+    def _all_reduce(self, rows: Tensor, group: ProcessGroup | None) -> Steps:
+        """Sums the first rows over a group, in place, in the exchange's dtype."""
         if size_of(group) == 1:
             return
-        sent = memory.to(self._wire)
-        yield from wait_for(dist.all_reduce(sent, group=group, async_op=True))
-        if sent is not memory:
-            memory.copy_(sent)
+        if self._wire == torch.float32:
+            yield from self._all_reduce_in_place(rows, group)
+        else:
+            sent = self._rows_sent[: rows.numel()]
+            sent.copy_(rows)
+            yield from self._all_reduce_in_place(sent, group)
+            rows.copy_(sent)
+
+    def _all_reduce_in_place(self, tensor: Tensor, group: ProcessGroup | None) -> Steps:
+        yield from wait_for(dist.all_reduce(tensor, group=group, async_op=True))
+
+    def _sections_in_transit(self) -> Tensor:
+        """What replicas exchange of P."""
+        numel = sum(section.values.numel() for section in self._sections)
+        return self._left.transit.empty(numel if self._replicas > 1 else 0, self._wire)
+
+    def _rows_in_transit(self) -> Tensor:
+        """What is exchanged of R by all_reduce, where it has another dtype there."""
+        if self._wire == torch.float32:
+            return self._rows
+        several = size_of(self._groups.tensor) > 1
+        numel = len(self._rows) if self._replicas > 1 else several * len(self._partial_rows)
+        return self._rows_transit.empty(numel, self._wire)
 
     def _assemble_left(self) -> dict[int, tuple[int, Tensor]]:
         """Memory for the P of matrices of which this rank sends several tiles.
 
         For each of them its first row and (rows, r). The others' lies where it is sent from.
         """
-        tiles: dict[int, list[Tile]] = {}
-        for tile, _ in self._left.tile_views:
-            tiles.setdefault(tile.matrix, []).append(tile)
         memory = {}
-        for matrix, several in tiles.items():
-            if len(several) > 1:
-                start, stop = min(t.start for t in several), max(t.stop for t in several)
-                shape = (stop - start, self._plan.matrices[matrix].rank)
-                memory[matrix] = start, torch.zeros(shape, device=self.device)
+        for matrix, (start, stop) in self._plan.assembled.items():
+            rank = self._plan.matrices[matrix].rank
+            values = self._memory.empty((stop - start) * rank, torch.float32)
+            memory[matrix] = start, values.view(stop - start, rank)
         return memory
 
     def _left_factors(self) -> list[Tensor]:
@@ -177,11 +228,12 @@ class ShardedExchange:
             found.append(rows[block.column_start - first : block.column_stop - first])
         return found
 
-
-def _row_memory(plan: Plan, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Memory of R, 1-D, and each block's (rows, r) of it, in the order of the plan."""
-    shapes = [(held.rectangle.rows, plan.matrices[held.matrix].rank) for held in plan.held]
-    sizes = [rows * rank for rows, rank in shapes]
-    memory = torch.zeros(sum(sizes), device=device)
-    parts = memory.split(sizes) if sizes else ()
-    return memory, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    def _row_memory(self) -> tuple[Tensor, list[Tensor]]:
+        """Memory of R, 1-D, and each block's (rows, r) of it, in the order of the plan."""
+        shapes = [
+            (held.rectangle.rows, self._plan.matrices[held.matrix].rank) for held in self._plan.held
+        ]
+        sizes = [rows * rank for rows, rank in shapes]
+        memory = self._memory.empty(sum(sizes), torch.float32)
+        parts = memory.split(sizes) if sizes else ()
+        return memory, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -139,6 +139,16 @@ class Layout:
             for block in rectangles(where.weight, rank.tensor_parallel, start, stop)
         ]
 
+    def holders_of_cut_row(self, block: Held, rank: Rank) -> range:
+        """The data-parallel ranks that hold columns of a block's row, if its row is cut."""
+        if not block.rectangle.cut:
+            return range(0)
+        placement = self.placements[block.placement]
+        size, width = self.grid.data_parallel_size, placement.weight.columns
+        start, _ = placement.piece(rank.data_parallel, size)
+        first = (start + block.rectangle.offset) // width * width
+        return placement.holders(size, first, first + width)
+
     def share(self, placement: int, numel: int, rank: Rank) -> slice:
         """The part that is a tensor-parallel rank's of something that all of them have."""
         if not self.shares_rows(placement):

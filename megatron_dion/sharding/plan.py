@@ -5,16 +5,16 @@ list of placements, so the plans of all ranks fit each other without a word bein
 any rank of any grid can be planned and tested in one process.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.algorithm.orthonormalize import summed_rows
 from megatron_dion.sharding.balance import Charge, Charges, divide
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
-from megatron_dion.sharding.reduction import Reduction, Sum, reduction, sum_for_all
-
-_SETS_IN_TURN = 2
+from megatron_dion.sharding.reduction import Reduction, Sum, Tile, reduction, sum_for_all
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,27 @@ class Plan:
         """The members whose P several ranks orthonormalize together."""
         return [k for k in self.members if len(self.charges[k]) > 1]
 
+    @property
+    def assembled(self) -> dict[int, tuple[int, int]]:
+        """The hull of the rows of each P of which this rank sends several tiles."""
+        tiles: defaultdict[int, list[Tile]] = defaultdict(list)
+        for sent in self.left.tensor_hop.sends:
+            for tile in sent:
+                tiles[tile.matrix].append(tile)
+        return {
+            matrix: (min(tile.start for tile in several), max(tile.stop for tile in several))
+            for matrix, several in tiles.items()
+            if len(several) > 1
+        }
+
     def has_partial_rows(self, held: Held) -> bool:
         """Whether R of a block is a sum over tensor-parallel ranks."""
         return self.layout.shares_rows(held.placement)
 
     def gathering(self, matrices: Iterable[int]) -> Reduction:
         """Brings the sections of some P together on one rank each."""
-        return reduction(
-            self.layout,
-            self.rank,
-            {
-                k: Sum(
-                    {charge.rank: (charge.start, charge.stop) for charge in self.charges[k]},
-                    (Charge(k, 0, self.matrices[k].columns, self.charges[k][0].rank),),
-                )
-                for k in matrices
-            },
-        )
+        sums = {k: gathering_sum(self.charges[k]) for k in matrices}
+        return reduction(self.layout, self.rank, sums)
 
 
 class Planner:
@@ -101,6 +105,12 @@ class Planner:
         self.layout = Layout(placements, grid, config)
         self.sets = [tuple(range(len(placements)))] if sets is None else [tuple(s) for s in sets]
         self.charges: Charges = divide(self.layout)
+
+    def in_sets(self, sets: Sequence[Sequence[int]]) -> "Planner":
+        """The same with other sets; who is in charge of what does not depend on them."""
+        other = copy(self)
+        other.sets = [tuple(chosen) for chosen in sets]
+        return other
 
     def members(self, index: int) -> tuple[int, ...]:
         """The matrices of a set."""
@@ -164,36 +174,19 @@ class Planner:
         size = self.layout.grid.data_parallel_size
         shared: list[set[SharedRow]] = [set() for _ in range(size)]
         for block in held:
-            if block.rectangle.cut:
-                placement = self.layout.placements[block.placement]
-                start, _ = placement.piece(rank.data_parallel, size)
-                width = placement.weight.columns
-                first = (start + block.rectangle.offset) // width * width
-                for peer in placement.holders(size, first, first + width):
-                    if peer != rank.data_parallel:
-                        shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
+            for peer in self.layout.holders_of_cut_row(block, rank):
+                if peer != rank.data_parallel:
+                    shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
         return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
 
 
-def sets_in_turn(
-    placements: Sequence[Placement], indices: Sequence[int], ranks: int
-) -> list[list[int]]:
-    """Divides weights into sets whose steps take turns: one computes while another communicates.
+def gathering_sum(charges: Sequence[Charge]) -> Sum:
+    """Brings the sections of a P together on the first rank in charge.
 
-    Weights of the same shape alternate, so that every rank has some of each set. With a single
-    rank, or without weights, there is nothing to divide.
-
-    Args:
-        placements: all weights.
-        indices: of those to divide.
-        ranks: number of ranks that communicate.
+    Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
+    sections, which may lie far apart.
     """
-
-    def shape(index: int) -> tuple[int, int]:
-        weight = placements[index].weight
-        return weight.global_rows, weight.global_columns
-
-    turns = 1 if ranks == 1 else _SETS_IN_TURN
-    ordered = sorted(indices, key=lambda index: (shape(index), index))
-    sets = [sorted(ordered[turn::turns]) for turn in range(turns)]
-    return [chosen for chosen in sets if chosen]
+    return Sum(
+        {charge.rank: (charge.start, charge.stop) for charge in charges},
+        tuple(replace(charge, rank=charges[0].rank) for charge in charges),
+    )

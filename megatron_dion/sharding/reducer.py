@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Matrix, Steps
+from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Groups, all_to_all, copy_all, rank_in, size_of
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
@@ -16,7 +17,9 @@ class Reducer:
     """The memory of a `Reduction`, and its two directions.
 
     Attributes:
-        tiles: 1-D, the memory of all that this rank contributes.
+        held: the memory of the tiles.
+        transit: all other memory, needed from `sum` to `spread`; some of the sums are in it.
+        tiles: 1-D, all that this rank contributes.
         tile_views: its tiles, with their (rows, r).
         sum_views: what this rank is in charge of, with their (rows, r).
     """
@@ -33,12 +36,16 @@ class Reducer:
         near, far = reduction.tensor_hop, reduction.data_hop
         # The far hop sends from the memory into which the near one sums.
         between = _own_last(far.sends, rank_in(groups.data))
-        memory = _Memory([matrix.rank for matrix in matrices], device, wire, dtype)
+        self.held, self.transit = Buffers(device), Buffers(device)
+        ranks = [matrix.rank for matrix in matrices]
+        memory = _Memory(ranks, self.held, self.transit, wire, dtype)
         self._near = HopBuffers(near, memory, groups.tensor, sums=between)
         self._far = HopBuffers(far, memory, groups.data, source=self._near.sums)
         self.tiles = self._near.tiles
         self.tile_views = self._near.tile_views
         self.sum_views = self._far.sum_views
+        self.held.free()
+        self.transit.free()
 
     def put(self, rows: dict[int, tuple[int, Tensor]]) -> None:
         """Copies rows of matrices, from the given first row on, into their tiles."""
@@ -69,10 +76,11 @@ class Reducer:
     def all_reduce(self, tensors: Sequence[tuple[int, Tensor]]) -> Steps:
         """Sums (matrix, (rows, r)) over those who have one for the matrix, in place."""
         whole = {matrix: (0, tensor) for matrix, tensor in tensors}
-        self.put(whole)
-        yield from self.sum()
-        yield from self.spread()
-        self.take(whole)
+        with self.held.allocated(), self.transit.allocated():
+            self.put(whole)
+            yield from self.sum()
+            yield from self.spread()
+            self.take(whole)
 
 
 @dataclass(frozen=True)
@@ -80,15 +88,13 @@ class _Memory:
     """What all memory of a reduction has in common; `ranks` are the widths r of all matrices."""
 
     ranks: Sequence[int]
-    device: torch.device
+    held: Buffers
+    transit: Buffers
     wire: torch.dtype
     dtype: torch.dtype
 
     def numel(self, tiles: Iterable[Tile]) -> int:
         return sum((tile.stop - tile.start) * self.ranks[tile.matrix] for tile in tiles)
-
-    def zeros(self, tiles: Iterable[Tile]) -> Tensor:
-        return torch.zeros(self.numel(tiles), dtype=self.dtype, device=self.device)
 
     def views(self, buffer: Tensor, tiles: Sequence[Tile]) -> list[tuple[Tile, Tensor]]:
         """Tiles with their (rows, r), which lie one behind the other in a buffer."""
@@ -128,20 +134,24 @@ class HopBuffers:
         self._send_sizes = [memory.numel(tiles) for tiles in sends]
         self._receive_sizes = [memory.numel(tiles) for tiles in receives]
         order = sums if sums is not None and size_of(group) == 1 else _own_last(hop.sends, me)
-        self.tiles = memory.zeros(order) if source is None else source
+        if source is None:
+            source = memory.held.empty(memory.numel(order), memory.dtype)
+        self.tiles = source
         self.tile_views = memory.views(self.tiles, order)
         if size_of(group) == 1:
             self.sums, self.sum_views = self.tiles, self.tile_views
             return
         self._outgoing = self.tiles[: sum(self._send_sizes)]
-        self._sent = self._outgoing.to(memory.wire)
-        received = torch.zeros(sum(self._receive_sizes), dtype=memory.wire, device=memory.device)
+        self._sent = self._outgoing
+        if memory.wire != memory.dtype:
+            self._sent = memory.transit.empty(self._outgoing.numel(), memory.wire)
+        received = memory.transit.empty(sum(self._receive_sizes), memory.wire)
         self._received = received
         own = {_key(tile): (tile, view) for tile, view in self.tile_views}
         arriving = [tile for tiles in receives for tile in tiles]
         stay = set() if sums is not None else own.keys() - {_key(tile) for tile in arriving}
         moved = [tile for tile in sums or hop.sums if _key(tile) not in stay]
-        self.sums = memory.zeros(moved)
+        self.sums = memory.transit.empty(memory.numel(moved), memory.dtype)
         place = {_key(tile): (tile, view) for tile, view in memory.views(self.sums, moved)}
         self.sum_views = [place.get(_key(tile)) or own[_key(tile)] for tile in sums or hop.sums]
         arrived = [
@@ -155,7 +165,7 @@ class HopBuffers:
         """Sends all tiles and adds up what arrives, in the order of the peers."""
         if size_of(self._group) == 1:
             return
-        if self._sent.dtype != self._outgoing.dtype:
+        if self._sent is not self._outgoing:
             self._sent.copy_(self._outgoing)
         yield from all_to_all(
             self._received, self._sent, self._receive_sizes, self._send_sizes, self._group
@@ -174,7 +184,7 @@ class HopBuffers:
         yield from all_to_all(
             self._sent, self._received, self._send_sizes, self._receive_sizes, self._group
         )
-        if self._sent.dtype != self._outgoing.dtype:
+        if self._sent is not self._outgoing:
             self._outgoing.copy_(self._sent)
 
 

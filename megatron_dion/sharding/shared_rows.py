@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Steps
+from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
@@ -31,6 +32,7 @@ class GatheredColumns:
         device: torch.device,
     ) -> None:
         self._group = groups.tensor
+        self.memory = Buffers(device)
         if size_of(self._group) == 1:
             return
         size = plan.layout.grid.tensor_parallel_size
@@ -43,26 +45,28 @@ class GatheredColumns:
         # Shares differ by a column at most; each rank's place is as large as the largest.
         numel = max(sum(view.numel() for view in views) for views in self._theirs)
         dtype = TORCH_DTYPES[plan.layout.config.factor_dtype]
-        self._sent = torch.zeros(numel, dtype=dtype, device=device)
-        self._received = torch.zeros(size * numel, dtype=dtype, device=device)
+        self._sent = self.memory.empty(numel, dtype)
+        self._received = self.memory.empty(size * numel, dtype)
         self._mine = self._theirs[plan.rank.tensor_parallel]
         self._places = [
             like_views(buffer, views)
             for buffer, views in zip(self._received.view(size, numel), self._theirs, strict=True)
         ]
         self._place = like_views(self._sent, self._mine)
+        self.memory.free()
 
     def gather(self) -> Steps:
         if size_of(self._group) == 1:
             return
-        copy_all(self._place, self._mine)
-        yield from wait_for(
-            dist.all_gather_into_tensor(
-                self._received, self._sent, group=self._group, async_op=True
+        with self.memory.allocated():
+            copy_all(self._place, self._mine)
+            yield from wait_for(
+                dist.all_gather_into_tensor(
+                    self._received, self._sent, group=self._group, async_op=True
+                )
             )
-        )
-        for views, places in zip(self._theirs, self._places, strict=True):
-            copy_all(views, places)
+            for views, places in zip(self._theirs, self._places, strict=True):
+                copy_all(views, places)
 
 
 class SharedRows:
@@ -80,6 +84,7 @@ class SharedRows:
         wire: torch.dtype,
     ) -> None:
         self._group = group
+        self.memory = Buffers(device)
         if size_of(group) == 1:
             return
         starts = {
@@ -92,33 +97,40 @@ class SharedRows:
 
         mine = sorted({(row.matrix, row.row) for peer in plan.shared_rows for row in peer})
         self._mine = row_views(SharedRow(*key) for key in mine)
-        self._kept = [torch.empty_like(view) for view in self._mine]
         self._parts = [row_views(rows) for rows in plan.shared_rows]
         self._outgoing = [view for views in self._parts for view in views]
         self._sizes = [sum(view.numel() for view in views) for views in self._parts]
-        self._sent = torch.zeros(sum(self._sizes), dtype=wire, device=device)
-        self._received = torch.zeros_like(self._sent)
+        self._sent = self.memory.empty(sum(self._sizes), wire)
+        self._received = self.memory.empty(sum(self._sizes), wire)
         self._sent_views = like_views(self._sent, self._outgoing)
         self._received_views = [
             like_views(buffer, views)
             for buffer, views in zip(self._received.split(self._sizes), self._parts, strict=True)
         ]
+        # Every row of this rank's is sent to somebody.
+        sent = [(row.matrix, row.row) for rows in plan.shared_rows for row in rows]
+        copies = dict(zip(sent, self._sent_views, strict=True))
+        self._mine_as_sent = [copies[key] for key in mine]
+        self.memory.free()
 
     def sum(self) -> Steps:
         if size_of(self._group) == 1:
             return
-        if self._sent.dtype != torch.float32:
-            copy_all(self._mine, [view.to(self._sent.dtype) for view in self._mine])
-        copy_all(self._sent_views, self._outgoing)
-        yield from all_to_all(self._received, self._sent, self._sizes, self._sizes, self._group)
+        with self.memory.allocated():
+            if self._sent.dtype != torch.float32:
+                copy_all(self._mine, [view.to(self._sent.dtype) for view in self._mine])
+            copy_all(self._sent_views, self._outgoing)
+            yield from all_to_all(self._received, self._sent, self._sizes, self._sizes, self._group)
+            self._add_up()
+
+    def _add_up(self) -> None:
         if not self._mine:
             return
-        torch._foreach_copy_(self._kept, self._mine)
         torch._foreach_zero_(self._mine)
         for peer, (views, received) in enumerate(
             zip(self._parts, self._received_views, strict=True)
         ):
             if peer == dist.get_rank(self._group):
-                torch._foreach_add_(self._mine, self._kept)
+                torch._foreach_add_(self._mine, self._mine_as_sent)
             elif views:
                 torch._foreach_add_(views, received)

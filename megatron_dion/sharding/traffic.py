@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from megatron_dion.algorithm import Matrix
+from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Held, Rank
 from megatron_dion.sharding.plan import Plan
@@ -27,24 +27,23 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         within tensor-parallel groups by `tensor `.
     """
     grid, rank = plan.layout.grid, plan.rank
-    wire, kept = _sizes(plan)
+    wire, kept = element_sizes(plan.layout.config)
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
-    partial_rows = _numel_of_rows(plan, partial) * wire
-    sums = _numel(plan, plan.left.data_hop.sums) * wire
+    partial_rows = numel_of_rows(plan, partial) * wire
+    sums = numel_of_tiles(plan, plan.left.data_hop.sums) * wire
     return {
         "tensor rows": ring_bytes(partial_rows, grid.tensor_parallel_size),
         "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
-        "tensor gather": _gathered_numel(plan, partial) * kept,
+        "tensor gather": gathered_numel(plan, partial) * kept,
         "replicas": ring_bytes(sums, replicas)
-        + ring_bytes(_numel_of_rows(plan, plan.held) * wire, replicas),
+        + ring_bytes(numel_of_rows(plan, plan.held) * wire, replicas),
         **_of_group(plan, "tensor", grid.tensor_parallel_size, rank.tensor_parallel),
         **_of_group(plan, "data", grid.data_parallel_size, rank.data_parallel),
     }
 
 
-def _sizes(plan: Plan) -> tuple[int, int]:
+def element_sizes(config: DionConfig) -> tuple[int, int]:
     """Bytes of a number of what travels, and of Q."""
-    config = plan.layout.config
     return TORCH_DTYPES[config.comm_dtype].itemsize, TORCH_DTYPES[config.factor_dtype].itemsize
 
 
@@ -54,7 +53,7 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     def numel(reductions: Iterable[Reduction]) -> int:
         return sum(_numel_of_hop(plan, getattr(r, f"{group}_hop"), me) for r in reductions)
 
-    wire, _ = _sizes(plan)
+    wire, _ = element_sizes(plan.layout.config)
     grams = () if plan.grams is None else (plan.grams,)
     norms = 0 if grams else sum(plan.matrices[k].rank for k in plan.members)
     return {
@@ -86,18 +85,20 @@ def _numel_of_hop(plan: Plan, hop: Hop, me: int) -> int:
         if peer != me
         for tile in tiles
     ]
-    return _numel(plan, remote)
+    return numel_of_tiles(plan, remote)
 
 
-def _numel(plan: Plan, tiles: Iterable[Tile]) -> int:
+def numel_of_tiles(plan: Plan, tiles: Iterable[Tile]) -> int:
+    """Numbers in tiles of P, each (rows, r)."""
     return sum((tile.stop - tile.start) * plan.matrices[tile.matrix].rank for tile in tiles)
 
 
-def _numel_of_rows(plan: Plan, blocks: Iterable[Held]) -> int:
+def numel_of_rows(plan: Plan, blocks: Iterable[Held]) -> int:
+    """Numbers in the rows of R of blocks, each (rows, r)."""
     return sum(held.rectangle.rows * plan.matrices[held.matrix].rank for held in blocks)
 
 
-def _gathered_numel(plan: Plan, partial: Sequence[Held]) -> int:
+def gathered_numel(plan: Plan, partial: Sequence[Held]) -> int:
     """Numbers of Q that this rank sends: to each peer as many as the one with most columns has."""
     ranks = plan.layout.grid.tensor_group(plan.rank)
     sizes = [

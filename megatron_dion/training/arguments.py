@@ -197,13 +197,13 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-orthonormalizer",
         choices=ORTHONORMALIZERS,
         default=defaults.orthonormalizer,
-        help="randomized Cholesky QR, Cholesky QR, or Householder QR",
+        help="randomized Cholesky QR, Cholesky QR, or Householder QR; auto is the fastest one",
     )
     group.add_argument(
         "--dion-oversample",
         type=float,
         default=defaults.oversample,
-        help="rows of the random sketch per column, at least 1 (rcqr)",
+        help="rows of the random sketch per column, at least 1 (auto, rcqr)",
     )
     group.add_argument(
         "--dion-eps",
@@ -228,6 +228,14 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
             default=getattr(defaults, f"{name}_dtype"),
             help=f"in which {what}; arithmetic is in fp32, but for sums in transit",
         )
+    group.add_argument(
+        "--dion-exchange-buffer-mib",
+        type=float,
+        default=defaults.exchange_buffer_mib,
+        metavar="MIB",
+        help="MiB that the buffers of the exchange take at most on a rank, by stepping the weights"
+        " in more sets; by default there are two sets, however large",
+    )
     group.add_argument(
         "--dion-split",
         type=_split,

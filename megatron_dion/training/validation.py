@@ -89,7 +89,7 @@ def check_dion_hyperparameters(args: argparse.Namespace) -> None:
     if args.optimizer != "dion":
         _refuse_dion_flags(args)
     default = DION_DEFAULTS["dion_oversample"]
-    if args.dion_orthonormalizer != "rcqr" and args.dion_oversample != default:
+    if args.dion_orthonormalizer in ("cqr", "qr") and args.dion_oversample != default:
         raise ConfigurationError(
             f"--dion-oversample {args.dion_oversample} has no effect with --dion-orthonormalizer "
             f"{args.dion_orthonormalizer}: use rcqr or leave it out"

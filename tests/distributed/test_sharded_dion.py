@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -160,6 +160,7 @@ class Result:
     """What a rank reports.
 
     Attributes:
+        rank: of the world.
         blocks: matrix, place, weight, momentum, right factor and which columns of it are kept.
         sent: bytes that the last step handed to collectives for other ranks.
         planned: the same as the plan says.
@@ -168,12 +169,53 @@ class Result:
         charges: for each matrix the number of ranks that share its P.
     """
 
+    rank: int
     blocks: list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]
     sent: int
     planned: int
     state_bytes: int
     fallbacks: int
     charges: dict[str, int]
+
+
+class Shards:
+    """What one rank has of some parameters, and an optimizer of it.
+
+    Attributes:
+        optimizer: distributed over the world.
+    """
+
+    def __init__(
+        self, world: World, shapes: tuple[Shape, ...], config: DionConfig, bucket: int
+    ) -> None:
+        self._world = world
+        self._shapes = shapes
+        self._rank, self._replica, groups = world.join()
+        self._placements = place(shapes, world.tp, world.dp, bucket)
+        self._tensors = tensors = self._pieces(values(shapes, seed=0))
+        self.optimizer = Dion(
+            [{"params": list(tensors.values())}], lr=LR, weight_decay=WEIGHT_DECAY, **vars(config)
+        )
+        self.optimizer.distribute(
+            Distribution(self._placements, tensors, torch.device("cpu"), groups)
+        )
+
+    def set_gradients(self, wholes: dict[str, Tensor], step: int) -> None:
+        """Gives each piece its part of whole gradients, and replicas other ones."""
+        other = differences(self._shapes, step, self._replica, self._world.replicas)
+        wholes = {name: whole + other.get(name, 0) for name, whole in wholes.items()}
+        for index, gradient in self._pieces(wholes).items():
+            self._tensors[index].grad = gradient
+
+    def _pieces(self, wholes: dict[str, Tensor]) -> dict[int, Tensor]:
+        world = self._world
+        found = {
+            index: piece(
+                shape, self._placements[index], wholes[shape.name], world.tp, world.dp, self._rank
+            )
+            for index, shape in enumerate(self._shapes)
+        }
+        return {index: tensor for index, tensor in found.items() if tensor is not None}
 
 
 def train_shards(
@@ -184,33 +226,17 @@ def train_shards(
     gradients_of: Callable[[tuple[Shape, ...], int], dict[str, Tensor]] = values,
 ) -> Result:
     """On one rank: ten steps."""
-    rank, replica, groups = world.join()
-    placements = place(shapes, world.tp, world.dp, bucket)
-
-    def pieces(wholes: dict[str, Tensor]) -> dict[int, Tensor]:
-        found = {
-            index: piece(shape, placements[index], wholes[shape.name], world.tp, world.dp, rank)
-            for index, shape in enumerate(shapes)
-        }
-        return {index: tensor for index, tensor in found.items() if tensor is not None}
-
-    tensors = pieces(values(shapes, seed=0))
-    optimizer = Dion(
-        [{"params": list(tensors.values())}], lr=LR, weight_decay=WEIGHT_DECAY, **vars(config)
-    )
-    optimizer.distribute(Distribution(placements, tensors, torch.device("cpu"), groups))
+    shards = Shards(world, shapes, config, bucket)
+    optimizer = shards.optimizer
     sent = 0
     for step in range(1, STEPS + 1):
-        wholes = gradients_of(shapes, step)
-        for name, difference in differences(shapes, step, replica, world.replicas).items():
-            wholes[name] = wholes[name] + difference
-        for index, gradient in pieces(wholes).items():
-            tensors[index].grad = gradient
+        shards.set_gradients(gradients_of(shapes, step), step)
         with counted_bytes() as counter:
             optimizer.step()
-        sent = counter.total()
+        sent = counter.bytes.total()
     [state] = [optimizer.state.values()]
     return Result(
+        rank=dist.get_rank(),
         blocks=[
             (
                 *(held.matrix.name, held.rectangle),
@@ -224,9 +250,9 @@ def train_shards(
         state_bytes=sum(t.nbytes for tensors in state for t in tensors.values()),
         fallbacks=optimizer.fallbacks,
         charges={
-            plan.matrices[k].name: len(plan.charges[k])
-            for plan in optimizer.plans()
-            for k in plan.members
+            chosen.plan.matrices[k].name: len(chosen.plan.charges[k])
+            for chosen in optimizer.step_sets()
+            for k in chosen.plan.members
         },
     )
 
@@ -244,10 +270,27 @@ def differences(
     }
 
 
+@dataclass
+class Sent:
+    """What a rank hands to collectives.
+
+    Attributes:
+        bytes: for others, as rings send them, by collective.
+        calls: number of collectives.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    calls: int = 0
+
+    def count(self, name: str, nbytes: int) -> None:
+        self.bytes[name] += nbytes
+        self.calls += 1
+
+
 @contextmanager
-def counted_bytes() -> Iterator[Counter[str]]:
-    """Counts the bytes that this rank hands to collectives for others, as rings send them."""
-    sent: Counter[str] = Counter()
+def counted_bytes() -> Iterator[Sent]:
+    """Counts what this rank hands to collectives."""
+    sent = Sent()
 
     def ring(name: str, factor: int) -> Callable[..., Any]:
         stock = getattr(dist, name)
@@ -255,13 +298,14 @@ def counted_bytes() -> Iterator[Counter[str]]:
         def counting(*args: Any, group: Any, **options: Any) -> Any:
             tensor = args[0] if name == "all_reduce" else args[1]
             share = (group.size() - 1) / (group.size() if name == "all_reduce" else 1)
-            sent[name] += int(factor * tensor.nbytes * share)
+            sent.count(name, int(factor * tensor.nbytes * share))
             return stock(*args, group=group, **options)
 
         return counting
 
     def all_to_all(received: Tensor, given: Tensor, *sizes: list[int], **options: Any) -> Any:
-        sent["all_to_all"] += (sum(sizes[1]) - sizes[1][options["group"].rank()]) * given.itemsize
+        others = sum(sizes[1]) - sizes[1][options["group"].rank()]
+        sent.count("all_to_all", others * given.itemsize)
         return stock_all_to_all(received, given, *sizes, **options)
 
     stock_all_to_all = dist.all_to_all_single
@@ -388,7 +432,7 @@ ALONE = (Shape("alone", 72, 200, 0),)
 @pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
 def test_no_gradient_is_no_step(shapes: tuple[Shape, ...], right_factor: str) -> None:
     """P is zero, so that every Cholesky factorization fails."""
-    config = DionConfig(rank_fraction=0.2, right_factor=right_factor)
+    config = DionConfig(rank_fraction=0.2, right_factor=right_factor, orthonormalizer="rcqr")
     results = gloo_world(4, train_shards, World(2, 2), shapes, config, 10**9, nothing)
     assert sum(result.fallbacks for result in results) == STEPS * len(results[0].charges)
     compare(results, reference(shapes, config, nothing), tolerance=1e-6)
@@ -514,7 +558,8 @@ BREAKAGES = {
     "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
     "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
     "columns of Q not gathered": (shared_rows.GatheredColumns, "gather", nothing_happens),
-    "replicas not averaged": (exchange.ShardedExchange, "_average", nothing_happens),
+    "P of replicas not averaged": (exchange.ShardedExchange, "_average_sections", nothing_happens),
+    "R of replicas not averaged": (exchange.ShardedExchange, "_average_rows", nothing_happens),
 }
 
 

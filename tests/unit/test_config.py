@@ -78,6 +78,7 @@ def test_scale(mode: str, m: int, n: int, scale: float) -> None:
         ),
         ("orthonormalizer", ("", "QR", "svd"), f"one of {ORTHONORMALIZERS}"),
         ("oversample", (0.99, math.inf, math.nan), "at least 1 and finite"),
+        ("exchange_buffer_mib", (0, -1.0, math.inf, math.nan), "positive and finite"),
         ("eps", (0.0, -1e-8, math.inf, math.nan), "positive and finite"),
     ],
 )

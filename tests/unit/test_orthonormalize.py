@@ -49,7 +49,7 @@ def orthonormal(
     """The result alone; `fallbacks` is the number expected of the Cholesky methods, if known."""
     batch, n, _ = p.shape
     q, found = orthonormalize(p, method, sketch or sign_sketch(batch, n), OVERSAMPLE)
-    if method == "qr":
+    if method in ("auto", "qr"):
         assert found == 0
     elif fallbacks is not None:
         assert found == fallbacks
@@ -273,6 +273,18 @@ def test_sketch_has_the_oversampled_rows_and_some_more_for_few_columns(
 
     orthonormal(well_conditioned(1, n, r), "rcqr", sketch)
     assert asked == [rows]
+
+
+def test_auto_is_householder_for_a_whole_matrix_and_rcqr_for_parts() -> None:
+    p = well_conditioned(2, 40, 8)
+    assert torch.equal(orthonormal(p, "auto"), orthonormal(p, "qr"))
+    for ours, theirs in zip(
+        in_parts(p, "auto", [0, 9, 40]), in_parts(p, "rcqr", [0, 9, 40]), strict=True
+    ):
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+            for a, b in zip(ours, theirs, strict=True)
+        )
 
 
 def test_unknown_method_is_refused() -> None:

@@ -153,6 +153,7 @@ def complain(check: Callable[..., None], *args: Any) -> str:
         ("momentum", -0.1),
         ("momentum", 1.0),
         ("oversample", 0.9),
+        ("exchange_buffer_mib", 0.0),
         ("eps", 0.0),
         ("eps", -1e-8),
         ("extra_scale_factor", 0.0),

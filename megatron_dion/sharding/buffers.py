@@ -1,0 +1,52 @@
+"""Flat memory that exists only while a step needs it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """1-D tensors with a common lifetime; between two of them they have no memory.
+
+    Their storages are resized, so that views of them, of which there may be thousands, are made
+    once, after `empty`, and hold. What was in the memory is lost.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, when they have memory."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """One more tensor, with memory until `free`; views can be made only while it has any."""
+        tensor = torch.empty(numel, dtype=dtype, device=self._device)
+        self._tensors.append(tensor)
+        return tensor
+
+    def allocate(self) -> None:
+        """Gives every tensor memory with undefined contents."""
+        for tensor in self._tensors:
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+    def free(self) -> None:
+        """Gives the memory back; there may be none."""
+        for tensor in self._tensors:
+            tensor.untyped_storage().resize_(0)
+
+    @contextmanager
+    def allocated(self) -> Iterator[None]:
+        """Memory for the time of a with statement."""
+        self.allocate()
+        try:
+            yield
+        finally:
+            self.free()
