@@ -1,12 +1,16 @@
 """What every rank of a grid has to do in a step, and how evenly that is spread."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+
+from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.planning.holdings import holdings
+from megatron_dion.planning.hops import Charges, Hops
 from megatron_dion.sharding import TORCH_DTYPES, Planner, Rank
-from megatron_dion.sharding.balance import operations
-from megatron_dion.sharding.reduction import Sum
+from megatron_dion.sharding.balance import Charge, operations
 
 
 @dataclass
@@ -36,26 +40,67 @@ class Load:
 
 
 def loads(planner: Planner) -> dict[Rank, Load]:
-    """The load of each rank of the planner's grid, from its lists of sums."""
-    grid, config = planner.layout.grid, planner.layout.config
-    found = {rank: Load() for rank in grid.ranks()}
-    for placement in planner.layout.placements:
-        for d in placement.holders(grid.data_parallel_size):
-            start, stop = placement.piece(d, grid.data_parallel_size)
-            for rank in grid.tensor_group(Rank(0, d)):
-                found[rank].held += stop - start
-    for index in range(len(planner.sets)):
-        _add_sums(
-            found, planner, planner.left_sums(index), TORCH_DTYPES[config.comm_dtype].itemsize
+    """The load of each rank of the planner's grid."""
+    grid, matrices = planner.layout.grid, planner.layout.matrices
+    left, parts, grams = count_hops(planner)
+    wire = TORCH_DTYPES[planner.layout.config.comm_dtype].itemsize
+    shape = grid.data_parallel_size, grid.tensor_parallel_size
+    held = np.zeros(shape, np.int64)
+    for holding in holdings(planner.layout):
+        held += holding.elements
+    charges: Counter[Rank] = Counter()
+    work: Counter[Rank] = Counter()
+    for charge in (charge for found in planner.charges.values() for charge in found):
+        charges[charge.rank] += 1
+        rows = charge.stop - charge.start
+        work[charge.rank] += operations(matrices[charge.matrix], rows)  # type: ignore[assignment]
+
+    def sent(kind: str, rank: Rank) -> int:
+        return int(
+            sum(
+                size * getattr(hops, kind)[rank.data_parallel, rank.tensor_parallel]
+                for hops, size in ((left, wire), (parts, 4), (grams, 8))
+            )
         )
-        for sums in planner.part_sums(index):
-            _add_sums(found, planner, sums, 4)
-        _add_sums(found, planner, planner.gram_sums(index), 8)
-    for charge in (charge for charges in planner.charges.values() for charge in charges):
-        found[charge.rank].charges += 1
-        matrix = planner.layout.matrices[charge.matrix]
-        found[charge.rank].operations += operations(matrix, charge.stop - charge.start)
+
+    found = {}
+    for rank in grid.ranks():
+        place = rank.data_parallel, rank.tensor_parallel
+        found[rank] = Load(
+            held=int(held[place]),
+            charges=charges[rank],
+            tensor_sent=sent("tensor", rank),
+            data_sent=sent("data", rank),
+            summed=int(left.added[place] + parts.added[place] + grams.added[place]),
+            operations=work[rank],
+        )
     return found
+
+
+def count_hops(
+    planner: Planner, matrices: Sequence[int] | None = None, data_ranks_per_node: int = 1
+) -> tuple[Hops, Hops, Hops]:
+    """What sums of P, of what divided P need, and of Gram matrices move.
+
+    Args:
+        planner: of the ranks.
+        matrices: whose sums; of all by default.
+        data_ranks_per_node: data-parallel ranks of a group that share a node.
+    """
+    layout, config = planner.layout, planner.layout.config
+    left, parts, grams = (Hops(layout.grid, data_ranks_per_node) for _ in range(3))
+    for k in range(len(layout.matrices)) if matrices is None else matrices:
+        holders, width = layout.columns_of_holders[k], layout.matrices[k].rank
+        charges = Charges.of(planner.charges[k])
+        left.add(holders, charges, width)
+        if len(planner.charges[k]) > 1:
+            those = [charge.rank for charge in planner.charges[k]]
+            for rows in summed_rows(config.orthonormalizer, width, config.oversample):
+                parts.add(dict.fromkeys(those, (0, rows)), charges.of_rows(rows), width)
+        if config.right_factor == "orth":
+            everyone = Charges.of(Charge(k, 0, 0, rank) for rank in holders)
+            grams.add(dict.fromkeys(holders, (0, width)), everyone.of_rows(width), width)
+    return left, parts, grams
 
 
 def busiest_to_mean(found: Iterable[Load], name: str) -> float:
@@ -93,40 +138,3 @@ def _heading(name: str) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:>11.4g}"
-
-
-def _add_sums(found: dict[Rank, Load], planner: Planner, sums: dict[int, Sum], size: int) -> None:
-    for matrix, total in sums.items():
-        width = planner.layout.matrices[matrix].rank
-        for d in total.by_data_rank:
-            _add_near(found, total, d, width, size)
-            for index, charge in enumerate(total.charges):
-                tile = total.summed_tile(d, index)
-                if tile is None:
-                    continue
-                numel = (tile.stop - tile.start) * width
-                found[charge.rank].summed += numel
-                near = Rank(charge.rank.tensor_parallel, d)
-                if near != charge.rank:
-                    found[near].data_sent += size * numel
-                    found[charge.rank].data_sent += size * numel
-
-
-def _add_near(found: dict[Rank, Load], total: Sum, d: int, width: int, size: int) -> None:
-    """What happens within a tensor-parallel group; its ranks with the same rows are alike."""
-    contributors: dict[tuple[int, int], list[Rank]] = {}
-    for rank, rows in total.by_data_rank[d].items():
-        contributors.setdefault(rows, []).append(rank)
-    for (start, stop), ranks in contributors.items():
-        numel_for: Counter[int] = Counter()  # by tensor-parallel rank that sums it
-        for charge in total.charges:
-            common = min(stop, charge.stop) - max(start, charge.start)
-            if common > 0:
-                numel_for[charge.rank.tensor_parallel] += common * width
-        for t, numel in numel_for.items():
-            near = Rank(t, d)
-            others = [rank for rank in ranks if rank != near]
-            found[near].summed += len(ranks) * numel
-            found[near].tensor_sent += size * len(others) * numel
-            for rank in others:
-                found[rank].tensor_sent += size * numel

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_dion import Dion
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.planning import PRESETS, GptShape, default_bucket_size, place
+from megatron_dion.planning.layout import layer_wise_buffer
 from megatron_dion.sharding import Placement
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 
@@ -116,3 +117,33 @@ def test_placements_of_large_models(
     shapes = [(weight.rows, weight.columns) for weight in weights]
     (found,) = nursery.run(1, megatron_layout, shapes, dp)
     assert found == [(placement.start, placement.bucket_numel) for placement in planned]
+
+
+def megatron_layer_wise(
+    shapes: list[tuple[int, ...]], ranks: int, bucket_size: int | None
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """On a rank: start in its bucket and bucket of each parameter, and the sizes of all buckets."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
+        parameters, bucket_size, ranks, config
+    )
+    places = [layout.param_index_map[parameter] for parameter in parameters]
+    starts = [(start - layout.bucket_indices[b][0], b) for start, _, b in places]
+    return starts, [stop - start for start, stop in layout.bucket_indices]
+
+
+@pytest.mark.parametrize(("ranks", "bucket_size"), [(2, None), (5, 10000), (64, 20000)])
+def test_layer_wise_layout(nursery: Nursery, ranks: int, bucket_size: int | None) -> None:
+    parameters = [p for p in SHAPE.stage(range(4)) if len(p.shape) == 2]
+    shapes = [parameter.shape for parameter in parameters]
+    (found,) = nursery.run(1, megatron_layer_wise, shapes, ranks, bucket_size)
+    buffer = layer_wise_buffer(parameters, ranks, bucket_size)
+    starts, sizes = found
+    planned = {slot.parameter.name: (slot.start, slot.bucket_numel) for slot in buffer.slots}
+    expected = [(start, sizes[bucket]) for start, bucket in starts]
+    assert [planned[parameter.name] for parameter in parameters] == expected
+    assert list(buffer.buckets) == sizes

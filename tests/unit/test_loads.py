@@ -1,8 +1,5 @@
 """The loads of all ranks are what their plans say, and none of them is far from the mean."""
 
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given
 
@@ -51,16 +48,3 @@ def test_table_names_the_busiest() -> None:
     assert lines[1].split()[:4] == ["tp", "0", "dp", "0"]
     assert lines[3] == "... 1 more ranks"
     assert lines[-1].split()[3] == "2.00"  # 2 held by the last rank, 1 in the mean
-
-
-def test_the_tool_prints_a_row_for_each_size() -> None:
-    command = [sys.executable, "tools/plan.py", "8B", "--dp", "2", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [line.split()[:4] for line in done.stdout.splitlines()[1:]] == [
-        ["8B", "1", "1", "2"],
-        ["8B", "1", "1", "4"],
-    ]
-    wrong = subprocess.run([*command, "--pp", "5"], capture_output=True, text=True, check=False)
-    assert wrong.returncode != 0
-    assert "32" in wrong.stderr
-    assert "Traceback" not in wrong.stderr

@@ -13,7 +13,7 @@ from megatron_dion.sharding import Placement, Weight
 
 TINY = GptShape(layers=6, hidden=24, ffn=40, heads=8, query_groups=4)
 sizes = st.integers(1, 40)
-weight_lists = st.lists(st.builds(Weight, st.text(), sizes, sizes), max_size=20)
+weight_lists = st.lists(st.builds(Weight, st.sampled_from("abc"), sizes, sizes), max_size=20)
 bucket_sizes = st.none() | st.integers(1, 4000)
 
 

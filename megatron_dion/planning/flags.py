@@ -1,0 +1,100 @@
+"""The shape of a model from the flags of pretrain_gpt.py."""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_dion.planning.models import Experts, GptShape
+
+
+def shape_from_flags(flags: Sequence[str]) -> GptShape:
+    """The model that Megatron makes of its flags; those that say nothing of its shape are passed.
+
+    Raises:
+        ValueError: a flag that it needs is missing, or the sizes do not fit.
+    """
+    args, _ = _parser().parse_known_args(list(flags))
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name in ("num_layers", "hidden_size", "num_attention_heads")
+        if getattr(args, name) is None
+    ]
+    if missing:
+        raise ValueError(f"the flags of a model need {', '.join(missing)}")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    learned = args.position_embedding_type == "learned_absolute"
+    multiple = args.make_vocab_size_divisible_by
+    return GptShape(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size or _default_ffn(args.hidden_size, args.swiglu),
+        heads=args.num_attention_heads,
+        query_groups=groups,
+        kv_channels=args.kv_channels,
+        gated=args.swiglu,
+        vocab=args.padded_vocab_size or args.vocab_size,
+        vocab_multiple=1 if args.padded_vocab_size else multiple,
+        tied=not args.untie_embeddings_and_output_weights,
+        biases=args.add_bias_linear,
+        layer_norm=args.normalization == "LayerNorm",
+        positions=args.max_position_embeddings or 0 if learned else 0,
+        experts=_experts(args),
+        sequence=args.seq_length or args.max_position_embeddings or 4096,
+    )
+
+
+def _experts(args: argparse.Namespace) -> Experts | None:
+    if args.num_experts is None:
+        return None
+    return Experts(
+        count=args.num_experts,
+        top_k=args.moe_router_topk,
+        ffn=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        shared_ffn=args.moe_shared_expert_intermediate_size or 0,
+        dense_layers=_dense_layers(args.moe_layer_freq),
+    )
+
+
+def _dense_layers(pattern: str) -> int:
+    """Layers without experts, of patterns such as `([0]*1+[1]*27)`."""
+    if pattern == "1":
+        return 0
+    text = pattern.strip().strip("()")
+    counts = [part.strip().split("*") for part in text.split("+")]
+    kinds = [(kind.strip(" []"), int(times[0]) if times else 1) for kind, *times in counts]
+    if [kind for kind, _ in kinds] != ["0", "1"]:
+        raise ValueError(f"--moe-layer-freq {pattern}: only dense layers first are planned")
+    return kinds[0][1]
+
+
+def _default_ffn(hidden: int, gated: bool) -> int:
+    """MT/arguments.py: 4 h, with a gate two thirds of it in multiples of 64."""
+    return int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (
+        "num-layers",
+        "hidden-size",
+        "ffn-hidden-size",
+        "num-attention-heads",
+        "kv-channels",
+        "vocab-size",
+        "padded-vocab-size",
+        "max-position-embeddings",
+        "seq-length",
+        "num-experts",
+        "moe-ffn-hidden-size",
+        "moe-shared-expert-intermediate-size",
+    ):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--num-query-groups", type=int, default=1)
+    parser.add_argument("--moe-router-topk", type=int, default=2)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    parser.add_argument("--moe-layer-freq", default="1")
+    parser.add_argument("--normalization", default="LayerNorm")
+    parser.add_argument("--position-embedding-type", default="learned_absolute")
+    for name in ("group-query-attention", "swiglu", "untie-embeddings-and-output-weights"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    return parser

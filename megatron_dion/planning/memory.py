@@ -1,0 +1,79 @@
+"""Bytes that each rank of a pipeline stage keeps, by what they are."""
+
+from collections import Counter
+
+import numpy as np
+
+from megatron_dion.planning.holdings import Counts, holdings
+from megatron_dion.planning.stage import DionPart, Stage, of_all
+from megatron_dion.sharding import TORCH_DTYPES, Rank
+from megatron_dion.sharding.memory import peak_bytes
+
+KINDS = ("weights", "gradients", "masters", "momenta", "right factors", "exchange", "scalars")
+_FLOAT32 = 4
+_SETS_IN_FLIGHT = 2  # algorithm/step.py, interleave
+
+
+def memory(stage: Stage) -> dict[str, Counts]:
+    """Bytes by kind on each rank (D, T) of one instance of the data-parallel grid.
+
+    * `weights` and `gradients` (float32): Megatron's buffers with their padding.
+    * `masters`: float32 copies of a rank's own matrices; none where weights are fp32 already.
+    * `momenta`: of matrices, with AdamW their second moments too.
+    * `right factors`, `exchange`: Dion's. What is exchanged is the figure of `exchange`, on all.
+    * `scalars`: masters and moments of all that is no matrix of the optimizer's.
+    """
+    run = stage.run
+    shape = run.topology.data().size, run.topology.tp
+    found = {name: np.zeros(shape, np.int64) for name in KINDS}
+    master = 0 if run.weight_bytes == _FLOAT32 else _FLOAT32
+    momentum = {"adamw": 2 * _FLOAT32, "muon": _FLOAT32, "dion": 0}[run.optimizer.kind]
+    for section in stage.sections:
+        matrices = section.held(stage.is_matrix)[:, None]
+        others = section.held(lambda p: not stage.is_matrix(p))[:, None]
+        found["weights"] += section.buffer.numel * run.weight_bytes
+        found["gradients"] += section.buffer.numel * _FLOAT32
+        found["masters"] += of_all(master * matrices, shape)
+        found["momenta"] += of_all(momentum * matrices, shape)
+        found["scalars"] += of_all((master + 2 * _FLOAT32) * others, shape)
+    for part in stage.dion_parts:
+        momenta, factors = dion_state(part)
+        found["momenta"] += of_all(momenta, shape)
+        found["right factors"] += of_all(factors, shape)
+        found["exchange"] += exchange(part)
+    return found
+
+
+def dion_state(part: DionPart) -> tuple[Counts, Counts]:
+    """Bytes of momenta and of right factors on each rank of a Dion optimizer's grid (D, T)."""
+    layout = part.planner.layout
+    shape = layout.grid.data_parallel_size, layout.grid.tensor_parallel_size
+    momenta, factors = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for holding in holdings(layout):
+        momenta += TORCH_DTYPES[layout.config.momentum_dtype].itemsize * holding.elements
+        factors += TORCH_DTYPES[layout.config.factor_dtype].itemsize * holding.rows * holding.kept
+    return momenta, factors
+
+
+def exchange(part: DionPart, most: int = 8) -> int:
+    """Bytes of Dion's exchange buffers at their peak, the most that a rank has of those looked at.
+
+    Args:
+        part: the optimizer.
+        most: looks at all ranks of a grid that has no more, and else at the one that is in charge
+            of most of P: planning every rank of a large grid would take too long.
+    """
+    layout, grid = part.planner.layout, part.planner.layout.grid
+    if grid.size <= most:
+        return max(_exchange_on(part, rank) for rank in grid.ranks())
+    numbers: Counter[Rank] = Counter()
+    for charge in (charge for found in part.planner.charges.values() for charge in found):
+        numbers[charge.rank] += (charge.stop - charge.start) * layout.matrices[charge.matrix].rank
+    return _exchange_on(part, max(numbers, key=lambda rank: numbers[rank]))
+
+
+def _exchange_on(part: DionPart, rank: Rank) -> int:
+    """The sets that are under way at a time have buffers at a time."""
+    plans = part.planner.plans(rank)
+    peaks = [peak_bytes(plan, n) for plan, n in zip(plans, part.replicas, strict=True)]
+    return sum(sorted(peaks)[-_SETS_IN_FLIGHT:])

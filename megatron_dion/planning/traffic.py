@@ -1,0 +1,266 @@
+"""Bytes that each rank of a pipeline stage sends in a step, by collective and by link.
+
+Sent bytes are those of a ring: of N bytes in a group of k, a reduce-scatter or all-gather sends
+N (k - 1) / k and an all-reduce twice that. Of a ring over nodes with p ranks of the group each, one
+of p ranks sends to another node; averaged over the ranks, that is what is counted as network.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dion.algorithm.count_sketch import BUCKETS
+from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.planning.holdings import Counts, holdings, shared_row_numbers
+from megatron_dion.planning.loads import count_hops
+from megatron_dion.planning.stage import DionPart, Stage, of_all
+from megatron_dion.planning.topology import Batch, Group
+from megatron_dion.sharding import TORCH_DTYPES
+from megatron_dion.sharding.traffic import ring_bytes
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What each rank sends in one kind of collective; figures for all ranks, or (D, T).
+
+    Attributes:
+        bytes: sent to others.
+        network: those of them that leave the node, averaged over a node's ranks.
+        calls: number of calls.
+        when: `backward` and `forward` can be hidden behind the model's work, `layer` is in its way,
+            `step` is in the optimizer's.
+        is_estimate: whether it is a formula that no run was compared with.
+    """
+
+    bytes: Counts | int
+    network: NDArray[Any] | float
+    calls: int
+    when: str
+    is_estimate: bool = False
+
+    @property
+    def busiest(self) -> int:
+        return int(np.max(self.bytes))
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.bytes))
+
+    def plus(self, other: "Sent") -> "Sent":
+        """Both together."""
+        return replace(
+            self,
+            bytes=self.bytes + other.bytes,
+            network=self.network + other.network,
+            calls=self.calls + other.calls,
+        )
+
+
+Traffic = dict[str, Sent]
+
+
+def ring(group: Group, sent: int, calls: int, when: str, is_estimate: bool = False) -> Sent:
+    """What goes around a ring, the same on every rank."""
+    return Sent(sent, sent * group.leaving, calls, when, is_estimate)
+
+
+def to_peers(group: Group, sent: int, calls: int, when: str, is_estimate: bool = False) -> Sent:
+    """What goes to all others of a group alike, or from one to the next of a group of stages."""
+    others = max(group.size - 1, 1)
+    return Sent(sent, sent * (group.size - group.per_node) / others, calls, when, is_estimate)
+
+
+def traffic(stage: Stage, batch: Batch) -> Traffic:
+    """All collectives of a step on the ranks of a stage; those without bytes are left out."""
+    found = {
+        **gradients_and_weights(stage),
+        **activations(stage, batch),
+        **muon_traffic(stage),
+    }
+    for part in stage.dion_parts:
+        for name, sent in dion_traffic(part, stage).items():
+            found[name] = found[name].plus(sent) if name in found else sent
+    return {name: sent for name, sent in found.items() if np.any(sent.bytes)}
+
+
+def gradients_and_weights(stage: Stage) -> Traffic:
+    """Megatron's own: gradients are reduced, updated weights gathered."""
+    found: Traffic = {}
+
+    def add(name: str, group: Group, numbers: int, calls: int, when: str) -> None:
+        sent = ring(group, numbers, calls, when)
+        found[name] = found[name].plus(sent) if name in found else sent
+
+    for section in stage.sections:
+        ranks, buckets = section.group.size, section.buffer.buckets
+        gradients = sum(_share(4 * bucket, ranks) for bucket in buckets)
+        weights = sum(_share(stage.run.weight_bytes * bucket, ranks) for bucket in buckets)
+        whole = section.is_reduced_whole
+        name = "gradients all-reduce" if whole else "gradients reduce-scatter"
+        add(name, section.group, gradients * (2 if whole else 1), len(buckets), "backward")
+        add("weights all-gather", section.group, weights, len(buckets), "forward")
+        if not (stage.run.optimizer.compressed_sync and section.is_matrices):
+            replicas = stage.run.topology.replicas
+            sent = sum(ring_bytes(4 * bucket // ranks, replicas.size) for bucket in buckets)
+            add("instances all-reduce", replicas, sent, len(buckets), "backward")
+    return found
+
+
+def activations(stage: Stage, batch: Batch) -> Traffic:
+    """What tensor, context, expert and pipeline parallelism send forward and backward.
+
+    Of a layer, forward and backward, tensor parallelism with sequence parallelism gathers the input
+    of two column-parallel layers, scatters the sums of two row-parallel ones, gathers their
+    gradients, gathers the inputs once more, and scatters the sums of the inputs' gradients: ten in
+    all. The embedding has two, the output layer three.
+    """
+    run, topology, shape = stage.run, stage.run.topology, stage.run.shape
+    micro_batches, layers = batch.micro_batches(topology), len(stage.layers)
+    tokens = shape.sequence // topology.cp * batch.micro
+    hidden = run.weight_bytes * tokens * shape.hidden  # bytes of a micro batch's hidden states
+    again = 4 if batch.recompute == "full" else 0
+    gathers = (10 + again) * layers + 2 * stage.is_first + 3 * stage.is_last
+    norms = sum(p.numel for p in stage.parameters if len(p.shape) == 1)
+    ways = micro_batches * ((not stage.is_first) + (not stage.is_last))
+    keys = 2 * shape.query_groups * shape.head // topology.tp * run.weight_bytes * tokens
+    blocks = 3 * (topology.cp - 1) * layers * micro_batches  # keys and values twice, gradients once
+    found = {
+        "tensor-parallel activations": ring(
+            topology.tensor,
+            micro_batches * gathers * _share(hidden, topology.tp),
+            micro_batches * gathers,
+            "layer",
+        ),
+        "tensor-parallel loss": ring(
+            topology.tensor,
+            micro_batches * 3 * ring_bytes(4 * tokens, topology.tp) * stage.is_last,
+            micro_batches * 3 * stage.is_last,
+            "layer",
+        ),
+        "norms' gradients": ring(topology.tensor, ring_bytes(4 * norms, topology.tp), 1, "step"),
+        "pipeline sends": to_peers(topology.pipeline, ways * hidden // topology.tp, ways, "layer"),
+        "context-parallel keys": ring(
+            topology.context, blocks * keys, blocks, "layer", is_estimate=True
+        ),
+    }
+    if shape.tied and topology.pp > 1 and (stage.is_first or stage.is_last):
+        tied = sum(p.numel for p in stage.parameters if p.is_shared)
+        found["tied embeddings"] = to_peers(topology.pipeline, ring_bytes(4 * tied, 2), 1, "step")
+    if shape.experts is not None:
+        calls = 4 * micro_batches * sum(map(shape.has_experts, stage.layers))
+        sent = calls * _share(hidden // topology.tp * shape.experts.top_k, topology.ep)
+        found["tokens to experts"] = to_peers(topology.expert, sent, calls, "layer", True)
+    return found
+
+
+def muon_traffic(stage: Stage) -> Traffic:
+    """With `--muon-tp-mode duplicated`, gathers of all matrices on the ranks that own them."""
+    optimizer, tensor = stage.run.optimizer, stage.run.topology.tensor
+    if optimizer.kind != "muon" or optimizer.muon_tp_mode != "duplicated":
+        return {}
+    shape = stage.run.topology.data().size, tensor.size
+    sent = np.zeros(shape, np.int64)
+    calls = 0
+    for section in stage.sections:
+        of_owner = np.zeros((section.group.size, 1), np.int64)
+        count = np.zeros(section.group.size, np.int64)
+        for parameter, owner in section.owners():
+            if parameter.weight is not None and parameter.weight.partition_dim is not None:
+                of_owner[owner] += 4 * (tensor.size - 1) * parameter.numel
+                count[owner] += 1
+        sent += of_all(of_owner, shape)
+        calls += int(count.max())
+    return {"muon gathers": Sent(sent, sent * tensor.leaving, calls, "step")}
+
+
+def dion_traffic(part: DionPart, stage: Stage) -> Traffic:
+    """What a Dion optimizer's step sends, by the kinds of `sharding.traffic.bytes_sent`."""
+    topology, layout = stage.run.topology, part.planner.layout
+    shape = topology.data().size, topology.tp
+    found: Traffic = {}
+
+    def add(kind: str, group: Group, sent: Counts, in_node: Counts | None, calls: int) -> None:
+        network = sent * group.leaving if in_node is None else sent - in_node
+        one = Sent(of_all(sent, shape), of_all(network, shape), calls, "step")
+        found[f"dion {kind}"] = found[f"dion {kind}"].plus(one) if f"dion {kind}" in found else one
+
+    for index in range(len(part.planner.sets)):
+        for kind, (sent, in_node) in set_bytes(part, index).items():
+            group = topology.tensor if kind.startswith("tensor") else part.group
+            group = topology.replicas if kind == "replicas" else group
+            add(kind, group, sent, in_node, _calls(part, kind))
+    dense = [i for i in range(len(layout.placements)) if i not in part.averaged]
+    if stage.run.optimizer.compressed_sync and dense:
+        numbers = sum(holding.elements for holding in holdings(layout, dense))
+        sent = _rings(4 * np.asarray(numbers), topology.replicas.size)
+        add("gradients", topology.replicas, sent, None, 1)
+    if stage.run.optimizer.compressed_sync:
+        sketch = ring_bytes(4 * BUCKETS, topology.replicas.size)  # of the gradients, for their norm
+        add("gradient norm", topology.replicas, _everywhere(sketch, shape), None, 1)
+    return found
+
+
+def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | None]]:
+    """Bytes that each rank sends (E, T) for one of the planner's sets, by kind.
+
+    The same as `sharding.traffic.bytes_sent` of each rank's plan; of what data-parallel ranks
+    exchange for sums, also the bytes that stay on a node.
+    """
+    planner, replicas = part.planner, part.replicas[index]
+    layout, config, grid = planner.layout, planner.layout.config, planner.layout.grid
+    wire, kept = (TORCH_DTYPES[t].itemsize for t in (config.comm_dtype, config.factor_dtype))
+    members = planner.members(index)
+    left, parts, grams = count_hops(planner, members, part.group.per_node)
+    shape = grid.data_parallel_size, grid.tensor_parallel_size
+    rows, partial, gathered = (np.zeros(shape, np.int64) for _ in range(3))
+    for holding in holdings(layout, planner.sets[index]):
+        numbers = holding.rows * layout.matrices[holding.matrix].rank
+        rows += numbers
+        if holding.is_partial:
+            partial += numbers
+            gathered += holding.rows * holding.kept
+    shared = np.zeros(shape, np.int64)
+    for placement in planner.sets[index]:
+        shared += shared_row_numbers(layout, placement)
+    norms = (
+        0 if config.right_factor == "orth" else 8 * sum(layout.matrices[k].rank for k in members)
+    )
+    flags = 4 * sum(len(planner.charges[k]) > 1 for k in members)
+    most = gathered.max(axis=1, keepdims=True)
+    found: dict[str, tuple[Counts, Counts | None]] = {
+        "tensor rows": (_rings(partial * wire, shape[1]), None),
+        "data rows": (wire * shared, None),
+        "tensor gather": (_everywhere((shape[1] - 1) * most * kept, shape), None),
+        "replicas": (_rings(left.charged * wire, replicas) + _rings(rows * wire, replicas), None),
+    }
+    for kind, hops, size in (("left", left, wire), ("parts", parts, 4), ("grams", grams, 8)):
+        found[f"tensor {kind}"] = size * hops.tensor, None
+        found[f"data {kind}"] = size * hops.data, size * hops.data_in_node
+    for group, ranks in (("tensor", shape[1]), ("data", shape[0])):
+        found[f"{group} norms"] = _everywhere(ring_bytes(norms, ranks), shape), None
+        found[f"{group} flags"] = _everywhere(ring_bytes(flags, ranks), shape), None
+    return found
+
+
+def _calls(part: DionPart, kind: str) -> int:
+    """Calls of a set's collectives of a kind: the table in docs/design.md."""
+    if kind.endswith("parts"):
+        config = part.planner.layout.config
+        return 2 * len(summed_rows(config.orthonormalizer, 1, config.oversample))
+    return 2 if kind.endswith(("left", "grams", "replicas")) else 1
+
+
+def _share(numbers: int, ranks: int) -> int:
+    """What a rank sends to reduce and scatter, or to gather, so much."""
+    return numbers * (ranks - 1) // ranks
+
+
+def _rings(numbers: Counts, ranks: int) -> Counts:
+    """`ring_bytes` of many."""
+    return 2 * numbers * (ranks - 1) // ranks
+
+
+def _everywhere(value: Counts | int, shape: tuple[int, int]) -> Counts:
+    return np.broadcast_to(np.asarray(value), shape)

@@ -1,0 +1,83 @@
+"""What the planner counts for all ranks at once is what each rank's own plan says."""
+
+import numpy as np
+from hypothesis import given
+
+from megatron_dion.planning.memory import dion_state
+from megatron_dion.planning.stage import DionPart
+from megatron_dion.planning.topology import Group
+from megatron_dion.planning.traffic import set_bytes
+from megatron_dion.sharding import Plan, Rank
+from megatron_dion.sharding.traffic import bytes_sent
+from tests.unit.test_plan import Layout, for_any_layout, layouts
+
+REPLICAS = 3
+PER_NODE = 2
+
+
+def part_of(layout: Layout) -> DionPart:
+    group = Group(layout.grid.data_parallel_size, 4, 4 * PER_NODE)
+    return DionPart(layout.planner, False, group, (REPLICAS,) * len(layout.sets))
+
+
+@given(layouts())
+@for_any_layout
+def test_bytes_of_every_kind_on_every_rank(layout: Layout) -> None:
+    part = part_of(layout)
+    for index in range(len(layout.sets)):
+        found = set_bytes(part, index)
+        for rank, plans in layout.plans.items():
+            place = rank.data_parallel, rank.tensor_parallel
+            planned = bytes_sent(plans[index], REPLICAS)
+            assert {kind: int(sent[place]) for kind, (sent, _) in found.items()} == planned
+
+
+def sent_in_node(plan: Plan) -> int:
+    """Bytes for P that a rank sends to data-parallel ranks of its node, there and back."""
+    d = plan.rank.data_parallel
+    hop = plan.left.data_hop
+    return 4 * sum(
+        (tile.stop - tile.start) * plan.matrices[tile.matrix].rank
+        for peers in (hop.sends, hop.receives)
+        for peer, tiles in enumerate(peers)
+        if peer != d and peer // PER_NODE == d // PER_NODE
+        for tile in tiles
+    )
+
+
+@given(layouts())
+@for_any_layout
+def test_what_stays_on_a_node(layout: Layout) -> None:
+    part = part_of(layout)
+    for index in range(len(layout.sets)):
+        _, in_node = set_bytes(part, index)["data left"]
+        assert in_node is not None
+        for rank, plans in layout.plans.items():
+            expected = sent_in_node(plans[index])
+            assert in_node[rank.data_parallel, rank.tensor_parallel] == expected
+
+
+@given(layouts())
+@for_any_layout
+def test_state_on_every_rank(layout: Layout) -> None:
+    momenta, factors = dion_state(part_of(layout))
+    for rank, plans in layout.plans.items():
+        place = rank.data_parallel, rank.tensor_parallel
+        held = [(plan, block) for plan in plans for block in plan.held]
+        assert momenta[place] == 4 * sum(block.rectangle.numel for _, block in held)
+        assert factors[place] == 4 * sum(
+            block.rectangle.rows * kept(plan, block.placement, block.matrix, rank)
+            for plan, block in held
+        )
+
+
+def kept(plan: Plan, placement: int, matrix: int, rank: Rank) -> int:
+    columns = plan.layout.share(placement, plan.matrices[matrix].rank, rank)
+    return columns.stop - columns.start
+
+
+def test_rings_leave_nodes_once() -> None:
+    assert Group(8, 1, 8).leaving == 0
+    assert Group(64, 1, 8).leaving == 1 / 8
+    assert Group(64, 8, 8).leaving == 1
+    assert np.isclose(Group(4, 2, 8).leaving, 0)

@@ -1,0 +1,120 @@
+"""Planned operations are those that steps make, counted where torch dispatches them."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dion import Dion, DionConfig
+from megatron_dion.algorithm.orthonormalize import orthonormalize_part, summed_rows
+from megatron_dion.planning.compute import dion_operations, newton_schulz, orthonormalization
+from megatron_dion.planning.stage import DionPart
+from megatron_dion.planning.topology import Group
+from megatron_dion.sharding import Grid, Placement, Planner, Weight
+
+SHAPES = ((40, 24), (24, 40), (16, 16))
+
+
+def product(left: Tensor, right: Tensor) -> float:
+    """(..., m, k) times (..., k, n)."""
+    return 2.0 * left.numel() * right.shape[-1]
+
+
+def qr(matrix: Tensor, with_q: bool) -> float:
+    *batch, rows, columns = matrix.shape
+    one = 2 * rows * columns**2 - 2 / 3 * columns**3
+    return torch.Size(batch).numel() * one * (2 if with_q else 1)
+
+
+def solve(triangle: Tensor, right: Tensor) -> float:
+    """For each vector of the right-hand sides, which a batch of triangles may share."""
+    shared = triangle[..., 0, 0].numel() if right.dim() < triangle.dim() else 1
+    return float(shared * right.numel() * triangle.shape[-1])
+
+
+COUNTS: dict[str, tuple[str, Callable[..., float]]] = {
+    "mm": ("products", product),
+    "bmm": ("products", product),
+    "addmm": ("products", lambda _, left, right: product(left, right)),
+    "baddbmm": ("products", lambda _, left, right: product(left, right)),
+    "linalg_qr": ("factorizations", lambda a, mode="reduced": qr(a, mode != "r")),
+    "geqrf": ("factorizations", lambda a: qr(a, False)),
+    "linalg_householder_product": ("factorizations", lambda a, tau: qr(a, False)),
+    "linalg_cholesky_ex": ("factorizations", lambda a: a.numel() * a.shape[-1] / 3),
+    "linalg_solve_triangular": ("factorizations", lambda a, b, left=True: solve(a, b)),
+}
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts operations of products, and of factorizations by their formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__.split(".")[0].rstrip("_")
+        known = {"mode", "left"}
+        if name in COUNTS:
+            kind, count = COUNTS[name]
+            named = {k: v for k, v in (kwargs or {}).items() if k in known}
+            self.found[kind] += count(*args, **named)  # type: ignore[assignment]
+        return func(*args, **(kwargs or {}))
+
+
+def whole(config: DionConfig, shapes: Sequence[tuple[int, int]] = SHAPES) -> DionPart:
+    placements = [
+        Placement(Weight(str(i), m, n), start=0, bucket_numel=m * n)
+        for i, (m, n) in enumerate(shapes)
+    ]
+    planner = Planner(placements, Grid(), config)
+    return DionPart(planner, False, Group(1, 1, 8), (1,))
+
+
+@pytest.mark.parametrize("fraction", [1 / 16, 1 / 4, 1.0])
+@pytest.mark.parametrize("method", ["auto", "rcqr", "cqr", "qr"])
+@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
+def test_a_step_of_whole_matrices(fraction: float, method: str, right_factor: str) -> None:
+    config = DionConfig(rank_fraction=fraction, orthonormalizer=method, right_factor=right_factor)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = Dion(parameters, lr=0.01, **vars(config))
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.init_state()
+    with CountedOperations() as counted:
+        optimizer.step()
+    assert optimizer.fallbacks == 0
+    products, factorizations = dion_operations(whole(config), device="cpu")
+    assert counted.found["products"] == products.sum()
+    assert counted.found["factorizations"] == pytest.approx(factorizations.sum(), rel=1e-12)
+    assert counted.found["factorizations"] > 0
+
+
+@pytest.mark.parametrize("method", ["rcqr", "cqr"])
+def test_a_part_of_a_divided_matrix(method: str) -> None:
+    config, rows, rank = DionConfig(orthonormalizer=method), 20, 8
+    part = torch.randn(3, rows, rank)
+    with CountedOperations() as counted:
+        sums = orthonormalize_part(part, method, lambda k: torch.randn(1, k, rows), 1.25)
+        values = next(sums)
+        for _ in range(len(summed_rows(method, rank, 1.25)) - 1):
+            values = sums.send(values)
+        with pytest.raises(StopIteration):
+            sums.send(values)
+    each = orthonormalization(config, torch.tensor([rows] * 3).double().numpy(), rank, False)
+    assert counted.found["products"] == each[0].sum()
+    assert counted.found["factorizations"] == pytest.approx(each[1].sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muons_iterations(shape: tuple[int, int]) -> None:
+    muon = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon_utils")
+    with CountedOperations() as counted:
+        muon.newton_schulz(torch.randn(shape), steps=5)
+    assert counted.found["products"] == newton_schulz(*shape, 5)
