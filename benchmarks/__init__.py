@@ -1,0 +1,1 @@
+"""Programs that measure, one for each question: `python -m benchmarks.NAME`."""

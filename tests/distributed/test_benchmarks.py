@@ -1,0 +1,140 @@
+"""Every benchmark with the smallest sizes: what it wrote, never how long anything took."""
+
+import json
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks
+import benchmarks.checkpoint
+import benchmarks.iteration
+import benchmarks.memory
+import benchmarks.scaling
+import benchmarks.sharded
+import benchmarks.startup
+import benchmarks.step
+from benchmarks._models import gpt
+from tests.distributed.nursery import Nursery
+
+Result = dict[str, Any]
+
+
+@pytest.fixture
+def run(nursery: Nursery, tmp_path: Path) -> Any:
+    """Runs a program's main in the process that has imported Megatron; returns what it wrote."""
+
+    def run(program: Any, flags: str) -> Result:
+        output = tmp_path / "result.json"
+        argv = [*shlex.split(flags), "--repeats", "1", "--device", "cpu", "--output", str(output)]
+        nursery.call(program.main, argv)
+        result: Result = json.loads(output.read_text())
+        assert result["options"]["repeats"] == 1
+        return result
+
+    return run
+
+
+def test_every_program_is_described() -> None:
+    folder = Path(benchmarks.__file__).parent
+    described = (folder / "README.md").read_text()
+    programs = [path.name for path in folder.glob("[!_]*.py")]
+    assert len(programs) >= 7
+    assert [name for name in programs if f"`{name}`" not in described] == []
+
+
+def test_step(run: Any) -> None:
+    result = run(benchmarks.step, "--matrices 2x24 3x16 --hidden 64 --fractions 1/4 1/16")
+    floor, weights = result["tables"]["floor"], result["tables"]["weights"]
+    assert [(row["matrices"], row["fraction"], row["rank"]) for row in floor] == [
+        ("2 x 24", "1/4", 6),
+        ("2 x 24", "1/16", 2),
+        ("3 x 16", "1/4", 4),
+        ("3 x 16", "1/16", 1),
+    ]
+    assert all(row["step_to_floor"] > 0 for row in floor)
+    assert Counter(row["weights"] for row in weights) == {"fp32": 6, "bf16": 6}
+    names = [row["optimizer"] for row in weights[:6]]
+    assert names[2::2] == ["Muon, Megatron", "Dion 1/16"]
+    assert names[3::2] == ["Muon, Newton-Schulz in fp32", "Dion 1/4"]
+    assert all(row["to_muon"] == 1 for row in weights if row["optimizer"] == "Muon, Megatron")
+    assert len(result["goals"]) == 2 + 4  # each kind of matrices; two ranks, two dtypes
+
+
+def test_sharded(run: Any) -> None:
+    rows = run(benchmarks.sharded, "--hidden 128 --topologies 2x1 1x2")["tables"]["sharded"]
+    assert [(row["topology"], row["rank"]) for row in rows] == [
+        ("TP2 x DP1", "tp 0 dp 0"),
+        ("TP2 x DP1", "tp 1 dp 0"),
+        ("TP1 x DP2", "tp 0 dp 0"),
+        ("TP1 x DP2", "tp 0 dp 1"),
+    ]
+    numel = sum(w.rows * w.columns for w in gpt(128, 2).weights(range(2)))
+    for half in (rows[:2], rows[2:]):
+        assert sum(row["held_M"] for row in half) == pytest.approx(numel / 1e6)
+        assert sum(row["charges"] for row in half) >= 14  # 7 matrices a layer
+        assert all(row["sent_MB"] > 0 for row in half)
+
+
+def test_scaling(run: Any) -> None:
+    rows = run(benchmarks.scaling, "--hidden 128 --ranks 1 2")["tables"]["scaling"]
+    assert [(row["ranks"], row["parallel"]) for row in rows] == [
+        (1, "data"),
+        (1, "tensor"),
+        (2, "data"),
+        (2, "tensor"),
+    ]
+    assert all(row["busiest_ms"] >= row["mean_ms"] > 0 for row in rows)
+
+
+def test_memory(run: Any) -> None:
+    flags = "--hidden 128 --layers 1 --topologies 1x1 2x1 --fractions 1/4 1"
+    one, one_full, two, _ = run(benchmarks.memory, flags)["tables"]["memory"]
+    weights = gpt(128, 1).weights(range(1))
+    numel = sum(w.rows * w.columns for w in weights)
+    rows = sum(w.rows for w in weights)
+    assert one["weights_MB"] == pytest.approx(4e-6 * numel)
+    assert one["adamw_state_MB"] == pytest.approx(8e-6 * numel)
+    assert one["state_MB"] == pytest.approx(4e-6 * (numel + 32 * rows))  # hidden / 4
+    assert one_full["state_MB"] == pytest.approx(4e-6 * (numel + 128 * rows))
+    assert one["smallest_sharded_MB"] is None
+    assert two["smallest_sharded_MB"] == pytest.approx(4e-6 * 128 * 128)
+    assert two["state_MB"] == pytest.approx(one["state_MB"] / 2)
+    assert two["peak_MB"] >= two["largest_MB"] > 0
+
+
+def test_startup(run: Any) -> None:
+    flags = "--imports torch --model 8B --grids 1x2 2x2 --hidden 64 --layers 1"
+    tables = run(benchmarks.startup, flags)["tables"]
+    assert [row["code"] for row in tables["import"]] == ["torch"]
+    assert [row["grid"] for row in tables["plan"]] == ["8B on TP1 x DP2", "8B on TP2 x DP2"]
+    assert [row["step"] for row in tables["first step"]] == ["first", "second", "third"]
+
+
+TINY = "--hidden 64 --layers 1 --sequence 16 --batch 2"
+
+
+def test_iteration(run: Any) -> None:
+    rows = run(benchmarks.iteration, f"{TINY} --iterations 1 --optimizers Muon 'Dion 1/16'")[
+        "tables"
+    ]["iteration"]
+    assert [row["optimizer"] for row in rows] == ["Muon", "Dion 1/16"]
+    for row in rows:
+        assert row["iterations"] == 1  # without those that warm up
+        assert row["tokens"] == 32
+        assert 0 < row["share_percent"] < 100
+
+
+def test_checkpoint(run: Any) -> None:
+    asynchronous = "Dion 1/4, asynchronous"
+    rows = run(benchmarks.checkpoint, f"{TINY} --saves 1 --cases AdamW {asynchronous!r}")["tables"][
+        "checkpoint"
+    ]
+    assert [row["saves"] for row in rows] == [1, 1]
+    for row in rows:
+        kept = 16 if "AdamW" in row["checkpoint"] else 12  # weights, masters, moments or momentum
+        assert row["bytes_per_parameter"] > kept
+        assert row["save_ms"] > 0
+        assert row["load_ms"] > 0
