@@ -129,7 +129,7 @@ def read_study(path: Path) -> Study:
     except KeyError as error:
         raise FileError(f"{path}: no key {error}") from error
     if len(study.settings) > 1 and (wrong := [s for s in study.settings if not _is_number(s)]):
-        raise FileError(f"{path}: settings {wrong} are no numbers, and pictures have an axis of them")
+        raise FileError(f"{path}: settings {wrong} are no numbers, and pictures need an axis")
     named = {name for names in study.panels.values() for name in names} | {study.baseline}
     if unknown := named - {None, *study.methods}:
         raise FileError(f"{path}: no methods {sorted(map(str, unknown))} for baseline and panels")
