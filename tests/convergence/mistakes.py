@@ -12,8 +12,8 @@ def swap_sign_of_error_feedback() -> None:
     """M = B + (1 - mu) R P^T in place of M = B - (1 - mu) R P^T."""
     update = step._update
 
-    def wrong(block: Any, to_right: Any, momentum: float, *rest: Any) -> None:
-        update(block, to_right, 2 - momentum, *rest)
+    def wrong(blocks: Any, to_right: Any, momentum: float, *rest: Any) -> None:
+        update(blocks, to_right, 2 - momentum, *rest)
 
     step._update = wrong
 
@@ -22,11 +22,12 @@ def freeze_one_matrix() -> None:
     """The first matrix keeps its weights; nothing else is touched."""
     update = step._update
 
-    def wrong(block: Any, *arguments: Any) -> None:
-        weight = block.weight.clone()
-        update(block, *arguments)
-        if block.matrix == 0:
-            block.weight.copy_(weight)
+    def wrong(blocks: Any, *arguments: Any) -> None:
+        weights = [block.weight for block in blocks if block.matrix == 0]
+        before = [weight.clone() for weight in weights]
+        update(blocks, *arguments)
+        for weight, kept in zip(weights, before, strict=True):
+            weight.copy_(kept)
 
     step._update = wrong
 

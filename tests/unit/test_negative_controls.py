@@ -1,8 +1,7 @@
 """The comparison with the reference notices wrong code: one term is broken at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ NOTICED = r"weight|momentum|right_factor"
 
 @dataclass(frozen=True)
 class Update:
-    """The arguments of `step._update`."""
+    """The arguments of `step._update` for one block."""
 
     block: Block
     to_right: _ToRight
@@ -60,8 +59,8 @@ def as_it_is(update: Update) -> Update:
 
 def without_alive(update: Update) -> Update:
     """Columns of R that are zero become columns of Q."""
-    alive = torch.ones_like(update.to_right.alive)
-    return replace(update, to_right=replace(update.to_right, alive=alive))
+    dead = torch.zeros_like(update.to_right.dead)
+    return replace(update, to_right=replace(update.to_right, dead=dead))
 
 
 def swap_scale(update: Update) -> Update:
@@ -94,11 +93,17 @@ every_right_factor = pytest.mark.parametrize("right_factor", OF_RIGHT_FACTORS)
 def break_update(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     unbroken = step._update
 
-    def update(*arguments: Any) -> None:
-        changed = change(Update(*arguments))
-        unbroken(
-            changed.block, changed.to_right, changed.momentum, changed.scaled_lr, changed.shrink
-        )
+    def update(
+        blocks: Sequence[Block],
+        to_right: Sequence[_ToRight],
+        momentum: float,
+        scaled_lrs: Sequence[float],
+        shrinks: Sequence[float],
+    ) -> None:
+        of_blocks = zip(blocks, to_right, scaled_lrs, shrinks, strict=True)
+        for block, factor, scaled_lr, shrink in of_blocks:
+            new = change(Update(block, factor, momentum, scaled_lr, shrink))
+            unbroken([block], [new.to_right], new.momentum, [new.scaled_lr], [new.shrink])
 
     monkeypatch.setattr(step, "_update", update)
 
@@ -167,7 +172,7 @@ def test_unseeded_sketch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any sketch gives the same P up to rounding; that it is the same one takes equal bits."""
 
     def run() -> Comparison:
-        comparison = Comparison([(SHAPES, {})])
+        comparison = Comparison([(SHAPES, {})], orthonormalizer="rcqr")
         comparison.run(range(3))
         comparison.assert_equal()
         return comparison
