@@ -156,7 +156,7 @@ class Exchange(Protocol):
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
     def sum_norms(self, squares: Tensor) -> Steps:
-        """Sums a 1-D tensor over all processes that hold blocks, in place."""
+        """Sums squared norms of all members over the processes that hold blocks, in place."""
 
     def sum_grams(self, grams: Sequence[tuple[int, Tensor]]) -> Steps:
         """Sums (matrix, (r, r)) over the processes that hold blocks of the matrix, in place."""
@@ -196,7 +196,8 @@ def dion_step(
 
     Args:
         matrices: all matrices, the same list on every process of the exchange.
-        members: which of them are stepped here, the same list on every process.
+        members: which of them are stepped here, in the order in which the exchange sums their
+            norms, the same on every process.
         blocks: what this process holds of them.
         exchange: connects the processes.
         config: hyperparameters.

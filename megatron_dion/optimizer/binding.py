@@ -20,8 +20,7 @@ from megatron_dion.sharding import (
     Rank,
     Rectangle,
     ShardedExchange,
-    sets_in_turn,
-    sets_within,
+    sets_of,
 )
 from megatron_dion.sharding.collectives import rank_in, size_of
 from megatron_dion.sharding.traffic import bytes_sent, compression_pays, ring_bytes
@@ -131,9 +130,10 @@ class Binding:
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
         self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
         planner = Planner(distribution.placements, distribution.grid, config)
+        ranks = distribution.grid.size * distribution.replicas
         sets = [
-            *_sets(planner, compressed, distribution, distribution.replicas),
-            *_sets(planner, dense, distribution),
+            *sets_of(planner, compressed, ranks, distribution.replicas),
+            *sets_of(planner, dense, ranks),
         ]
         self.planner = planner.in_sets(sets)
         plans = self.planner.plans(distribution.rank)
@@ -287,17 +287,6 @@ def _by_gradient_sync(
         return everything, []
     pays = [compression_pays(p.weight.matrices(config)) for p in distribution.placements]
     return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
-
-
-def _sets(
-    planner: Planner, alike: Sequence[int], distribution: Distribution, replicas: int = 1
-) -> list[list[int]]:
-    """What is stepped together of weights that this number of replicas averages P and R of."""
-    ranks = distribution.grid.size * distribution.replicas
-    limit = planner.layout.config.exchange_buffer_mib
-    if limit is None:
-        return sets_in_turn(planner.layout.placements, alike, ranks)
-    return sets_within(planner, alike, ranks, limit, replicas)
 
 
 def _first_state(

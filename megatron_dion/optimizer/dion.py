@@ -212,7 +212,7 @@ class Dion(torch.optim.Optimizer):
             return (
                 yield from dion_step(
                     chosen.plan.matrices,
-                    chosen.plan.members,
+                    chosen.plan.norms.members,
                     [block.tensors for block in chosen.held],
                     chosen.exchange,
                     self.config,

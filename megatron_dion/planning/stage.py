@@ -18,7 +18,7 @@ from megatron_dion.planning.layout import (
 )
 from megatron_dion.planning.models import GptShape, Parameter
 from megatron_dion.planning.topology import Group, Topology
-from megatron_dion.sharding import Grid, Placement, Planner, sets_in_turn, sets_within
+from megatron_dion.sharding import Grid, Placement, Planner, sets_of
 from megatron_dion.sharding.traffic import compression_pays
 
 MUON_TP_MODES = ("blockwise", "duplicated")
@@ -263,19 +263,11 @@ class Stage:
             (replicas, [i for i, found in enumerate(averaged) if found]),
             (1, [i for i, found in enumerate(averaged) if not found]),
         ):
-            dealt = _deal(planner, chosen, grid.size * replicas, count)
+            dealt = sets_of(planner, chosen, grid.size * replicas, count)
             sets += dealt
             counts += [count] * len(dealt)
         planner = planner.in_sets(sets)
         return DionPart(planner, section.is_experts, section.group, tuple(counts))
-
-
-def _deal(planner: Planner, chosen: list[int], ranks: int, replicas: int) -> list[list[int]]:
-    """Which of the chosen weights are stepped together (optimizer/binding.py)."""
-    limit = planner.layout.config.exchange_buffer_mib
-    if limit is None:
-        return sets_in_turn(planner.layout.placements, chosen, ranks)
-    return sets_within(planner, chosen, ranks, limit, replicas)
 
 
 def of_all(counts: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:

@@ -224,9 +224,8 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
-    norms = (
-        0 if config.right_factor == "orth" else 8 * sum(layout.matrices[k].rank for k in members)
-    )
+    norms = planner.norms(index)
+    summed = {"tensor": norms.over_tensor, "data": norms.over_data}
     flags = 4 * sum(len(planner.charges[k]) > 1 for k in members)
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
@@ -239,7 +238,9 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         found[f"tensor {kind}"] = size * hops.tensor, None
         found[f"data {kind}"] = size * hops.data, size * hops.data_in_node
     for group, ranks in (("tensor", shape[1]), ("data", shape[0])):
-        found[f"{group} norms"] = _everywhere(ring_bytes(norms, ranks), shape), None
+        which = summed[group]
+        size = 0 if config.right_factor == "orth" else 8 * (which.stop - which.start)
+        found[f"{group} norms"] = _everywhere(ring_bytes(size, ranks), shape), None
         found[f"{group} flags"] = _everywhere(ring_bytes(flags, ranks), shape), None
     return found
 

@@ -6,7 +6,7 @@ from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
 from megatron_dion.sharding.plan import Plan, Planner
-from megatron_dion.sharding.sets import sets_in_turn, sets_within
+from megatron_dion.sharding.sets import sets_in_turn, sets_of, sets_within
 
 __all__ = [
     "TORCH_DTYPES",
@@ -25,5 +25,6 @@ __all__ = [
     "boxes",
     "rectangles",
     "sets_in_turn",
+    "sets_of",
     "sets_within",
 ]

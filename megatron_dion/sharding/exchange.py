@@ -151,7 +151,10 @@ class ShardedExchange:
         yield from self._shared_rows.sum()
 
     def sum_norms(self, squares: Tensor) -> Steps:
-        yield from self._reduce_over_grid(squares, dist.ReduceOp.SUM)
+        norms, groups = self._plan.norms, self._groups
+        for group, part in ((groups.tensor, norms.over_tensor), (groups.data, norms.over_data)):
+            if size_of(group) > 1 and part.start < part.stop:
+                yield from wait_for(dist.all_reduce(squares[part], group=group, async_op=True))
 
     def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "Reducer":
         return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)

@@ -26,6 +26,21 @@ class SharedRow:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """Which norms of R's columns are sums over ranks: parts of one vector of all of them.
+
+    Attributes:
+        members: the set's matrices, in the order of the vector.
+        over_tensor: numbers of matrices that several tensor-parallel ranks hold.
+        over_data: numbers of matrices that several data-parallel ranks hold.
+    """
+
+    members: tuple[int, ...]
+    over_tensor: slice
+    over_data: slice
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one rank does in a step of a set of matrices.
 
@@ -38,6 +53,7 @@ class Plan:
         left: sums P.
         part_sums: sums of what orthonormalizing a divided P needs, one after the other; empty if no
             P of the set is divided.
+        norms: of R's columns, for the right factor `colnorm`.
         grams: sums R^T R for the right factor `orth`, otherwise None.
         shared_rows: for each data-parallel peer the rows of which both hold columns.
     """
@@ -49,6 +65,7 @@ class Plan:
     charges: Mapping[int, tuple[Charge, ...]]
     left: Reduction
     part_sums: tuple[Reduction, ...]
+    norms: Norms
     grams: Reduction | None
     shared_rows: tuple[tuple[SharedRow, ...], ...]
 
@@ -138,6 +155,7 @@ class Planner:
             charges=self.charges,
             left=reduction(layout, rank, self.left_sums(index)),
             part_sums=tuple(reduction(layout, rank, sums) for sums in self.part_sums(index)),
+            norms=self.norms(index),
             grams=reduction(layout, rank, grams) if grams else None,
             shared_rows=self._shared_rows(rank, held),
         )
@@ -162,6 +180,20 @@ class Planner:
             }
             for phase in zip(*heights.values(), strict=True)
         )
+
+    def norms(self, index: int) -> Norms:
+        """Norms of a set's matrices; those that only one rank holds are nobody else's."""
+        shared: dict[tuple[bool, bool], list[int]] = defaultdict(list)
+        for k in self.members(index):
+            holders = self.layout.columns_of_holders[k]
+            over_tensor = len({rank.tensor_parallel for rank in holders}) > 1
+            over_data = len({rank.data_parallel for rank in holders}) > 1
+            shared[over_tensor, over_data].append(k)
+        # In this order both sums are of consecutive numbers.
+        order = [shared[key] for key in ((True, False), (True, True), (False, True))]
+        near, both, far = (sum(self.layout.matrices[k].rank for k in part) for part in order)
+        members = tuple(k for part in (*order, shared[False, False]) for k in part)
+        return Norms(members, slice(0, near + both), slice(near, near + both + far))
 
     def gram_sums(self, index: int) -> dict[int, Sum]:
         """R^T R of a set's matrices, for all who hold rows; nothing without `orth`."""

@@ -14,6 +14,16 @@ _IN_TURN = 2
 _MIB = 1 << 20
 
 
+def sets_of(
+    planner: Planner, indices: Sequence[int], ranks: int, replicas: int = 1
+) -> list[list[int]]:
+    """`sets_within` the limit of the planner's hyperparameters, `sets_in_turn` without one."""
+    limit = planner.layout.config.exchange_buffer_mib
+    if limit is None:
+        return sets_in_turn(planner.layout.placements, indices, ranks)
+    return sets_within(planner, indices, ranks, limit, replicas)
+
+
 def sets_in_turn(
     placements: Sequence[Placement], indices: Sequence[int], ranks: int
 ) -> list[list[int]]:

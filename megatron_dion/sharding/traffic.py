@@ -55,7 +55,8 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
 
     wire, _ = element_sizes(plan.layout.config)
     grams = () if plan.grams is None else (plan.grams,)
-    norms = 0 if grams else sum(plan.matrices[k].rank for k in plan.members)
+    summed = plan.norms.over_tensor if group == "tensor" else plan.norms.over_data
+    norms = 0 if grams else summed.stop - summed.start
     return {
         f"{group} left": wire * numel([plan.left]),
         f"{group} parts": 4 * numel(plan.part_sums),

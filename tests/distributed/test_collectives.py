@@ -52,9 +52,10 @@ def counting(name: str, function: Any, calls: Counter[str]) -> Any:
 def test_number_of_collectives_does_not_grow_with_layers(nursery: Nursery) -> None:
     one, few, many = (nursery.run(4, count_calls, layers) for layers in (1, 4, 6))
     # Two sets of matrices, each: columns of Q over TP; P over TP and DP and back, cut rows of R
-    # over DP; R over TP, norms over TP and DP. One all-reduce is Megatron's norm of the gradient.
-    expected = {"all_gather_into_tensor": 2, "all_to_all_single": 2 * 5, "all_reduce": 2 * 3 + 1}
+    # over DP; R and norms over TP, and none over DP, since no matrix is cut. One all-reduce is
+    # Megatron's norm of the gradient.
+    expected = {"all_gather_into_tensor": 2, "all_to_all_single": 2 * 5, "all_reduce": 2 * 2 + 1}
     assert few == many == [expected] * 4
     # With so few matrices one set divides a P over ranks: three sums for all of its parts, over TP
-    # and DP and back, and what failed, over TP and DP.
-    assert one == [expected | {"all_to_all_single": 2 * 5 + 3 * 4, "all_reduce": 2 * 3 + 1 + 2}] * 4
+    # and DP and back, and what failed, over TP and DP. It has norms over DP, too.
+    assert one == [expected | {"all_to_all_single": 2 * 5 + 3 * 4, "all_reduce": 2 * 2 + 1 + 3}] * 4

@@ -167,3 +167,12 @@ def test_undivided_8b_sends_what_it_must(dp: int, one_bucket: bool, fraction: fl
     assert not any(len(charges) > 1 for charges in planner.charges.values())
     sent, bound = sent_by_all(planner), least_bytes_of_factors(planner.layout)
     assert sent["data left"] + sent["data rows"] == bound["data left"] + bound["data rows"]
+
+
+def test_matrices_held_whole_send_nothing() -> None:
+    weights = [Weight(f"w{i}", 16, 8) for i in range(4)]
+    placements = [Placement(w, i * 128, 512) for i, w in enumerate(weights)]
+    sets = [[0, 2], [1, 3]]
+    config = DionConfig(orthonormalizer="qr")  # which is never divided
+    assert not any(sent_by_all(Planner(placements, Grid(1, 4), config, sets)).values())
+    assert sent_by_all(Planner(placements, Grid(1, 8), config, sets))["data norms"]
