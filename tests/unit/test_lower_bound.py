@@ -1,6 +1,8 @@
 """The bounds are what a count of single elements says, and no plan sends less."""
 
 from collections import Counter
+from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
@@ -10,25 +12,30 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.planning import PRESETS, default_bucket_size, place
-from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight
+from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight, traffic
 from megatron_dion.sharding.layout import Layout as ShardedLayout
 from megatron_dion.sharding.lower_bound import (
     least_bytes_of_any_schedule,
     least_bytes_of_factors,
 )
-from megatron_dion.sharding.traffic import bytes_sent
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
 KINDS = ("left", "rows", "norms", "gather")
 LINKS = ("tensor", "data")
 
 
+def exact_ring_bytes(numel_bytes: int, ranks: int) -> Fraction:
+    """`ring_bytes` without its rounding down, which every rank does for itself."""
+    return Fraction(2 * numel_bytes * (ranks - 1), ranks)
+
+
 def sent_by_all(planner: Planner) -> Counter[str]:
     """Bytes of all ranks, by kind."""
     sent: Counter[str] = Counter()
-    for rank in planner.layout.grid.ranks():
-        for plan in planner.plans(rank):
-            sent.update(bytes_sent(plan))
+    with mock.patch.object(traffic, "ring_bytes", exact_ring_bytes):
+        for rank in planner.layout.grid.ranks():
+            for plan in planner.plans(rank):
+                sent.update(traffic.bytes_sent(plan))
     return sent
 
 
