@@ -9,6 +9,7 @@ from megatron_dion.algorithm.config import (
 )
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.step import (
+    IN_FLIGHT,
     Block,
     Exchange,
     Matrix,
@@ -20,6 +21,7 @@ from megatron_dion.algorithm.step import (
 
 __all__ = [
     "DTYPES",
+    "IN_FLIGHT",
     "ORTHONORMALIZERS",
     "RIGHT_FACTORS",
     "SCALE_MODES",

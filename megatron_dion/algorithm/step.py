@@ -44,7 +44,8 @@ from megatron_dion.algorithm.right_factor import (
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
 
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
+"""Steps under way at a time; what bounds their memory counts on it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
     with the same steps in the same order.
     """
     upcoming = iter(steps)
-    waiting = list(islice(upcoming, _IN_FLIGHT))
+    waiting = list(islice(upcoming, IN_FLIGHT))
     total = 0
     while waiting:
         step = waiting.pop(0)

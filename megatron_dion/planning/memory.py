@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 
+from megatron_dion.algorithm import IN_FLIGHT
 from megatron_dion.planning.holdings import Counts, holdings
 from megatron_dion.planning.stage import DionPart, Stage, of_all
 from megatron_dion.sharding import TORCH_DTYPES, Rank
@@ -11,7 +12,6 @@ from megatron_dion.sharding.memory import peak_bytes
 
 KINDS = ("weights", "gradients", "masters", "momenta", "right factors", "exchange", "scalars")
 _FLOAT32 = 4
-_SETS_IN_FLIGHT = 2  # algorithm/step.py, interleave
 
 
 def memory(stage: Stage) -> dict[str, Counts]:
@@ -76,4 +76,4 @@ def _exchange_on(part: DionPart, rank: Rank) -> int:
     """The sets that are under way at a time have buffers at a time."""
     plans = part.planner.plans(rank)
     peaks = [peak_bytes(plan, n) for plan, n in zip(plans, part.replicas, strict=True)]
-    return sum(sorted(peaks)[-_SETS_IN_FLIGHT:])
+    return sum(sorted(peaks)[-IN_FLIGHT:])

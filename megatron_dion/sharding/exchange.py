@@ -124,7 +124,10 @@ class ShardedExchange:
         flags = torch.zeros(len(divided), dtype=torch.int32, device=self.device)
         for section in broken:
             flags[divided.index(section.matrix)] = 1
-        yield from self._reduce_over_grid(flags, dist.ReduceOp.MAX)
+        for group in larger_than_one(self._groups.tensor, self._groups.data):
+            yield from wait_for(
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
+            )
         agreed = [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
         if not agreed:
             return 0
@@ -158,10 +161,6 @@ class ShardedExchange:
 
     def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "Reducer":
         return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
-
-    def _reduce_over_grid(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Steps:
-        for group in larger_than_one(self._groups.tensor, self._groups.data):
-            yield from wait_for(dist.all_reduce(tensor, op, group=group, async_op=True))
 
     def _average_sections(self) -> Steps:
         """Averages P in charge over the replicas, all sections together."""

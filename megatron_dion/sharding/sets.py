@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_dion.algorithm import IN_FLIGHT
 from megatron_dion.sharding.bounds import bound_of_buffers
 from megatron_dion.sharding.layout import Placement
 from megatron_dion.sharding.plan import Planner
 
-_IN_TURN = 2
 _MIB = 1 << 20
 
 
@@ -86,7 +86,7 @@ def _busiest(needs: Iterable[Tensor]) -> int:
 
 def _in_flight(ranks: int) -> int:
     """Where nobody is waited for, a step ends before the next begins."""
-    return 1 if ranks == 1 else _IN_TURN
+    return 1 if ranks == 1 else IN_FLIGHT
 
 
 def _deal(placements: Sequence[Placement], indices: Sequence[int], count: int) -> list[list[int]]:

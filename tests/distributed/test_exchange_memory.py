@@ -112,7 +112,7 @@ def one_step(
     shards = Shards(world, shapes, config, bucket)
     shards.set_gradients(gradients(shapes, 1), 1)
     sets = shards.optimizer.step_sets()
-    with mock.patch.object(step, "_IN_FLIGHT", in_flight), watched() as watch:
+    with mock.patch.object(step, "IN_FLIGHT", in_flight), watched() as watch:
         shards.optimizer.step()
     return Seen(
         kinds=[buffer_bytes(chosen.plan, chosen.replicas) for chosen in sets],
