@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -372,16 +373,18 @@ def _stacks(blocks: Sequence[Block]) -> list[Block]:
     distances = {name: _distances(alike) for name, alike in tensors.items()}
     if any(len(found) > 1 for found in distances.values()):
         return [stack for block in blocks for stack in _stacks([block])]
+    stack = copy(blocks[0])
     joined: dict[int, Tensor] = {}  # what was one tensor stays one
     for name, (first, *_) in tensors.items():
         distance = distances[name].pop() if distances[name] else first.numel()
         size, stride = (len(blocks), *first.shape), (distance, *first.stride())
-        joined.setdefault(id(first), first.as_strided(size, stride))  # (k, rows, columns)
-    return [replace(blocks[0], **{n: joined[id(alike[0])] for n, alike in tensors.items()})]
+        view = joined.setdefault(id(first), first.as_strided(size, stride))  # (k, rows, columns)
+        setattr(stack, name, view)
+    return [stack]
 
 
 def _distances(tensors: Sequence[Tensor]) -> set[int]:
-    offsets = [tensor.storage_offset() for tensor in tensors]
+    offsets = [int(tensor.storage_offset()) for tensor in tensors]
     return {after - before for before, after in pairwise(offsets)}
 
 
