@@ -97,6 +97,8 @@ def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
     with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": str(world_size)}):
         args = _parsed(argv, device)
     _validate(args, [check for check in validation.CHECKS if check not in validation.OF_FILES])
+    # As a rule the vocabulary's size is the tokenizer's, which is a file.
+    args.vocab_size = args.vocab_size or 1
     with _in_one_line(_REFUSED):
         gpt_config_from_args(args)
 

@@ -44,6 +44,12 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     assert max(recipe.topologies) >= 64
 
 
+def test_size_of_the_vocabulary_may_be_left_to_the_tokenizer(nursery: Nursery) -> None:
+    flags = Recipe.read(RECIPES[0]).flags(8)
+    data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model elsewhere --data-path there"
+    assert nursery.run(1, complaint_about, [*flags, *data.split()], 8) == [""]
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "more", "named"),
     [
