@@ -11,11 +11,11 @@ import re
 import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).parents[2]
+from tests.project import ROOT
+
 DOCS = ROOT / "docs"
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -78,6 +78,17 @@ class Block:
 def blocks_of(page: str) -> list[Block]:
     """All code blocks of a page, in their order."""
     return list(blocks_in(page, (ROOT / page).read_text(encoding="utf-8")))
+
+
+def links_of(page: str) -> list[str]:
+    """The files to which a page links, relative to its folder; pictures too."""
+    found = (
+        str(child.attrs.get("href") or child.attrs.get("src") or "")
+        for token in MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())
+        for child in token.children or ()
+    )
+    paths = (link.partition("#")[0] for link in found if "://" not in link)
+    return [path for path in paths if path]
 
 
 def blocks_in(page: str, text: str) -> Iterator[Block]:

@@ -1,17 +1,15 @@
 """Every code block in README and documentation is run, or says why it is not."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.documentation.pages import PAGES, ROOT, Block, blocks_in, blocks_of
+from tests.documentation.pages import PAGES, Block, blocks_in, blocks_of
+from tests.project import ROOT, copy_project
 
-# Left out of the copy of the project in which a page's commands are run.
-NOT_COPIED = (".git", ".venv*", ".*_cache", "__pycache__", "data", "runs", "_build", "*.egg-info")
 # These would install into the environment of the tests.
 NEVER_RUN = ("make ", "pip install")
 
@@ -20,7 +18,7 @@ NEVER_RUN = ("make ", "pip install")
 def project(tmp_path: Path) -> Path:
     """A copy of the project that commands may write into; prepared data are shared."""
     project = tmp_path / "megatron-dion"
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    copy_project(project)
     (ROOT / "data").mkdir(exist_ok=True)
     (project / "data").symlink_to(ROOT / "data")
     (project / ".venv").symlink_to(sys.prefix)

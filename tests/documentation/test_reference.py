@@ -1,11 +1,17 @@
-"""Flags and messages in the documentation are those of the code."""
+"""What the documentation refers to is there: flags, messages, files, figures."""
 
 import argparse
 import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from megatron_dion.training import arguments
 from tests.documentation.messages import raised_messages
-from tests.documentation.pages import DOCS
+from tests.documentation.pages import DOCS, PAGES, links_of
+from tests.project import ROOT
 
 OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError")
 
@@ -58,3 +64,19 @@ def explained() -> set[str]:
 def says_something(message: str) -> bool:
     """Whether there are words in it that are known before the run."""
     return re.search(r"[a-z]", message) is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    """In the repository; Sphinx checks those of the site."""
+    folder = (ROOT / page).parent
+    assert not [link for link in links_of(page) if not (folder / link).exists()]
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    script = DOCS / "figures" / "draw.py"
+    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
+    shown = links_of("docs/how_it_works.md")
+    assert {f"images/{name}" for name in drawn} <= set(shown)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,10 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 
 import megatron_dion
+from tests.project import ROOT, copy_project
 
-ROOT = Path(__file__).parents[2]
 EXTRAS = ("data", "run", "docs", "dev")
-NOT_COPIED = (".git", ".venv*", ".*_cache", "__pycache__", "data", "runs", "build", "*.egg-info")
 
 
 def requirements(extra: str) -> set[str]:
@@ -58,7 +56,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source archive, and the wheel that was built from that."""
     folder = tmp_path_factory.mktemp("packaging")
     sources = folder / "sources"
-    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    copy_project(sources)
     built = folder / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(sources))
     return built
@@ -93,7 +91,7 @@ def test_source_archive_has_what_the_tests_need(archives: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and not {"__pycache__", "_build"} & set(path.parts)
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert ours <= names
     assert {"CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "pretrain_gpt.py"} <= names
