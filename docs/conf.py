@@ -34,6 +34,7 @@ nitpick_ignore_regex = [("py:(class|exc)", ".*")]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
