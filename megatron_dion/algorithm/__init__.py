@@ -8,6 +8,7 @@ from megatron_dion.algorithm.config import (
     DionConfig,
 )
 from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.products import PRECISIONS, float32_products_in
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
     Block,
@@ -23,6 +24,7 @@ __all__ = [
     "DTYPES",
     "IN_FLIGHT",
     "ORTHONORMALIZERS",
+    "PRECISIONS",
     "RIGHT_FACTORS",
     "SCALE_MODES",
     "Block",
@@ -32,6 +34,7 @@ __all__ = [
     "Section",
     "Steps",
     "dion_step",
+    "float32_products_in",
     "interleave",
     "orthonormalize",
 ]

@@ -1,15 +1,14 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import DionConfig, dion_step, interleave
+from megatron_dion.algorithm import DionConfig, dion_step, float32_products_in, interleave
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
 from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
 
@@ -37,6 +36,8 @@ class Dion(torch.optim.Optimizer):
         oversample: rows of the sketch of `rcqr` per column.
         eps: added to column norms.
         right_factor: `colnorm` (the paper) or `orth`: how R becomes Q.
+        fp32_matmul_prec: `highest`, `high` (TF32 where the device has it) or `medium` (bf16), of
+            the products of matrices with factors.
         momentum_dtype: `fp32` or `bf16`, of the stored momentum; with bf16 a step overwrites the
             gradients.
         factor_dtype: of the stored right factors.
@@ -67,6 +68,7 @@ class Dion(torch.optim.Optimizer):
         oversample: float = _DEFAULTS.oversample,
         eps: float = _DEFAULTS.eps,
         right_factor: str = _DEFAULTS.right_factor,
+        fp32_matmul_prec: str = _DEFAULTS.fp32_matmul_prec,
         momentum_dtype: str = _DEFAULTS.momentum_dtype,
         factor_dtype: str = _DEFAULTS.factor_dtype,
         comm_dtype: str = _DEFAULTS.comm_dtype,
@@ -86,6 +88,7 @@ class Dion(torch.optim.Optimizer):
             oversample=oversample,
             eps=eps,
             right_factor=right_factor,
+            fp32_matmul_prec=fp32_matmul_prec,
             momentum_dtype=momentum_dtype,
             factor_dtype=factor_dtype,
             comm_dtype=comm_dtype,
@@ -144,9 +147,12 @@ class Dion(torch.optim.Optimizer):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
         number = self._count_step()
-        binding.add_gradients()
-        with _full_float32_products():
-            self.fallbacks += interleave(self._step_of(chosen, number) for chosen in binding.sets)
+        binding.average_gradients()
+        # In TF32 columns would not come out orthonormal: what may be rounded says so.
+        with float32_products_in("highest"):
+            self.fallbacks += interleave(
+                self._step_of(binding, chosen, number) for chosen in binding.sets
+            )
         return loss
 
     def check_gradients(self) -> None:
@@ -206,19 +212,22 @@ class Dion(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _step_of(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
+    def _step_of(
+        self, binding: Binding, chosen: StepSet, number: int
+    ) -> Generator[None, None, int]:
         groups = self._group_of()
+        binding.add_gradients(chosen)
         with chosen.exchange.allocated():
             return (
                 yield from dion_step(
                     chosen.plan.matrices,
                     chosen.plan.norms.members,
-                    [block.tensors for block in chosen.held],
+                    [block.tensors for block in chosen.stepped],
                     chosen.exchange,
                     self.config,
                     number,
-                    [groups[id(block.parameter)]["lr"] for block in chosen.held],
-                    [groups[id(block.parameter)]["weight_decay"] for block in chosen.held],
+                    [groups[id(block.parameter)]["lr"] for block in chosen.stepped],
+                    [groups[id(block.parameter)]["weight_decay"] for block in chosen.stepped],
                 )
             )
 
@@ -276,14 +285,3 @@ class Dion(torch.optim.Optimizer):
             distribution = self._distribution or self._whole(active)
             self._binding = Binding(active, distribution, self.config, self.state)
         return self._binding
-
-
-@contextmanager
-def _full_float32_products() -> Iterator[None]:
-    """Keeps CUDA from computing float32 products in TF32, whose columns are not orthonormal."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from megatron_dion.algorithm import (
     DTYPES,
     ORTHONORMALIZERS,
+    PRECISIONS,
     RIGHT_FACTORS,
     SCALE_MODES,
     DionConfig,
@@ -217,6 +218,12 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.right_factor,
         help="normalize the columns of the right factor, as the paper does, or orthonormalize them",
     )
+    group.add_argument(
+        "--dion-fp32-matmul-prec",
+        choices=PRECISIONS,
+        default=defaults.fp32_matmul_prec,
+        help="of products with factors: highest is fp32, high allows TF32, medium is bf16",
+    )
     for name, what in (
         ("momentum", "momentum is stored"),
         ("factor", "right factors are stored"),
@@ -226,7 +233,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
             f"--dion-{name}-dtype",
             choices=DTYPES,
             default=getattr(defaults, f"{name}_dtype"),
-            help=f"in which {what}; arithmetic is in fp32, but for sums in transit",
+            help=f"in which {what}",
         )
     group.add_argument(
         "--dion-exchange-buffer-mib",
