@@ -87,9 +87,7 @@ def datasets_provider(num_samples, vp_stage=None):
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset, num_samples, lambda: True, config
-    ).build()
+    return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
 
 
 if __name__ == "__main__":
