@@ -45,7 +45,7 @@ test: setup
 	$(PYTHON_IN_VENV) -m pytest
 
 convergence: setup
-	$(PYTHON_IN_VENV) tools/convergence.py check --controls
+	$(PYTHON_IN_VENV) -m megatron_dion convergence check --controls
 
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.errors import run_tool
 
 
 class Command(NamedTuple):
@@ -33,6 +33,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("megatron_dion.commands.doctor", "examine this machine, or all ranks"),
+    "data": Command("megatron_dion.commands.data.command", "corpus, tokenizer, datasets"),
+    "plan": Command("megatron_dion.commands.plan", "plan a run of a large model"),
+    "launch": Command("megatron_dion.commands.launch", "check a recipe and submit it to Slurm"),
+    "inspect": Command("megatron_dion.commands.inspect", "what a checkpoint holds"),
+    "convergence": Command("megatron_dion.commands.convergence", "do runs converge alike?"),
+    "study": Command("megatron_dion.commands.study", "run and report comparisons of optimizers"),
 }
 
 
@@ -42,22 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: The arguments after the program's name; those of the process by default.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parse(argv)
-        sys.exit(args.run(args))
-    except ToolError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ModuleNotFoundError as error:
-        if (error.name or "megatron_dion").startswith("megatron_dion"):
-            raise
-        reason = f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'"
-    except KeyboardInterrupt:
-        print(f"megatron-dion {argv[0]}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(f"megatron-dion {argv[0]}: error: {reason}")
+    words = sys.argv[1:] if argv is None else argv
+    run_tool(" ".join(["megatron-dion", *words[:1]]), lambda: call(words))
+
+
+def call(argv: Sequence[str]) -> int | None:
+    """Run a subcommand and return its exit code; mistakes are exceptions.
+
+    Args:
+        argv: The arguments after the program's name.
+    """
+    args = parse(argv)
+    code: int | None = args.run(args)
+    return code
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
