@@ -49,7 +49,7 @@ docs: setup
 	$(PYTHON_IN_VENV) -m sphinx -W --keep-going -n -q -j auto docs build/docs
 
 convergence: setup
-	$(PYTHON_IN_VENV) tools/convergence.py check --controls
+	$(PYTHON_IN_VENV) -m megatron_dion convergence check --controls
 
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)

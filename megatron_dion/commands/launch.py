@@ -10,17 +10,17 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from _common import ToolError, quiet_imports, run_tool
-from quick_start import ROOT, read_arguments
+from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.terminal import quiet_imports
+from megatron_dion.local.flags import read_flags
 
-SCRIPT = ROOT / "examples" / "slurm" / "pretrain.sbatch"
+SCRIPT = Path("examples", "slurm", "pretrain.sbatch")
 SHARED = "common.args"
 KEYS = {"description", "arguments", "topologies"}
 
@@ -59,7 +59,7 @@ class Recipe:
             path,
             content["description"],
             [
-                *(read_arguments(shared) if shared.is_file() else []),
+                *(read_flags(shared) if shared.is_file() else []),
                 *shlex.split(content["arguments"]),
             ],
             {int(gpus): shlex.split(flags) for gpus, flags in content["topologies"].items()},
@@ -120,17 +120,15 @@ def sbatch_command(arguments: argparse.Namespace, run_dir: Path, arguments_file:
         f"--gpus-per-node={arguments.gpus_per_node}",
         f"--output={run_dir / 'slurm-%j.log'}",
         *arguments.sbatch_flag,
-        str(SCRIPT),
+        str(arguments.script),
         str(arguments_file),
     ]
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the tool's own flags; what follows `--` is pretrain_gpt.py's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="%(prog)s RECIPE --nodes N [options] [-- FLAG of pretrain_gpt.py ...]",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags; what follows `--` is pretrain_gpt.py's."""
+    parser.usage = "%(prog)s RECIPE --nodes N [options] [-- FLAG of pretrain_gpt.py ...]"
+    parser.set_defaults(flags=[])
     parser.add_argument("recipe", type=Path, help="a file of examples/recipes/")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -139,40 +137,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sbatch-flag", action="append", default=[], metavar="FLAG", help="for example --time=2:00"
     )
+    parser.add_argument(
+        "--script", type=Path, default=SCRIPT, metavar="FILE", help="the job (%(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print, and submit nothing")
-    # After `--` argparse takes options of pretrain_gpt.py for positional arguments of its own.
-    end = argv.index("--") if "--" in argv else len(argv)
-    arguments = parser.parse_args(argv[:end])
-    arguments.flags = argv[end + 1 :]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and submit; the exit code is sbatch's."""
     arguments.job_name = arguments.job_name or arguments.recipe.stem
-    return arguments
-
-
-def main() -> None:
-    """Run the command line."""
-    arguments = parse(sys.argv[1:])
     gpus = arguments.nodes * arguments.gpus_per_node
     if min(arguments.nodes, arguments.gpus_per_node) < 1:
         raise ToolError("--nodes and --gpus-per-node must be at least 1")
     recipe = Recipe.read(arguments.recipe)
     flags = [*recipe.flags(gpus), *arguments.flags]
     check(flags, gpus)
-    run_dir = (arguments.run_dir or ROOT / "runs" / arguments.job_name).absolute()
+    run_dir = (arguments.run_dir or Path("runs", arguments.job_name)).absolute()
     arguments_file = run_dir / "recipe.args"
     command = sbatch_command(arguments, run_dir, arguments_file)
     text = render(recipe, flags, gpus)
     if arguments.dry_run:
         print(text + "\n" + shlex.join(command))
-        return
+        return 0
+    if not arguments.script.is_file():
+        raise ToolError(
+            f"--script {arguments.script} is not a file: submit from the repository's root"
+        )
     if shutil.which("sbatch") is None:
         raise ToolError("there is no sbatch on this machine: use --dry-run, or a login node")
     run_dir.mkdir(parents=True, exist_ok=True)
     arguments_file.write_text(text, encoding="utf-8")
     environment = {**os.environ, "RUN_DIR": str(run_dir)}
-    status = subprocess.run(command, env=environment).returncode
-    if status:
-        sys.exit(status)
-
-
-if __name__ == "__main__":
-    run_tool(main)
+    return subprocess.run(command, env=environment).returncode

@@ -7,13 +7,12 @@ topology; with several --dp or --bucket-size, each of them is; --search looks fo
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from _common import ToolError, run_tool
 from megatron_dion import DionConfig
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.flags import read_flags
 from megatron_dion.planning import tables
 from megatron_dion.planning.flags import shape_from_flags
@@ -29,19 +28,8 @@ from megatron_dion.planning.topology import Batch, Topology
 OPTIMIZERS = ("adamw", "muon", "muon-duplicated", "dion:1", "dion:1/4", "dion:1/16")
 
 
-def main() -> None:
-    """Print tables of one kind."""
-    args = _parse()
-    try:
-        _plan(args)
-    except ValueError as error:
-        raise ToolError(str(error)) from error
-
-
-def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(PRESETS)}, or a file of flags")
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
@@ -83,7 +71,14 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true")
     output.add_argument("--plot", type=Path, metavar="FILE.png")
-    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print tables of one kind."""
+    try:
+        _plan(args)
+    except ValueError as error:
+        raise ToolError(str(error)) from error
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -210,7 +205,3 @@ def _search(args: argparse.Namespace, shape: GptShape, machine: Hardware, limit:
         print(tables.describe_search(found))
         print()
     print(assumptions(machine))
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -8,14 +8,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import ToolError, run_tool
+from megatron_dion.commands.data.prepared import data_flags, data_with_vocabulary, prepare
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.convergence.environment import describe
 from megatron_dion.local.preload import preload
 from megatron_dion.local.runs import RunFailed
 from megatron_dion.studies.results import StudyUnfinished, collect, to_json
 from megatron_dion.studies.study import FileError, Study, Trials, conduct, read_study
 from megatron_dion.studies.tables import page
-from quick_start import ROOT, data_flags, data_with_vocabulary, prepare
 
 
 def trials(study: Study, pool: Path) -> Trials:
@@ -23,7 +23,7 @@ def trials(study: Study, pool: Path) -> Trials:
     return Trials(study, pool, data_flags(data_with_vocabulary(study.vocab_size)))
 
 
-def run(studies: Sequence[Trials], jobs: int) -> None:
+def train(studies: Sequence[Trials], jobs: int) -> None:
     """Train all that the studies need, some runs at a time."""
     for vocab_size in dict.fromkeys(one.study.vocab_size for one in studies):
         prepare(data_with_vocabulary(vocab_size))
@@ -48,13 +48,12 @@ def report(studies: Sequence[Trials], results: Path, images: Path) -> None:
         print(page(result))
 
 
-def read_command_line() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("study", type=Path, nargs="+", help="such as studies/optimizers.yaml")
     shared.add_argument(
-        "--pool", type=Path, default=ROOT / "runs" / "pool", metavar="DIR", help="where runs are"
+        "--pool", type=Path, default=Path("runs", "pool"), metavar="DIR", help="where runs are"
     )
     actions = parser.add_subparsers(dest="action", required=True)
     running = actions.add_parser("run", parents=[shared], help="train what is missing")
@@ -62,24 +61,17 @@ def read_command_line() -> argparse.Namespace:
         "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (one per core)"
     )
     reporting = actions.add_parser("report", parents=[shared], help="write tables and pictures")
-    docs = ROOT / "docs"
-    reporting.add_argument("--results", type=Path, default=docs / "results", metavar="DIR")
-    reporting.add_argument("--images", type=Path, default=docs / "images", metavar="DIR")
-    return parser.parse_args()
+    reporting.add_argument("--results", type=Path, default=Path("docs", "results"), metavar="DIR")
+    reporting.add_argument("--images", type=Path, default=Path("docs", "images"), metavar="DIR")
 
 
-def main() -> None:
-    """Run the command line."""
-    arguments = read_command_line()
+def run(arguments: argparse.Namespace) -> None:
+    """Train or report."""
     try:
         studies = [trials(read_study(path), arguments.pool) for path in arguments.study]
         if arguments.action == "run":
-            run(studies, arguments.jobs)
+            train(studies, arguments.jobs)
         else:
             report(studies, arguments.results, arguments.images)
     except (FileError, RunFailed, StudyUnfinished) as error:
         raise ToolError(str(error)) from error
-
-
-if __name__ == "__main__":
-    run_tool(main)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from _common import ToolError, is_current, run_tool, sha256_of_file, staged_output
+from megatron_dion.commands.data.files import is_current, sha256_of_file, staged_output
+from megatron_dion.commands.errors import ToolError
 
 VALIDATION_SHARE = 0.05
 
@@ -175,17 +176,15 @@ def write_json_lines(path: Path, documents: Sequence[Document]) -> None:
             file.write(json.dumps({"text": document.text, "name": document.name}) + "\n")
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
         "--archive", type=Path, help="local copy of the source archive (default: download it)"
     )
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fetch, or reuse what is there."""
     made = fetch_corpus(options.output, DJANGO, options.archive)
     print(f"corpus: {'wrote' if made else 'reusing'} {options.output / 'corpus.json'}")
-
-
-if __name__ == "__main__":
-    run_tool(main)

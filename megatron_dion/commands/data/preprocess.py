@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from _common import (
-    ToolError,
+from megatron_dion.commands.data.files import (
     is_current,
-    quiet_imports,
     read_documents,
-    run_tool,
     sha256_of_file,
     staged_output,
 )
+from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.terminal import quiet_imports
 
 # Documents handed to the workers at a time: enough to keep them busy, and a bound on memory, which
 # an unbounded queue of a large corpus would not have.
@@ -270,9 +269,8 @@ def describe(settings: Settings, writer: DatasetWriter, vocab_size: int) -> dict
     }
 
 
-def parse_settings() -> Settings:
-    """Return the settings of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, help=".txt or JSON-lines files")
     add("--json-keys", nargs="+", default=["text"], help="keys to tokenize (default: text)")
@@ -284,9 +282,12 @@ def parse_settings() -> Settings:
     add("--output-prefix", type=Path, required=True, help="writes PREFIX_KEY_document.*")
     add("--workers", type=int, default=1, help="processes (default: 1)")
     add("--append-eod", action="store_true", help="end each document with the <eod> token")
-    options = parser.parse_args()
+
+
+def settings_from(options: argparse.Namespace) -> Settings:
+    """Return the settings of the command line."""
     if options.workers < 1:
-        parser.error("--workers must be at least 1")
+        raise ToolError(f"--workers must be at least 1, not {options.workers}")
     choice = TokenizerChoice(
         tokenizer_type=options.tokenizer_type,
         tokenizer_model=options.tokenizer_model,
@@ -304,13 +305,9 @@ def parse_settings() -> Settings:
     )
 
 
-def main() -> None:
-    """Run the command line."""
-    settings = parse_settings()
+def run(options: argparse.Namespace) -> None:
+    """Tokenize, or reuse what is there."""
+    settings = settings_from(options)
     made = preprocess(settings)
     for key in settings.keys:
         print(f"dataset: {'wrote' if made else 'reusing'} {settings.dataset(key)}.bin and .idx")
-
-
-if __name__ == "__main__":
-    run_tool(main)

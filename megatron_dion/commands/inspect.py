@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from _common import ToolError, progress_bar, quiet_imports, run_tool
 from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.errors import CheckpointError
+from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.terminal import progress_bar, quiet_imports
 from megatron_dion.optimizer.keys import KINDS
 from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matrices
@@ -22,9 +23,8 @@ from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matri
 HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in KINDS))
 
 
-def main() -> None:
-    """Print it; end with status 1 if the checkpoint is not whole."""
-    args = _parse()
+def run(args: argparse.Namespace) -> None:
+    """Print it; an error if the checkpoint is not whole."""
     try:
         contents = Contents(_folder(Path(args.folder), args.ckpt_step))
         problems = contents.damaged_files() or _show(contents, not args.no_norms)
@@ -38,10 +38,8 @@ def main() -> None:
         print(f"\n{contents.folder} is whole")
 
 
-def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--ckpt-step", type=int, help="iteration, in place of the newest")
     parser.add_argument("--no-norms", action="store_true", help="do not read tensors for norms")
@@ -51,7 +49,6 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compare all files with their hashes, read every tensor, look for gaps and for"
         " numbers that are not finite",
     )
-    return parser.parse_args(argv)
 
 
 def _folder(given: Path, step: int | None) -> Path:
@@ -145,7 +142,3 @@ def _damage(contents: Contents) -> list[str]:
                 found.append(f"{key} has numbers that are not finite")
             bar.update()
     return found
-
-
-if __name__ == "__main__":
-    run_tool(main)

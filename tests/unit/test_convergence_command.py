@@ -3,14 +3,14 @@
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-import convergence as tool
-from _common import ToolError
+from megatron_dion import cli
+from megatron_dion.commands import convergence as tool
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.convergence import trainer
 from megatron_dion.local.runs import Run
 
@@ -71,8 +71,7 @@ class Laboratory:
         self.call_exactly(command, *case, *argv)
 
     def call_exactly(self, *argv: str) -> None:
-        self._monkeypatch.setattr(sys, "argv", ["convergence.py", *argv])
-        tool.main()
+        cli.call(["convergence", *argv])
 
     @property
     def golden(self) -> Path:

@@ -11,16 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from _common import (
-    ToolError,
+from megatron_dion.commands.data.files import (
     is_current,
     read_documents,
-    run_tool,
     sha256_of_file,
     staged_output,
 )
+from megatron_dion.commands.errors import ToolError
 
 # BPE counts pairs in integers, so its result depends on neither the thread count nor the order of
 # floating-point sums, unlike the unigram model's expectation steps.
@@ -101,6 +98,8 @@ def train_model(lines: Sequence[str], vocab_size: int) -> bytes:
     Raises:
         ToolError: If SentencePiece refuses, with its reason.
     """
+    import sentencepiece
+
     if not lines:
         raise ToolError("the input holds no text")
     model = io.BytesIO()
@@ -125,6 +124,8 @@ def trainer_reason(error: RuntimeError) -> str:
 
 def describe_pieces(model: bytes) -> str:
     """Return the pieces with their scores, one per line, as SentencePiece's own .vocab has them."""
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     return "".join(
         f"{pieces.id_to_piece(index)}\t{pieces.get_score(index):g}\n"
@@ -132,9 +133,8 @@ def describe_pieces(model: bytes) -> str:
     )
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
     parser.add_argument(
         "--input", type=Path, nargs="+", required=True, help=".txt or JSON-lines files"
     )
@@ -145,12 +145,11 @@ def main() -> None:
     parser.add_argument(
         "--output-prefix", type=Path, required=True, help="writes PREFIX.model, .vocab and .json"
     )
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, or reuse what is there."""
     made = train_tokenizer(
         options.input, options.json_keys, options.vocab_size, options.output_prefix
     )
     print(f"tokenizer: {'wrote' if made else 'reusing'} {options.output_prefix}.model")
-
-
-if __name__ == "__main__":
-    run_tool(main)

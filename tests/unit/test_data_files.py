@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from _common import ToolError, is_current, read_documents, staged_output
+from megatron_dion.commands.data.files import is_current, read_documents, staged_output
+from megatron_dion.commands.errors import ToolError
 
 RECIPE = {"size": 3, "names": ["a", "b"]}
 

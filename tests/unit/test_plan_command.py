@@ -1,4 +1,4 @@
-"""tools/plan.py: what it prints, and what it says of mistakes."""
+"""`megatron-dion plan`: what it prints, and what it says of mistakes."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from _common import ToolError
+from megatron_dion.cli import call
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.flags import read_flags
 from megatron_dion.planning.flags import shape_from_flags
 from megatron_dion.planning.hardware import hardware
@@ -17,14 +18,13 @@ from megatron_dion.planning.prediction import predict
 from megatron_dion.planning.search import search
 from megatron_dion.planning.stage import Optimizer, Run
 from megatron_dion.planning.topology import Batch, Topology
-from plan import main
 
 TINY = GptShape(6, 512, 1024, 8, 4, vocab=1000, sequence=256)
 H100 = hardware("h100")
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/plan.py", *arguments]
+    command = [sys.executable, "-m", "megatron_dion", "plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -65,12 +65,9 @@ def test_json_of_two_bucket_sizes_and_a_plot(tmp_path: Path) -> None:
         (["8B", "--optimizer", "dion:x"], ["--optimizer dion:x", "dion:1/4"]),
     ],
 )
-def test_mistakes_name_the_flag_and_the_value(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+def test_mistakes_name_the_flag_and_the_value(arguments: list[str], words: list[str]) -> None:
     with pytest.raises(ToolError) as error:
-        main()
+        call(["plan", *arguments])
     assert all(word in str(error.value) for word in words)
 
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import ToolError, run_tool
+from megatron_dion.commands.data.prepared import data_flags, data_with_vocabulary, prepare
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.convergence import comparison, page, pictures
 from megatron_dion.convergence.case import Case, read_case
 from megatron_dion.convergence.checks import SHARE
@@ -33,49 +34,45 @@ from megatron_dion.convergence.golden import (
 from megatron_dion.convergence.trainer import Trainer
 from megatron_dion.local.preload import preload
 from megatron_dion.local.runs import RunFailed
-from quick_start import ROOT, data_flags, data_with_vocabulary, prepare
 
-CASES = ROOT / "tests" / "convergence"
+CASES = Path("tests", "convergence")
 
 
-def main() -> None:
-    """Run the command line."""
-    arguments = parse()
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the action says; exit with status 1 if runs differ where they must not."""
     try:
         arguments.command(arguments)
     except (ConvergenceError, RunFailed) as error:
         raise ToolError(str(error)) from error
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    commands = parser.add_subparsers(required=True, metavar="ACTION")
 
     def command(name: str, what: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
 
-    run = command("run", "train the runs that checks need, and check nothing")
+    train = command("run", "train the runs that checks need, and check nothing")
     check = command("check", "train, check, and write the report; status 1 if a check fails")
     report = command("report", "check once more what was trained last, and write the report")
     update = command("update", "train golden runs and show what changes; --write keeps them")
     compare = command("compare", "compare runs of your own, the first of them being the reference")
     for parser_of_cases, function in (
-        (run, run_cases),
+        (train, run_cases),
         (check, check_cases),
         (report, report_cases),
         (update, update_cases),
     ):
         _add_cases(parser_of_cases)
         parser_of_cases.set_defaults(command=function)
-    for parser_with_controls in (run, check, report):
+    for parser_with_controls in (train, check, report):
         parser_with_controls.add_argument(
             "--controls", action="store_true", help="and runs with a known mistake, which must fail"
         )
     update.add_argument("--write", action="store_true", help="make the new curves the golden ones")
     _add_comparison(compare)
     compare.set_defaults(command=compare_runs)
-    return parser.parse_args()
 
 
 def _add_cases(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +83,7 @@ def _add_cases(parser: argparse.ArgumentParser) -> None:
         "--short", action="store_true", help="only cases that call themselves short"
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "convergence", metavar="DIR",
+        "--output", type=Path, default=Path("runs", "convergence"), metavar="DIR",
         help="for runs and report",
     )  # fmt: skip
     parser.add_argument(
@@ -211,6 +208,8 @@ def trainers(arguments: argparse.Namespace) -> list[Trainer]:
     paths = arguments.cases or sorted(CASES.glob("*.yaml"))
     cases = [read_case(path) for path in paths]
     wanted = [case for case in cases if case.short or not arguments.short]
+    if not cases:
+        raise ToolError(f"there are no cases in {CASES}: name some, or start in a checkout")
     if not wanted:
         raise ToolError("no case to run: --short leaves out all that were named")
     preload()
@@ -249,7 +248,3 @@ def golden_path(arguments: argparse.Namespace, case: Case) -> Path:
 def say(line: str) -> None:
     """Print a line of progress."""
     print(line, flush=True)
-
-
-if __name__ == "__main__":
-    run_tool(main)

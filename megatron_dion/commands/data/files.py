@@ -1,66 +1,16 @@
-"""What the command-line tools share: errors, progress, manifests, reading documents."""
+"""What the steps of `megatron-dion data` share: manifests, and reading documents."""
 
 import hashlib
 import json
-import logging
 import os
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from tqdm import tqdm
-
-
-class ToolError(Exception):
-    """A mistake in what the user gave, told in one line."""
-
-
-def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; end with one line on stderr and a non-zero status if its input is bad.
-
-    Args:
-        main: The tool. It raises `ToolError`, or `OSError` for a file it cannot use.
-    """
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-    except ToolError as error:
-        sys.exit(f"{name}: error: {error}")
-    except OSError as error:
-        sys.exit(f"{name}: error: {_describe(error)}")
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _describe(error: OSError) -> str:
-    if error.filename is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
-
-
-def progress_bar(description: str, total: int, unit: str) -> "tqdm[NoReturn]":
-    """Return a bar on stderr, to be moved by its `update`; silent where stderr is no terminal."""
-    return tqdm(
-        desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None
-    )
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Hide the warnings that importing Megatron prints about optional packages."""
-    previous_level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous_level)
+from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.terminal import progress_bar
 
 
 def sha256_of_file(path: Path) -> str:
