@@ -55,6 +55,7 @@ MARKS = {
     "long": "Takes long; not run by the tests.",
     "ci": "Continuous integration itself.",
     "excerpt": "Part of a file.",
+    "tested": "Run by a test of its own.",
     "install": "Installs or changes software; not run by the tests.",
 }
 

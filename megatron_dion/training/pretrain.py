@@ -51,12 +51,17 @@ def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
     Raises:
         ConfigurationError: the run would not start.
     """
-    with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": str(world_size)}):
-        args = _parsed(argv, device)
-    _validate(args, [check for check in validation.CHECKS if check not in validation.OF_FILES])
+    world = {"RANK": "0", "WORLD_SIZE": str(world_size)}
+    with mock.patch.dict(os.environ, world), _command_line(argv):
+        args = arguments.parse_args(extra_args_provider(device))
+    args.device = device
+    for check in validation.CHECKS:
+        if check not in validation.OF_FILES:
+            check(args)
+    args = validate_as_megatron(args, lambda: _validated(args))
     # As a rule the vocabulary's size is the tokenizer's, which is a file.
     args.vocab_size = args.vocab_size or 1
-    with _in_one_line(_REFUSED):
+    with in_one_line(REFUSED):
         gpt_config_from_args(args)
 
 
