@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -17,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from _common import ToolError, run_tool
+from megatron_dion.commands.data.prepared import Data, data_flags, prepare
+from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / "tools"
 ARGUMENTS = ROOT / "examples" / "quick_start.args"
-
-TOKENIZER_TYPE = "SentencePieceTokenizer"
-VOCAB_SIZE = 4096
 
 PROGRESS_MARK = "[dion] "
 ERROR_MARK = "error: "
@@ -42,60 +39,6 @@ class Layout:
     processes: int
     tensor_parallel: int
     sequence_parallel: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the prepared data is, and the size of its vocabulary."""
-
-    folder: Path
-    vocab_size: int = VOCAB_SIZE
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer's path without an ending."""
-        return self.folder / "tokenizer"
-
-    @property
-    def tokenizer_model(self) -> Path:
-        """The tokenizer's model file."""
-        return self.folder / "tokenizer.model"
-
-    def text(self, split: str) -> Path:
-        """The documents of `train` or `validation`."""
-        return self.folder / f"{split}.jsonl"
-
-    def dataset(self, split: str) -> Path:
-        """The indexed dataset of `train` or `validation`, without an ending."""
-        return self.folder / f"{split}_text_document"
-
-
-def data_with_vocabulary(vocab_size: int) -> Data:
-    """The corpus with a tokenizer of another size, for studies and convergence tests."""
-    return Data(ROOT / "data" / f"vocab-{vocab_size}", vocab_size)
-
-
-def prepare(data: Data) -> None:
-    """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
-    run_step("fetch_corpus.py", "--output", data.folder)
-    run_step(
-        *("train_tokenizer.py", "--input", data.text("train")),
-        *("--vocab-size", data.vocab_size, "--output-prefix", data.tokenizer),
-    )
-    for split in ("train", "validation"):
-        run_step(
-            *("preprocess_data.py", "--input", data.text(split), "--append-eod"),
-            *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", data.tokenizer_model),
-            *("--output-prefix", data.folder / split),
-        )
-
-
-def run_step(tool: str, *arguments: object) -> None:
-    """Run one tool; if it fails, it has said why, and its status becomes ours."""
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-    if status != 0:
-        sys.exit(status)
 
 
 def count_cuda_devices() -> int:
@@ -118,11 +61,6 @@ def choose_layout(cuda_devices: int, has_engine: bool) -> Layout:
     return Layout(processes, tensor_parallel=2, sequence_parallel=has_engine or not cuda_devices)
 
 
-def read_arguments(path: Path) -> list[str]:
-    """Return the flags of an arguments file; `#` starts a comment."""
-    return shlex.split(path.read_text(encoding="utf-8"), comments=True)
-
-
 def training_command(
     data: Data, run_dir: Path, layout: Layout, overrides: Sequence[str]
 ) -> list[str]:
@@ -133,14 +71,7 @@ def training_command(
     spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
     if layout.sequence_parallel:
         spread.append("--sequence-parallel")
-    return [*launcher, *read_arguments(ARGUMENTS), *paths, *spread, *overrides]
-
-
-def data_flags(data: Data) -> list[str]:
-    """Return the flags that name the tokenizer and both splits."""
-    flags = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
-    flags += ["--train-data-path", str(data.dataset("train"))]
-    return [*flags, "--valid-data-path", str(data.dataset("validation"))]
+    return [*launcher, *read_flags(ARGUMENTS), *paths, *spread, *overrides]
 
 
 def train(command: Sequence[str], log: Path) -> None:
@@ -250,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool("quick_start.py", main)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-6
-"""Directions of R smaller than this share of its largest column are damped: float32 leaves little
-but rounding there, and orthonormalizing would make an update of it."""
+"""Directions of R smaller than this share of its largest column are damped, since float32 leaves
+little but rounding there, and orthonormalizing would make an update of it."""
 
 
 def squared_norms(rows: Tensor) -> Tensor:

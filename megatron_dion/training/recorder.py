@@ -11,6 +11,9 @@ from megatron_dion.training.progress import human_count, human_duration, progres
 from megatron_dion.training.run_directory import MetricsFile, Record, read_metrics
 from megatron_dion.training.stopwatch import Stopwatch
 
+# Megatron's name for the loss of a language model.
+LOSS_NAME = "lm loss"
+
 _SECONDS_BETWEEN_PICTURES = 30.0
 
 
@@ -126,6 +129,8 @@ class Recorder:
         }
 
     def _on_evaluation(self, prefix: str, iteration: int, losses: dict[str, Any]) -> None:
+        if self._facts.loss_name not in losses:
+            return  # another's script may call it something else
         loss = _number(losses[self._facts.loss_name])
         kind = "test" if "test set" in prefix else "validation"
         record = {"kind": kind, "iteration": iteration, "lm_loss": loss}

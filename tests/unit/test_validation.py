@@ -86,6 +86,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "device": "cpu",
         "freeze_all_layers": False,
         "optimizer_cuda_graph": False,
+        "inprocess_restart": False,
         "ckpt_format": "torch_dist",
         "ckpt_fully_parallel_save": True,
         "dist_ckpt_optim_fully_reshardable": False,
