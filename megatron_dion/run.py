@@ -23,8 +23,9 @@ def main() -> None:
     if not script.is_file():
         exit_with(ConfigurationError(f"{script} is not a file ({_USAGE})"))
     sys.argv = words
-    # Where `python -m` puts the working folder, `python SCRIPT` has the script's.
-    sys.path[0] = str(script.resolve().parent)
+    if not sys.flags.safe_path:
+        # Where `python -m` puts the working folder, `python SCRIPT` has the script's.
+        sys.path[0] = str(script.resolve().parent)
     install()
     runpy.run_path(str(script), run_name="__main__")
 
