@@ -86,6 +86,15 @@ def extra_args_provider(device: str) -> ArgsProvider:
     return extend
 
 
+def default_arguments(device: str) -> dict[str, Any]:
+    """What each argument is when nobody sets it, before Megatron derives others from it."""
+    # Only now: importing it needs a platform, and the rest of this module none.
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return vars(extra_args_provider(device)(parser).parse_args([]))
+
+
 def platform_defaults(device: str) -> Defaults:
     """What has to be different from Megatron's defaults on this machine."""
     if device == "cpu":

@@ -22,6 +22,7 @@ from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, patches, validation
 from megatron_dion.training.arguments import (
+    default_arguments,
     describe_defaults,
     dion_config_from_args,
     extra_args_provider,
@@ -33,6 +34,14 @@ from megatron_dion.training.recorder import Recorder, RunFacts, say
 from megatron_dion.training.run_directory import write_config, write_routing
 
 _REFUSED = "megatron refuses these arguments"
+_SIZES = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+)
 
 
 def pretrain_gpt(argv: Sequence[str], device: str) -> None:
@@ -134,7 +143,7 @@ def _announce(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if defaults:
         say(defaults)
     if args.run_dir is not None:
-        write_config(Path(args.run_dir), args, argv)
+        write_config(Path(args.run_dir), args, argv, default_arguments(args.device))
 
 
 def _fp8_emulation() -> Callable[[Any], Any]:
@@ -222,4 +231,5 @@ def _run_facts(args: argparse.Namespace) -> RunFacts:
         # A checkpoint replaces the counter, so it has to be read where megatron keeps it.
         tokens_so_far=lambda: get_args().consumed_train_samples * args.seq_length,
         unigram_entropy=validation.unigram_entropy(args),
+        sizes={name: getattr(args, name) for name in _SIZES},
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class RunFacts:
         loss_name: Megatron's name for the loss.
         tokens_so_far: Tells the number of tokens trained on.
         unigram_entropy: Of the corpus, in nats per token, where it is known.
+        sizes: Number of ranks, and how they are divided.
     """
 
     run_dir: Path | None
@@ -33,6 +35,7 @@ class RunFacts:
     loss_name: str
     tokens_so_far: Callable[[], int]
     unigram_entropy: float | None
+    sizes: Record
 
 
 @dataclass
@@ -142,13 +145,26 @@ class Recorder:
         if self._facts.run_dir is None:
             return
         if self._metrics is None:
-            self._metrics = MetricsFile(self._facts.run_dir / "metrics.jsonl", iterations_done)
-            if self._metrics.dropped:
-                say(
-                    f"starting from iteration {iterations_done}: dropped the "
-                    f"{self._metrics.dropped} later lines of {self._metrics.path}"
-                )
+            self._metrics = self._open_metrics(self._facts.run_dir, iterations_done)
         self._metrics.append(record)
+
+    def _open_metrics(self, run_dir: Path, iterations_done: int) -> MetricsFile:
+        metrics = MetricsFile(run_dir / "metrics.jsonl", iterations_done)
+        if metrics.dropped:
+            say(
+                f"starting from iteration {iterations_done}: dropped the "
+                f"{metrics.dropped} later lines of {metrics.path}"
+            )
+        # An earlier start from the same iteration has left nothing, so it is dropped as well.
+        MetricsFile(run_dir / "starts.jsonl", iterations_done - 1).append(
+            {
+                "iteration": iterations_done,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                **self._facts.sizes,
+                "unigram_entropy": self._facts.unigram_entropy,
+            }
+        )
+        return metrics
 
     def _draw(self) -> None:
         if self._metrics is None:

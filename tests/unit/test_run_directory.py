@@ -53,11 +53,12 @@ def test_config_says_how_the_run_was_started(tmp_path: Path) -> None:
     args = argparse.Namespace(
         device="cpu", world_size=4, lr=1e-3, params_dtype=torch.float32, names={"b", "a"}
     )
-    write_config(tmp_path / "run", args, ["--lr", "1e-3"])
+    write_config(tmp_path / "run", args, ["--lr", "1e-3"], {"lr": None, "seed": 1234})
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["command_line"][1:] == ["--lr", "1e-3"]
     assert config["arguments"]["params_dtype"] == "torch.float32"
     assert config["arguments"]["names"] == ["a", "b"]
+    assert config["defaults"] == {"lr": None, "seed": 1234}
     assert (config["platform"], config["world_size"]) == ("cpu", 4)
     assert set(config["versions"]) == {"torch", "megatron-core", "megatron_dion", "python"}
     assert "git_revision" in config
