@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
+    _add_report(commands)
     return parser
 
 
@@ -65,6 +66,19 @@ def _run_doctor(args: argparse.Namespace) -> int:
             patience=args.timeout,
         )
     )
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    # It imports torch, as the doctor does.
+    from megatron_dion.report import command
+
+    report = commands.add_parser(
+        "report",
+        help="make a page about a run",
+        description="Make one HTML page, which needs nothing else, from the files of a run.",
+    )
+    command.add_arguments(report)
+    report.set_defaults(run=command.run)
 
 
 def _seconds(text: str) -> float:

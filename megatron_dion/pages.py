@@ -26,6 +26,7 @@ a { color: inherit; }
 table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .92em; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem;
   border-bottom: 1px solid var(--line); }
+.scrolling { overflow-x: auto; }
 th { color: var(--faint); font-weight: 600; }
 .good, .bad { font-weight: 600; white-space: nowrap; }
 .good { color: var(--good); }
@@ -73,10 +74,11 @@ def element(tag: str, /, *children: str, **attributes: str) -> Html:
     return Html(f"<{tag}{names}>" if tag in _VOID else f"<{tag}{names}>{inner}</{tag}>")
 
 
-def table(headings: Sequence[str], rows: Iterable[Html], **attributes: str) -> Html:
-    """A table; `row` makes its rows."""
+def table(headings: Sequence[str], rows: Iterable[Html]) -> Html:
+    """A table; `row` makes its rows. On a narrow screen it scrolls, and not the page."""
     top = element("tr", *(element("th", heading, scope="col") for heading in headings))
-    return element("table", element("thead", top), element("tbody", *rows), **attributes)
+    content = element("table", element("thead", top), element("tbody", *rows))
+    return element("div", content, class_="scrolling")
 
 
 def row(*cells: str, wrong: bool = False) -> Html:

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,31 @@ def read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def tokens_per_second(training: Sequence[Record]) -> float:
-    """The throughput without the first iteration, which pays for all that is set up once.
+def settled(
+    training: Sequence[Record], starts: Collection[int] = ()
+) -> list[tuple[Record, int]]:
+    """Iterations and the tokens of each, but the first of each start, which sets up all things.
+
+    Args:
+        training: training records.
+        starts: after which iterations the run was started again.
+    """
+    return [
+        (record, record["tokens"] - before["tokens"])
+        for before, record in pairwise(training)
+        if record["iteration"] - 1 not in starts
+    ]
+
+
+def tokens_per_second(training: Sequence[Record], starts: Collection[int] = ()) -> float:
+    """The throughput of settled iterations; of the only one, if there is one.
 
     Args:
         training: one training record or more.
+        starts: as of `settled`.
     """
-    if len(training) == 1:
-        return training[0]["tokens"] / training[0]["iteration_seconds"]
-    tokens = training[-1]["tokens"] - training[0]["tokens"]
-    return tokens / sum(record["iteration_seconds"] for record in training[1:])
+    found = settled(training, starts) or [(training[0], training[0]["tokens"])]
+    return sum(tokens for _, tokens in found) / sum(r["iteration_seconds"] for r, _ in found)
 
 
 def _line(record: Record) -> str:
