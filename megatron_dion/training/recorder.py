@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training import patches
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import MetricsFile, Record, read_metrics
-from megatron_dion.training.stopwatch import Stopwatch
 
 _SECONDS_BETWEEN_PICTURES = 30.0
 
