@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.diagnostics.records import Snapshot, to_record
 from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training import patches
 from megatron_dion.training.progress import human_count, human_duration, progress_line
@@ -82,6 +83,10 @@ class Recorder:
         self._draw()
         if self._training is not None:
             say(self._summary(self._training))
+
+    def write_diagnostics(self, snapshot: Snapshot) -> None:
+        """Add what was measured in an iteration to metrics.jsonl, before the iteration's line."""
+        self._append(to_record(snapshot), iterations_done=snapshot.iteration - 1)
 
     def _watch_optimizer(self, optimizer: Any) -> None:
         self._optimizer = optimizer
