@@ -61,6 +61,7 @@ DION_DEFAULTS: dict[str, Any] = {
     "dion_compressed_sync": False,
     "dion_recenter_interval": None,
     "dion_print_plan": False,
+    "dion_log_interval": None,
     "dion_reinit_factors": False,
 }
 
@@ -296,6 +297,14 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-print-plan",
         action="store_true",
         help="print what each rank holds, sends, sums and orthonormalizes in a step",
+    )
+    group.add_argument(
+        "--dion-log-interval",
+        type=int,
+        default=DION_DEFAULTS["dion_log_interval"],
+        metavar="N",
+        help="measure the step of every N-th iteration (captured energy, stable rank, norms), for"
+        " metrics.jsonl, TensorBoard and W&B; by default none",
     )
     group.add_argument(
         "--dion-reinit-factors",

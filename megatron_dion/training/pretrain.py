@@ -18,6 +18,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 
 from megatron_dion.checkpointing.folders import Choice
+from megatron_dion.diagnostics.records import Snapshot
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, patches, validation
@@ -29,6 +30,7 @@ from megatron_dion.training.arguments import (
     routing_rules_from_args,
 )
 from megatron_dion.training.data import LOSS_NAME, datasets_provider, forward_step
+from megatron_dion.training.diagnostics import Diagnostics
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.recorder import Recorder, RunFacts, say
 from megatron_dion.training.run_directory import write_config, write_routing
@@ -212,14 +214,21 @@ def _print_plans(planners: list[Planner]) -> None:
 def _recording(args: argparse.Namespace) -> Iterator[None]:
     """Follow the run on the last rank, which is on the last pipeline stage and knows the loss."""
     if args.rank != args.world_size - 1:
+        _diagnose(args, lambda snapshot: None)
         yield
         return
     recorder = Recorder(_run_facts(args))
     recorder.listen()
+    _diagnose(args, recorder.write_diagnostics)
     try:
         yield
     finally:
         recorder.close()
+
+
+def _diagnose(args: argparse.Namespace, record: Callable[[Snapshot], None]) -> None:
+    if args.dion_log_interval is not None:
+        Diagnostics(args.dion_log_interval, record).listen()
 
 
 def _run_facts(args: argparse.Namespace) -> RunFacts:

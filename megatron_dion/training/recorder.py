@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.diagnostics.records import Snapshot, to_record
+from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training import patches
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import MetricsFile, Record, read_metrics
-from megatron_dion.training.stopwatch import Stopwatch
 
 _SECONDS_BETWEEN_PICTURES = 30.0
 
@@ -85,6 +86,10 @@ class Recorder:
         self._draw()
         if self._training is not None:
             say(self._summary(self._training))
+
+    def write_diagnostics(self, snapshot: Snapshot) -> None:
+        """Add what was measured in an iteration to metrics.jsonl, before the iteration's line."""
+        self._append(to_record(snapshot), iterations_done=snapshot.iteration - 1)
 
     def _watch_optimizer(self, optimizer: Any) -> None:
         self._optimizer = optimizer

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import (
     MetricsFile,
@@ -15,7 +16,6 @@ from megatron_dion.training.run_directory import (
     write_config,
     write_routing,
 )
-from megatron_dion.training.stopwatch import Stopwatch
 
 
 def record(iteration: int, kind: str = "train") -> dict[str, Any]:
