@@ -89,7 +89,8 @@ def draw(chart: Chart) -> Html:
     """A figure with its title, the last values of its curves, and axes."""
     series = [one for one in chart.series if one.points]
     if not any(_finite(one.points) for one in series):
-        return element("p", f"{chart.title}: nothing was recorded.", class_="none")
+        what = "no finite value" if series else "no value"
+        return element("p", f"{chart.title}: {what} was recorded.", class_="none")
     thin = [(one, thinned(one.points)) for one in series]
     x = x_scale(chart)
     y = y_scale(chart)
@@ -186,7 +187,7 @@ def _powers(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = math.log10(high / low)
     times = (1, 2, 5) if decades < 2.5 else (1,)
-    every = range(first, last + 1, math.ceil(decades / _TICKS))
+    every = range(first, last + 1, round(decades / _TICKS) or 1)
     found = [float(f"{t}e{exponent}") for exponent in every for t in times]
     return [value for value in found if low <= value <= high]
 
@@ -250,7 +251,7 @@ def _dots(one: Series, points: list[Point]) -> list[Point]:
 
 def _dot(one: Series, point: Point, x: Scale, y: Scale) -> Html:
     place = {"cx": _percent(x.place(point[0])), "cy": _percent(100 - y.place(point[1]))}
-    return element("circle", r="3", **place, class_=f"c{one.colour}")
+    return element("circle", r="2.5", **place, class_=f"c{one.colour}")
 
 
 def _legend(one: Series) -> Html:

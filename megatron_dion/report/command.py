@@ -35,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}: choose another --output", file=sys.stderr
-        )
+        print(f"error: {error}: name another file with --output", file=sys.stderr)
         return 2
     print(f"wrote {output}, {output.stat().st_size / 1000:.0f} kB: open it in a browser")
     return 0

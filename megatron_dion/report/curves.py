@@ -62,7 +62,7 @@ def throughput(run: RunFolder) -> list[Html]:
                 from_zero=True,
             )
         ),
-        draw(Chart("Time", "seconds", seconds, marks, from_zero=True)),
+        draw(Chart("Time", "seconds", seconds, marks)),
     ]
 
 

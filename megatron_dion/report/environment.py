@@ -44,7 +44,7 @@ def environment(run: RunFolder) -> Iterator[Html]:
 
 
 _UNKNOWN = (
-    "config.json of this run does not say what the defaults were; the command line does more."
+    "The config.json of this run does not tell the defaults. Its command line tells what was set."
 )
 
 

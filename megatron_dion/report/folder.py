@@ -82,8 +82,8 @@ class RunFolder:
     @property
     def resumed_after(self) -> list[int]:
         """The iterations from which the run went on, in its own folder."""
-        first = self.training[0]["iteration"] if self.training else 1
-        return [start["iteration"] for start in self.starts if start["iteration"] >= first]
+        after = (start["iteration"] for start in self.starts)
+        return [i for i in after if self.training and i >= self.training[0]["iteration"]]
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -138,7 +138,8 @@ def _read[T](path: Path, read: Callable[[Path], T]) -> T:
 
 def _config(path: Path) -> Record:
     config = json.loads(path.read_text())
-    config["arguments"].items()
+    if not isinstance(config["arguments"], dict):
+        raise ValueError("its arguments have no names")
     return dict(config)
 
 

@@ -118,7 +118,7 @@ def _speed(run: RunFolder) -> dict[str, str]:
 
 
 def _section(name: str, content: Iterable[Html]) -> Html:
-    return element("section", element("h2", name, id=name.lower()), *content)
+    return element("section", element("h2", name), *content, id=name.lower())
 
 
 def _iterations(found: Sequence[float]) -> str:

@@ -36,7 +36,7 @@ figcaption b { color: var(--text); }
   margin-bottom: 1.1rem; }
 .legend i { display: inline-block; width: 1.1em; height: 0; border-top: 3px solid;
   vertical-align: .25em; margin-right: .4em; }
-.plot { display: block; width: calc(100% - 3.2rem); margin: 0 0 2.9rem 3.2rem; height: 13rem;
+.plot { display: block; width: calc(100% - 4rem); margin: 0 .8rem 2.9rem 3.2rem; height: 13rem;
   overflow: visible; touch-action: pan-y; }
 .plot svg { overflow: visible; }
 .plot text { font-size: 12px; fill: var(--faint); text-anchor: middle; }
@@ -55,10 +55,13 @@ figcaption b { color: var(--text); }
 .c7 { stroke: var(--c7); color: var(--c7); }
 circle { fill: currentColor; stroke: none; }
 .heat .scrolling { max-height: 34rem; overflow: auto; }
-.heat td, .heat thead th { text-align: right; }
+.heat td, .heat thead th { text-align: right; max-width: 7rem; overflow-wrap: anywhere; }
 .heat td { background: color-mix(in srgb, var(--heat) var(--shade, 0%), var(--page)); }
-table { width: auto; }
+table { width: max-content; }
+td { max-width: 32rem; overflow-wrap: anywhere; }
 td:first-child code { white-space: nowrap; }
+#plan :is(td, th):not(:first-child),
+#routing > .scrolling :is(td, th):nth-last-child(-n+2) { text-align: right; }
 .search { display: flex; gap: .8rem; align-items: baseline; margin: .8rem 0; }
 .search input { font: inherit; color: inherit; background: var(--page); padding: .35rem .6rem;
   border: 1px solid var(--line); border-radius: 6px; flex: 0 1 26rem; min-width: 0; }

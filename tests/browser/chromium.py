@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.image
 import numpy as np
@@ -29,6 +29,15 @@ _COMPLAINTS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entry
 def find() -> str | None:
     """The browser: what CHROMIUM names, or one on PATH."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Box(NamedTuple):
+    """A part of a page, in pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
 
 
 @dataclass
@@ -97,16 +106,24 @@ class Tab:
         """To a place of the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def png(self) -> bytes:
-        """A picture of the whole page, as long as it is."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    def box(self, element: str) -> Box:
+        """Where on the page an element is, which a JavaScript expression names."""
+        places = "left + scrollX, top + scrollY, width, height"
+        function = f"(({{left, top, width, height}}) => [{places}])"
+        return Box(*self.evaluate(f"{function}(({element}).getBoundingClientRect())"))
+
+    def png(self, box: Box | None = None) -> bytes:
+        """A picture of a part of the page, or of all of it, as long as it is."""
+        if box is None:
+            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+            box = Box(0, 0, size["width"], size["height"])
+        clip = {"x": box.left, "y": box.top, "width": box.width, "height": box.height, "scale": 1}
         shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(shot["data"])
 
-    def pixels(self) -> NDArray[np.uint8]:
+    def pixels(self, box: Box | None = None) -> NDArray[np.uint8]:
         """The same as numbers (height, width, 3)."""
-        image = matplotlib.image.imread(io.BytesIO(self.png()), format="png")
+        image = matplotlib.image.imread(io.BytesIO(self.png(box)), format="png")
         return np.rint(255 * image[..., :3]).astype(np.uint8)
 
     def _next(self) -> dict[str, Any]:
