@@ -17,7 +17,8 @@ from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.progress import human_count
 
 _MOST_RANKS = 64
-_DION = "dion "
+_NOT_COUNTED = ("dion gradients", "dion gradient norm")
+"""Sums of gradients, which come before the exchange that a run counts."""
 
 
 def plan(run: RunFolder) -> list[Html]:
@@ -152,7 +153,9 @@ def _counted(run: RunFolder, found: Prediction) -> Iterator[Html]:
     counted = run.training[-1]["optimizer_bytes"]
     world = found.run.topology.world
     planned = sum(
-        world * sent.sent.mean for name, sent in found.collectives.items() if name.startswith(_DION)
+        world * sent.sent.mean
+        for name, sent in found.collectives.items()
+        if name.startswith("dion ") and name not in _NOT_COUNTED
     )
     yield element(
         "p",

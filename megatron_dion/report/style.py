@@ -4,7 +4,7 @@
 # or darker, so that they can be told from the page.
 STYLE = """
 :root {
-  --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #b0528a; --c5: #3a9fd8; --c6: #c98a00;
+  --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #b0528a; --c5: #2f8fc6; --c6: #a87400;
   --c7: #5b5b66; --heat: #6fbdec; --warn: #fff4d6;
 }
 @media (prefers-color-scheme: dark) {
@@ -55,7 +55,7 @@ figcaption b { color: var(--text); }
 .c7 { stroke: var(--c7); color: var(--c7); }
 circle { fill: currentColor; stroke: none; }
 .heat .scrolling { max-height: 34rem; overflow: auto; }
-.heat td, .heat thead th { text-align: right; max-width: 7rem; overflow-wrap: anywhere; }
+.heat td, .heat thead th { text-align: right; max-width: 10rem; overflow-wrap: anywhere; }
 .heat td { background: color-mix(in srgb, var(--heat) var(--shade, 0%), var(--page)); }
 table { width: max-content; }
 td { max-width: 32rem; overflow-wrap: anywhere; }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_dion.report.charts import Chart, Scale, Series, x_scale, y_scale
+from megatron_dion.report.charts import COLOURS, Chart, Scale, Series, x_scale, y_scale
 from megatron_dion.report.folder import read_folder
 from megatron_dion.report.page import render
 from tests.browser.chromium import Box, Tab
@@ -81,6 +81,35 @@ def test_curves_are_where_their_values_are(tab: Tab, page: Path, width: int, sch
             down = plot.height * (1 - y.place(value) / 100)
             assert distance(around(pixels, across, down), colour).min() < NEAR
             assert distance(around(pixels, across, down + 40), colour).min() > FAR
+
+
+def contrast(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
+    """As WCAG 2.2 defines it, from 1 to 21."""
+
+    def luminance(colour: NDArray[np.int64]) -> float:
+        share = colour / 255
+        linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_the_page(tab: Tab, page: Path, scheme: str) -> None:
+    """Text and curves have the contrast that WCAG asks for: 4.5 and 3."""
+    tab.open(page, LAPTOP, scheme)
+    paper, text = (colour_of(tab, "body", name) for name in ("backgroundColor", "color"))
+    assert contrast(paper, text) > 7
+    assert contrast(colour_of(tab, ".note", "backgroundColor"), text) > 4.5
+    shade = colour_of(tab, ".facts div", "backgroundColor")
+    assert contrast(shade, colour_of(tab, "dt", "color")) > 4.5
+    assert contrast(colour_of(tab, "figcaption", "color"), paper) > 4.5
+    for number in range(1, COLOURS + 1):
+        assert contrast(colour_of(tab, f".curve.c{number}", "stroke"), paper) > 3, number
+    last = tab.box("[...document.querySelectorAll('[open] .heat td')].at(-1)")
+    strongest = tab.pixels(Box(last.left + 2, last.top + 2, 1, 1))[0, 0]
+    assert contrast(strongest.astype(np.int64), text) > 4.5
 
 
 @pytest.mark.parametrize("width", [LAPTOP, PHONE])

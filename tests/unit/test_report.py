@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,6 @@ from tests.run_folders import (
     train_record,
     write_run,
 )
-
-CLASSES = ("note", "verdict", "none")
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +264,14 @@ def test_config_without_defaults(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "does not tell the defaults" in paragraphs(page)
     assert ["lr", "0.008", "–"] in page.rows
+
+
+def test_report_imports_neither_megatron_nor_matplotlib() -> None:
+    code = "import sys, megatron_dion.report.command; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.split(".")[0] for name in said.stdout.split()}
+    assert "torch" in imported
+    assert not imported & {"megatron", "matplotlib"}
 
 
 @pytest.fixture
