@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dion.diagnostics import advisor
+
 # The doctor's time as a multiple of what it waits for a rank; it has about ten such waits.
 _LONGEST = 15
 
@@ -29,7 +31,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
+    _add_advise(commands)
     return parser
+
+
+def _add_advise(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "advise", help="which rank would have captured 90 %%", description=advisor.DESCRIPTION
+    )
+    advisor.add_arguments(parser)
+    parser.set_defaults(run=advisor.run)
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
