@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dion.diagnostics import advisor
+from megatron_dion.report import command as report
+
 # The doctor's time as a multiple of what it waits for a rank; it has about ten such waits.
 _LONGEST = 15
 
@@ -29,8 +32,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
+    _add_advise(commands)
     _add_report(commands)
     return parser
+
+
+def _add_advise(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "advise", help="which rank would have captured 90 %%", description=advisor.DESCRIPTION
+    )
+    advisor.add_arguments(parser)
+    parser.set_defaults(run=advisor.run)
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -69,16 +81,13 @@ def _run_doctor(args: argparse.Namespace) -> int:
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    # It imports torch, as the doctor does.
-    from megatron_dion.report import command
-
-    report = commands.add_parser(
+    parser = commands.add_parser(
         "report",
         help="make a page about a run",
         description="Make one HTML page, which needs nothing else, from the files of a run.",
     )
-    command.add_arguments(report)
-    report.set_defaults(run=command.run)
+    report.add_arguments(parser)
+    parser.set_defaults(run=report.run)
 
 
 def _seconds(text: str) -> float:
