@@ -10,9 +10,11 @@ from megatron_dion.algorithm.config import (
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
+    NOBODY,
     Block,
     Exchange,
     Matrix,
+    Observer,
     Section,
     Steps,
     dion_step,
@@ -22,6 +24,7 @@ from megatron_dion.algorithm.step import (
 __all__ = [
     "DTYPES",
     "IN_FLIGHT",
+    "NOBODY",
     "ORTHONORMALIZERS",
     "RIGHT_FACTORS",
     "SCALE_MODES",
@@ -29,6 +32,7 @@ __all__ = [
     "DionConfig",
     "Exchange",
     "Matrix",
+    "Observer",
     "Section",
     "Steps",
     "dion_step",
