@@ -38,6 +38,8 @@ COMMANDS = {
     "launch": Command("megatron_dion.commands.launch", "check a recipe and submit it to Slurm"),
     "inspect": Command("megatron_dion.commands.inspect", "what a checkpoint holds"),
     "convergence": Command("megatron_dion.commands.convergence", "do runs converge alike?"),
+    "report": Command("megatron_dion.report.command", "make a page about a run"),
+    "advise": Command("megatron_dion.diagnostics.advisor", "which rank would have been enough"),
     "study": Command("megatron_dion.commands.study", "run and report comparisons of optimizers"),
 }
 

@@ -8,13 +8,14 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_dion.commands.data.prepared import Data, data_flags, prepare
 from megatron_dion.commands.errors import ToolError, run_tool
@@ -125,7 +126,7 @@ def explain_failure(log: Path, status: int) -> str:
 def summarize(run_dir: Path, data: Data) -> str:
     """Return the line that ends a successful run."""
     # Only now: this imports torch, which has no business in this process while others train.
-    from megatron_dion.training.run_directory import read_metrics
+    from megatron_dion.training.run_directory import read_metrics, tokens_per_second
 
     records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if record["kind"] == "train"]
@@ -142,18 +143,16 @@ def summarize(run_dir: Path, data: Data) -> str:
     return f"result: {', '.join(parts)}; run directory {run_dir}"
 
 
-def tokens_per_second(training: Sequence[dict[str, Any]]) -> float:
-    """Return the throughput without the first iteration, which pays for all that is set up once."""
-    if len(training) == 1:
-        return training[0]["tokens"] / training[0]["iteration_seconds"]
-    tokens = training[-1]["tokens"] - training[0]["tokens"]
-    return tokens / sum(record["iteration_seconds"] for record in training[1:])
-
-
 def unigram_entropy(data: Data) -> float:
     """Return the entropy in nats of the training tokens: the loss of a model without context."""
     description = data.dataset("train").with_suffix(".json")
     return float(json.loads(description.read_text(encoding="utf-8"))["unigram_entropy_nats"])
+
+
+def report_command(run_dir: Path) -> str:
+    """Return the command that makes a page of the run, as it can be typed here."""
+    program = Path(sys.executable).with_name("megatron-dion")
+    return shlex.join([os.path.relpath(program), "report", os.path.relpath(run_dir)])
 
 
 def make_run_dir(runs: Path) -> Path:
@@ -178,6 +177,7 @@ def main() -> None:
     print(f"training on {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
     train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
     print(summarize(run_dir, data))
+    print(f"to look at it: {report_command(run_dir)}")
 
 
 if __name__ == "__main__":

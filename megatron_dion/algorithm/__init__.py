@@ -11,9 +11,11 @@ from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.products import PRECISIONS, float32_products_in
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
+    NOBODY,
     Block,
     Exchange,
     Matrix,
+    Observer,
     Section,
     Steps,
     dion_step,
@@ -23,6 +25,7 @@ from megatron_dion.algorithm.step import (
 __all__ = [
     "DTYPES",
     "IN_FLIGHT",
+    "NOBODY",
     "ORTHONORMALIZERS",
     "PRECISIONS",
     "RIGHT_FACTORS",
@@ -31,6 +34,7 @@ __all__ = [
     "DionConfig",
     "Exchange",
     "Matrix",
+    "Observer",
     "Section",
     "Steps",
     "dion_step",

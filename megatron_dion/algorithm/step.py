@@ -172,6 +172,19 @@ class Exchange(Protocol):
         """Sums (matrix, (r, r)) over the processes that hold blocks of the matrix, in place."""
 
 
+class Observer:
+    """Is shown a step on its way, and changes nothing of it. This one does not look."""
+
+    def orthonormalize(
+        self, sections: Sequence[Section], steps: Generator[None, None, int]
+    ) -> Generator[None, None, int]:
+        """Runs what orthonormalizes these sections of P in place; returns what it returns."""
+        return steps
+
+    def see_projections(self, blocks: Sequence[Block]) -> None:
+        """Looks at R, complete, in the `projection`s."""
+
+
 def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
     """Takes steps in turns, each computing while another waits; returns the sum of results.
 
@@ -192,6 +205,10 @@ def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
     return total
 
 
+NOBODY = Observer()
+"""For steps that nobody watches."""
+
+
 def dion_step(
     matrices: Sequence[Matrix],
     members: Sequence[int],
@@ -201,6 +218,7 @@ def dion_step(
     step: int,
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
+    observer: Observer = NOBODY,
 ) -> Generator[None, None, int]:
     """Takes one step, in place, from blocks whose `total` already holds B = M + G.
 
@@ -214,6 +232,7 @@ def dion_step(
         step: number of this step, for the random numbers.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
+        observer: is shown P and R.
 
     Returns:
         How often this process fell back to Householder QR.
@@ -223,10 +242,12 @@ def dion_step(
     exchange.clear_left()
     _project_left(blocks, config)
     sections = yield from exchange.sum_left()
-    fallbacks = yield from _orthonormalize_left(matrices, sections, exchange, config, step)
+    orthonormalized = _orthonormalize_left(matrices, sections, exchange, config, step)
+    fallbacks = yield from observer.orthonormalize(sections, orthonormalized)
     yield from exchange.spread_left()
     _project_right(blocks, config)
     yield from exchange.sum_rows()
+    observer.see_projections(blocks)
     if config.right_factor == "orth":
         factors = yield from _orthonormal_factors(matrices, blocks, exchange, config)
     else:

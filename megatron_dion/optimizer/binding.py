@@ -1,14 +1,13 @@
 """Joins parameters, states and buffers to the blocks of which the algorithm knows."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion.algorithm import Block, DionConfig, Matrix
@@ -27,10 +26,8 @@ from megatron_dion.sharding import (
     sets_of,
 )
 from megatron_dion.sharding.collectives import rank_in, size_of
+from megatron_dion.sharding.replicas import average
 from megatron_dion.sharding.traffic import bytes_sent, compression_pays, ring_bytes
-
-# What is averaged over replicas at a time; its copy takes 4 bytes a number.
-_NUMBERS_AT_A_TIME = 1 << 26
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -109,14 +106,19 @@ class StepSet:
         exchange: with the other ranks.
         held: this rank's blocks.
         stepped: the same, with as many as possible of them in one.
-        replicas: number of replicas that average P and R.
+        groups: these ranks; `groups.replicas` average P and R.
     """
 
     plan: Plan
     exchange: ShardedExchange
     held: list[HeldBlock]
     stepped: list[SteppedBlock]
-    replicas: int
+    groups: Groups
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas that average P and R."""
+        return size_of(self.groups.replicas)
 
 
 class Binding:
@@ -143,6 +145,7 @@ class Binding:
         self._active = list(active)
         self._addresses = [parameter.data_ptr() for parameter in active]
         self._distribution = distribution
+        self._replicas = distribution.groups.replicas
         self._state = state
         self._keeps_float32 = config.momentum_dtype == "fp32"
         compressed, dense = _by_gradient_sync(distribution, config)
@@ -187,7 +190,7 @@ class Binding:
 
     def average_gradients(self) -> None:
         """Averages over replicas the gradients of weights whose P and R are not. Before any set."""
-        self._average([gradient_of(parameter) for parameter in self._dense])
+        average([gradient_of(parameter) for parameter in self._dense], self._replicas)
 
     def add_gradients(self, chosen: StepSet) -> None:
         """Makes `total` of every block of a set B = M + G.
@@ -213,19 +216,8 @@ class Binding:
 
     def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
-        self._average([self._state[parameter]["momentum"] for parameter in self._drifting])
-
-    def _average(self, tensors: Sequence[Tensor]) -> None:
-        """Averages over replicas, in place."""
-        if self._distribution.replicas == 1:
-            return
-        flat = [tensor.view(-1) for tensor in tensors]
-        for group in _in_groups([part for t in flat for part in t.split(_NUMBERS_AT_A_TIME)]):
-            sent = torch.cat([part.float() for part in group])
-            dist.all_reduce(sent, group=self._distribution.groups.replicas)
-            sent /= self._distribution.replicas
-            parts = sent.split([part.numel() for part in group])
-            torch._foreach_copy_(group, list(parts))
+        momenta = [self._state[parameter]["momentum"] for parameter in self._drifting]
+        average(momenta, self._replicas)
 
     def _bind(self, plan: Plan, is_dense: bool, first_in_state: dict[int, int]) -> StepSet:
         """A set of matrices; dense ones have the same gradients on all replicas by now."""
@@ -241,7 +233,7 @@ class Binding:
                 )
             ]
             stepped = _stacked(held)
-        return StepSet(plan, exchange, held, stepped, size_of(groups.replicas))
+        return StepSet(plan, exchange, held, stepped, groups)
 
     def _hold(
         self,
@@ -289,20 +281,6 @@ class Binding:
             tensors=tensors,
             is_first_of_row=is_first_of_row,
         )
-
-
-def _in_groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors together, as long as they have not too many numbers."""
-    group: list[Tensor] = []
-    numel = 0
-    for tensor in tensors:
-        if group and numel + tensor.numel() > _NUMBERS_AT_A_TIME:
-            yield group
-            group, numel = [], 0
-        group.append(tensor)
-        numel += tensor.numel()
-    if group:
-        yield group
 
 
 def _by_gradient_sync(

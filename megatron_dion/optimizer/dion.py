@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import DionConfig, dion_step, float32_products_in, interleave
+from megatron_dion.algorithm import (
+    NOBODY,
+    DionConfig,
+    Observer,
+    dion_step,
+    float32_products_in,
+    interleave,
+)
+from megatron_dion.diagnostics.records import MatrixDiagnostics
+from megatron_dion.diagnostics.watch import Watch
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
 from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
 
@@ -99,6 +108,8 @@ class Dion(torch.optim.Optimizer):
         self._distribution: Distribution | None = None
         self._binding: Binding | None = None
         self.fallbacks = 0
+        self._is_watched = False
+        self._diagnostics: list[MatrixDiagnostics] = []
 
     def distribute(self, distribution: Distribution) -> None:
         """From now on updates the given pieces; they are the parameters of `param_groups`."""
@@ -129,6 +140,18 @@ class Dion(torch.optim.Optimizer):
         """Every block on this rank, with its state."""
         return self._bind(self._parameters()).held
 
+    def diagnose_next_step(self) -> None:
+        """The next step is measured; on a grid, all ranks must ask for it."""
+        self._is_watched = True
+
+    def take_diagnostics(self) -> list[MatrixDiagnostics]:
+        """What was measured since the last call, if a step was; no other step is measured.
+
+        On a grid each matrix is reported by one rank, the first in charge of its P.
+        """
+        found, self._diagnostics, self._is_watched = self._diagnostics, [], False
+        return found
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have gradients.
@@ -153,6 +176,7 @@ class Dion(torch.optim.Optimizer):
             self.fallbacks += interleave(
                 self._step_of(binding, chosen, number) for chosen in binding.sets
             )
+        self._is_watched = False
         return loss
 
     def check_gradients(self) -> None:
@@ -215,8 +239,22 @@ class Dion(torch.optim.Optimizer):
     def _step_of(
         self, binding: Binding, chosen: StepSet, number: int
     ) -> Generator[None, None, int]:
-        groups = self._group_of()
         binding.add_gradients(chosen)
+        take = self._take_watched_step if self._is_watched else self._take_step
+        return (yield from take(chosen, number))
+
+    def _take_watched_step(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
+        watch = Watch(chosen, self.config)
+        with watch.allocated():
+            watch.see_totals(self._rates(chosen, "lr"))
+            fallbacks = yield from self._take_step(chosen, number, watch)
+            watch.see_momenta()
+            self._diagnostics += yield from watch.results()
+        return fallbacks
+
+    def _take_step(
+        self, chosen: StepSet, number: int, observer: Observer = NOBODY
+    ) -> Generator[None, None, int]:
         with chosen.exchange.allocated():
             return (
                 yield from dion_step(
@@ -226,15 +264,16 @@ class Dion(torch.optim.Optimizer):
                     chosen.exchange,
                     self.config,
                     number,
-                    [groups[id(block.parameter)]["lr"] for block in chosen.stepped],
-                    [groups[id(block.parameter)]["weight_decay"] for block in chosen.stepped],
+                    self._rates(chosen, "lr"),
+                    self._rates(chosen, "weight_decay"),
+                    observer,
                 )
             )
 
-    def _group_of(self) -> dict[int, dict[str, Any]]:
-        return {
-            id(parameter): group for group in self.param_groups for parameter in group["params"]
-        }
+    def _rates(self, chosen: StepSet, option: str) -> list[float]:
+        """An option of the parameter groups, for each block."""
+        values = {id(p): group[option] for group in self.param_groups for p in group["params"]}
+        return [values[id(block.parameter)] for block in chosen.stepped]
 
     @property
     def number_of_steps(self) -> int:

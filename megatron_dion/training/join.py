@@ -16,20 +16,31 @@ from typing import Any
 from megatron.training import get_args
 
 from megatron_dion.checkpointing.folders import Choice
+from megatron_dion.diagnostics.records import Snapshot
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, environment, patches, validation
 from megatron_dion.training.arguments import (
+    default_arguments,
     describe_defaults,
     dion_config_from_args,
     extra_args_provider,
     routing_rules_from_args,
 )
+from megatron_dion.training.diagnostics import Diagnostics
 from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.recorder import LOSS_NAME, Recorder, RunFacts, say
 from megatron_dion.training.run_directory import write_config, write_routing
 
 REFUSED = "megatron refuses these arguments"
+_SIZES = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+)
 
 Hook = Callable[[Any], Any]
 
@@ -190,10 +201,12 @@ class Join:
         """Follow the run on the last rank, which is on the last pipeline stage, with the loss."""
         is_wanted = self._cares_for(args) or args.run_dir is not None
         if args.rank != args.world_size - 1 or not is_wanted:
+            _diagnose(args, lambda snapshot: None)
             yield
             return
         recorder = Recorder(_run_facts(args))
         recorder.listen()
+        _diagnose(args, recorder.write_diagnostics)
         try:
             yield
         finally:
@@ -217,7 +230,7 @@ def _announce(args: argparse.Namespace) -> None:
     if defaults:
         say(defaults)
     if args.run_dir is not None:
-        write_config(Path(args.run_dir), args, sys.argv[1:])
+        write_config(Path(args.run_dir), args, sys.argv[1:], default_arguments(args.device))
 
 
 def _model_hooks(args: argparse.Namespace) -> list[Hook]:
@@ -290,6 +303,11 @@ def _print_plans(planners: list[Planner]) -> None:
             say(line)
 
 
+def _diagnose(args: argparse.Namespace, record: Callable[[Snapshot], None]) -> None:
+    if args.dion_log_interval is not None:
+        Diagnostics(args.dion_log_interval, record).listen()
+
+
 def _run_facts(args: argparse.Namespace) -> RunFacts:
     return RunFacts(
         run_dir=None if args.run_dir is None else Path(args.run_dir),
@@ -299,4 +317,5 @@ def _run_facts(args: argparse.Namespace) -> RunFacts:
         # A checkpoint replaces the counter, so it has to be read where megatron keeps it.
         tokens_so_far=lambda: get_args().consumed_train_samples * args.seq_length,
         unigram_entropy=validation.unigram_entropy(args),
+        sizes={name: getattr(args, name) for name in _SIZES},
     )

@@ -197,6 +197,23 @@ def check_compressed_sync(args: argparse.Namespace) -> None:
         )
 
 
+def check_diagnostics(args: argparse.Namespace) -> None:
+    """An interval of at least one iteration, and somewhere to write what is measured."""
+    interval = args.dion_log_interval
+    if interval is None:
+        return
+    if interval < 1:
+        raise ConfigurationError(
+            f"--dion-log-interval must be a number of iterations, not {interval}: give at least 1,"
+            " or leave it out to measure nothing"
+        )
+    if not (args.run_dir or args.tensorboard_dir or args.wandb_project):
+        raise ConfigurationError(
+            f"--dion-log-interval {interval} has nowhere to write: add --run-dir,"
+            " --tensorboard-dir or --wandb-project"
+        )
+
+
 def check_latent_attention(args: argparse.Namespace) -> None:
     """Megatron's plain-torch layers know multi-latent attention in part only.
 
@@ -450,6 +467,7 @@ CHECKS: tuple[Check, ...] = (
     check_dion_hyperparameters,
     check_dion_surroundings,
     check_compressed_sync,
+    check_diagnostics,
     check_latent_attention,
     check_fp8,
     check_delayed_scaling,

@@ -10,6 +10,7 @@ import pytest
 
 import benchmarks
 import benchmarks.checkpoint
+import benchmarks.diagnostics
 import benchmarks.iteration
 import benchmarks.memory
 import benchmarks.scaling
@@ -105,6 +106,18 @@ def test_memory(run: Any) -> None:
     assert two["smallest_sharded_MB"] == pytest.approx(4e-6 * 128 * 128)
     assert two["state_MB"] == pytest.approx(one["state_MB"] / 2)
     assert two["peak_MB"] >= two["largest_MB"] > 0
+
+
+def test_diagnostics(run: Any) -> None:
+    flags = "--hidden 128 --topologies 1x1 2x1 --fractions 1/4 1"
+    rows = run(benchmarks.diagnostics, flags)["tables"]["diagnostics"]
+    assert [(row["topology"], row["fraction"]) for row in rows] == [
+        ("TP1 x DP1", "1/4"),
+        ("TP1 x DP1", "1"),
+        ("TP2 x DP1", "1/4"),
+        ("TP2 x DP1", "1"),
+    ]
+    assert all(row["measured_to_step"] > 0 for row in rows)
 
 
 def test_startup(run: Any) -> None:

@@ -1,5 +1,6 @@
 """What the planner says of memory and of bytes is what runs of a tiny model have and send."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,13 +15,19 @@ import torch.distributed as dist
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import IN_FLIGHT
+from megatron_dion.planning.hardware import PRESETS
 from megatron_dion.planning.memory import memory
 from megatron_dion.planning.models import Experts, GptShape
+from megatron_dion.planning.prediction import predict
 from megatron_dion.planning.stage import Optimizer, Run, Stage
 from megatron_dion.planning.topology import Batch, Topology
 from megatron_dion.planning.traffic import traffic
+from megatron_dion.report.folder import read_folder
+from megatron_dion.report.page import render
+from megatron_dion.report.plan import planned_run
 from megatron_dion.sharding.memory import peak_bytes
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
+from tests.pages import Page
 
 # What MODEL says.
 SHAPE = GptShape(
@@ -309,6 +316,19 @@ def test_memory_and_bytes(nursery: Nursery, tmp_path: Path, name: str) -> None:
         assert_sent(counted(record), planned(run, stage, Batch(1, 12), place))
     for stage in range(topology.pp):
         assert_exchange(records, Stage(run, stage))
+    check_report(tmp_path, run)
+
+
+def check_report(run_dir: Path, run: Run) -> None:
+    """The report plans the run that it was, and says what the run itself has counted."""
+    told, batch = planned_run(read_folder(run_dir).arguments)
+    assert batch == Batch(1, 12, "none")
+    of_report, expected = (predict(one, batch, PRESETS["cpu"]) for one in (told, run))
+    assert of_report.memory == expected.memory
+    assert of_report.collectives == expected.collectives
+    said = " ".join(Page(render(read_folder(run_dir))).texts("p"))
+    [(by_plan, by_run)] = re.findall(r"step sends (\S+ \w+) .* planned, (\S+ \w+)", said)
+    assert by_plan == by_run
 
 
 MOE = replace(SHAPE, experts=Experts(count=4, top_k=2, ffn=40, shared_ffn=48))
@@ -347,3 +367,4 @@ def test_memory_and_bytes_of_experts(nursery: Nursery, tmp_path: Path) -> None:
             ("gather", "weights all-gather"),
         ):
             assert sent[f"{call} data"] + sent[f"{call} experts"] == planned_bytes[name].bytes
+    check_report(tmp_path, run)

@@ -79,6 +79,14 @@ def test_summary_without_training_is_an_error(data: tool.Data, tmp_path: Path) -
         tool.summarize(tmp_path, data)
 
 
+def test_command_for_the_report_can_be_typed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert tool.report_command(tmp_path / "runs" / "1") == ".venv/bin/megatron-dion report runs/1"
+
+
 def test_named_error_is_shown_alone_and_once(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text("noise\nerror: --lr is odd\nmore\nerror: --lr is odd\n")

@@ -97,6 +97,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "save": None,
         "run_dir": None,
         "tensorboard_dir": None,
+        "wandb_project": None,
         "sft": False,
         "fim_data": False,
         "hybrid_context_parallel": False,
