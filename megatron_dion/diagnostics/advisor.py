@@ -178,9 +178,10 @@ def describe(advice: Advice) -> str:
         ]
     lines += [
         "",
-        "Captured energy is not loss: docs/results.md has what ranks cost in loss. B holds what"
+        "Captured energy is not loss: docs/results.md has what ranks cost in loss. And B holds what"
         " earlier steps did not",
-        "capture, so it has more energy in more directions the smaller the rank is.",
+        "capture: a run with a smaller rank than this one's has more energy in more directions, and"
+        " would need more than it says here.",
     ]
     return "\n".join(lines)
 
