@@ -139,12 +139,13 @@ def advise(snapshots: Sequence[Snapshot], level: float) -> Advice:
 
 def _advise_on(steps: Sequence[MatrixDiagnostics], level: float) -> MatrixAdvice | None:
     needs = [need for step in steps if (need := need_of(step, level)) is not None]
+    stable_ranks = [step.stable_rank for step in steps if step.stable_rank is not None]
     if not needs:
         return None
     return MatrixAdvice(
         last=steps[-1],
         energy=median(step.captured**2 for step in steps if step.captured is not None),
-        stable_rank=median(step.stable_rank or math.nan for step in steps),
+        stable_rank=median(stable_ranks) if stable_ranks else math.nan,
         need=sorted(needs, key=lambda need: (need.directions, need.is_bound))[len(needs) // 2],
     )
 
@@ -177,9 +178,10 @@ def describe(advice: Advice) -> str:
         ]
     lines += [
         "",
-        "Captured energy is not loss: docs/results.md has what ranks cost in loss. B holds what"
+        "Captured energy is not loss: docs/results.md has what ranks cost in loss. And B holds what"
         " earlier steps did not",
-        "capture, so it has more energy in more directions the smaller the rank is.",
+        "capture: a run with a smaller rank than this one's has more energy in more directions, and"
+        " would need more than it says here.",
     ]
     return "\n".join(lines)
 

@@ -32,6 +32,8 @@ _DIGITS = 5
 class MatrixDiagnostics:
     """One step of one logical matrix W (m, n), in the notation of `megatron_dion.algorithm.step`.
 
+    Figures that are not finite, of a step that broke down, are None when they are read back.
+
     Attributes:
         name: as in routing.tsv.
         rows: m.
@@ -57,11 +59,11 @@ class MatrixDiagnostics:
     rank: int
     captured: float | None
     stable_rank: float | None
-    orthonormality_error: float
-    update_rms: float
-    update_norm: float
-    momentum_norm: float
-    owner_seconds: float
+    orthonormality_error: float | None
+    update_rms: float | None
+    update_norm: float | None
+    momentum_norm: float | None
+    owner_seconds: float | None
     energy_ranks: tuple[int | None, ...]
 
     @property
@@ -112,14 +114,17 @@ def read_diagnostics(records: Iterable[dict[str, Any]]) -> list[Snapshot]:
 
 
 def by_kind(matrices: Sequence[MatrixDiagnostics]) -> dict[str, dict[str, Spread]]:
-    """Of every kind of matrix the spread of every one of `FIGURES` that any of them has."""
+    """Of every kind of matrix the spread of each of `FIGURES`, where any of them has it, finite."""
     kinds: defaultdict[str, list[MatrixDiagnostics]] = defaultdict(list)
     for matrix in matrices:
         kinds[matrix.kind].append(matrix)
     found: dict[str, dict[str, Spread]] = {}
     for kind, alike in kinds.items():
         values = {name: [getattr(matrix, name) for matrix in alike] for name in FIGURES}
-        known = {name: [v for v in of if v is not None] for name, of in values.items()}
+        known = {
+            name: [v for v in of if v is not None and math.isfinite(v)]
+            for name, of in values.items()
+        }
         found[kind] = {
             name: Spread(min(of), statistics.median(of), max(of))
             for name, of in known.items()

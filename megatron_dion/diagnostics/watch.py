@@ -142,7 +142,7 @@ class Watch(Observer):
         m, n, rank = matrix.rows, matrix.columns, matrix.rank
         gram, left_gram = sums[:rank], sums[-rank:]
         total, momentum, rate, seconds = _numbers_of(sums).tolist()
-        energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)  # (r,), the largest first
+        energies = _energies(gram)
         captured, largest = float(energies.sum()), float(energies[0])
         rate *= self._config.scale(m, n)
         mean_square, square = _squared_norms_of_right(gram, self._config)
@@ -214,12 +214,19 @@ def _squared_norms_of_right(gram: Tensor, config: DionConfig) -> tuple[float, fl
     else:
         factor = to_unit_columns(gram.diagonal().sqrt(), config.eps).double()  # (r,)
         right_gram = factor.unsqueeze(1) * gram * factor
-    return float(right_gram.trace()), float(torch.linalg.eigvalsh(right_gram)[-1].clamp(min=0))
+    return float(right_gram.trace()), float(_energies(right_gram)[0])
+
+
+def _energies(gram: Tensor) -> Tensor:
+    """Eigenvalues (r,) of a Gram matrix, the largest first; NaN if it is not finite."""
+    if not gram.isfinite().all():
+        return torch.full_like(gram[0], torch.nan)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
 
 
 def _energy_ranks(energies: Tensor, total: float) -> tuple[int | None, ...]:
     """How many of the energies, the largest first, make up each of `ENERGY_LEVELS`."""
-    if not total:
+    if not total or energies.isnan().any():
         return (None,) * len(ENERGY_LEVELS)
     shares = energies.cumsum(0) / total  # (r,), increasing
     levels = torch.tensor(ENERGY_LEVELS, dtype=shares.dtype, device=shares.device) - _ROUNDING
