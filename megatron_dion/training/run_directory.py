@@ -115,9 +115,7 @@ def read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def settled(
-    training: Sequence[Record], starts: Collection[int] = ()
-) -> list[tuple[Record, int]]:
+def settled(training: Sequence[Record], starts: Collection[int] = ()) -> list[tuple[Record, int]]:
     """Iterations and the tokens of each, but the first of each start, which sets up all things.
 
     Args:
