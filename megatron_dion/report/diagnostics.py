@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
 
+from megatron_dion.diagnostics.advisor import advise, describe
 from megatron_dion.diagnostics.records import (
     MatrixDiagnostics,
     Snapshot,
@@ -23,6 +24,7 @@ _FIGURES = {
     "update_norm": ("Update, spectral norm", ""),
     "momentum_norm": ("Momentum, norm", "Frobenius"),
 }
+_ENERGY = 0.9
 _NO_LAYER = "–"
 
 
@@ -41,6 +43,7 @@ def diagnostics(run: RunFolder) -> list[Html]:
         element("div", *(_over_time(run, snapshots, name) for name in _FIGURES), class_="charts"),
         element("h3", f"Iteration {last.iteration}, by layer"),
         *_maps(last.matrices),
+        *_advice(snapshots),
         element(
             "details",
             element("summary", every),
@@ -82,6 +85,17 @@ def _maps(matrices: Sequence[MatrixDiagnostics]) -> Iterator[Html]:
             element("summary", element("b", title), f" {unit}"),
             _map(matrices, name),
             open="open" if name == "captured" else "",
+        )
+
+
+def _advice(snapshots: Sequence[Snapshot]) -> Iterator[Html]:
+    """As `megatron-dion advise` prints it by default: of the second half."""
+    advice = advise(snapshots[len(snapshots) // 2 :], _ENERGY)
+    if advice.matrices:
+        yield element(
+            "details",
+            element("summary", f"Ranks that would have captured {_ENERGY:.0%} of the energy"),
+            element("pre", describe(advice)),
         )
 
 

@@ -62,6 +62,7 @@ td { max-width: 32rem; overflow-wrap: anywhere; }
 td:first-child code { white-space: nowrap; }
 #plan :is(td, th):not(:first-child),
 #routing > .scrolling :is(td, th):nth-last-child(-n+2) { text-align: right; }
+pre { overflow-x: auto; font-size: .85em; }
 .search { display: flex; gap: .8rem; align-items: baseline; margin: .8rem 0; }
 .search input { font: inherit; color: inherit; background: var(--page); padding: .35rem .6rem;
   border: 1px solid var(--line); border-radius: 6px; flex: 0 1 26rem; min-width: 0; }

@@ -117,6 +117,12 @@ def test_diagnostics_have_curves_and_a_map(complete: Page) -> None:
     assert shades[len(MATRICES) * LAYERS - 1] == "--shade:100%"
 
 
+def test_diagnostics_have_advice(complete: Page) -> None:
+    [advice] = complete.texts("pre")
+    assert "2 measured steps of iterations 150 to 200, 21 matrices" in advice
+    assert "A rank fraction that would have captured 90% of the energy:" in advice
+
+
 def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
     assert ["torch", "2.9.0"] in complete.rows
     assert ["git revision", "not in a git repository"] in complete.rows
