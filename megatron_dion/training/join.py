@@ -131,6 +131,11 @@ class Join:
         checked = argparse.Namespace(**{**vars(args), **(defaults or {}), **given})
         for check in self._checks(args):
             check(checked)
+        if args.fp8_emulation:
+            # The config of the model, which the script makes next, asks for Transformer Engine.
+            from megatron_dion.platforms.fp8 import emulation
+
+            emulation.install()
         if not self._cares_for(args):
             return stock(args, defaults or {})
         return validate_as_megatron(args, lambda: stock(args, defaults or {}))
@@ -235,25 +240,19 @@ def _announce(args: argparse.Namespace) -> None:
 
 def _model_hooks(args: argparse.Namespace) -> list[Hook]:
     """What happens to a model's chunks before mixed precision and DDP wrap them."""
-    hooks = []
+    hooks: list[Hook] = []
     if args.fp8_emulation:
-        hooks.append(_fp8_emulation())
+        hooks.append(_emulate_fp8)
     if args.optimizer == "dion":
         hooks.append(_tagging(args))
     return hooks
 
 
-def _fp8_emulation() -> Hook:
-    """Installs it; the hook lets a model compute in FP8."""
+def _emulate_fp8(model_chunks: Any) -> Any:
     from megatron_dion.platforms.fp8 import emulation
 
-    emulation.install()
-
-    def emulate(model_chunks: Any) -> Any:
-        with in_one_line("--fp8-emulation"):
-            return emulation.emulate_fp8(model_chunks)
-
-    return emulate
+    with in_one_line("--fp8-emulation"):
+        return emulation.emulate_fp8(model_chunks)
 
 
 def _tagging(args: argparse.Namespace) -> Hook:
