@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.algorithm.orthonormalize import sketch_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.stage import DionPart, Section, Stage, of_all
@@ -84,7 +84,18 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
     for k, charges in part.planner.charges.items():
         rows = np.array([charge.stop - charge.start for charge in charges], float)
         where = tuple(np.array([(c.rank.data_parallel, c.rank.tensor_parallel) for c in charges]).T)
-        found = orthonormalization(config, rows, layout.matrices[k].rank, len(charges) == 1, device)
+        width = rank = layout.matrices[k].rank
+        owner = part.planner.owners.get(k)
+        if owner is not None:
+            # Sections are of equal size.
+            width = min(charges[0].stop - charges[0].start, rank)
+            place = owner.data_parallel, owner.tensor_parallel
+            stack = orthonormalization(config, rows[:1] * 0 + width * len(rows), rank, True, device)
+            products[place] += stack[0]
+            factorizations[place] += stack[1]
+            np.add.at(products, where, 4 * rows * width * rank)  # triangles made, and applied
+        is_whole = len(charges) == 1 or owner is not None
+        found = orthonormalization(config, rows, width, is_whole, device)
         np.add.at(products, where, found[0])
         np.add.at(factorizations, where, found[1])
     return products, factorizations
@@ -99,7 +110,7 @@ def orthonormalization(
         config: gives the method.
         rows: any number of them, each on a rank of its own.
         rank: r.
-        is_whole: whether they are all of P's.
+        is_whole: whether they are all that is orthonormalized together.
         device: as for `dion_operations`.
     """
     method = config.orthonormalizer
@@ -111,7 +122,7 @@ def orthonormalization(
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
     if method == "cqr":
         return 2 * gram + probes, 2 * (cholesky + solve)
-    (sketch, _, _) = summed_rows(method, rank, config.oversample)
+    sketch = sketch_rows(rank, config.oversample)
     triangle = 2 * sketch * rank**2 - 2 / 3 * rank**3
     products = 2 * sketch * rows * rank + gram + probes
     return products, triangle + cholesky + 2 * solve

@@ -4,7 +4,8 @@ The number of collectives of a step does not depend on the number of matrices; d
 them. Each is started, then the step yields, then it waits.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Section, Steps
+from megatron_dion.algorithm import Section, Stack, Steps
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -41,7 +42,8 @@ class ShardedExchange:
 
     Attributes:
         device: where the matrices are.
-        has_parts: whether the P of any matrix is divided over several ranks.
+        has_parts: whether the P of any matrix is orthonormalized by sums over several ranks.
+        merged: matrices whose P is orthonormalized by triangles of its sections.
         lefts: for each block of the plan the rows of P, (columns, r), that belong to its columns.
         projections: for each block of the plan its rows of R, (rows, r).
     """
@@ -74,6 +76,9 @@ class ShardedExchange:
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
         self.has_parts = bool(plan.part_sums)
         self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
+        self.merged = frozenset(plan.merged)
+        # Its triangles stay within tensor-parallel groups.
+        self._merging = self._reducer(plan.merging(plan.merged), groups=Groups(groups.tensor))
         self._grams = None if plan.grams is None else self._reducer(plan.grams, torch.float64)
         for buffers in (self._memory, self._left.transit, self._rows_transit):
             buffers.free()
@@ -117,34 +122,39 @@ class ShardedExchange:
         assert self._grams is not None
         yield from self._grams.all_reduce(grams)
 
-    def redo_whole(
-        self, broken: Sequence[Section], redo: Callable[[Tensor], Tensor]
-    ) -> Generator[None, None, int]:
+    def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
         divided = self._plan.divided
-        flags = torch.zeros(len(divided), dtype=torch.int32, device=self.device)
-        for section in broken:
-            flags[divided.index(section.matrix)] = 1
+        flags = torch.tensor([k in broken for k in divided], dtype=torch.int32, device=self.device)
         for group in larger_than_one(self._groups.tensor, self._groups.data):
             yield from wait_for(
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
             )
-        agreed = [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
-        if not agreed:
-            return 0
-        reducer = self._reducer(self._plan.gathering(agreed))
-        sections = {section.matrix: (section.start, section.values) for section in broken}
+        return [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
+
+    def merge(
+        self,
+        matrices: Collection[int],
+        triangles: Sequence[tuple[int, Tensor]],
+        join: Callable[[Sequence[Stack]], int],
+    ) -> Generator[None, None, int]:
+        plan = self._plan
+        is_planned = set(matrices) == self.merged
+        reducer = self._merging if is_planned else self._reducer(plan.merging(matrices))
         with reducer.held.allocated(), reducer.transit.allocated():
-            reducer.put(sections)
+            # Of a matrix no rank has two sections.
+            tiles = {tile.matrix: view for tile, view in reducer.tile_views}
+            mine = [tiles[matrix] for matrix, _ in triangles]
+            values = [triangle for _, triangle in triangles]
+            copy_all(mine, values)
             yield from reducer.sum()
-            whole: dict[int, list[Tensor]] = {}
-            for tile, view in sorted(reducer.sum_views, key=lambda item: item[0].start):
-                whole.setdefault(tile.matrix, []).append(view)
-            for views in whole.values():
-                result = redo(torch.cat(views))
-                copy_all(views, result.split([len(view) for view in views]))
+            stacks: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+            for tile, view in sorted(reducer.sum_views, key=lambda item: item[0].charge):
+                charge = plan.charges[tile.matrix][tile.charge]
+                stacks[tile.matrix].append((charge.stop - charge.start, view))
+            result = join([Stack(k, *zip(*stacks[k], strict=True)) for k in sorted(stacks)])
             yield from reducer.spread()
-            reducer.take(sections)
-        return len(whole)
+            copy_all(values, mine)
+        return result
 
     def sum_rows(self) -> Steps:
         with self._rows_transit.allocated():
@@ -159,8 +169,14 @@ class ShardedExchange:
             if size_of(group) > 1 and part.start < part.stop:
                 yield from wait_for(dist.all_reduce(squares[part], group=group, async_op=True))
 
-    def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "Reducer":
-        return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
+    def _reducer(
+        self,
+        reduction: Reduction,
+        dtype: torch.dtype = torch.float32,
+        groups: Groups | None = None,
+    ) -> Reducer:
+        among = groups or self._groups
+        return Reducer(reduction, self._plan.matrices, among, self.device, dtype, dtype)
 
     def _average_sections(self) -> Steps:
         """Averages P in charge over the replicas, all sections together."""

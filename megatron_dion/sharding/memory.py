@@ -29,9 +29,9 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         Bytes by kind. For the whole step: `rows` of R; `tiles` of P, as they are sent;
         `assembled` P of which several tiles are sent. For a part of it: `gathered` columns of Q;
         `left`, what is received and summed of P; `parts` and `fallback`, the most that
-        orthonormalizing divided P needs at a time, and what it needs where Cholesky factorizations
-        of all of them break down; `rows sent`, copies of R in the exchange's type; `shared rows`
-        of R; `grams` for Q.
+        orthonormalizing P together needs at a time, and what it needs where Cholesky factorizations
+        of all that are done by sums break down; `rows sent`, copies of R in the exchange's type;
+        `shared rows` of R; `grams` for Q.
     """
     grid, config = plan.layout.grid, plan.layout.config
     wire, kept = element_sizes(plan.layout.config)
@@ -39,7 +39,7 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
     tiles, left = _of_reduction(plan, plan.left, _FLOAT, wire)
     averaged = numel_of_tiles(plan, plan.left.data_hop.sums) if replicas > 1 else 0
     reduced = plan.held if replicas > 1 else partial
-    gathering = plan.gathering(plan.divided)
+    merging, again = plan.merging(plan.merged), plan.merging(plan.divided)
     shared = sum(plan.matrices[row.matrix].rank for rows in plan.shared_rows for row in rows)
     assembled = sum(
         (stop - start) * plan.matrices[k].rank for k, (start, stop) in plan.assembled.items()
@@ -52,9 +52,9 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         "gathered": kept * sent * (grid.tensor_parallel_size + 1),
         "left": left + wire * averaged,
         "parts": max(
-            (sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in plan.part_sums), default=0
+            sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in (*plan.part_sums, merging)
         ),
-        "fallback": sum(_of_reduction(plan, gathering, _FLOAT, _FLOAT)),
+        "fallback": sum(_of_reduction(plan, again, _FLOAT, _FLOAT)),
         "rows sent": 0 if config.comm_dtype == "fp32" else wire * numel_of_rows(plan, reduced),
         "shared rows": 2 * wire * shared,
         "grams": sum(_of_reduction(plan, plan.grams, _DOUBLE, _DOUBLE)) if plan.grams else 0,

@@ -59,7 +59,7 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     norms = 0 if grams else summed.stop - summed.start
     return {
         f"{group} left": wire * numel([plan.left]),
-        f"{group} parts": 4 * numel(plan.part_sums),
+        f"{group} parts": 4 * numel([*plan.part_sums, plan.merging(plan.merged)]),
         f"{group} grams": 8 * numel(grams),
         f"{group} norms": ring_bytes(8 * norms, ranks),
         f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),

@@ -235,7 +235,7 @@ def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
     if plans[Rank()].layout.config.right_factor == "orth":
         found.append(grams(plans))
     divided = [k for k in plans[Rank()].members if len(plans[Rank()].charges[k]) > 1]
-    found.append({rank: plan.gathering(divided) for rank, plan in plans.items()})
+    found.append({rank: plan.merging(divided) for rank, plan in plans.items()})
     return found
 
 
