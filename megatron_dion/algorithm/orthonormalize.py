@@ -46,7 +46,7 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
         broke down, so that they were done by Householder QR instead.
     """
-    if method == "qr" or (method == "auto" and p.device.type == "cpu"):
+    if _is_householder(method, p):
         return householder(p), 0
     part = orthonormalize_part(p, method, sketch, oversample)
     try:
@@ -124,6 +124,8 @@ def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[T
         With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
         of which P is the product, and the number of matrices that were done by Householder QR.
     """
+    if _is_householder(method, p):
+        return *_householder(p), 0
     q, failures = orthonormalize(p[:, :, : p.shape[1]], method, sketch, oversample)
     return q, (q.mT @ p).triu(), failures
 
@@ -163,11 +165,36 @@ def householder(p: Tensor) -> Tensor:
     """Householder QR of (batch, n, r) with a positive diagonal: for every finite input."""
     # LAPACK's norms neither overflow nor vanish.
     scaled = p if p.device.type == "cpu" else p / _column_scale(p)
-    # As torch.linalg.qr, without the copies that it makes of the triangle.
-    reflectors, factors = torch.geqrf(scaled)
-    diagonal = reflectors.diagonal(dim1=-2, dim2=-1)  # (batch, r), of the triangle
-    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, r)
-    return q.mul_(torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2))
+    return _base(*_reflected(scaled))
+
+
+def _is_householder(method: str, p: Tensor) -> bool:
+    return method == "qr" or (method == "auto" and p.device.type == "cpu")
+
+
+def _householder(p: Tensor) -> tuple[Tensor, Tensor]:
+    """With the triangle, and for any number of rows: (batch, n, k) and (batch, k, r)."""
+    scale = _column_scale(p)
+    reflectors, factors, signs = _reflected(p / scale)
+    height = factors.shape[1]
+    triangle = reflectors[:, :height].triu() * signs.unsqueeze(-1) * scale
+    return _base(reflectors[:, :, :height], factors, signs), triangle
+
+
+def _reflected(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As torch.linalg.qr, without the copies that it makes of the triangle.
+
+    Returns:
+        Reflectors below the triangle, their factors, and the signs of the triangle's diagonal.
+    """
+    reflectors, factors = torch.geqrf(p)
+    diagonal = reflectors.diagonal(dim1=1, dim2=2)
+    return reflectors, factors, torch.where(diagonal < 0, -1.0, 1.0)
+
+
+def _base(reflectors: Tensor, factors: Tensor, signs: Tensor) -> Tensor:
+    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, k)
+    return q.mul_(signs.unsqueeze(-2))
 
 
 def _column_scale(p: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
             stack = orthonormalization(config, rows[:1] * 0 + width * len(rows), rank, True, device)
             products[place] += stack[0]
             factorizations[place] += stack[1]
-            np.add.at(products, where, 4 * rows * width * rank)  # triangles made, and applied
+            # Triangles are made by a product, which Householder needs none for, and applied.
+            times = 2 if _is_householder(config, True, device) else 4
+            np.add.at(products, where, times * rows * width * rank)
         is_whole = len(charges) == 1 or owner is not None
         found = orthonormalization(config, rows, width, is_whole, device)
         np.add.at(products, where, found[0])
@@ -114,9 +116,7 @@ def orthonormalization(
         device: as for `dion_operations`.
     """
     method = config.orthonormalizer
-    if method == "auto":
-        method = "qr" if is_whole and device == "cpu" else "rcqr"
-    if method == "qr":
+    if _is_householder(config, is_whole, device):
         return 0 * rows, 4 * rows * rank**2 - 4 / 3 * rank**3
     probes = 2 * 2 * rows * rank * _PROBES
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
@@ -126,6 +126,11 @@ def orthonormalization(
     triangle = 2 * sketch * rank**2 - 2 / 3 * rank**3
     products = 2 * sketch * rows * rank + gram + probes
     return products, triangle + cholesky + 2 * solve
+
+
+def _is_householder(config: DionConfig, is_whole: bool, device: str) -> bool:
+    method = config.orthonormalizer
+    return method == "qr" or (method == "auto" and is_whole and device == "cpu")
 
 
 def newton_schulz(rows: int, columns: int, steps: int) -> int:

@@ -221,6 +221,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         if holding.is_partial:
             partial += numbers
             gathered += holding.rows * holding.kept
+    share = -(-partial // shape[1])
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
@@ -229,10 +230,16 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     flags = 4 * len(planner.divided(index))
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
-        "tensor rows": (_rings(partial * wire, shape[1]), None),
+        "tensor rows": (
+            _rings((partial if replicas == 1 else shape[1] * share) * wire, shape[1]),
+            None,
+        ),
         "data rows": (wire * shared, None),
         "tensor gather": (_everywhere((shape[1] - 1) * most * kept, shape), None),
-        "replicas": (_rings(left.charged * wire, replicas) + _rings(rows * wire, replicas), None),
+        "replicas": (
+            sum(_rings(n * wire, replicas) for n in (left.charged, share, rows - partial)),
+            None,
+        ),
     }
     for kind, hops, size in (("left", left, wire), ("parts", parts, 4), ("grams", grams, 8)):
         found[f"tensor {kind}"] = size * hops.tensor, None
@@ -241,7 +248,8 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         which = summed[group]
         size = 0 if config.right_factor == "orth" else 8 * (which.stop - which.start)
         found[f"{group} norms"] = _everywhere(ring_bytes(size, ranks), shape), None
-        found[f"{group} flags"] = _everywhere(ring_bytes(flags, ranks), shape), None
+        size = flags if group == grid.together else 0
+        found[f"{group} flags"] = _everywhere(ring_bytes(size, ranks), shape), None
     return found
 
 

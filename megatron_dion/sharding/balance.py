@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_dion.algorithm import Matrix
 from megatron_dion.algorithm.orthonormalize import packed_rows
 from megatron_dion.sharding.collectives import TORCH_DTYPES
-from megatron_dion.sharding.layout import Layout, Rank
+from megatron_dion.sharding.layout import Grid, Layout, Rank
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Division:
 
 # A divided matrix comes down to this share of a rank's mean work: less of it would be more even and
 # send more, the sums that a divided P needs.
-_EVEN_SHARE = 0.75
+_EVEN_SHARE = 0.9
 
 
 class _Burden:
@@ -59,6 +59,10 @@ class _Burden:
         """A rank's share of everyone's burden, of the kind of which its share is largest."""
         return max(found[rank] / (self._total[kind] or 1) for kind, found in self._of.items())
 
+    def of_group(self, grid: Grid, data_rank: int) -> float:
+        """The largest share of the ranks of a tensor-parallel group."""
+        return max(self.share(rank) for rank in grid.tensor_group(Rank(0, data_rank)))
+
 
 def divide(layout: Layout) -> Division:
     """Divides the P of all matrices over ranks at or near those that hold the matrices.
@@ -66,9 +70,9 @@ def divide(layout: Layout) -> Division:
     The most expensive come first. One that is less than an even share of the work goes to its least
     burdened holder. If he holds all of it, nothing is sent; if he holds some of its columns only,
     so that his tensor-parallel group has the others, each of them keeps its own rows of P and sends
-    him their triangle. Others go to as many ranks as bring them down to such a share; only where
-    the holders' tensor-parallel groups have too few ranks are these their neighbours in the
-    data-parallel group too: every holder sends its P away in any case.
+    him their triangle. Others go to as many ranks as bring them down to such a share: ranks of one
+    tensor-parallel group, so that nothing of it goes over the network; without tensor parallelism
+    holders and their neighbours, since every holder sends its P away in any case.
     """
     shapes = layout.matrices
     cost = [operations(matrix, matrix.columns) for matrix in shapes]
@@ -86,11 +90,16 @@ def divide(layout: Layout) -> Division:
             _add(burden, layout, division, k, data_ranks, sign=-1)
         sections = _sections_of_tensor_ranks(layout, k)
         height = _height(shapes[k], sections)
-        home, near = _home(layout, data_ranks), _neighbourhood(layout, data_ranks)
-        most = min(len(near), _most(len(holders)), shapes[k].columns)
+        near = _neighbourhood(layout, data_ranks)
+        size = layout.grid.tensor_parallel_size
+        together = size if size > 1 else len(near)
+        most = min(together, _most(len(holders)), shapes[k].columns)
         count = _number_of_charges(layout, shapes[k], height, mean, most)
-        # What stays at home does not go over the network.
-        candidates = list(holders) if count == 1 else home if count <= len(home) else near
+        candidates = list(holders)
+        if count > 1:
+            near.sort(key=lambda d: (d not in data_ranks, burden.of_group(layout.grid, d), d))
+            few = near[: 1 if size > 1 else count]
+            candidates = [rank for d in few for rank in layout.grid.tensor_group(Rank(0, d))]
         chosen = sorted(
             candidates,
             key=lambda rank: (
@@ -167,17 +176,12 @@ def work(
         yield owner, operations(matrix, _height(matrix, sections))
 
 
-def _home(layout: Layout, data_ranks: Collection[int]) -> list[Rank]:
-    """All ranks at some data-parallel indices."""
-    return [rank for d in sorted(data_ranks) for rank in layout.grid.tensor_group(Rank(0, d))]
-
-
-def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[Rank]:
-    """All ranks at some data-parallel indices, and at half as many before and after them."""
+def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[int]:
+    """Some data-parallel ranks, and half as many before and after them."""
     more = (len(data_ranks) + 1) // 2
     first = max(0, min(data_ranks) - more)
     last = min(layout.grid.data_parallel_size - 1, max(data_ranks) + more)
-    return [rank for d in range(first, last + 1) for rank in layout.grid.tensor_group(Rank(0, d))]
+    return list(range(first, last + 1))
 
 
 def _most(holders: int) -> int:

@@ -73,12 +73,18 @@ def _of_rows(planner: Planner, index: int, replicas: int) -> dict[str, Tensor]:
     # Shares of Q's columns differ by one at most.
     size = grid.tensor_parallel_size
     gathered = ((r, b.rectangle.rows * -(-width // size)) for r, b, width in partial)
-    sent = () if wire == _FLOAT else held if replicas > 1 else partial
+    numel = _place(grid, ((r, b.rectangle.rows * width) for r, b, width in held))
+    summed = _place(grid, ((r, b.rectangle.rows * width) for r, b, width in partial))
+    other, largest, share = numel - summed, summed, torch.zeros_like(summed)
+    if replicas > 1:
+        share = (summed + size - 1) // size
+        summed = size * share
+        largest = torch.maximum(summed, other)
     peers = ((r, width * len(layout.holders_of_cut_row(b, r))) for r, b, width in held)
     return {
-        "rows": _FLOAT * _place(grid, ((r, b.rectangle.rows * width) for r, b, width in held)),
+        "rows": _FLOAT * (summed + other),
         "gathered": kept * (size + 1) * _place(grid, gathered),
-        "rows sent": wire * _place(grid, ((r, b.rectangle.rows * width) for r, b, width in sent)),
+        "rows sent": wire * (share if wire == _FLOAT else share + largest),
         "shared rows": 2 * wire * _place(grid, peers),
     }
 

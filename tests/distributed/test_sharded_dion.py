@@ -300,7 +300,7 @@ def counted_bytes() -> Iterator[Sent]:
 
         def counting(*args: Any, group: Any, **options: Any) -> Any:
             tensor = args[0] if name == "all_reduce" else args[1]
-            share = (group.size() - 1) / (group.size() if name == "all_reduce" else 1)
+            share = (group.size() - 1) / (1 if name == "all_gather_into_tensor" else group.size())
             sent.count(name, int(factor * tensor.nbytes * share))
             return stock(*args, group=group, **options)
 
@@ -315,6 +315,7 @@ def counted_bytes() -> Iterator[Sent]:
     with (
         mock.patch.object(dist, "all_reduce", ring("all_reduce", 2)),
         mock.patch.object(dist, "all_gather_into_tensor", ring("all_gather_into_tensor", 1)),
+        mock.patch.object(dist, "reduce_scatter_tensor", ring("reduce_scatter_tensor", 1)),
         mock.patch.object(dist, "all_to_all_single", all_to_all),
     ):
         yield sent
@@ -410,14 +411,15 @@ def test_options_equal_the_reference(fraction: float, method: str, right_factor:
 
 
 @pytest.mark.parametrize("method", ["rcqr", "cqr"])
+@pytest.mark.parametrize("world", [World(4, 1), World(2, 2), World(1, 4)], ids=name_of)
 @pytest.mark.parametrize(("dim", "fraction"), [(0, 0.1), (None, 0.1), (1, 1.0)])
-def test_one_matrix_is_divided_over_all_ranks(
-    dim: int | None, fraction: float, method: str
+def test_one_matrix_is_divided_over_a_group(
+    world: World, dim: int | None, fraction: float, method: str
 ) -> None:
     shapes = (Shape("alone", 72, 200, dim),)
     config = DionConfig(rank_fraction=fraction, orthonormalizer=method)
-    results = run(World(2, 2), shapes, config, 10**9)
-    assert results[0].charges == {"alone": 4}
+    results = run(world, shapes, config, 10**9)
+    assert results[0].charges == {"alone": world.tp if world.tp > 1 else world.dp}
     assert not results[0].merged
     compare(results, reference(shapes, config), tolerance=1e-5)
 
