@@ -146,7 +146,7 @@ class Exchange(Protocol):
     """Where the matrices are."""
     has_parts: bool
     """Whether the P of any matrix is orthonormalized by sums over several processes."""
-    merged: Collection[int]
+    merged: frozenset[int]
     """Matrices whose P is orthonormalized by triangles of its sections, on several processes."""
 
     def clear_left(self) -> None:

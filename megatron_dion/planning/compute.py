@@ -5,7 +5,7 @@ of (n, r) without its Q 2 n r^2 - 2/3 r^3 and as much again for Q, Cholesky r^3 
 solve of n rows n r^2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.stage import DionPart, Section, Stage, of_all
 from megatron_dion.planning.topology import Batch
+from megatron_dion.sharding import Rank
 
 Operations = NDArray[np.float64]
 
@@ -81,25 +82,28 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
             shares = shape[1] if holding.is_partial else 1
             products += 2 * rank**2 * (holding.rows / shares + holding.rows)
             factorizations += 4 / 3 * rank**3 * (holding.rows > 0)
-    for k, charges in part.planner.charges.items():
-        rows = np.array([charge.stop - charge.start for charge in charges], float)
-        where = tuple(np.array([(c.rank.data_parallel, c.rank.tensor_parallel) for c in charges]).T)
-        width = rank = layout.matrices[k].rank
-        owner = part.planner.owners.get(k)
-        if owner is not None:
-            # Sections are of equal size.
-            width = min(charges[0].stop - charges[0].start, rank)
-            place = owner.data_parallel, owner.tensor_parallel
-            stack = orthonormalization(config, rows[:1] * 0 + width * len(rows), rank, True, device)
-            products[place] += stack[0]
-            factorizations[place] += stack[1]
-            # Triangles are made by a product, which Householder needs none for, and applied.
-            times = 2 if _is_householder(config, True, device) else 4
-            np.add.at(products, where, times * rows * width * rank)
-        is_whole = len(charges) == 1 or owner is not None
-        found = orthonormalization(config, rows, width, is_whole, device)
+
+    def add(ranks: Sequence[Rank], found: tuple[Operations, Operations]) -> None:
+        where = tuple(np.array([(rank.data_parallel, rank.tensor_parallel) for rank in ranks]).T)
         np.add.at(products, where, found[0])
         np.add.at(factorizations, where, found[1])
+
+    for k, charges in part.planner.charges.items():
+        rank, owner = layout.matrices[k].rank, part.planner.owners.get(k)
+        rows = np.array([charge.stop - charge.start for charge in charges], float)
+        ranks = [charge.rank for charge in charges]
+        if owner is None:
+            add(ranks, orthonormalization(config, rows, rank, len(charges) == 1, device))
+            continue
+        width = min(int(rows[0]), rank)  # sections are of equal size
+        own, qr = orthonormalization(config, rows, width, True, device)
+        apply = 2 * rows * width * rank
+        if _is_householder(config, True, device):
+            add(ranks, (own + apply, qr + 2 * width**2 * (rank - width)))
+        else:  # makes the triangle by a product
+            add(ranks, (own + apply + 2 * rows * width * rank, qr))
+        stack = np.array([width * len(charges)], float)
+        add([owner], orthonormalization(config, stack, rank, True, device))
     return products, factorizations
 
 

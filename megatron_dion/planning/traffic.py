@@ -222,6 +222,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
             partial += numbers
             gathered += holding.rows * holding.kept
     share = -(-partial // shape[1])
+    summed_numbers = partial if replicas == 1 else shape[1] * share
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
@@ -230,14 +231,13 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     flags = 4 * len(planner.divided(index))
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
-        "tensor rows": (
-            _rings((partial if replicas == 1 else shape[1] * share) * wire, shape[1]),
-            None,
-        ),
+        "tensor rows": (_rings(wire * summed_numbers, shape[1]), None),
         "data rows": (wire * shared, None),
         "tensor gather": (_everywhere((shape[1] - 1) * most * kept, shape), None),
         "replicas": (
-            sum(_rings(n * wire, replicas) for n in (left.charged, share, rows - partial)),
+            _rings(left.charged * wire, replicas)
+            + _rings(share * wire, replicas)
+            + _rings((rows - partial) * wire, replicas),
             None,
         ),
     }

@@ -430,7 +430,7 @@ def test_one_matrix_is_divided_over_a_group(
 )
 @pytest.mark.parametrize("columns", [200, 48])  # sections of more rows than r, and of fewer
 def test_triangles_of_row_parallel_weights(world: World, columns: int, method: str) -> None:
-    shapes = (Shape("row", 72, columns, 1), Shape("other", 96, 96, 0))
+    shapes = (Shape("row", 72, columns, 1), Shape("other", 160, 160, 0))
     config = DionConfig(rank_fraction=0.4, orthonormalizer=method)
     results = run(world, shapes, config, 10**9)
     assert results[0].merged == ["row"]
