@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_dion.algorithm import Matrix
 from megatron_dion.algorithm.orthonormalize import packed_rows
 from megatron_dion.sharding.collectives import TORCH_DTYPES
-from megatron_dion.sharding.layout import Grid, Layout, Rank
+from megatron_dion.sharding.layout import Layout, Rank
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,6 @@ class _Burden:
         """A rank's share of everyone's burden, of the kind of which its share is largest."""
         return max(found[rank] / (self._total[kind] or 1) for kind, found in self._of.items())
 
-    def of_group(self, grid: Grid, data_rank: int) -> float:
-        """The largest share of the ranks of a tensor-parallel group."""
-        return max(self.share(rank) for rank in grid.tensor_group(Rank(0, data_rank)))
-
 
 def divide(layout: Layout) -> Division:
     """Divides the P of all matrices over ranks at or near those that hold the matrices.
@@ -84,43 +80,58 @@ def divide(layout: Layout) -> Division:
     division = Division({}, {})
     # The second time, everyone's burden is known.
     for k in 2 * sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
-        holders = layout.columns_of_holders[k]
-        data_ranks = {rank.data_parallel for rank in holders}
         if k in division.charges:
-            _add(burden, layout, division, k, data_ranks, sign=-1)
-        sections = _sections_of_tensor_ranks(layout, k)
-        height = _height(shapes[k], sections)
-        near = _neighbourhood(layout, data_ranks)
-        size = layout.grid.tensor_parallel_size
-        together = size if size > 1 else len(near)
-        most = min(together, _most(len(holders)), shapes[k].columns)
-        count = _number_of_charges(layout, shapes[k], height, mean, most)
-        candidates = list(holders)
-        if count > 1:
-            near.sort(key=lambda d: (d not in data_ranks, burden.of_group(layout.grid, d), d))
-            few = near[: 1 if size > 1 else count]
-            candidates = [rank for d in few for rank in layout.grid.tensor_group(Rank(0, d))]
-        chosen = sorted(
-            candidates,
-            key=lambda rank: (
-                burden.share(rank),
-                rank not in holders,
-                rank.data_parallel,
-                rank.tensor_parallel,
-            ),
-        )[:count]
-        division.owners.pop(k, None)
-        if count == 1 and len(sections) > 1:
-            group = layout.grid.tensor_group(chosen[0])
-            division.owners[k] = chosen[0]
-            division.charges[k] = tuple(
-                Charge(k, *rows, rank) for rows, rank in zip(sections, group, strict=True)
-            )
-        else:
-            # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
-            division.charges[k] = cut(k, shapes[k].columns, sorted(chosen))
-        _add(burden, layout, division, k, data_ranks)
+            _add(burden, layout, division, k, sign=-1)
+        _divide_one(division, layout, burden, k, mean)
+        _add(burden, layout, division, k)
     return division
+
+
+def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mean: float) -> None:
+    matrix, holders = layout.matrices[k], layout.columns_of_holders[k]
+    sections = _sections_of_tensor_ranks(layout, k)
+    candidates = _candidates(layout, burden, _data_ranks(layout, k))
+    most = min(len(candidates), _most(len(holders)), matrix.columns)
+    count = _number_of_charges(layout, matrix, _height(matrix, sections), mean, most)
+    division.owners.pop(k, None)
+    if count > 1:
+        # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
+        division.charges[k] = cut(k, matrix.columns, sorted(candidates[:count]))
+        return
+    alone = min(holders, key=lambda rank: _order(rank, burden))
+    if len(sections) == 1:
+        division.charges[k] = cut(k, matrix.columns, [alone])
+        return
+    division.owners[k] = alone
+    group = layout.grid.tensor_group(alone)
+    division.charges[k] = tuple(
+        Charge(k, *rows, rank) for rows, rank in zip(sections, group, strict=True)
+    )
+
+
+def _candidates(layout: Layout, burden: _Burden, data_ranks: Collection[int]) -> list[Rank]:
+    """Who could share a P, those first who should: a tensor-parallel group of holders, or all near.
+
+    Args:
+        layout: of all matrices.
+        burden: of all ranks.
+        data_ranks: data-parallel ranks of the holders.
+    """
+    if layout.grid.tensor_parallel_size == 1:
+        near = [Rank(0, d) for d in _neighbourhood(layout, data_ranks)]
+        return sorted(near, key=lambda r: (r.data_parallel not in data_ranks, _order(r, burden)))
+    groups = [layout.grid.tensor_group(Rank(0, d)) for d in data_ranks]
+    least = min(groups, key=lambda group: max(_order(rank, burden) for rank in group))
+    return sorted(least, key=lambda rank: _order(rank, burden))
+
+
+def _order(rank: Rank, burden: _Burden) -> tuple[float, int, int]:
+    return burden.share(rank), rank.data_parallel, rank.tensor_parallel
+
+
+def _data_ranks(layout: Layout, matrix: int) -> set[int]:
+    """The data-parallel ranks of a matrix's holders."""
+    return {rank.data_parallel for rank in layout.columns_of_holders[matrix]}
 
 
 def _sections_of_tensor_ranks(layout: Layout, matrix: int) -> list[tuple[int, int]]:
@@ -213,10 +224,10 @@ def _add(
     layout: Layout,
     division: Division,
     k: int,
-    data_ranks: Collection[int],
     sign: int = 1,
 ) -> None:
     """What a matrix's charges cost those who have them, and who sums for them in tensor groups."""
+    data_ranks = _data_ranks(layout, k)
     matrix, size = layout.matrices[k], layout.grid.tensor_parallel_size
     charges, owner = division.charges[k], division.owners.get(k)
     for rank, amount in work(matrix, charges, owner):

@@ -21,8 +21,8 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         replicas: number of replicas over which P and R are averaged.
 
     Returns:
-        Bytes by kind: `left` for P, `rows` for R, `parts` for what divided P need to be
-        orthonormalized, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
+        Bytes by kind: `left` for P, `rows` for R, `parts` for what P need that several ranks
+        orthonormalize, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
         columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
         within tensor-parallel groups by `tensor `.
     """
