@@ -248,8 +248,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         which = summed[group]
         size = 0 if config.right_factor == "orth" else 8 * (which.stop - which.start)
         found[f"{group} norms"] = _everywhere(ring_bytes(size, ranks), shape), None
-        size = flags if group == grid.together else 0
-        found[f"{group} flags"] = _everywhere(ring_bytes(size, ranks), shape), None
+        found[f"{group} flags"] = _everywhere(ring_bytes(flags, ranks), shape), None
     return found
 
 

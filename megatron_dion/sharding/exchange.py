@@ -124,7 +124,8 @@ class ShardedExchange:
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
         divided = self._plan.divided
         flags = torch.tensor([k in broken for k in divided], dtype=torch.int32, device=self.device)
-        for group in larger_than_one(self._together.tensor, self._together.data):
+        # All ranks, so that all make the same calls in the same order, also those of other sets.
+        for group in larger_than_one(self._groups.tensor, self._groups.data):
             yield from wait_for(
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
             )

@@ -60,14 +60,13 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     wire, _ = element_sizes(plan.layout.config)
     grams = () if plan.grams is None else (plan.grams,)
     summed = plan.norms.over_tensor if group == "tensor" else plan.norms.over_data
-    flags = 4 * len(plan.divided) if group == plan.layout.grid.together else 0
     norms = 0 if grams else summed.stop - summed.start
     return {
         f"{group} left": wire * numel([plan.left]),
         f"{group} parts": 4 * numel([*plan.part_sums, plan.merging(plan.merged)]),
         f"{group} grams": 8 * numel(grams),
         f"{group} norms": ring_bytes(8 * norms, ranks),
-        f"{group} flags": ring_bytes(flags, ranks),
+        f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
     }
 
 

@@ -465,6 +465,20 @@ def test_no_gradient_is_no_step(shapes: tuple[Shape, ...], right_factor: str) ->
     compare(results, reference(shapes, config, nothing), tolerance=1e-6)
 
 
+def one_is_zero(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+    return {k: v * (k != shapes[0].name) for k, v in values(shapes, step).items()}
+
+
+def test_fallback_of_one_set_keeps_the_order_of_all_calls() -> None:
+    """Only one tensor-parallel group has it; the other set's calls are between all groups."""
+    shapes = (Shape("zero", 72, 200, 0), Shape("full", 72, 200, 0))
+    config = DionConfig(rank_fraction=0.2, orthonormalizer="rcqr")
+    results = gloo_world(4, train_shards, World(2, 2), shapes, config, 1, one_is_zero)
+    assert [result.fallbacks for result in results].count(STEPS) == 2
+    assert results[0].charges == {"zero": 2, "full": 2}
+    compare(results, reference(shapes, config, one_is_zero), tolerance=1e-5)
+
+
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
 @pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
 def test_deficient_gradients_are_bounded(shapes: tuple[Shape, ...], right_factor: str) -> None:
