@@ -43,6 +43,10 @@ class Division:
 # send more, the sums that a divided P needs.
 _EVEN_SHARE = 0.9
 
+# With tensor parallelism, these sums send at most this share of what P's own sum sends over the
+# network.
+_NETWORK_SHARE = 0.05
+
 
 class _Burden:
     """What ranks have to do in a step, nearly: operations, numbers sent, numbers added up."""
@@ -66,8 +70,8 @@ def divide(layout: Layout) -> Division:
     The most expensive come first. One that is less than an even share of the work goes to its least
     burdened holder. If he holds all of it, nothing is sent; if he holds some of its columns only,
     so that his tensor-parallel group has the others, each of them keeps its own rows of P and sends
-    him their triangle. Others go to as many ranks as bring them down to such a share: ranks of one
-    tensor-parallel group, so that nothing of it goes over the network; without tensor parallelism
+    him their triangle. Others go to as many ranks as bring them down to such a share: ranks of few
+    tensor-parallel groups, so that little of it goes over the network; without tensor parallelism
     holders and their neighbours, since every holder sends its P away in any case.
     """
     shapes = layout.matrices
@@ -90,7 +94,7 @@ def divide(layout: Layout) -> Division:
 def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mean: float) -> None:
     matrix, holders = layout.matrices[k], layout.columns_of_holders[k]
     sections = _sections_of_tensor_ranks(layout, k)
-    candidates = _candidates(layout, burden, _data_ranks(layout, k))
+    candidates = _candidates(layout, burden, k)
     most = min(len(candidates), _most(len(holders)), matrix.columns)
     count = _number_of_charges(layout, matrix, _height(matrix, sections), mean, most)
     division.owners.pop(k, None)
@@ -109,20 +113,22 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
     )
 
 
-def _candidates(layout: Layout, burden: _Burden, data_ranks: Collection[int]) -> list[Rank]:
-    """Who could share a P, those first who should: a tensor-parallel group of holders, or all near.
+def _candidates(layout: Layout, burden: _Burden, k: int) -> list[Rank]:
+    """Who could share a P, those first who should: tensor-parallel groups of holders, or all near.
 
-    Args:
-        layout: of all matrices.
-        burden: of all ranks.
-        data_ranks: data-parallel ranks of the holders.
+    Sums of g tensor-parallel groups send 2 (g - 1) 1.75 r^2 numbers over the network, and P's own
+    sum of h such groups 2 (h - 1) n r: there are as many groups as keep the former small.
     """
+    matrix, data_ranks = layout.matrices[k], _data_ranks(layout, k)
     if layout.grid.tensor_parallel_size == 1:
         near = [Rank(0, d) for d in _neighbourhood(layout, data_ranks)]
         return sorted(near, key=lambda r: (r.data_parallel not in data_ranks, _order(r, burden)))
     groups = [layout.grid.tensor_group(Rank(0, d)) for d in data_ranks]
-    least = min(groups, key=lambda group: max(_order(rank, burden) for rank in group))
-    return sorted(least, key=lambda rank: _order(rank, burden))
+    groups.sort(key=lambda group: max(_order(rank, burden) for rank in group))
+    own = (len(data_ranks) - 1) * matrix.columns
+    count = 1 + int(_NETWORK_SHARE * own / (1.75 * matrix.rank))
+    ranks = [rank for group in groups[:count] for rank in group]
+    return sorted(ranks, key=lambda rank: _order(rank, burden))
 
 
 def _order(rank: Rank, burden: _Burden) -> tuple[float, int, int]:

@@ -70,12 +70,10 @@ class ShardedExchange:
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
         self.has_parts = bool(plan.part_sums)
-        # Those who orthonormalize a P together are in one group.
-        group = plan.layout.grid.together
-        self._together = Groups(**{group: getattr(groups, group)})
-        self._part_sums = [self._reducer(sums, self._together) for sums in plan.part_sums]
+        self._part_sums = [self._reducer(sums, groups) for sums in plan.part_sums]
         self.merged = frozenset(plan.merged)
-        self._merging = self._reducer(plan.merging(plan.merged), self._together)
+        # Its triangles stay within tensor-parallel groups.
+        self._merging = self._reducer(plan.merging(plan.merged), Groups(groups.tensor))
         self._grams = (
             None if plan.grams is None else self._reducer(plan.grams, groups, torch.float64)
         )
@@ -141,7 +139,7 @@ class ShardedExchange:
         is_planned = set(matrices) == self.merged
         reducer = self._merging
         if not is_planned:
-            reducer = self._reducer(plan.merging(matrices), self._together)
+            reducer = self._reducer(plan.merging(matrices), self._groups)
         with reducer.held.allocated(), reducer.transit.allocated():
             # Of a matrix no rank has two sections.
             tiles = {tile.matrix: view for tile, view in reducer.tile_views}

@@ -49,11 +49,6 @@ class Grid:
     def size(self) -> int:
         return self.tensor_parallel_size * self.data_parallel_size
 
-    @property
-    def together(self) -> str:
-        """The group, `tensor` or `data`, of the ranks that orthonormalize a P together."""
-        return "tensor" if self.tensor_parallel_size > 1 else "data"
-
     def ranks(self) -> Iterator["Rank"]:
         """All ranks, those of a data-parallel index side by side."""
         sizes = (range(self.data_parallel_size), range(self.tensor_parallel_size))
