@@ -4,19 +4,20 @@ VENV := .venv
 TE_VENV := .venv-te
 PYTHON_IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := megatron_dion benchmarks tools tests setup.py pretrain_gpt.py
+SOURCES := megatron_dion benchmarks docs examples tools tests setup.py pretrain_gpt.py
 
 # One thread per process: the tests and the CPU training start several processes.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test convergence test-te test-gpu lint format clean
+.PHONY: help setup train test docs convergence test-te test-gpu lint format clean
 
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
 	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
 	@echo "             ARGS='--train-iters 50' adds or overrides flags of pretrain_gpt.py"
 	@echo 'make test    run all tests'
+	@echo 'make docs    build the documentation site into build/docs'
 	@echo 'make convergence   train all cases in tests/convergence and check their curves'
 	@echo 'make test-te   build Transformer Engine into $(TE_VENV) (once, 25 minutes of processor time)'
 	@echo '               and run the tests that need it; no GPU is needed'
@@ -35,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	  "$$python" -m venv --clear $(VENV); }
 	@echo 'installing into $(VENV): about 2 minutes and 6 GB'
 	@$(PYTHON_IN_VENV) -m pip install --disable-pip-version-check --quiet \
-	  -c constraints.txt -e '.[data,run,dev]'
+	  -c constraints.txt -e '.[data,run,dev,docs]'
 	@touch $@
 
 train: setup
@@ -44,8 +45,11 @@ train: setup
 test: setup
 	$(PYTHON_IN_VENV) -m pytest
 
+docs: setup
+	$(PYTHON_IN_VENV) -m sphinx -W --keep-going -n -q -j auto docs build/docs
+
 convergence: setup
-	$(PYTHON_IN_VENV) tools/convergence.py check --controls
+	$(PYTHON_IN_VENV) -m megatron_dion convergence check --controls
 
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)

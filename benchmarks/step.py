@@ -2,8 +2,8 @@
 
 Two tables. `floor`: Dion's step on many equal matrices against the matrix products that it must do:
 the four of shapes (m, n) and r, timed with the layouts that the step has, and the operations of the
-orthonormalization at the rate of a product (n, r) (r, r). `weights`: AdamW, Megatron's Muon and
-Dion on the weights of a GPT.
+orthonormalization at the rate of a product (n, r) (r, r). `weights`: AdamW, Megatron's Muon, and
+Dion with products in float32 and in Muon's precision, on the weights of a GPT.
 """
 
 import argparse
@@ -208,6 +208,10 @@ def _weight_rows(hidden: int, args: argparse.Namespace, goals: list[Goal]) -> li
         _MUON: _muon(shape, args.device),
         "Muon, Newton-Schulz in fp32": _muon(shape, args.device, precision="highest"),
         **{f"Dion {f}": _dion(shape, f, args.device) for f in reversed(args.fractions)},
+        **{
+            f"Dion {f}, {_LIKE_MUON}": _dion(shape, f, args.device, precision="medium")
+            for f in reversed(args.fractions)
+        },
     }
     return [
         row
@@ -271,7 +275,8 @@ def _rows_of_dtype(
 
 
 _MUON = "Muon, Megatron"
-_TO_MUON = {"Dion 1/4": 1 / 5, "Dion 1/16": 1 / 10}
+_LIKE_MUON = "products in bf16"
+_TO_MUON = {f"Dion 1/4, {_LIKE_MUON}": 1 / 5, f"Dion 1/16, {_LIKE_MUON}": 1 / 10}
 
 
 def _masters(shape: GptShape, device: str) -> list[Tensor]:
@@ -325,8 +330,9 @@ def _muon(shape: GptShape, device: str, precision: str = "medium") -> _Optimizer
     return _Optimizer(TensorParallelMuon(weights, **options).step, weights)
 
 
-def _dion(shape: GptShape, fraction: Fraction, device: str) -> _Optimizer:
-    config = DionConfig(rank_fraction=float(fraction))
+def _dion(shape: GptShape, fraction: Fraction, device: str, precision: str = "high") -> _Optimizer:
+    """By default in float32; on a GPU in TF32."""
+    config = DionConfig(rank_fraction=float(fraction), fp32_matmul_prec=precision)
     dion = dion_on_pieces(shape, Topology(), config, device=device)
     [group] = dion.param_groups
     return _Optimizer(lambda: checked_step(dion), group["params"])

@@ -1,14 +1,47 @@
-"""The command `megatron-dion`."""
+"""The command `megatron-dion`: a table of subcommands.
+
+A subcommand is a module with a docstring, which is its description, and two functions:
+
+    add_arguments(parser: argparse.ArgumentParser) -> None
+    run(args: argparse.Namespace) -> int | None
+
+`run` returns the exit code (None for 0) and raises `megatron_dion.commands.errors.ToolError` for a
+mistake of the user, which is told in one line with exit code 1. To add a subcommand, write the
+module and add a line to `COMMANDS`. Only the module of the subcommand that was asked for is
+imported; it imports torch, if it needs it, in `run`, so that `--help` is quick.
+
+One that takes flags of pretrain_gpt.py after `--` declares `parser.set_defaults(flags=[])` and
+finds them in `args.flags`.
+"""
 
 import argparse
-import faulthandler
-import os
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
-# The doctor's time as a multiple of what it waits for a rank; it has about ten such waits.
-_LONGEST = 15
+from megatron_dion.commands.errors import run_tool
+
+
+class Command(NamedTuple):
+    """A subcommand: its module, and what stands in the list of all."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("megatron_dion.commands.doctor", "examine this machine, or all ranks"),
+    "data": Command("megatron_dion.commands.data.command", "corpus, tokenizer, datasets"),
+    "plan": Command("megatron_dion.commands.plan", "plan a run of a large model"),
+    "launch": Command("megatron_dion.commands.launch", "check a recipe and submit it to Slurm"),
+    "inspect": Command("megatron_dion.commands.inspect", "what a checkpoint holds"),
+    "convergence": Command("megatron_dion.commands.convergence", "do runs converge alike?"),
+    "report": Command("megatron_dion.report.command", "make a page about a run"),
+    "advise": Command("megatron_dion.diagnostics.advisor", "which rank would have been enough"),
+    "study": Command("megatron_dion.commands.study", "run and report comparisons of optimizers"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,61 +50,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: The arguments after the program's name; those of the process by default.
     """
-    args = _parser().parse_args(argv)
-    code = args.run(args)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not `sys.exit`: a thread that hangs in a library could hold up the interpreter's end.
-    os._exit(code)
+    words = sys.argv[1:] if argv is None else argv
+    run_tool(" ".join(["megatron-dion", *words[:1]]), lambda: call(words))
 
 
-def _parser() -> argparse.ArgumentParser:
+def call(argv: Sequence[str]) -> int | None:
+    """Run a subcommand and return its exit code; mistakes are exceptions.
+
+    Args:
+        argv: The arguments after the program's name.
+    """
+    args = parse(argv)
+    code: int | None = args.run(args)
+    return code
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; `args.run` is the subcommand's function.
+
+    Args:
+        argv: The arguments after the program's name.
+    """
+    # After `--` argparse takes options of pretrain_gpt.py for positional arguments of its own.
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, flags = argv[:end], argv[end + 1 :]
     parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_doctor(commands)
-    return parser
-
-
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    doctor = commands.add_parser(
-        "doctor",
-        help="examine this machine, or all ranks of a job",
-        description="Examine this machine or, started on all ranks by torchrun or srun, all of"
-        " them and what is between them. Exit code 0: fit to train, perhaps with warnings.",
-    )
-    add = doctor.add_argument
-    add("--shared-folder", type=Path, metavar="DIR", help="which all ranks should see")
-    add("--json", type=Path, metavar="FILE", help="write the findings to a file as well")
-    add("--no-collectives", action="store_true", help="this process alone, no talk between ranks")
-    add("--run-dir", type=Path, default=Path(), metavar="DIR", help="is there enough free disk?")
-    add("--expect-gpus", type=int, metavar="N", help="GPUs that each machine must have")
-    add("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait for ranks (60)")
-    doctor.set_defaults(run=_run_doctor)
-
-
-def _run_doctor(args: argparse.Namespace) -> int:
-    # Only now: it imports torch's distributed part and what the doctor looks at.
-    from megatron_dion.health.doctor import Options, run
-
-    # For what no other limit covers, such as a name server that does not answer.
-    faulthandler.dump_traceback_later(_LONGEST * args.timeout, exit=True)
-    return run(
-        Options(
-            shared_folder=args.shared_folder,
-            json=args.json,
-            run_dir=args.run_dir,
-            expect_gpus=args.expect_gpus,
-            collectives=not args.no_collectives,
-            patience=args.timeout,
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-    )
+        if own and own[0] == name:
+            _declare(subparser, importlib.import_module(command.module))
+    args = parser.parse_args(own)
+    if flags:
+        if not hasattr(args, "flags"):
+            parser.error(f"nothing may follow --, as {' '.join(flags)} does")
+        args.flags = list(flags)
+    return args
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise ValueError
-    return seconds
+def _declare(parser: argparse.ArgumentParser, module: ModuleType) -> None:
+    parser.description = module.__doc__
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
 
 
 if __name__ == "__main__":

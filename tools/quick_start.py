@@ -15,16 +15,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from _common import ToolError, run_tool
+from megatron_dion.commands.data.prepared import Data, data_flags, prepare
+from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / "tools"
 ARGUMENTS = ROOT / "examples" / "quick_start.args"
-
-TOKENIZER_TYPE = "SentencePieceTokenizer"
-VOCAB_SIZE = 4096
 
 PROGRESS_MARK = "[dion] "
 ERROR_MARK = "error: "
@@ -42,60 +40,6 @@ class Layout:
     processes: int
     tensor_parallel: int
     sequence_parallel: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the prepared data is, and the size of its vocabulary."""
-
-    folder: Path
-    vocab_size: int = VOCAB_SIZE
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer's path without an ending."""
-        return self.folder / "tokenizer"
-
-    @property
-    def tokenizer_model(self) -> Path:
-        """The tokenizer's model file."""
-        return self.folder / "tokenizer.model"
-
-    def text(self, split: str) -> Path:
-        """The documents of `train` or `validation`."""
-        return self.folder / f"{split}.jsonl"
-
-    def dataset(self, split: str) -> Path:
-        """The indexed dataset of `train` or `validation`, without an ending."""
-        return self.folder / f"{split}_text_document"
-
-
-def data_with_vocabulary(vocab_size: int) -> Data:
-    """The corpus with a tokenizer of another size, for studies and convergence tests."""
-    return Data(ROOT / "data" / f"vocab-{vocab_size}", vocab_size)
-
-
-def prepare(data: Data) -> None:
-    """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
-    run_step("fetch_corpus.py", "--output", data.folder)
-    run_step(
-        *("train_tokenizer.py", "--input", data.text("train")),
-        *("--vocab-size", data.vocab_size, "--output-prefix", data.tokenizer),
-    )
-    for split in ("train", "validation"):
-        run_step(
-            *("preprocess_data.py", "--input", data.text(split), "--append-eod"),
-            *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", data.tokenizer_model),
-            *("--output-prefix", data.folder / split),
-        )
-
-
-def run_step(tool: str, *arguments: object) -> None:
-    """Run one tool; if it fails, it has said why, and its status becomes ours."""
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-    if status != 0:
-        sys.exit(status)
 
 
 def count_cuda_devices() -> int:
@@ -118,11 +62,6 @@ def choose_layout(cuda_devices: int, has_engine: bool) -> Layout:
     return Layout(processes, tensor_parallel=2, sequence_parallel=has_engine or not cuda_devices)
 
 
-def read_arguments(path: Path) -> list[str]:
-    """Return the flags of an arguments file; `#` starts a comment."""
-    return shlex.split(path.read_text(encoding="utf-8"), comments=True)
-
-
 def training_command(
     data: Data, run_dir: Path, layout: Layout, overrides: Sequence[str]
 ) -> list[str]:
@@ -133,14 +72,7 @@ def training_command(
     spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
     if layout.sequence_parallel:
         spread.append("--sequence-parallel")
-    return [*launcher, *read_arguments(ARGUMENTS), *paths, *spread, *overrides]
-
-
-def data_flags(data: Data) -> list[str]:
-    """Return the flags that name the tokenizer and both splits."""
-    flags = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
-    flags += ["--train-data-path", str(data.dataset("train"))]
-    return [*flags, "--valid-data-path", str(data.dataset("validation"))]
+    return [*launcher, *read_flags(ARGUMENTS), *paths, *spread, *overrides]
 
 
 def train(command: Sequence[str], log: Path) -> None:
@@ -194,7 +126,7 @@ def explain_failure(log: Path, status: int) -> str:
 def summarize(run_dir: Path, data: Data) -> str:
     """Return the line that ends a successful run."""
     # Only now: this imports torch, which has no business in this process while others train.
-    from megatron_dion.training.run_directory import read_metrics
+    from megatron_dion.training.run_directory import read_metrics, tokens_per_second
 
     records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if record["kind"] == "train"]
@@ -211,18 +143,16 @@ def summarize(run_dir: Path, data: Data) -> str:
     return f"result: {', '.join(parts)}; run directory {run_dir}"
 
 
-def tokens_per_second(training: Sequence[dict[str, Any]]) -> float:
-    """Return the throughput without the first iteration, which pays for all that is set up once."""
-    if len(training) == 1:
-        return training[0]["tokens"] / training[0]["iteration_seconds"]
-    tokens = training[-1]["tokens"] - training[0]["tokens"]
-    return tokens / sum(record["iteration_seconds"] for record in training[1:])
-
-
 def unigram_entropy(data: Data) -> float:
     """Return the entropy in nats of the training tokens: the loss of a model without context."""
     description = data.dataset("train").with_suffix(".json")
     return float(json.loads(description.read_text(encoding="utf-8"))["unigram_entropy_nats"])
+
+
+def report_command(run_dir: Path) -> str:
+    """Return the command that makes a page of the run, as it can be typed here."""
+    program = Path(sys.executable).with_name("megatron-dion")
+    return shlex.join([os.path.relpath(program), "report", os.path.relpath(run_dir)])
 
 
 def make_run_dir(runs: Path) -> Path:
@@ -247,7 +177,8 @@ def main() -> None:
     print(f"training on {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
     train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
     print(summarize(run_dir, data))
+    print(f"to look at it: {report_command(run_dir)}")
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool("quick_start.py", main)

@@ -8,11 +8,14 @@ from megatron_dion.algorithm.config import (
     DionConfig,
 )
 from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.products import PRECISIONS, float32_products_in
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
+    NOBODY,
     Block,
     Exchange,
     Matrix,
+    Observer,
     Section,
     Stack,
     Steps,
@@ -23,17 +26,21 @@ from megatron_dion.algorithm.step import (
 __all__ = [
     "DTYPES",
     "IN_FLIGHT",
+    "NOBODY",
     "ORTHONORMALIZERS",
+    "PRECISIONS",
     "RIGHT_FACTORS",
     "SCALE_MODES",
     "Block",
     "DionConfig",
     "Exchange",
     "Matrix",
+    "Observer",
     "Section",
     "Stack",
     "Steps",
     "dion_step",
+    "float32_products_in",
     "interleave",
     "orthonormalize",
 ]

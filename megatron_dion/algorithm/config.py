@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_dion.algorithm.products import PRECISIONS
+
 ORTHONORMALIZERS = ("auto", "rcqr", "cqr", "qr")
 RIGHT_FACTORS = ("colnorm", "orth")
 DTYPES = ("fp32", "bf16")
@@ -34,7 +36,8 @@ class DionConfig:
         eps: added to the column norms of R before dividing by them.
         right_factor: how R becomes Q: `colnorm` divides its columns by their norms (the paper),
             `orth` orthonormalizes them.
-        momentum_dtype: in which M is stored, one of `DTYPES`; arithmetic is in fp32.
+        fp32_matmul_prec: of the products of matrices with factors, one of `PRECISIONS`.
+        momentum_dtype: in which M is stored, one of `DTYPES`; it is changed in fp32.
         factor_dtype: in which Q is stored.
         comm_dtype: in which P and R travel between ranks, and in which an all_reduce adds them.
         exchange_buffer_mib: MiB that the buffers of the exchange take at most on a rank; None for
@@ -54,6 +57,7 @@ class DionConfig:
     oversample: float = 1.25
     eps: float = 1e-8
     right_factor: str = "colnorm"
+    fp32_matmul_prec: str = "high"
     momentum_dtype: str = "fp32"
     factor_dtype: str = "fp32"
     comm_dtype: str = "fp32"
@@ -69,6 +73,7 @@ class DionConfig:
         self._require("extra_scale_factor", finite_scale, "positive and finite")
         self._require_one_of("orthonormalizer", ORTHONORMALIZERS)
         self._require_one_of("right_factor", RIGHT_FACTORS)
+        self._require_one_of("fp32_matmul_prec", PRECISIONS)
         for name in ("momentum_dtype", "factor_dtype", "comm_dtype"):
             self._require_one_of(name, DTYPES)
         self._require("oversample", 1 <= self.oversample < math.inf, "at least 1 and finite")

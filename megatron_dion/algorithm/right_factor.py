@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-6
-"""Directions of R smaller than this share of its largest column are damped: float32 leaves little
-but rounding there, and orthonormalizing would make an update of it."""
+"""Directions of R smaller than this share of its largest column are damped, since float32 leaves
+little but rounding there, and orthonormalizing would make an update of it."""
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """Of the columns of (rows, r): (r,) float64."""
-    return rows.double().square_().sum(dim=0)
+    """Of the columns of (..., rows, r): (r,) float64."""
+    return rows.double().square_().flatten(end_dim=-2).sum(dim=0)
 
 
-def products(rows: Tensor) -> Tensor:
-    """Of every two columns of (rows, r): (r, r) float64."""
-    rows = rows.double()
+def inner_products(rows: Tensor) -> Tensor:
+    """Of every two columns of (..., rows, r): (r, r) float64."""
+    rows = rows.double().flatten(end_dim=-2)
     return rows.mT @ rows
 
 

@@ -36,8 +36,9 @@ from megatron_dion.algorithm.orthonormalize import (
     summed_rows,
     unpack,
 )
+from megatron_dion.algorithm.products import products_in
 from megatron_dion.algorithm.right_factor import (
-    products,
+    inner_products,
     squared_norms,
     to_orthonormal_columns,
     to_unit_columns,
@@ -69,20 +70,24 @@ class Matrix:
 
 @dataclass
 class Block:
-    """The tensors of one block, all of them views.
+    """The tensors of a block, all of them views.
+
+    Fused weights interleave the rows of their matrices, so a block is k rectangles at equal
+    distances in memory. They have the same columns; "rows" are those of one of them.
 
     Attributes:
         matrix: index of its matrix.
-        weight: (rows, columns) of the master weight, float32.
-        total: (rows, columns) float32, holds B = M + G when a step begins.
-        momentum: (rows, columns), M between steps; may be `total`.
-        right_factor: (rows, r) float32, Q while P is computed; may be the memory of `projection`.
-        kept_right: (rows, columns of Q), what this process keeps of Q between steps; may be
+        weight: (k, rows, columns) of the master weight, float32.
+        total: (k, rows, columns) float32, holds B = M + G when a step begins.
+        momentum: (k, rows, columns), M between steps; may be `total`.
+        right_factor: (k, rows, r) float32, Q while P is computed; may be the memory of
+            `projection`.
+        kept_right: (k, rows, columns of Q), what this process keeps of Q between steps; may be
             `right_factor`.
         kept_columns: which columns of Q these are.
         left_factor: (columns, r), the rows of P that belong to the block's columns. Blocks of
             a matrix that overlap in columns share this memory.
-        projection: (rows, r), the rows of R.
+        projection: (k, rows, r), the rows of R.
         multiplied: the rows for which this process computes products with B; of the others, which
             it holds as well, another process does.
         counted: the rows of R whose norms this process reports. Every row of a matrix is counted
@@ -104,9 +109,13 @@ class Block:
     is_copied: bool = False
 
     def multiplied_rows(self, tensor: Tensor) -> Tensor:
-        """Those rows of one of the block's (rows, ...), or itself where they are all of them."""
-        is_whole = self.multiplied == slice(0, tensor.shape[0])
-        return tensor if is_whole else tensor[self.multiplied]
+        """Those rows of one of the block's (k, rows, ...), or itself where they are all of them."""
+        is_whole = self.multiplied == slice(0, tensor.shape[1])
+        return tensor if is_whole else tensor[:, self.multiplied]
+
+    def counted_projection(self) -> Tensor:
+        """The rows of R whose norms this process reports, (k, rows, r)."""
+        return self.projection[:, self.counted]
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,19 @@ class Exchange(Protocol):
         """Sums (matrix, (r, r)) over the processes that hold blocks of the matrix, in place."""
 
 
+class Observer:
+    """Is shown a step on its way, and changes nothing of it. This one does not look."""
+
+    def orthonormalize(
+        self, sections: Sequence[Section], steps: Generator[None, None, int]
+    ) -> Generator[None, None, int]:
+        """Runs what orthonormalizes these sections of P in place; returns what it returns."""
+        return steps
+
+    def see_projections(self, blocks: Sequence[Block]) -> None:
+        """Looks at R, complete, in the `projection`s."""
+
+
 def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
     """Takes steps in turns, each computing while another waits; returns the sum of results.
 
@@ -211,6 +233,10 @@ def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
     return total
 
 
+NOBODY = Observer()
+"""For steps that nobody watches."""
+
+
 def dion_step(
     matrices: Sequence[Matrix],
     members: Sequence[int],
@@ -220,6 +246,7 @@ def dion_step(
     step: int,
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
+    observer: Observer = NOBODY,
 ) -> Generator[None, None, int]:
     """Takes one step, in place, from blocks whose `total` already holds B = M + G.
 
@@ -233,6 +260,7 @@ def dion_step(
         step: number of this step, for the random numbers.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
+        observer: is shown P and R.
 
     Returns:
         How often this process fell back to Householder QR.
@@ -240,12 +268,14 @@ def dion_step(
     _load_right(blocks)
     yield from exchange.gather_right()
     exchange.clear_left()
-    _project_left(blocks)
+    _project_left(blocks, config)
     sections = yield from exchange.sum_left()
-    fallbacks = yield from _orthonormalize_left(matrices, sections, exchange, config, step)
+    orthonormalized = _orthonormalize_left(matrices, sections, exchange, config, step)
+    fallbacks = yield from observer.orthonormalize(sections, orthonormalized)
     yield from exchange.spread_left()
-    _project_right(blocks)
+    _project_right(blocks, config)
     yield from exchange.sum_rows()
+    observer.see_projections(blocks)
     if config.right_factor == "orth":
         factors = yield from _orthonormal_factors(matrices, blocks, exchange, config)
     else:
@@ -253,28 +283,33 @@ def dion_step(
     scales = [config.scale(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks]
     rates = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
     shrinks = [1 - lr * decay for lr, decay in zip(learning_rates, weight_decays, strict=True)]
-    _update(blocks, [factors[block.matrix] for block in blocks], config.momentum, rates, shrinks)
+    to_right = [factors[block.matrix] for block in blocks]
+    _update(blocks, to_right, config.momentum, rates, shrinks, config.fp32_matmul_prec)
     return fallbacks
 
 
 def _load_right(blocks: Sequence[Block]) -> None:
     for block in blocks:
         if block.right_factor is not block.kept_right:
-            block.right_factor[:, block.kept_columns].copy_(block.kept_right)
+            block.right_factor[..., block.kept_columns].copy_(block.kept_right)
 
 
-def _project_left(blocks: Sequence[Block]) -> None:
-    for block in blocks:
-        total, right = block.multiplied_rows(block.total), block.multiplied_rows(block.right_factor)
-        block.left_factor.addmm_(total.T, right)  # (columns, r)
+def _project_left(blocks: Sequence[Block], config: DionConfig) -> None:
+    with products_in(config.fp32_matmul_prec) as products:
+        for block in blocks:
+            total = block.multiplied_rows(block.total)
+            right = block.multiplied_rows(block.right_factor)
+            products.add_left(block.left_factor, total, right)
 
 
-def _project_right(blocks: Sequence[Block]) -> None:
-    for block in blocks:
-        multiplied = block.multiplied_rows(block.projection)
-        if multiplied is not block.projection:
-            block.projection.zero_()
-        torch.mm(block.multiplied_rows(block.total), block.left_factor, out=multiplied)
+def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
+    with products_in(config.fp32_matmul_prec) as products:
+        for block in blocks:
+            multiplied = block.multiplied_rows(block.projection)
+            if multiplied is not block.projection:
+                block.projection.zero_()
+            total = block.multiplied_rows(block.total)
+            products.set_right(multiplied, total, block.left_factor)
 
 
 def _orthonormalize_left(
@@ -476,7 +511,7 @@ def _unit_factors(
     squares = torch.zeros(sum(ranks), dtype=torch.float64, device=exchange.device)
     by_matrix = dict(zip(members, squares.split(ranks), strict=True))
     for block in blocks:
-        by_matrix[block.matrix].add_(squared_norms(block.projection[block.counted]))
+        by_matrix[block.matrix].add_(squared_norms(block.counted_projection()))
     yield from exchange.sum_norms(squares)
     norms = squares.sqrt_()
     factors = to_unit_columns(norms, config.eps).split(ranks)
@@ -492,7 +527,7 @@ def _orthonormal_factors(
 ) -> Generator[None, None, dict[int, _ToRight]]:
     grams: dict[int, Tensor] = {}
     for block in blocks:
-        gram = products(block.projection[block.counted])
+        gram = inner_products(block.counted_projection())
         grams[block.matrix] = grams[block.matrix] + gram if block.matrix in grams else gram
     held = sorted(grams, key=lambda k: (matrices[k].rank, k))
     yield from exchange.sum_grams([(k, grams[k]) for k in held])
@@ -509,19 +544,22 @@ def _update(
     momentum: float,
     scaled_lrs: Sequence[float],
     shrinks: Sequence[float],
+    precision: str,
 ) -> None:
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
-    projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (rows, r)
-    lefts = [_clone_if(b.is_copied, b.left_factor).T for b in blocks]  # (r, columns)
-    for block, projection, left in zip(blocks, projections, lefts, strict=True):
-        block.total.addmm_(projection, left, alpha=momentum - 1)
+    projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
+    lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
+    with products_in(precision) as products:
+        for block, projection, left in zip(blocks, projections, lefts, strict=True):
+            products.add_outer(block.total, projection, left, beta=1, alpha=momentum - 1)
     rounded = [block for block in blocks if block.momentum is not block.total]
     _copy([block.momentum for block in rounded], [block.total for block in rounded])
     rights = _rights(projections, [found.factor for found in to_right])
     steps = zip(blocks, rights, lefts, scaled_lrs, shrinks, strict=True)
-    for block, right, left, scaled_lr, shrink in steps:
-        block.weight.addmm_(right, left, beta=shrink, alpha=-scaled_lr)
+    with products_in(precision) as products:
+        for block, right, left, scaled_lr, shrink in steps:
+            products.add_outer(block.weight, right, left, beta=shrink, alpha=-scaled_lr)
     _keep_right(blocks, rights, [found.dead for found in to_right])
 
 
@@ -530,7 +568,7 @@ def _clone_if(condition: bool, tensor: Tensor) -> Tensor:
 
 
 def _rights(projections: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
-    """The new Q, (rows, r) each; with factors for columns in the memory of R."""
+    """The new Q, (k, rows, r) each; with factors for columns in the memory of R."""
     if all(factor.dim() == 1 for factor in factors):
         if projections:
             torch._foreach_mul_(projections, factors)
@@ -546,7 +584,7 @@ def _keep_right(blocks: Sequence[Block], rights: Sequence[Tensor], dead: Sequenc
     kept = [block.kept_right for block in blocks]
     columns = [block.kept_columns for block in blocks]
     torch._foreach_mul_(kept, [d[c] for d, c in zip(dead, columns, strict=True)])
-    torch._foreach_add_(kept, [right[:, c] for right, c in zip(rights, columns, strict=True)])
+    torch._foreach_add_(kept, [right[..., c] for right, c in zip(rights, columns, strict=True)])
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

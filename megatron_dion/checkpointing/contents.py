@@ -46,7 +46,7 @@ class Contents:
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """What all ranks share: iteration, arguments, the scheduler, the optimizer's record.
+        """What all ranks share, such as iteration, arguments, scheduler, the optimizer's record.
 
         Raises:
             CheckpointError: it cannot be read.

@@ -1,8 +1,7 @@
 """What became of cases, as a page to look at and as lines for a terminal."""
 
 import base64
-import html
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -11,50 +10,7 @@ from megatron_dion.convergence.checks import Verdict, without_seed
 from megatron_dion.convergence.environment import Environment, difference
 from megatron_dion.convergence.evaluation import Outcome
 from megatron_dion.convergence.pictures import draw_case, draw_comparison, draw_controls, png
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --text: #1c1c1e; --page: #ffffff; --faint: #6a6a70; --line: #d8d8de; --shade: #f4f4f7;
-  --good: #00704f; --bad: #b3261e; --bad-shade: #fdecea;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e8e8ec; --page: #17171a; --faint: #a0a0a8; --line: #3a3a42; --shade: #222228;
-    --good: #4fcf9f; --bad: #ff8a80; --bad-shade: #3a1f1d;
-  }
-}
-body {
-  font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
-  max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-}
-h1 { font-size: 1.7rem; margin-bottom: 0; }
-h2 { font-size: 1.3rem; border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1.5rem; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-a { color: inherit; }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .92em; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--faint); font-weight: 600; }
-.good, .bad { font-weight: 600; white-space: nowrap; }
-.good { color: var(--good); }
-.bad { color: var(--bad); }
-.wrong { background: var(--bad-shade); }
-img { display: block; width: 100%; background: #fff; border: 1px solid var(--line);
-  border-radius: 6px; margin: 1rem 0; }
-details { margin: .8rem 0; background: var(--shade); border-radius: 6px; padding: .5rem .9rem; }
-summary { cursor: pointer; }
-details td, code { overflow-wrap: anywhere; }
-code { font-size: .92em; }
-@media print {
-  @page { margin: 1.2cm; }
-  body { max-width: none; margin: 0; padding: 0; font-size: 8.5pt; }
-  img { max-height: 24cm; object-fit: contain; }
-  img, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-}
-"""
+from megatron_dion.pages import Html, document, element, row, table
 
 
 @dataclass(frozen=True)
@@ -78,7 +34,7 @@ def render(sections: Sequence[Section]) -> str:
     """One page about one case or more, that needs nothing else."""
     outcomes = [section.outcome for section in sections]
     heading = f"Convergence: {_count(outcomes)}"
-    return _document(heading, _overview(outcomes), *map(_case, sections))
+    return document(heading, _overview(outcomes), *map(_case, sections))
 
 
 def render_comparison(verdicts: Sequence[Verdict]) -> str:
@@ -86,23 +42,7 @@ def render_comparison(verdicts: Sequence[Verdict]) -> str:
     failed = sum(not verdict.passed for verdict in verdicts)
     heading = f"Comparison: {failed} of {len(verdicts)} differ" if failed else "Comparison: alike"
     picture = _picture(draw_comparison(verdicts), "curves and their differences")
-    return _document(heading, _verdicts(verdicts), picture)
-
-
-def _document(heading: str, *content: str) -> str:
-    page = _element(
-        "html",
-        _element(
-            "head",
-            _element("meta", charset="utf-8"),
-            _element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            _element("title", heading),
-            _element("style", _Html(_STYLE)),
-        ),
-        _element("body", _element("h1", heading), *content),
-        lang="en",
-    )
-    return f"<!doctype html>\n{page}\n"
+    return document(heading, _verdicts(verdicts), picture)
 
 
 def text(outcomes: Sequence[Outcome]) -> str:
@@ -152,32 +92,10 @@ def _mistake(control: Verdict) -> str:
     return without_seed(next(iter(control.curves)))
 
 
-class _Html(str):
-    """Markup; any other text is escaped before it gets into the page."""
-
-
-def _element(tag: str, /, *children: str, **attributes: str) -> _Html:
-    inner = "".join(c if isinstance(c, _Html) else html.escape(c) for c in children)
-    names = "".join(
-        f' {name.rstrip("_")}="{html.escape(value)}"' for name, value in attributes.items() if value
-    )
-    return _Html(f"<{tag}{names}>" if tag in ("img", "meta") else f"<{tag}{names}>{inner}</{tag}>")
-
-
-def _table(headings: Sequence[str], rows: Iterable[_Html]) -> _Html:
-    top = _element("tr", *(_element("th", heading, scope="col") for heading in headings))
-    return _element("table", _element("thead", top), _element("tbody", *rows))
-
-
-def _row(*cells: str, wrong: bool = False) -> _Html:
-    columns = (_element("td", cell) for cell in cells)
-    return _element("tr", *columns, class_="wrong" if wrong else "")
-
-
-def _status(good: bool, if_good: str = "passed", if_bad: str = "FAILED") -> _Html:
+def _status(good: bool, if_good: str = "passed", if_bad: str = "FAILED") -> Html:
     if good:
-        return _element("span", f"✓ {if_good}", class_="good")
-    return _element("span", f"✗ {if_bad}", class_="bad")
+        return element("span", f"✓ {if_good}", class_="good")
+    return element("span", f"✗ {if_bad}", class_="bad")
 
 
 def _noticed(controls: Sequence[Verdict]) -> str:
@@ -188,14 +106,14 @@ def _iteration(verdict: Verdict) -> str:
     return "–" if verdict.divergent is None else str(verdict.divergent)
 
 
-def _overview(outcomes: Sequence[Outcome]) -> _Html:
+def _overview(outcomes: Sequence[Outcome]) -> Html:
     rows = []
     for outcome in outcomes:
         name = outcome.case.name
         lines = [line for passed, line in _verdict_lines(outcome) if not passed]
         rows.append(
-            _row(
-                _element("a", name, href=f"#{name}"),
+            row(
+                element("a", name, href=f"#{name}"),
                 _status(outcome.passed),
                 f"{sum(v.passed for v in outcome.verdicts)} of {len(outcome.verdicts)}",
                 _noticed(outcome.controls),
@@ -204,31 +122,31 @@ def _overview(outcomes: Sequence[Outcome]) -> _Html:
             )
         )
     headings = ("case", "verdict", "checks passed", "mistakes noticed", "first failure")
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
-def _case(section: Section) -> _Html:
+def _case(section: Section) -> Html:
     outcome = section.outcome
     name = outcome.case.name
     parts = [
-        _element("h2", f"{name} ", _status(outcome.passed), id=name),
-        _element("p", outcome.case.description),
+        element("h2", f"{name} ", _status(outcome.passed), id=name),
+        element("p", outcome.case.description),
     ]
     if outcome.verdicts:
         parts += [_verdicts(outcome.verdicts), _picture(draw_case(outcome), f"curves of {name}")]
     if (controls := draw_controls(outcome)) is not None:
         parts += [
-            _element("h3", "Runs with a known mistake, which checks must notice"),
+            element("h3", "Runs with a known mistake, which checks must notice"),
             _controls(outcome.controls),
             _picture(controls, f"curves of the runs of {name} that have a mistake"),
         ]
     parts += [_environments(section.golden, section.here), _commands(section.commands)]
-    return _element("section", *parts)
+    return element("section", *parts)
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> _Html:
+def _verdicts(verdicts: Sequence[Verdict]) -> Html:
     rows = (
-        _row(
+        row(
             verdict.check,
             verdict.quantity,
             _status(verdict.passed),
@@ -239,12 +157,12 @@ def _verdicts(verdicts: Sequence[Verdict]) -> _Html:
         for verdict in verdicts
     )
     headings = ("check", "quantity", "verdict", "first divergent iteration", "finding")
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
-def _controls(controls: Sequence[Verdict]) -> _Html:
+def _controls(controls: Sequence[Verdict]) -> Html:
     rows = (
-        _row(
+        row(
             _mistake(control),
             _status(not control.passed, "noticed", "NOT NOTICED"),
             _iteration(control),
@@ -255,17 +173,17 @@ def _controls(controls: Sequence[Verdict]) -> _Html:
         )
         for control in controls
     )
-    return _table(("mistake", "verdict", "at iteration", "by check", "quantity", "finding"), rows)
+    return table(("mistake", "verdict", "at iteration", "by check", "quantity", "finding"), rows)
 
 
-def _picture(figure: Figure, description: str) -> _Html:
+def _picture(figure: Figure, description: str) -> Html:
     content = base64.b64encode(png(figure)).decode()
-    return _element("img", src=f"data:image/png;base64,{content}", alt=description)
+    return element("img", src=f"data:image/png;base64,{content}", alt=description)
 
 
-def _environments(golden: Environment, here: Environment) -> _Html:
+def _environments(golden: Environment, here: Environment) -> Html:
     rows = (
-        _row(
+        row(
             name,
             golden.get(name) or "–",
             here.get(name) or "–",
@@ -279,15 +197,15 @@ def _environments(golden: Environment, here: Environment) -> _Html:
         if differs
         else ("golden curves must repeat bit for bit")
     )
-    return _element(
+    return element(
         "details",
-        _element("summary", f"Environment: {judged}"),
-        _table(("", "of the golden curves", "here"), rows),
+        element("summary", f"Environment: {judged}"),
+        table(("", "of the golden curves", "here"), rows),
     )
 
 
-def _commands(commands: Mapping[str, str]) -> _Html:
-    rows = (_row(run, _element("code", flags)) for run, flags in commands.items())
-    return _element(
-        "details", _element("summary", "Flags of each run"), _table(("run", "flags"), rows)
+def _commands(commands: Mapping[str, str]) -> Html:
+    rows = (row(run, element("code", flags)) for run, flags in commands.items())
+    return element(
+        "details", element("summary", "Flags of each run"), table(("run", "flags"), rows)
     )

@@ -1,10 +1,13 @@
 """Joins parameters, states and buffers to the blocks of which the algorithm knows."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion.algorithm import Block, DionConfig, Matrix
@@ -23,10 +26,8 @@ from megatron_dion.sharding import (
     sets_of,
 )
 from megatron_dion.sharding.collectives import rank_in, size_of
+from megatron_dion.sharding.replicas import average
 from megatron_dion.sharding.traffic import bytes_sent, compression_pays, ring_bytes
-
-# What is averaged over replicas at a time; its copy takes 4 bytes a number.
-_NUMBERS_AT_A_TIME = 1 << 26
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -72,7 +73,7 @@ class HeldBlock:
         matrix: the matrix.
         rectangle: which rows and columns of it.
         parameter: the parameter of `param_groups` that holds it.
-        tensors: weight, momentum and factors.
+        tensors: weight, momentum and factors, of this rectangle alone: without the dimension k.
         is_first_of_row: whether no data-parallel rank before this one holds the same rows of Q.
     """
 
@@ -84,6 +85,19 @@ class HeldBlock:
 
 
 @dataclass(frozen=True)
+class SteppedBlock:
+    """One or more rectangles of a matrix that are stepped in the same calls.
+
+    Attributes:
+        parameter: the parameter of `param_groups` that holds them.
+        tensors: weight, momentum and factors.
+    """
+
+    parameter: Tensor
+    tensors: Block
+
+
+@dataclass(frozen=True)
 class StepSet:
     """What is stepped together.
 
@@ -91,13 +105,20 @@ class StepSet:
         plan: of this rank.
         exchange: with the other ranks.
         held: this rank's blocks.
-        replicas: number of replicas that average P and R.
+        stepped: the same, with as many as possible of them in one.
+        groups: these ranks; `groups.replicas` average P and R.
     """
 
     plan: Plan
     exchange: ShardedExchange
     held: list[HeldBlock]
-    replicas: int
+    stepped: list[SteppedBlock]
+    groups: Groups
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas that average P and R."""
+        return size_of(self.groups.replicas)
 
 
 class Binding:
@@ -124,6 +145,7 @@ class Binding:
         self._active = list(active)
         self._addresses = [parameter.data_ptr() for parameter in active]
         self._distribution = distribution
+        self._replicas = distribution.groups.replicas
         self._state = state
         self._keeps_float32 = config.momentum_dtype == "fp32"
         compressed, dense = _by_gradient_sync(distribution, config)
@@ -166,41 +188,36 @@ class Binding:
             and [parameter.data_ptr() for parameter in active] == self._addresses
         )
 
-    def add_gradients(self) -> None:
-        """Makes every block's `total` B = M + G.
+    def average_gradients(self) -> None:
+        """Averages over replicas the gradients of weights whose P and R are not. Before any set."""
+        average([gradient_of(parameter) for parameter in self._dense], self._replicas)
+
+    def add_gradients(self, chosen: StepSet) -> None:
+        """Makes `total` of every block of a set B = M + G.
 
         Where M is not kept in float32, B takes the memory of the gradient.
         """
-        if not self._active:
+        parameters = list({id(b.parameter): b.parameter for b in chosen.stepped}.values())
+        if not parameters:
             return
-        self._average([gradient_of(parameter) for parameter in self._dense])
         scale = self._distribution.gradient_scale
-        momenta = [self._state[parameter]["momentum"] for parameter in self._active]
-        gradients = [gradient_of(parameter) for parameter in self._active]
+        momenta = [self._state[parameter]["momentum"] for parameter in parameters]
+        gradients = [gradient_of(parameter) for parameter in parameters]
         if self._keeps_float32:
             torch._foreach_add_(momenta, gradients, alpha=scale)
             return
         if scale != 1:
             torch._foreach_mul_(gradients, scale)
         torch._foreach_add_(gradients, momenta)
-        for block in self.held:
-            block.tensors.total = _rectangle_view(gradient_of(block.parameter), block.rectangle)
+        for block in chosen.stepped:
+            block.tensors.total = _at_the_same_place(
+                gradient_of(block.parameter), block.tensors.weight, block.parameter
+            )
 
     def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
-        self._average([self._state[parameter]["momentum"] for parameter in self._drifting])
-
-    def _average(self, tensors: Sequence[Tensor]) -> None:
-        """Averages over replicas, in place."""
-        if self._distribution.replicas == 1:
-            return
-        flat = [tensor.view(-1) for tensor in tensors]
-        for group in _in_groups([part for t in flat for part in t.split(_NUMBERS_AT_A_TIME)]):
-            sent = torch.cat([part.float() for part in group])
-            dist.all_reduce(sent, group=self._distribution.groups.replicas)
-            sent /= self._distribution.replicas
-            parts = sent.split([part.numel() for part in group])
-            torch._foreach_copy_(group, list(parts))
+        momenta = [self._state[parameter]["momentum"] for parameter in self._drifting]
+        average(momenta, self._replicas)
 
     def _bind(self, plan: Plan, is_dense: bool, first_in_state: dict[int, int]) -> StepSet:
         """A set of matrices; dense ones have the same gradients on all replicas by now."""
@@ -208,13 +225,15 @@ class Binding:
         if is_dense:
             groups = replace(groups, replicas=None)
         exchange = ShardedExchange(plan, groups, self._distribution.device)
-        held = [
-            self._hold(block, left, projection, plan, first_in_state)
-            for block, left, projection in zip(
-                plan.held, exchange.lefts, exchange.projections, strict=True
-            )
-        ]
-        return StepSet(plan, exchange, held, size_of(groups.replicas))
+        with exchange.allocated():  # views of its buffers can be made only then
+            held = [
+                self._hold(block, left, projection, plan, first_in_state)
+                for block, left, projection in zip(
+                    plan.held, exchange.lefts, exchange.projections, strict=True
+                )
+            ]
+            stepped = _stacked(held)
+        return StepSet(plan, exchange, held, stepped, groups)
 
     def _hold(
         self,
@@ -228,7 +247,7 @@ class Binding:
         rank, rectangle = distribution.rank, block.rectangle
         tensor = distribution.tensors[block.placement]
         weight = distribution.placements[block.placement].weight
-        kept_columns = layout.share(block.placement, projection.shape[1], rank)
+        kept_columns = layout.share(block.placement, plan.matrices[block.matrix].rank, rank)
         kept_right = _take(
             self._state[tensor]["right_factor"],
             (rectangle.rows, kept_columns.stop - kept_columns.start),
@@ -262,20 +281,6 @@ class Binding:
             tensors=tensors,
             is_first_of_row=is_first_of_row,
         )
-
-
-def _in_groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors together, as long as they have not too many numbers."""
-    group: list[Tensor] = []
-    numel = 0
-    for tensor in tensors:
-        if group and numel + tensor.numel() > _NUMBERS_AT_A_TIME:
-            yield group
-            group, numel = [], 0
-        group.append(tensor)
-        numel += tensor.numel()
-    if group:
-        yield group
 
 
 def _by_gradient_sync(
@@ -315,6 +320,56 @@ def _take(memory: Tensor, shape: tuple[int, int], first: dict[int, int], placeme
     start = first.get(placement, 0)
     first[placement] = start + shape[0] * shape[1]
     return memory.view(-1)[start : first[placement]].view(shape)
+
+
+_STACKED = ("weight", "total", "momentum", "right_factor", "kept_right", "projection")
+
+
+def _stacked(held: Sequence[HeldBlock]) -> list[SteppedBlock]:
+    """Joins the rectangles into which a fused weight cuts a matrix, as far as they are alike."""
+    groups: dict[Any, list[HeldBlock]] = defaultdict(list)
+    for position, block in enumerate(held):
+        groups[_likeness(block) or position].append(block)
+    return [
+        SteppedBlock(alike[0].parameter, stack)
+        for alike in groups.values()
+        for stack in _stacks([block.tensors for block in alike])
+    ]
+
+
+def _likeness(block: HeldBlock) -> Any:
+    """The same for blocks that can be one; None for those of a part of whose rows others have."""
+    tensors, rows = block.tensors, block.rectangle.rows
+    is_all = tensors.multiplied == slice(0, rows) and tensors.counted == slice(0, rows)
+    place = block.rectangle.column_start, block.rectangle.column_stop
+    return (id(block.parameter), tensors.matrix, rows, place) if is_all else None
+
+
+def _stacks(blocks: Sequence[Block]) -> list[Block]:
+    """One block of all, or, where they do not lie at equal distances, each alone."""
+    tensors = {name: [getattr(block, name) for block in blocks] for name in _STACKED}
+    distances = {name: _distances(alike) for name, alike in tensors.items()}
+    if any(len(found) > 1 for found in distances.values()):
+        return [stack for block in blocks for stack in _stacks([block])]
+    stack = copy(blocks[0])
+    joined: dict[int, Tensor] = {}  # what was one tensor stays one
+    for name, (first, *_) in tensors.items():
+        distance = distances[name].pop() if distances[name] else first.numel()
+        size, stride = (len(blocks), *first.shape), (distance, *first.stride())
+        view = joined.setdefault(id(first), first.as_strided(size, stride))  # (k, rows, columns)
+        setattr(stack, name, view)
+    return [stack]
+
+
+def _distances(tensors: Sequence[Tensor]) -> set[int]:
+    offsets = [int(tensor.storage_offset()) for tensor in tensors]
+    return {after - before for before, after in pairwise(offsets)}
+
+
+def _at_the_same_place(tensor: Tensor, view: Tensor, base: Tensor) -> Tensor:
+    """The elements of a contiguous tensor that a view has of another one of the same size."""
+    offset = view.storage_offset() - base.storage_offset() + tensor.storage_offset()
+    return tensor.detach().as_strided(view.shape, view.stride(), offset)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

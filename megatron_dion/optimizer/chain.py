@@ -4,14 +4,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_dion.checkpointing.errors import CheckpointError
+from megatron_dion.diagnostics.records import MatrixDiagnostics
 from megatron_dion.optimizer.checkpoint import Source, Steps, Transfer
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import RoutingTable
+from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion.sharding import Planner
 
 
@@ -59,6 +62,24 @@ class DionChainedOptimizer(ChainedOptimizer):
     def fallbacks(self) -> int:
         """How often this rank had to orthonormalize by Householder QR instead, so far."""
         return sum(dion.fallbacks for dion in self._inner_dions())
+
+    def diagnose_next_step(self) -> None:
+        """The next step is measured; all ranks must ask for it."""
+        for dion in self._inner_dions():
+            dion.diagnose_next_step()
+
+    def gather_diagnostics(self) -> list[MatrixDiagnostics]:
+        """What the last step measured of all matrices, of all pipeline stages: on the last rank.
+
+        Elsewhere, and where no step was taken, nothing. A collective call of all ranks.
+        """
+        here = [found for dion in self._inner_dions() for found in dion.take_diagnostics()]
+        ranks, last = dist.get_world_size(), dist.get_world_size() - 1
+        everywhere: list[Any] | None = [None] * ranks if dist.get_rank() == last else None
+        dist.gather_object(here, everywhere, dst=last)
+        # Instances of the distributed optimizer measure the same.
+        found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
+        return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
 
     def planners(self) -> list[Planner]:
         """Plans of this pipeline stage: of dense weights, and of experts."""

@@ -1,15 +1,23 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import DionConfig, dion_step, interleave
+from megatron_dion.algorithm import (
+    NOBODY,
+    DionConfig,
+    Observer,
+    dion_step,
+    float32_products_in,
+    interleave,
+)
+from megatron_dion.diagnostics.records import MatrixDiagnostics
+from megatron_dion.diagnostics.watch import Watch
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
 from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
 
@@ -37,6 +45,8 @@ class Dion(torch.optim.Optimizer):
         oversample: rows of the sketch of `rcqr` per column.
         eps: added to column norms.
         right_factor: `colnorm` (the paper) or `orth`: how R becomes Q.
+        fp32_matmul_prec: `highest`, `high` (TF32 where the device has it) or `medium` (bf16), of
+            the products of matrices with factors.
         momentum_dtype: `fp32` or `bf16`, of the stored momentum; with bf16 a step overwrites the
             gradients.
         factor_dtype: of the stored right factors.
@@ -67,6 +77,7 @@ class Dion(torch.optim.Optimizer):
         oversample: float = _DEFAULTS.oversample,
         eps: float = _DEFAULTS.eps,
         right_factor: str = _DEFAULTS.right_factor,
+        fp32_matmul_prec: str = _DEFAULTS.fp32_matmul_prec,
         momentum_dtype: str = _DEFAULTS.momentum_dtype,
         factor_dtype: str = _DEFAULTS.factor_dtype,
         comm_dtype: str = _DEFAULTS.comm_dtype,
@@ -86,6 +97,7 @@ class Dion(torch.optim.Optimizer):
             oversample=oversample,
             eps=eps,
             right_factor=right_factor,
+            fp32_matmul_prec=fp32_matmul_prec,
             momentum_dtype=momentum_dtype,
             factor_dtype=factor_dtype,
             comm_dtype=comm_dtype,
@@ -96,6 +108,8 @@ class Dion(torch.optim.Optimizer):
         self._distribution: Distribution | None = None
         self._binding: Binding | None = None
         self.fallbacks = 0
+        self._is_watched = False
+        self._diagnostics: list[MatrixDiagnostics] = []
 
     def distribute(self, distribution: Distribution) -> None:
         """From now on updates the given pieces; they are the parameters of `param_groups`."""
@@ -126,6 +140,18 @@ class Dion(torch.optim.Optimizer):
         """Every block on this rank, with its state."""
         return self._bind(self._parameters()).held
 
+    def diagnose_next_step(self) -> None:
+        """The next step is measured; on a grid, all ranks must ask for it."""
+        self._is_watched = True
+
+    def take_diagnostics(self) -> list[MatrixDiagnostics]:
+        """What was measured since the last call, if a step was; no other step is measured.
+
+        On a grid each matrix is reported by one rank, the first in charge of its P.
+        """
+        found, self._diagnostics, self._is_watched = self._diagnostics, [], False
+        return found
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have gradients.
@@ -144,9 +170,13 @@ class Dion(torch.optim.Optimizer):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
         number = self._count_step()
-        binding.add_gradients()
-        with _full_float32_products():
-            self.fallbacks += interleave(self._step_of(chosen, number) for chosen in binding.sets)
+        binding.average_gradients()
+        # In TF32 columns would not come out orthonormal: what may be rounded says so.
+        with float32_products_in("highest"):
+            self.fallbacks += interleave(
+                self._step_of(binding, chosen, number) for chosen in binding.sets
+            )
+        self._is_watched = False
         return loss
 
     def check_gradients(self) -> None:
@@ -206,26 +236,44 @@ class Dion(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _step_of(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
-        groups = self._group_of()
+    def _step_of(
+        self, binding: Binding, chosen: StepSet, number: int
+    ) -> Generator[None, None, int]:
+        binding.add_gradients(chosen)
+        take = self._take_watched_step if self._is_watched else self._take_step
+        return (yield from take(chosen, number))
+
+    def _take_watched_step(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
+        watch = Watch(chosen, self.config)
+        with watch.allocated():
+            watch.see_totals(self._rates(chosen, "lr"))
+            fallbacks = yield from self._take_step(chosen, number, watch)
+            watch.see_momenta()
+            self._diagnostics += yield from watch.results()
+        return fallbacks
+
+    def _take_step(
+        self, chosen: StepSet, number: int, observer: Observer = NOBODY
+    ) -> Generator[None, None, int]:
         with chosen.exchange.allocated():
             return (
                 yield from dion_step(
                     chosen.plan.matrices,
                     chosen.plan.norms.members,
-                    [block.tensors for block in chosen.held],
+                    [block.tensors for block in chosen.stepped],
                     chosen.exchange,
                     self.config,
                     number,
-                    [groups[id(block.parameter)]["lr"] for block in chosen.held],
-                    [groups[id(block.parameter)]["weight_decay"] for block in chosen.held],
+                    self._rates(chosen, "lr"),
+                    self._rates(chosen, "weight_decay"),
+                    observer,
                 )
             )
 
-    def _group_of(self) -> dict[int, dict[str, Any]]:
-        return {
-            id(parameter): group for group in self.param_groups for parameter in group["params"]
-        }
+    def _rates(self, chosen: StepSet, option: str) -> list[float]:
+        """An option of the parameter groups, for each block."""
+        values = {id(p): group[option] for group in self.param_groups for p in group["params"]}
+        return [values[id(block.parameter)] for block in chosen.stepped]
 
     @property
     def number_of_steps(self) -> int:
@@ -276,14 +324,3 @@ class Dion(torch.optim.Optimizer):
             distribution = self._distribution or self._whole(active)
             self._binding = Binding(active, distribution, self.config, self.state)
         return self._binding
-
-
-@contextmanager
-def _full_float32_products() -> Iterator[None]:
-    """Keeps CUDA from computing float32 products in TF32, whose columns are not orthonormal."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.optimizer.fused import row_pattern
-from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers
+from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
 from megatron_dion.sharding import Weight
 from megatron_dion.sharding.traffic import compression_pays
 
@@ -106,10 +106,10 @@ class RoutingTable:
             for matrix in route.matrices:
                 size = f"{matrix.rows} x {matrix.columns}, rank {matrix.rank}"
                 size += ", kept in FP8" if route.is_fp8 else ""
-                kinds[f"{route.optimizer}: {_without_numbers(matrix.name)} ({size})"] += 1
+                kinds[f"{route.optimizer}: {without_numbers(matrix.name)} ({size})"] += 1
             if not route.matrices:
                 size = " x ".join(map(str, route.shape))
-                name = _without_numbers(route.parameter)
+                name = without_numbers(route.parameter)
                 kinds[f"{route.optimizer}: {name} ({size}): {route.reason}"] += 1
         return "\n".join(f"{count:4d} {kind}" for kind, count in kinds.items())
 
@@ -315,7 +315,3 @@ def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:
         separate_periods=pattern.separate_periods,
         joined=pattern.joined,
     )
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\.\d+(?=[.\]])", ".*", name)

@@ -1,6 +1,7 @@
 """The rules by which parameters are routed: names and shapes in, a reason out. No Megatron."""
 
 import fnmatch
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,3 +83,8 @@ def _match(patterns: Iterable[str], name: str) -> str | None:
 def in_order_of_layers(name: str) -> list[tuple[int, str]]:
     """Sorts numbers in names as numbers: layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def without_numbers(name: str) -> str:
+    """The same for all layers and experts: `decoder.layers.*.mlp.linear_fc2.weight`."""
+    return re.sub(r"\.\d+(?=[.\]])", ".*", name)

@@ -5,6 +5,14 @@ from collections.abc import Sequence
 
 from megatron_dion.planning.models import Experts, GptShape
 
+# They change the parameters of a layer, or add some.
+_NOT_PLANNED = (
+    "multi_latent_attention",
+    "attention_output_gate",
+    "mtp_num_layers",
+    "experimental_attention_variant",
+)
+
 
 def shape_from_flags(flags: Sequence[str]) -> GptShape:
     """The model that Megatron makes of its flags; those that say nothing of its shape are passed.
@@ -13,6 +21,18 @@ def shape_from_flags(flags: Sequence[str]) -> GptShape:
         ValueError: a flag that it needs is missing, or the sizes do not fit.
     """
     args, _ = _parser().parse_known_args(list(flags))
+    return shape_from_arguments(args)
+
+
+def shape_from_arguments(args: argparse.Namespace) -> GptShape:
+    """The model of arguments that are named as Megatron names them, resolved or not.
+
+    Raises:
+        ValueError: as `shape_from_flags`, or the model is of a kind that is not planned.
+    """
+    for name in _NOT_PLANNED:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: such models are not planned")
     missing = [
         f"--{name.replace('_', '-')}"
         for name in ("num_layers", "hidden_size", "num_attention_heads")
@@ -54,16 +74,23 @@ def _experts(args: argparse.Namespace) -> Experts | None:
     )
 
 
-def _dense_layers(pattern: str) -> int:
-    """Layers without experts, of patterns such as `([0]*1+[1]*27)`."""
-    if pattern == "1":
+def _dense_layers(pattern: str | int | list[int]) -> int:
+    """Layers without experts, of patterns such as `([0]*1+[1]*27)`, or of what they resolve to."""
+    if str(pattern) == "1":
         return 0
-    text = pattern.strip().strip("()")
-    counts = [part.strip().split("*") for part in text.split("+")]
-    kinds = [(kind.strip(" []"), int(times[0]) if times else 1) for kind, *times in counts]
-    if [kind for kind, _ in kinds] != ["0", "1"]:
+    kinds = _kinds(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(kinds, list) or sorted(kinds) != kinds or not set(kinds) <= {0, 1}:
         raise ValueError(f"--moe-layer-freq {pattern}: only dense layers first are planned")
-    return kinds[0][1]
+    return kinds.count(0)
+
+
+def _kinds(pattern: str) -> list[int]:
+    """0 for each dense layer, 1 for each with experts."""
+    kinds = []
+    for part in pattern.strip().strip("()").split("+"):
+        kind, _, times = part.partition("*")
+        kinds += [int(kind.strip(" []"))] * int(times or 1)
+    return kinds
 
 
 def _default_ffn(hidden: int, gated: bool) -> int:
@@ -86,15 +113,23 @@ def _parser() -> argparse.ArgumentParser:
         "num-experts",
         "moe-ffn-hidden-size",
         "moe-shared-expert-intermediate-size",
+        "mtp-num-layers",
     ):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--experimental-attention-variant")
     parser.add_argument("--num-query-groups", type=int, default=1)
     parser.add_argument("--moe-router-topk", type=int, default=2)
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
     parser.add_argument("--moe-layer-freq", default="1")
     parser.add_argument("--normalization", default="LayerNorm")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
-    for name in ("group-query-attention", "swiglu", "untie-embeddings-and-output-weights"):
+    for name in (
+        "group-query-attention",
+        "swiglu",
+        "untie-embeddings-and-output-weights",
+        "multi-latent-attention",
+        "attention-output-gate",
+    ):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     return parser

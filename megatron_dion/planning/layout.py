@@ -81,8 +81,18 @@ def stock_buffer(
             distributed-optimizer instance; for experts, those of the expert-data-parallel group.
         bucket_size: elements at which a bucket is full, None for one bucket.
     """
-    items = [(parameter, parameter.numel, parameter.is_shared) for parameter in parameters]
-    return _in_buckets(items, ranks, bucket_size)
+    return _in_buckets(_items(parameters), ranks, bucket_size)
+
+
+def plain_buffer(
+    parameters: Sequence[Parameter], ranks: int, bucket_size: int | None
+) -> Buffer[Parameter]:
+    """The buffer of DDP without a distributed optimizer: as `stock_buffer`, without any padding."""
+    return _in_buckets(_items(parameters), ranks, bucket_size, is_padded=False)
+
+
+def _items(parameters: Sequence[Parameter]) -> list[tuple[Parameter, int, bool]]:
+    return [(parameter, parameter.numel, parameter.is_shared) for parameter in parameters]
 
 
 def place(
@@ -142,20 +152,25 @@ def _layer_wise_buckets(
 
 
 def _in_buckets[T](
-    items: Sequence[tuple[T, int, bool]], ranks: int, bucket_size: int | None
+    items: Sequence[tuple[T, int, bool]],
+    ranks: int,
+    bucket_size: int | None,
+    is_padded: bool = True,
 ) -> Buffer[T]:
     """Lays out items with their elements; one that is tied has a bucket to itself."""
-    multiple = math.lcm(ranks, _BUCKET_MULTIPLE)
+    of_start, of_bucket = 1, 1
+    if is_padded:
+        of_start, of_bucket = _START_MULTIPLE, math.lcm(ranks, _BUCKET_MULTIPLE)
     slots, buckets = [], []
-    for bucket in _buckets(items, bucket_size):
+    for bucket in _buckets(items, bucket_size, of_start):
         (_, numel), start = bucket[-1]
-        buckets.append(_round_up(start + numel, multiple))
+        buckets.append(_round_up(start + numel, of_bucket))
         slots += [Slot(item, size, first, buckets[-1]) for (item, size), first in bucket]
     return Buffer(tuple(slots), ranks, tuple(buckets))
 
 
 def _buckets[T](
-    items: Sequence[tuple[T, int, bool]], bucket_size: int | None
+    items: Sequence[tuple[T, int, bool]], bucket_size: int | None, multiple: int
 ) -> Iterator[list[tuple[tuple[T, int], int]]]:
     """Fills buckets in the order of the backward pass; each item with its start."""
     bucket: list[tuple[tuple[T, int], int]] = []
@@ -165,7 +180,7 @@ def _buckets[T](
             yield bucket
             bucket, end = [], 0
         # Buckets start at multiples of 128, so aligned within its bucket is aligned.
-        start = _round_up(end, _START_MULTIPLE)
+        start = _round_up(end, multiple)
         bucket.append(((item, numel), start))
         end = start + numel
         if is_tied or (bucket_size is not None and end >= bucket_size):

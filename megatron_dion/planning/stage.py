@@ -14,6 +14,7 @@ from megatron_dion.planning.layout import (
     Buffer,
     default_bucket_size,
     layer_wise_buffer,
+    plain_buffer,
     stock_buffer,
 )
 from megatron_dion.planning.models import GptShape, Parameter
@@ -240,7 +241,8 @@ class Stage:
             chosen = [p for p in self.parameters if p.is_expert == is_experts]
             if chosen:
                 group = self.run.topology.data(is_experts)
-                buffer = stock_buffer(chosen, group.size, self.bucket_size)
+                make = plain_buffer if is_muon else stock_buffer
+                buffer = make(chosen, group.size, self.bucket_size)
                 found.append(Section(buffer, is_muon, is_experts, group, is_muon))
         return found
 

@@ -78,7 +78,7 @@ class Topology:
 
     @property
     def replicated(self) -> int:
-        """Ranks with the same dense weights: data-parallel x context-parallel ones."""
+        """Ranks with the same dense weights, data-parallel x context-parallel ones."""
         return self.dp * self.cp
 
     @property

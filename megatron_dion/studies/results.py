@@ -157,7 +157,7 @@ def collect(trials: Trials, environment: Mapping[str, Any]) -> StudyResult:
         cells=tuple(_cell_result(trials, cell) for cell in cells),
         environment={**environment, **_software(trials, cells)},
         commands=tuple(
-            f".venv/bin/python tools/study.py {action} studies/{study.name}.yaml"
+            f".venv/bin/megatron-dion study {action} studies/{study.name}.yaml"
             for action in ("run", "report")
         ),
     )

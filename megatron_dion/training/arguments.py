@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from megatron_dion.algorithm import (
     DTYPES,
     ORTHONORMALIZERS,
+    PRECISIONS,
     RIGHT_FACTORS,
     SCALE_MODES,
     DionConfig,
@@ -61,6 +62,7 @@ DION_DEFAULTS: dict[str, Any] = {
     "dion_compressed_sync": False,
     "dion_recenter_interval": None,
     "dion_print_plan": False,
+    "dion_log_interval": None,
     "dion_reinit_factors": False,
 }
 
@@ -84,6 +86,15 @@ def extra_args_provider(device: str) -> ArgsProvider:
         return parser
 
     return extend
+
+
+def default_arguments(device: str) -> dict[str, Any]:
+    """What each argument is when nobody sets it, before Megatron derives others from it."""
+    # Only now: importing it needs a platform, and the rest of this module none.
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return vars(extra_args_provider(device)(parser).parse_args([]))
 
 
 def platform_defaults(device: str) -> Defaults:
@@ -217,6 +228,12 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.right_factor,
         help="normalize the columns of the right factor, as the paper does, or orthonormalize them",
     )
+    group.add_argument(
+        "--dion-fp32-matmul-prec",
+        choices=PRECISIONS,
+        default=defaults.fp32_matmul_prec,
+        help="of products with factors: highest is fp32, high allows TF32, medium is bf16",
+    )
     for name, what in (
         ("momentum", "momentum is stored"),
         ("factor", "right factors are stored"),
@@ -226,7 +243,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
             f"--dion-{name}-dtype",
             choices=DTYPES,
             default=getattr(defaults, f"{name}_dtype"),
-            help=f"in which {what}; arithmetic is in fp32, but for sums in transit",
+            help=f"in which {what}",
         )
     group.add_argument(
         "--dion-exchange-buffer-mib",
@@ -287,6 +304,14 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-print-plan",
         action="store_true",
         help="print what each rank holds, sends, sums and orthonormalizes in a step",
+    )
+    group.add_argument(
+        "--dion-log-interval",
+        type=int,
+        default=DION_DEFAULTS["dion_log_interval"],
+        metavar="N",
+        help="measure the step of every N-th iteration (captured energy, stable rank, norms), for"
+        " metrics.jsonl, TensorBoard and W&B; by default none",
     )
     group.add_argument(
         "--dion-reinit-factors",

@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training import get_args
-from megatron.training.checkpointing import load_args_from_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
@@ -85,20 +84,6 @@ def _saves_there(args: argparse.Namespace, given: str | None) -> bool:
     if args.save is None or given is None:
         return False
     return Path(args.save).resolve() == Path(given).resolve()
-
-
-def load_arguments(args: argparse.Namespace, choice: Choice | None) -> None:
-    """Does what `--use-checkpoint-args` asks for.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read.
-    """
-    if not args.use_checkpoint_args:
-        return
-    folder = args.load or args.pretrained_checkpoint if choice is None else choice.folder
-    with _explained(Path(folder or ".")):
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
@@ -219,7 +204,7 @@ class Loader:
         self._verify(folder, facts)
         if optimizer is not None and self._takes_optimizer():
             optimizer = self._prepared(optimizer, folder, facts)
-        with _explained(folder):
+        with explained(folder):
             return stock(model, optimizer, *others, **options)
 
     def _verify(self, folder: Path, facts: Facts) -> None:
@@ -353,7 +338,7 @@ def _agree_on(choice: Choice | None) -> None:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while Megatron loads into one line."""
     try:
         yield

@@ -19,7 +19,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-LOSS_NAME = "lm loss"
+from megatron_dion.training.recorder import LOSS_NAME
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 

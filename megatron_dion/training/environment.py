@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,29 @@ def check_apex() -> None:
         raise ConfigurationError(
             "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
             "pip uninstall apex"
+        )
+
+
+def check_imported_version() -> None:
+    """A script beside a checkout of Megatron-LM imports that in place of what is installed."""
+    import megatron.core
+
+    # After the plus sign stands the commit of whatever repository the working folder is in.
+    found = megatron.core.__version__.partition("+")[0]
+    if found != TESTED_MEGATRON_CORE:
+        raise ConfigurationError(
+            f"{Path(megatron.core.__file__).parent} is megatron-core {found}, tested is "
+            f"{TESTED_MEGATRON_CORE}: use the script of that release"
+        )
+
+
+def check_megatron_is_to_come() -> None:
+    """Names that a script has imported from megatron cannot be replaced in it any more."""
+    early = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
+    if early:
+        raise ConfigurationError(
+            f"{early[0]} has been imported already: call megatron_dion.install() before the first "
+            "import of megatron, or start the script by `python -m megatron_dion.run`"
         )
 
 

@@ -22,7 +22,7 @@ _TOKEN_TYPES: dict[int, type[np.generic]] = {
     5: np.int64,
     8: np.uint16,
 }
-_HOW_TO_REMAKE = "write the data again with tools/preprocess_data.py"
+_HOW_TO_REMAKE = "write the data again with megatron-dion data preprocess"
 
 _BYTES_READ_WHOLE = 256 * 2**20
 _SAMPLES_OF_LARGE_FILES = 64
@@ -82,7 +82,7 @@ def open_indexed_data(prefix: str) -> IndexedData:
 
 
 def read_sidecar(prefix: str) -> dict[str, Any]:
-    """Read PREFIX.json, in which tools/preprocess_data.py describes the data; empty without it.
+    """Read PREFIX.json, in which `megatron-dion data` describes the data; else empty.
 
     Raises:
         ConfigurationError: The file is not a JSON object.

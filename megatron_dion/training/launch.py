@@ -28,17 +28,33 @@ def train(argv: Sequence[str]) -> None:
         ConfigurationError: The run cannot start as it was asked for.
         CheckpointError: A checkpoint cannot be loaded or saved.
     """
-    for check in environment.CHECKS:
-        check()
-    requested = requested_device(argv)
-    device = resolve_device(requested)
-    environment.check_device(device)
     environment.describe_single_process()
-    if device == "cpu":
-        cpu.install(hide_gpus=requested == "cpu", quiet=os.environ["RANK"] != "0")
-        cpu.install_megatron_patches()
+    device = prepare(argv)
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.training.pretrain import pretrain_gpt
 
     pretrain_gpt(argv, device)
+
+
+def prepare(argv: Sequence[str]) -> str:
+    """Do all that must happen before megatron is imported, on CPU together with its import.
+
+    Args:
+        argv: The command line, of which `--device` counts.
+
+    Returns:
+        The device, `cuda` or `cpu`.
+
+    Raises:
+        ConfigurationError: There is another megatron-core, or not the device that was asked for.
+    """
+    for check in environment.CHECKS:
+        check()
+    requested = requested_device(argv)
+    device = resolve_device(requested)
+    environment.check_device(device)
+    if device == "cpu":
+        cpu.install(hide_gpus=requested == "cpu", quiet=os.environ.get("RANK", "0") != "0")
+        cpu.install_megatron_patches()
+    return device

@@ -5,19 +5,40 @@ its name up in the namespace named here, so rebinding the name is enough.
 """
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import megatron.training
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
-from megatron.training import checkpointing, ft_integration, get_args, training
+from megatron.training import arguments, checkpointing, ft_integration, get_args, training
 
 from megatron_dion.training.errors import ConfigurationError
 
 # Name and parameters of each function as of the tested version.
 _TESTED_SIGNATURES: dict[str, tuple[str, ...]] = {
+    "parse_args": ("extra_args_provider", "ignore_unknown_args"),
+    "load_args_from_checkpoint": ("args", "load_arg", "checkpointing_context"),
+    "validate_args": ("args", "defaults"),
+    "pretrain": (
+        "cfg_container",
+        "train_valid_test_dataset_provider",
+        "model_type",
+        "forward_step_func",
+        "model_provider",
+        "process_non_loss_data_func",
+        "get_embedding_ranks",
+        "get_position_embedding_ranks",
+        "non_loss_data_func",
+        "store",
+        "inprocess_call_wrapper",
+        "p2p_communicator",
+        "pg_collection",
+        "skip_model_parallel_init",
+    ),
     "get_megatron_optimizer": (
         "config",
         "model_chunks",
@@ -111,6 +132,30 @@ _TESTED_SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 
 OptimizerFactory = Callable[..., Any]
+
+
+def parse_args_with(parse: Callable[..., Any]) -> None:
+    """Parse every command line through `parse(stock, ...)`.
+
+    A script may hand parse_args a function that adds arguments, or none (arguments.py:116).
+    """
+    _rebind("parse_args", parse, arguments)
+
+
+def load_args_with(load: Callable[..., Any]) -> None:
+    """Do what `--use-checkpoint-args` asks for through `load(stock, ...)` (arguments.py:99)."""
+    _rebind("load_args_from_checkpoint", load, checkpointing)
+
+
+def validate_args_with(validate: Callable[..., Any]) -> None:
+    """Validate arguments through `validate(stock, ...)` (arguments.py:107)."""
+    _rebind("validate_args", validate, arguments)
+
+
+def pretrain_with(pretrain: Callable[..., Any]) -> None:
+    """Train through `pretrain(stock, ...)`; scripts import it from either of two modules."""
+    _rebind("pretrain", pretrain)
+    megatron.training.pretrain = training.pretrain
 
 
 def build_optimizer_with(factories: dict[str, OptimizerFactory]) -> None:
@@ -225,11 +270,11 @@ def save_checkpoint_with(save: Callable[..., Any]) -> None:
 def use_packaged_dataset_helpers() -> None:
     """Keep megatron from compiling what the wheel brings compiled.
 
-    core/datasets/utils.py:25 runs make where the wheel brings no Makefile, and exits.
+    core/datasets/utils.py:25 runs make where the wheel brings no Makefile, and exits. A checkout of
+    Megatron-LM has one, and perhaps nothing compiled.
     """
-    from megatron.core.datasets import helpers_cpp  # noqa: F401  (fails early where it is missing)
-
-    dataset_utils.compile_helpers = lambda: None
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        dataset_utils.compile_helpers = lambda: None
 
 
 def give_fault_tolerance_the_parsed_arguments() -> None:

@@ -3,13 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.diagnostics.records import Snapshot, to_record
+from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training import patches
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import MetricsFile, Record, read_metrics
-from megatron_dion.training.stopwatch import Stopwatch
+
+# Megatron's name for the loss of a language model.
+LOSS_NAME = "lm loss"
 
 _SECONDS_BETWEEN_PICTURES = 30.0
 
@@ -25,6 +30,7 @@ class RunFacts:
         loss_name: Megatron's name for the loss.
         tokens_so_far: Tells the number of tokens trained on.
         unigram_entropy: Of the corpus, in nats per token, where it is known.
+        sizes: Number of ranks, and how they are divided.
     """
 
     run_dir: Path | None
@@ -33,6 +39,7 @@ class RunFacts:
     loss_name: str
     tokens_so_far: Callable[[], int]
     unigram_entropy: float | None
+    sizes: Record
 
 
 @dataclass
@@ -83,6 +90,10 @@ class Recorder:
         if self._training is not None:
             say(self._summary(self._training))
 
+    def write_diagnostics(self, snapshot: Snapshot) -> None:
+        """Add what was measured in an iteration to metrics.jsonl, before the iteration's line."""
+        self._append(to_record(snapshot), iterations_done=snapshot.iteration - 1)
+
     def _watch_optimizer(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         step = optimizer.step
@@ -126,6 +137,8 @@ class Recorder:
         }
 
     def _on_evaluation(self, prefix: str, iteration: int, losses: dict[str, Any]) -> None:
+        if self._facts.loss_name not in losses:
+            return  # another's script may call it something else
         loss = _number(losses[self._facts.loss_name])
         kind = "test" if "test set" in prefix else "validation"
         record = {"kind": kind, "iteration": iteration, "lm_loss": loss}
@@ -142,13 +155,26 @@ class Recorder:
         if self._facts.run_dir is None:
             return
         if self._metrics is None:
-            self._metrics = MetricsFile(self._facts.run_dir / "metrics.jsonl", iterations_done)
-            if self._metrics.dropped:
-                say(
-                    f"starting from iteration {iterations_done}: dropped the "
-                    f"{self._metrics.dropped} later lines of {self._metrics.path}"
-                )
+            self._metrics = self._open_metrics(self._facts.run_dir, iterations_done)
         self._metrics.append(record)
+
+    def _open_metrics(self, run_dir: Path, iterations_done: int) -> MetricsFile:
+        metrics = MetricsFile(run_dir / "metrics.jsonl", iterations_done)
+        if metrics.dropped:
+            say(
+                f"starting from iteration {iterations_done}: dropped the "
+                f"{metrics.dropped} later lines of {metrics.path}"
+            )
+        # An earlier start from the same iteration has left nothing, so it is dropped as well.
+        MetricsFile(run_dir / "starts.jsonl", iterations_done - 1).append(
+            {
+                "iteration": iterations_done,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                **self._facts.sizes,
+                "unigram_entropy": self._facts.unigram_entropy,
+            }
+        )
+        return metrics
 
     def _draw(self) -> None:
         if self._metrics is None:

@@ -1,4 +1,4 @@
-"""The files of a run: config.json, routing.tsv, metrics.jsonl and loss.png."""
+"""The files of a run: config.json, routing.tsv, metrics.jsonl, starts.jsonl and loss.png."""
 
 import argparse
 import enum
@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ import megatron_dion
 Record = dict[str, Any]
 
 
-def write_config(run_dir: Path, args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Write config.json: what was asked for, what it resolved to, and with which software."""
+def write_config(
+    run_dir: Path, args: argparse.Namespace, argv: Sequence[str], defaults: Mapping[str, Any]
+) -> None:
+    """Write config.json: what was asked for, what it resolved to, and with which software.
+
+    Args:
+        run_dir: Where it goes.
+        args: Every argument as resolved.
+        argv: The command line.
+        defaults: Every argument as nobody sets it.
+    """
     config = {
         "command_line": [sys.argv[0], *argv],
         "platform": args.device,
@@ -26,6 +36,7 @@ def write_config(run_dir: Path, args: argparse.Namespace, argv: Sequence[str]) -
         "versions": _versions(),
         "git_revision": git_revision(Path(megatron_dion.__file__).parent),
         "arguments": vars(args),
+        "defaults": dict(defaults),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=_plain) + "\n")
@@ -74,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, each of them with an iteration.
+    """metrics.jsonl, or starts.jsonl: one JSON object per line, each of them with an iteration.
 
     Args:
         path: The file; its folder is made.
@@ -102,6 +113,31 @@ def read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def settled(training: Sequence[Record], starts: Collection[int] = ()) -> list[tuple[Record, int]]:
+    """Iterations and the tokens of each, but the first of each start, which sets up all things.
+
+    Args:
+        training: training records.
+        starts: after which iterations the run was started again.
+    """
+    return [
+        (record, record["tokens"] - before["tokens"])
+        for before, record in pairwise(training)
+        if record["iteration"] - 1 not in starts
+    ]
+
+
+def tokens_per_second(training: Sequence[Record], starts: Collection[int] = ()) -> float:
+    """The throughput of settled iterations; of the only one, if there is one.
+
+    Args:
+        training: one training record or more.
+        starts: as of `settled`.
+    """
+    found = settled(training, starts) or [(training[0], training[0]["tokens"])]
+    return sum(tokens for _, tokens in found) / sum(r["iteration_seconds"] for r, _ in found)
 
 
 def _line(record: Record) -> str:

@@ -37,6 +37,7 @@ _REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
     "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
     "freeze_all_layers": (False, "there would be nothing to train"),
     "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
+    "inprocess_restart": (False, "let the launcher start the run again, with --load"),
     "non_persistent_ckpt_type": (None, "use --save-interval, with --async-save if it takes long"),
     "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
 }
@@ -196,6 +197,23 @@ def check_compressed_sync(args: argparse.Namespace) -> None:
         )
 
 
+def check_diagnostics(args: argparse.Namespace) -> None:
+    """An interval of at least one iteration, and somewhere to write what is measured."""
+    interval = args.dion_log_interval
+    if interval is None:
+        return
+    if interval < 1:
+        raise ConfigurationError(
+            f"--dion-log-interval must be a number of iterations, not {interval}: give at least 1,"
+            " or leave it out to measure nothing"
+        )
+    if not (args.run_dir or args.tensorboard_dir or args.wandb_project):
+        raise ConfigurationError(
+            f"--dion-log-interval {interval} has nowhere to write: add --run-dir,"
+            " --tensorboard-dir or --wandb-project"
+        )
+
+
 def check_latent_attention(args: argparse.Namespace) -> None:
     """Megatron's plain-torch layers know multi-latent attention in part only.
 
@@ -342,6 +360,15 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
         )
 
 
+def check_checkpoints_are_ours(args: argparse.Namespace) -> None:
+    """In a script that is not ours, a run without Dion has Megatron's own checkpoints."""
+    if args.no_checkpoint_hashes:
+        raise ConfigurationError(
+            f"--no-checkpoint-hashes has no effect with --optimizer {args.optimizer} in a script "
+            "other than megatron-dion's: leave it out"
+        )
+
+
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name, accepted in _UNSUPPORTED_DATA.items():
@@ -440,6 +467,7 @@ CHECKS: tuple[Check, ...] = (
     check_dion_hyperparameters,
     check_dion_surroundings,
     check_compressed_sync,
+    check_diagnostics,
     check_latent_attention,
     check_fp8,
     check_delayed_scaling,
@@ -453,6 +481,20 @@ CHECKS: tuple[Check, ...] = (
     check_tokenizer,
     check_data,
     check_splits,
+)
+
+# Those about how pretrain_gpt.py reads its data; another script may do it in another way.
+_OF_DATA: tuple[Check, ...] = (check_data_mode, check_tokenizer, check_data, check_splits)
+
+OF_ALL_SCRIPTS = tuple(check for check in CHECKS if check not in _OF_DATA)
+
+# Those that leave Megatron's own flags alone, for runs without Dion in a script that is not ours.
+OF_OUR_FLAGS: tuple[Check, ...] = (
+    check_dion_hyperparameters,
+    check_compressed_sync,
+    check_fp8_emulation,
+    check_packages,
+    check_checkpoints_are_ours,
 )
 
 # Those that look at this machine's packages and files.

@@ -10,6 +10,7 @@ import pytest
 
 import benchmarks
 import benchmarks.checkpoint
+import benchmarks.diagnostics
 import benchmarks.iteration
 import benchmarks.memory
 import benchmarks.scaling
@@ -55,10 +56,11 @@ def test_step(run: Any) -> None:
         ("3 x 16", "1/16", 1),
     ]
     assert all(row["step_to_floor"] > 0 for row in floor)
-    assert Counter(row["weights"] for row in weights) == {"fp32": 6, "bf16": 6}
-    names = [row["optimizer"] for row in weights[:6]]
-    assert names[2::2] == ["Muon, Megatron", "Dion 1/16"]
-    assert names[3::2] == ["Muon, Newton-Schulz in fp32", "Dion 1/4"]
+    assert Counter(row["weights"] for row in weights) == {"fp32": 8, "bf16": 8}
+    names = [row["optimizer"] for row in weights[:8]]
+    assert names[2:4] == ["Muon, Megatron", "Muon, Newton-Schulz in fp32"]
+    assert names[4:6] == ["Dion 1/16", "Dion 1/4"]
+    assert names[6:] == ["Dion 1/16, products in bf16", "Dion 1/4, products in bf16"]
     assert all(row["to_muon"] == 1 for row in weights if row["optimizer"] == "Muon, Megatron")
     assert len(result["goals"]) == 2 + 4  # each kind of matrices; two ranks, two dtypes
 
@@ -104,6 +106,18 @@ def test_memory(run: Any) -> None:
     assert two["smallest_sharded_MB"] == pytest.approx(4e-6 * 128 * 128)
     assert two["state_MB"] == pytest.approx(one["state_MB"] / 2)
     assert two["peak_MB"] >= two["largest_MB"] > 0
+
+
+def test_diagnostics(run: Any) -> None:
+    flags = "--hidden 128 --topologies 1x1 2x1 --fractions 1/4 1"
+    rows = run(benchmarks.diagnostics, flags)["tables"]["diagnostics"]
+    assert [(row["topology"], row["fraction"]) for row in rows] == [
+        ("TP1 x DP1", "1/4"),
+        ("TP1 x DP1", "1"),
+        ("TP2 x DP1", "1/4"),
+        ("TP2 x DP1", "1"),
+    ]
+    assert all(row["measured_to_step"] > 0 for row in rows)
 
 
 def test_startup(run: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -381,3 +382,8 @@ def test_own_checkpoint_wins_over_a_pretrained_one(
     assert f"successfully loaded checkpoint from {folder}" in said
     assert "at iteration 8\n" in said
     assert [entry["iteration"] for entry in read_metrics(folder / "run")] == list(range(1, 10))
+    starts = map(json.loads, (folder / "run" / "starts.jsonl").read_text().splitlines())
+    assert [(start["iteration"], start["data_parallel_size"]) for start in starts] == [
+        (0, 2),
+        (8, 2),
+    ]

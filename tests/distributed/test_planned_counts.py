@@ -1,5 +1,6 @@
 """What the planner says of memory and of bytes is what runs of a tiny model have and send."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,15 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron_dion import DionConfig
+from megatron_dion import Dion, DionConfig
+from megatron_dion.algorithm import IN_FLIGHT
+from megatron_dion.planning.hardware import PRESETS
 from megatron_dion.planning.memory import memory
 from megatron_dion.planning.models import Experts, GptShape
+from megatron_dion.planning.prediction import predict
 from megatron_dion.planning.stage import Optimizer, Run, Stage
 from megatron_dion.planning.topology import Batch, Topology
 from megatron_dion.planning.traffic import traffic
+from megatron_dion.report.folder import read_folder
+from megatron_dion.report.page import render
+from megatron_dion.report.plan import planned_run
+from megatron_dion.sharding.memory import peak_bytes
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
+from tests.pages import Page
 
 # What MODEL says.
 SHAPE = GptShape(
@@ -48,6 +58,7 @@ def train_counted(argv: Sequence[str]) -> dict[str, Any]:
         before.append(Counter(sent))
         if len(before) == 3:
             found.update(place_of_rank(), memory=memory_of(args[2], args[3]))
+            found["exchange"] = exchange_of(args[3])
         return train_step(*args, **kwargs)
 
     training.train_step = counted
@@ -111,6 +122,7 @@ def count_collectives(sent: Counter[tuple[str, tuple[int, ...]]]) -> None:
         lambda k, _, given, *more: sum(t.nbytes for t in given) * (k - 1),
     )
     wrap("reduce_scatter_single_coalesced", "scatter", lambda k, _, given, *more: each(1, given, k))
+    wrap("allgather", "gather", lambda k, _, given, *more: sum(t.nbytes for t in given) * (k - 1))
     wrap("send", "send", lambda k, given, *_: sum(t.nbytes for t in given))
 
 
@@ -119,8 +131,12 @@ def memory_of(models: Any, chain: Any) -> Counter[str]:
     found: Counter[str] = Counter()
     for model in models:
         for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-            found["weights"] += buffer.param_data.nbytes
+            weights = list(buffer.params) if buffer.param_data is None else [buffer.param_data]
+            found["weights"] += sum(tensor.nbytes for tensor in weights)
             found["gradients"] += buffer.grad_data.nbytes
+    if type(chain).__name__ != "DionChainedOptimizer":
+        found["masters and moments"] = sum(state_of(o) for o in chain.chained_optimizers)
+        return found
     for optimizer in chain.chained_optimizers:
         masters = [t for group in optimizer.shard_fp32_from_float16_groups for t in group]
         states = [t for state in optimizer.optimizer.state.values() for t in state.items()]
@@ -133,18 +149,51 @@ def memory_of(models: Any, chain: Any) -> Counter[str]:
     return found
 
 
+def exchange_of(chain: Any) -> list[int]:
+    """Bytes of the buffers of each Dion optimizer's sets that are under way at a time, the most."""
+    return [
+        sum(
+            sorted(peak_bytes(chosen.plan, chosen.replicas) for chosen in dion.step_sets())[
+                -IN_FLIGHT:
+            ]
+        )
+        for optimizer in chain.chained_optimizers
+        if isinstance(dion := optimizer.optimizer, Dion)
+    ]
+
+
+def assert_exchange(records: list[dict[str, Any]], stage: Stage) -> None:
+    """A figure for all ranks of a stage; each optimizer's is that of its busiest rank."""
+    on_ranks = [record["exchange"] for record in records if record["stage"] == stage.index]
+    busiest = sum(max(peaks) for peaks in zip(*on_ranks, strict=True))
+    assert memory(stage)["exchange"].max() == busiest > 0
+
+
+def state_of(optimizer: Any) -> int:
+    """Bytes of float32 masters and of moments, in any of Megatron's optimizers."""
+    groups = getattr(optimizer, "shard_fp32_from_float16_groups", None)
+    if groups is None:
+        groups = optimizer.fp32_from_float16_groups
+    masters = [tensor for group in groups for tensor in group if tensor is not None]
+    states = [t for state in optimizer.optimizer.state.values() for t in state.values()]
+    return sum(t.nbytes for t in [*masters, *states] if isinstance(t, torch.Tensor) and t.dim())
+
+
 def planned(run: Run, stage: int, batch: Batch, place: tuple[int, int]) -> dict[str, int]:
     """By kind of call and group, what a rank of the stage sends."""
     found: Counter[str] = Counter()
     for name, sent in traffic(Stage(run, stage), batch).items():
         here = np.broadcast_to(sent.bytes, (run.topology.data().size, run.topology.tp))[place]
-        found[KINDS[name]] += int(here)
+        # Muon's shards are unequal; on CPU they travel padded to the largest.
+        found[KINDS[name]] += sent.busiest if name == "weights all-gather" else int(here)
     return found
 
 
 # Kind of call and group, of dense models.
 KINDS = {
     "gradients reduce-scatter": "scatter data",
+    "gradients all-reduce": "all-reduce data",
+    "muon gathers": "gather and scatter tensor",
     "weights all-gather": "gather data",
     "instances all-reduce": "all-reduce instances",
     "tensor-parallel activations": "gather and scatter tensor",
@@ -213,6 +262,44 @@ CASES: dict[str, tuple[str, Topology, dict[str, Any]]] = {
 }
 
 
+OTHERS: dict[str, tuple[str, Topology, Optimizer]] = {
+    "adam dp2": ("--optimizer adam", Topology(dp=2), Optimizer("adamw")),
+    "adam tp2-dp2": (f"--optimizer adam {TP2}", Topology(tp=2, dp=2), Optimizer("adamw")),
+    "muon dp2": ("--optimizer muon", Topology(dp=2), Optimizer("muon", layer_wise_layout=False)),
+    "muon tp2-dp2": (
+        f"--optimizer muon --muon-tp-mode duplicated {TP2}",
+        Topology(tp=2, dp=2),
+        Optimizer("muon", muon_tp_mode="duplicated", layer_wise_layout=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_memory_and_bytes_of_other_optimizers(nursery: Nursery, tmp_path: Path, name: str) -> None:
+    flags, topology, optimizer = OTHERS[name]
+    run = Run(SHAPE, topology, optimizer, bucket_size=0)
+    argv = [*MODEL, *TRAINING, "--use-distributed-optimizer", "--bf16", *flags.split()]
+    argv += f"--micro-batch-size 1 --log-interval 100 --run-dir {tmp_path} --train-iters 4".split()
+    stage = Stage(run, 0)
+    for record in nursery.run(topology.world, train_counted, argv):
+        place = record["place"]
+        kept = {kind: int(sizes[place]) for kind, sizes in memory(stage).items()}
+        assert record["memory"] == {
+            "weights": kept["weights"],
+            "gradients": kept["gradients"],
+            "masters and moments": kept["masters"] + kept["momenta"] + kept["scalars"],
+        }
+        assert_sent(counted(record), planned(run, 0, Batch(1, 12), place))
+
+
+def assert_sent(sent: Counter[str], expected: dict[str, int]) -> None:
+    for kind in sent.keys() | expected.keys():
+        # Single numbers besides: norms, losses, whether a gradient was infinite.
+        spare = 64 if kind.startswith("all-reduce") else 0
+        if not kind.endswith("other"):
+            assert 0 <= sent[kind] - expected[kind] <= spare, kind
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_memory_and_bytes(nursery: Nursery, tmp_path: Path, name: str) -> None:
     flags, topology, changes = CASES[name]
@@ -226,12 +313,22 @@ def test_memory_and_bytes(nursery: Nursery, tmp_path: Path, name: str) -> None:
         kept = {kind: int(sizes[place]) for kind, sizes in memory(Stage(run, stage)).items()}
         del kept["exchange"]
         assert {kind: record["memory"][kind] for kind in kept} == kept
-        sent, expected = counted(record), planned(run, stage, Batch(1, 12), place)
-        for kind in sent.keys() | expected.keys():
-            # Single numbers besides: norms, losses, whether a gradient was infinite.
-            spare = 64 if kind.startswith("all-reduce") else 0
-            if not kind.endswith("other"):
-                assert 0 <= sent[kind] - expected[kind] <= spare, kind
+        assert_sent(counted(record), planned(run, stage, Batch(1, 12), place))
+    for stage in range(topology.pp):
+        assert_exchange(records, Stage(run, stage))
+    check_report(tmp_path, run)
+
+
+def check_report(run_dir: Path, run: Run) -> None:
+    """The report plans the run that it was, and says what the run itself has counted."""
+    told, batch = planned_run(read_folder(run_dir).arguments)
+    assert batch == Batch(1, 12, "none")
+    of_report, expected = (predict(one, batch, PRESETS["cpu"]) for one in (told, run))
+    assert of_report.memory == expected.memory
+    assert of_report.collectives == expected.collectives
+    said = " ".join(Page(render(read_folder(run_dir))).texts("p"))
+    [(by_plan, by_run)] = re.findall(r"step sends (\S+ \w+) .* planned, (\S+ \w+)", said)
+    assert by_plan == by_run
 
 
 MOE = replace(SHAPE, experts=Experts(count=4, top_k=2, ffn=40, shared_ffn=48))
@@ -248,7 +345,9 @@ def test_memory_and_bytes_of_experts(nursery: Nursery, tmp_path: Path) -> None:
     argv += f"--micro-batch-size 1 --log-interval 100 --run-dir {tmp_path}".split()
     stage = Stage(run, 0)
     of_data_ranks = {"all-to-all": ("left", "parts", "rows"), "all-reduce": ("norms", "flags")}
-    for record in nursery.run(4, train_counted, argv):
+    records = nursery.run(4, train_counted, argv)
+    assert_exchange(records, stage)
+    for record in records:
         place = record["place"]
         kept = {kind: int(sizes[place]) for kind, sizes in memory(stage).items()}
         del kept["exchange"]
@@ -268,3 +367,4 @@ def test_memory_and_bytes_of_experts(nursery: Nursery, tmp_path: Path) -> None:
             ("gather", "weights all-gather"),
         ):
             assert sent[f"{call} data"] + sent[f"{call} experts"] == planned_bytes[name].bytes
+    check_report(tmp_path, run)

@@ -203,7 +203,7 @@ def test_the_launcher_submits_a_recipe(
         f'description: tiny\narguments: {flags}\ntopologies: {{2: "--log-interval 1"}}'
     )
     answer = cluster.run(
-        *(sys.executable, REPOSITORY / "tools" / "launch.py", recipe),
+        *(sys.executable, "-m", "megatron_dion", "launch", recipe),
         *("--nodes", "2", "--gpus-per-node", "1", "--run-dir", run.folder),
         SITE_ENV=str(tmp_path / "site.env"),
     )

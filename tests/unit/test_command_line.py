@@ -55,6 +55,8 @@ def complaint(nursery: Nursery, *argv: str) -> str:
         ("--dion-comm-dtype fp16", "--dion-comm-dtype: invalid choice: 'fp16'"),
         ("--dion-compressed-sync", "--num-distributed-optimizer-instances is 1: give at least 2"),
         ("--dion-recenter-interval 5", "has no effect without --dion-compressed-sync"),
+        ("--dion-log-interval 0", "must be a number of iterations, not 0: give at least 1"),
+        ("--dion-log-interval 5", "--dion-log-interval 5 has nowhere to write: add --run-dir"),
         ("--dion-exclude nothing.*", "no parameter's name matches 'nothing.*'"),
     ],
 )

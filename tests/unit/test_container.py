@@ -105,7 +105,7 @@ def test_commands_of_the_image_are_ours() -> None:
     for command in (health.partition(" CMD ")[2], *arguments(DOCKERFILE, "CMD")):
         name, *flags = json.loads(command)
         assert name == "megatron-dion"
-        assert cli._parser().parse_args(flags)
+        assert cli.parse(flags)
     assert "--no-collectives" in health
 
 
@@ -156,7 +156,7 @@ def test_image_is_built_without(path: str) -> None:
     [
         "LICENSE",
         "pretrain_gpt.py",
-        "tools/doctor.py",
+        "tools/quick_start.py",
         "examples/quick_start.args",
         "megatron_dion/health/doctor.py",
     ],

@@ -1,6 +1,4 @@
-from collections.abc import Mapping
 from dataclasses import replace
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ from megatron_dion.convergence.checks import Verdict
 from megatron_dion.convergence.curves import Curve
 from megatron_dion.convergence.evaluation import Outcome
 from megatron_dion.convergence.page import Section
+from tests.pages import Page
 
 ITERATIONS = range(1, 41)
 CASE = Case(
@@ -60,41 +59,6 @@ NOTICED = verdict("no feedback", shifted(1e-7, since=12), divergent=12)
 OVERLOOKED = verdict("nothing wrong", shifted(0))
 FINE = Outcome(CASE, PASSED, [NOTICED])
 BAD = Outcome(replace(CASE, name="large"), [*PASSED, FAILED], [NOTICED, OVERLOOKED])
-
-
-class Page(HTMLParser):
-    """Reads a page; fails where elements are not nested."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, Mapping[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.wrong: list[list[str]] = []
-        self.feed(content)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-            if dict(attrs).get("class") == "wrong":
-                self.wrong.append(self.rows[-1])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    def all(self, tag: str) -> list[Mapping[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

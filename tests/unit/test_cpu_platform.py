@@ -235,15 +235,18 @@ def one_process(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_stock_adam_leaves_a_run_directory(one_process: Path) -> None:
     names = {path.name for path in one_process.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png"}
+    assert names == {"config.json", "metrics.jsonl", "starts.jsonl", "loss.png"}
     training = metrics(one_process, "train")
     assert [record["iteration"] for record in training] == [1, 2, 3, 4]
     assert [record["tokens"] for record in training] == [12 * 32 * i for i in (1, 2, 3, 4)]
     assert all(record["iteration_seconds"] > record["optimizer_seconds"] > 0 for record in training)
     assert [record["iteration"] for record in metrics(one_process, "validation")] == [2, 4]
     assert len(metrics(one_process, "test")) == 1
-    arguments = json.loads((one_process / "config.json").read_text())["arguments"]
-    assert arguments["distributed_backend"] == "gloo"
+    config = json.loads((one_process / "config.json").read_text())
+    assert config["arguments"]["distributed_backend"] == "gloo"
+    assert config["defaults"]["hidden_dropout"] == 0.1
+    [start] = map(json.loads, (one_process / "starts.jsonl").read_text().splitlines())
+    assert (start["iteration"], start["world_size"]) == (0, 1)
 
 
 @pytest.mark.parametrize(

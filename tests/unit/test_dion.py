@@ -51,6 +51,18 @@ def test_ten_steps_follow_the_reference(options: dict[str, Any], orthonormalizer
     assert comparison.optimizer.fallbacks == 0
 
 
+@pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
+def test_products_in_bf16_follow_the_reference_from_afar(right_factor: str) -> None:
+    """Q forgets nothing, so its errors add up; P stays orthonormal, so updates have their size."""
+    comparison = Comparison(
+        [(SHAPES, {})], fp32_matmul_prec="medium", right_factor=right_factor, weight_decay=0.5
+    )
+    comparison.run(STEPS)
+    comparison.assert_equal({"weight": 3e-3, "momentum": 3e-2, "right_factor": 0.3})
+    with pytest.raises(AssertionError):
+        comparison.assert_equal()
+
+
 @every_orthonormalizer
 def test_full_rank_follows_the_reference(orthonormalizer: str) -> None:
     shapes = [(8, 8), (20, 6), (5, 9)] * 4

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from megatron_dion import cli
+from megatron_dion.commands import doctor as command
 from megatron_dion.health import (
     clocks,
     doctor,
@@ -405,10 +406,11 @@ def test_command_reads_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1
 
     monkeypatch.setattr(doctor, "run", run)
-    monkeypatch.setattr(cli.os, "_exit", codes.append)
-    monkeypatch.setattr(cli.faulthandler, "dump_traceback_later", lambda *args, exit: None)
-    cli.main("doctor --shared-folder a --json b --no-collectives --expect-gpus 8".split())
-    cli.main(["doctor", "--timeout", "5"])
+    monkeypatch.setattr(command.os, "_exit", codes.append)
+    monkeypatch.setattr(command.faulthandler, "dump_traceback_later", lambda *args, exit: None)
+    for flags in ("--shared-folder a --json b --no-collectives --expect-gpus 8", "--timeout 5"):
+        args = cli.parse(["doctor", *flags.split()])
+        args.run(args)
     assert seen == [
         doctor.Options(Path("a"), Path("b"), expect_gpus=8, collectives=False),
         doctor.Options(patience=5.0),
@@ -425,9 +427,9 @@ def test_wrong_command_lines(wrong: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_command_ends_with_the_verdict(tmp_path: Path) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "doctor.py"
-    command = [sys.executable, tool, "--no-collectives", "--shared-folder", tmp_path / "none"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "megatron_dion", "doctor", "--no-collectives"]
+    line += ["--shared-folder", str(tmp_path / "none")]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr
     assert "failed: shared folder" in ended.stdout.splitlines()[-1]
     assert "-> make it, writable for this user" in ended.stdout

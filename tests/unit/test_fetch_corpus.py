@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import fetch_corpus as tool
-from _common import ToolError, sha256_of_file
+from megatron_dion.commands.data import corpus as tool
+from megatron_dion.commands.data.files import sha256_of_file
+from megatron_dion.commands.errors import ToolError
 
 DOCUMENTS = {f"docs/part{i % 3}/page{i}.txt": f"Page {i}: café\n    indented\n" for i in range(60)}
 OTHERS = {"docs/conf.py": "x = 1\n", "tests/docs/no.txt": "no\n", "README.txt": "no\n"}
@@ -136,10 +137,11 @@ def test_failed_download_gives_the_reason(
 
 
 def test_command_line_refuses_another_archive(tmp_path: Path, archive: Path) -> None:
-    command = [sys.executable, tool.__file__, "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "megatron_dion", "data", "corpus"]
+    command += ["--output", str(tmp_path / "out")]
     finished = subprocess.run(
         [*command, "--archive", str(archive)], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 1
-    assert finished.stderr.startswith("fetch_corpus.py: error: ")
+    assert finished.stderr.startswith("megatron-dion data: error: ")
     assert finished.stderr.count("\n") == 1

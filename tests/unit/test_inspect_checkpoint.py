@@ -10,7 +10,6 @@ import pytest
 
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 SMALL = "--num-layers 2 --seq-length 16 --max-position-embeddings 16 --train-iters 2".split()
 
 
@@ -23,23 +22,22 @@ def inspect(nursery: Nursery, folder: Path, *flags: str) -> tuple[int, str]:
 
 def exit_of_tool(argv: list[str]) -> tuple[int, str]:
     """In a process that has imported Megatron already."""
-    import inspect_checkpoint
-    from _common import run_tool
+    from megatron_dion import cli
 
-    sys.argv = ["inspect_checkpoint.py", *argv]
     with (
         contextlib.redirect_stdout(io.StringIO()) as said,
         contextlib.redirect_stderr(said),
     ):
         try:
-            run_tool(inspect_checkpoint.main)
+            cli.main(["inspect", *argv])
         except SystemExit as end:
-            return 1, f"{said.getvalue()}{end.code}"
+            if end.code:
+                return 1, f"{said.getvalue()}{end.code}"
     return 0, said.getvalue()
 
 
 def test_from_the_command_line(folders: tuple[Path, Path]) -> None:
-    command = [sys.executable, str(TOOL), str(folders[0]), "--verify"]
+    command = [sys.executable, "-m", "megatron_dion", "inspect", str(folders[0]), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -97,7 +95,7 @@ def test_of_adam(nursery: Nursery, folders: tuple[Path, Path]) -> None:
 def test_nothing_there(nursery: Nursery, tmp_path: Path) -> None:
     code, said = inspect(nursery, tmp_path)
     assert code == 1
-    assert f"inspect_checkpoint.py: error: {tmp_path} holds no checkpoint" in said
+    assert f"megatron-dion inspect: error: {tmp_path} holds no checkpoint" in said
 
 
 def test_other_step(nursery: Nursery, folders: tuple[Path, Path]) -> None:

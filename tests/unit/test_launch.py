@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import launch
-from _common import ToolError
-from launch import Recipe
+from megatron_dion.commands import launch
+from megatron_dion.commands.errors import ToolError
+from megatron_dion.commands.launch import Recipe
 from tests.distributed.nursery import Nursery
 
-RECIPES = sorted((launch.ROOT / "examples" / "recipes").glob("*.yaml"))
+RECIPES = sorted(Path("examples", "recipes").glob("*.yaml"))
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 
 
@@ -42,6 +42,12 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     [found] = nursery.run(1, complaints_about, runs)
     assert found == [""] * len(runs)
     assert max(recipe.topologies) >= 64
+
+
+def test_size_of_the_vocabulary_may_be_left_to_the_tokenizer(nursery: Nursery) -> None:
+    flags = Recipe.read(RECIPES[0]).flags(8)
+    data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model elsewhere --data-path there"
+    assert nursery.run(1, complaint_about, [*flags, *data.split()], 8) == [""]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,8 @@ def test_rendered_flags_come_back() -> None:
 
 
 def test_a_dry_run_prints_what_would_be_submitted(tmp_path: Path) -> None:
-    command = [sys.executable, launch.__file__, str(RECIPES[0]), "--nodes", "8", "--dry-run"]
+    command = [sys.executable, "-m", "megatron_dion", "launch"]
+    command += [str(RECIPES[0]), "--nodes", "8", "--dry-run"]
     command += ["--gpus-per-node", "4", "--run-dir", str(tmp_path), "--sbatch-flag=--time=1:00"]
     answer = subprocess.run([*command, "--", *DATA], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
@@ -102,4 +109,4 @@ def test_a_dry_run_prints_what_would_be_submitted(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--", "--bogus"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stdout == ""
-    assert "launch.py: error: unrecognized arguments: --bogus" in refused.stderr
+    assert "megatron-dion launch: error: unrecognized arguments: --bogus" in refused.stderr

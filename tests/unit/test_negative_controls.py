@@ -65,7 +65,7 @@ def without_alive(update: Update) -> Update:
 
 def swap_scale(update: Update) -> Update:
     """sqrt(n / m) instead of sqrt(m / n)."""
-    m, n = update.block.weight.shape
+    _, m, n = update.block.weight.shape
     return replace(update, scaled_lr=update.scaled_lr * n / m)
 
 
@@ -99,11 +99,13 @@ def break_update(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
         momentum: float,
         scaled_lrs: Sequence[float],
         shrinks: Sequence[float],
+        precision: str,
     ) -> None:
         of_blocks = zip(blocks, to_right, scaled_lrs, shrinks, strict=True)
         for block, factor, scaled_lr, shrink in of_blocks:
             new = change(Update(block, factor, momentum, scaled_lr, shrink))
-            unbroken([block], [new.to_right], new.momentum, [new.scaled_lr], [new.shrink])
+            rates = [new.scaled_lr], [new.shrink]
+            unbroken([block], [new.to_right], new.momentum, *rates, precision)
 
     monkeypatch.setattr(step, "_update", update)
 
@@ -229,7 +231,7 @@ def test_scale_of_the_local_shape_is_noticed(
     height = {0: 8, 1: 12}  # rows of the logical matrices
 
     def local(update: Update) -> Update:
-        m, n = update.block.weight.shape
+        _, m, n = update.block.weight.shape
         ratio = config.scale(m, n) / config.scale(height[update.block.matrix], n)
         return replace(update, scaled_lr=update.scaled_lr * ratio)
 

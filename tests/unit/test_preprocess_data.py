@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import preprocess_data as tool
-from _common import ToolError, sha256_of_file
-from train_tokenizer import train_tokenizer
+from megatron_dion.commands.data import preprocess as tool
+from megatron_dion.commands.data.files import sha256_of_file
+from megatron_dion.commands.data.tokenizer import train_tokenizer
+from megatron_dion.commands.errors import ToolError
 
 TEXTS = [f"Document {i}\n  has the number {i * i}.\n" * (i % 5 + 1) for i in range(40)]
 VOCAB_SIZE = 300
@@ -168,9 +169,10 @@ def test_tokenizer_that_cannot_be_loaded(kind: str, model: str | None) -> None:
 
 
 def test_command_line_reports_a_missing_input(tmp_path: Path) -> None:
-    command = [sys.executable, tool.__file__, "--input", "absent.jsonl", "--output-prefix", "x"]
+    command = [sys.executable, "-m", "megatron_dion", "data", "preprocess"]
+    command += ["--input", "absent.jsonl", "--output-prefix", "x"]
     command += ["--tokenizer-type", "NullTokenizer"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    expected = "preprocess_data.py: error: absent.jsonl: No such file or directory\n"
+    expected = "megatron-dion data: error: absent.jsonl: No such file or directory\n"
     assert finished.stderr == expected

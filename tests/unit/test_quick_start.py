@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import quick_start as tool
-from _common import ToolError
+from megatron_dion.commands.errors import ToolError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_cuda_without_transformer_engine_gets_no_sequence_parallelism() -> None:
 def test_arguments_file_has_comments_and_values(tmp_path: Path) -> None:
     path = tmp_path / "some.args"
     path.write_text("# a comment\n--lr 0.01  # why\n\n--swiglu\n--name 'two words'\n")
-    assert tool.read_arguments(path) == ["--lr", "0.01", "--swiglu", "--name", "two words"]
+    assert tool.read_flags(path) == ("--lr", "0.01", "--swiglu", "--name", "two words")
 
 
 def test_overrides_come_last(data: tool.Data, tmp_path: Path) -> None:
@@ -79,6 +79,14 @@ def test_summary_without_training_is_an_error(data: tool.Data, tmp_path: Path) -
         tool.summarize(tmp_path, data)
 
 
+def test_command_for_the_report_can_be_typed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert tool.report_command(tmp_path / "runs" / "1") == ".venv/bin/megatron-dion report runs/1"
+
+
 def test_named_error_is_shown_alone_and_once(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text("noise\nerror: --lr is odd\nmore\nerror: --lr is odd\n")
@@ -110,6 +118,6 @@ def test_failing_training_gives_its_status(
 
 
 def test_recipe_trains_with_dion_and_the_distributed_optimizer() -> None:
-    arguments = tool.read_arguments(tool.ARGUMENTS)
+    arguments = tool.read_flags(tool.ARGUMENTS)
     assert "--use-distributed-optimizer" in arguments
     assert arguments[arguments.index("--optimizer") + 1] == "dion"

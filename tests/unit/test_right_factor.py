@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm.right_factor import (
     DAMPING,
-    products,
+    inner_products,
     squared_norms,
     to_orthonormal_columns,
     to_unit_columns,
@@ -47,7 +47,7 @@ def damped_qr(matrix: Tensor, eps: float) -> Tensor:
 
 def orthonormal(matrix: Tensor, eps: float = EPS) -> Tensor:
     """R C in float64, so that only the rounding of C is in it."""
-    [factor] = to_orthonormal_columns([products(matrix)], eps)
+    [factor] = to_orthonormal_columns([inner_products(matrix)], eps)
     assert factor.shape == (matrix.shape[1],) * 2
     assert factor.dtype == torch.float32
     assert factor.isfinite().all()
@@ -77,12 +77,12 @@ def test_eps_is_added_to_the_norm() -> None:
 @pytest.mark.parametrize("cut", [1, 7, 20])
 def test_squares_and_products_add_up_over_rows(cut: int) -> None:
     rows = gaussian(40, 5)
-    for function in (squared_norms, products):
+    for function in (squared_norms, inner_products):
         assert function(rows).dtype == torch.float64
         torch.testing.assert_close(function(rows[:cut]) + function(rows[cut:]), function(rows))
         assert not function(rows[:0]).any()
-    torch.testing.assert_close(products(rows), rows.double().T @ rows.double())
-    torch.testing.assert_close(squared_norms(rows), products(rows).diagonal())
+    torch.testing.assert_close(inner_products(rows), rows.double().T @ rows.double())
+    torch.testing.assert_close(squared_norms(rows), inner_products(rows).diagonal())
 
 
 def tolerance(matrix: Tensor) -> float:
@@ -181,7 +181,7 @@ def test_rank_deficiency_is_finite_and_bounded(
 def test_batches_of_several_shapes() -> None:
     shapes = [(9, 2), (30, 2), (12, 5), (5, 5), (7, 1), (8, 2)]
     rows = [gaussian(m, r, seed) for seed, (m, r) in enumerate(shapes)]
-    factors = to_orthonormal_columns([products(matrix) for matrix in rows], EPS)
+    factors = to_orthonormal_columns([inner_products(matrix) for matrix in rows], EPS)
     assert len(factors) == len(rows)
     for matrix, factor in zip(rows, factors, strict=True):
         torch.testing.assert_close(matrix.double() @ factor.double(), orthonormal(matrix))

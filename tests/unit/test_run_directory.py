@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import (
     MetricsFile,
@@ -15,7 +16,6 @@ from megatron_dion.training.run_directory import (
     write_config,
     write_routing,
 )
-from megatron_dion.training.stopwatch import Stopwatch
 
 
 def record(iteration: int, kind: str = "train") -> dict[str, Any]:
@@ -53,11 +53,12 @@ def test_config_says_how_the_run_was_started(tmp_path: Path) -> None:
     args = argparse.Namespace(
         device="cpu", world_size=4, lr=1e-3, params_dtype=torch.float32, names={"b", "a"}
     )
-    write_config(tmp_path / "run", args, ["--lr", "1e-3"])
+    write_config(tmp_path / "run", args, ["--lr", "1e-3"], {"lr": None, "seed": 1234})
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["command_line"][1:] == ["--lr", "1e-3"]
     assert config["arguments"]["params_dtype"] == "torch.float32"
     assert config["arguments"]["names"] == ["a", "b"]
+    assert config["defaults"] == {"lr": None, "seed": 1234}
     assert (config["platform"], config["world_size"]) == ("cpu", 4)
     assert set(config["versions"]) == {"torch", "megatron-core", "megatron_dion", "python"}
     assert "git_revision" in config

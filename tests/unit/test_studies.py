@@ -1,14 +1,15 @@
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import study as tool
-from _common import ToolError
+from megatron_dion import cli
+from megatron_dion.commands import study as tool
+from megatron_dion.commands.data.prepared import Data
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.runs import Run
 from megatron_dion.studies import results as results_module
 from megatron_dion.studies import study as study_module
@@ -24,7 +25,6 @@ from megatron_dion.studies.results import (
 )
 from megatron_dion.studies.study import Cell, FileError, Study, Trial, Trials, conduct, read_study
 from megatron_dion.studies.tables import page
-from quick_start import Data
 
 ROOT = Path(__file__).parents[2]
 STEPS = 48
@@ -424,8 +424,7 @@ def at_home(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Laborato
 def call(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, action: str, *argv: str) -> None:
     folder = laboratory.folder
     where = ["--pool", str(folder / "pool"), *argv]
-    monkeypatch.setattr(sys, "argv", ["study.py", action, str(folder / "example.yaml"), *where])
-    tool.main()
+    cli.call(["study", action, str(folder / "example.yaml"), *where])
 
 
 def test_run_and_report(
@@ -444,7 +443,7 @@ def test_run_and_report(
     assert capsys.readouterr().out.strip() == (results / "example.md").read_text().strip()
     content = json.loads((results / "example.json").read_text())
     assert len(content["environment"]["tokenizer"]) == 64
-    assert content["commands"][0] == ".venv/bin/python tools/study.py run studies/example.yaml"
+    assert content["commands"][0] == ".venv/bin/megatron-dion study run studies/example.yaml"
     assert len(list(images.iterdir())) == 3
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-import train_tokenizer as tool
-from _common import ToolError
+from megatron_dion.commands.data import tokenizer as tool
+from megatron_dion.commands.errors import ToolError
 
 TEXT = "".join(
     f"def function_{i}(value):\n    return value + {i}  # the {word} of the matter\n\n"
@@ -88,8 +88,9 @@ def test_empty_input(tmp_path: Path) -> None:
 
 
 def test_command_line_reports_a_missing_file(tmp_path: Path) -> None:
-    command = [sys.executable, tool.__file__, "--input", "absent.jsonl", "--output-prefix", "x"]
+    command = [sys.executable, "-m", "megatron_dion", "data", "tokenizer"]
+    command += ["--input", "absent.jsonl", "--output-prefix", "x"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    expected = "train_tokenizer.py: error: absent.jsonl: No such file or directory\n"
+    expected = "megatron-dion data: error: absent.jsonl: No such file or directory\n"
     assert finished.stderr == expected

@@ -1,0 +1,1 @@
+"""Subcommands of `megatron-dion`; `megatron_dion.cli` has their table."""

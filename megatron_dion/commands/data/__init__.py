@@ -1,0 +1,1 @@
+"""Steps from a text corpus to Megatron's datasets."""

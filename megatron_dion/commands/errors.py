@@ -1,0 +1,33 @@
+"""Mistakes of the user of a command, told in one line."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class ToolError(Exception):
+    """A mistake in what the user gave, told in one line."""
+
+
+def run_tool(name: str, main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and end the process, with one line on stderr and code 1 after a mistake.
+
+    Args:
+        name: What the line begins with.
+        main: Returns the exit code. It raises `ToolError`, `OSError` for a file it cannot use, or
+            `ModuleNotFoundError` for an optional package.
+    """
+    try:
+        sys.exit(main())
+    except ToolError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    except ModuleNotFoundError as error:
+        if (error.name or "megatron_dion").startswith("megatron_dion"):
+            raise
+        reason = f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'"
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(f"{name}: error: {reason}")

@@ -1,0 +1,1 @@
+"""A page about a run, from the files of its run directory."""

@@ -1,0 +1,34 @@
+"""Run a training script that knows nothing of Dion, with `--optimizer dion`.
+
+torchrun --nproc-per-node N -m megatron_dion.run pretrain_gpt.py <Megatron flags>
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from megatron_dion.training.dropin import install
+from megatron_dion.training.errors import ConfigurationError, exit_with
+
+_USAGE = "usage: python -m megatron_dion.run SCRIPT [FLAG of the script ...]"
+
+
+def main() -> None:
+    """Run the script that the command line names, as if it had been started itself."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, file=sys.stderr if not words else sys.stdout)
+        sys.exit(0 if words else 2)
+    script = Path(words[0])
+    if not script.is_file():
+        exit_with(ConfigurationError(f"{script} is not a file ({_USAGE})"))
+    sys.argv = words
+    if not sys.flags.safe_path:
+        # Where `python -m` puts the working folder, `python SCRIPT` has the script's.
+        sys.path[0] = str(script.resolve().parent)
+    install()
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Scripts that know nothing of this project, with `--optimizer dion`."""
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_dion.checkpointing.hashes import MANIFEST
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+
+SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
+# The script has a default for the tokenizer.
+FLAGS = [flag for flag in [*MODEL, *TRAINING] if flag not in ("--tokenizer-type", "NullTokenizer")]
+RUN = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 4".split()
+RANKS = 4
+
+# What `--device cpu` stands for, in a script that nobody helps.
+STOCK_ON_CPU = (
+    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion"
+    " --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion --num-workers 0"
+    " --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --use-cpu-initialization"
+    " --async-strategy mcore"
+).split()
+
+
+def run_script(flags: Sequence[str]) -> None:
+    """On a rank: what `python -m megatron_dion.run` does, where megatron is there already."""
+    from megatron_dion.training.join import Join
+
+    Join("cpu", script_is_ours=False).install()
+    start_script(flags)
+
+
+def run_stock(flags: Sequence[str]) -> None:
+    """On a rank: the script alone."""
+    from megatron_dion.training import patches
+
+    patches.use_packaged_dataset_helpers()
+    start_script(flags)
+
+
+def start_script(flags: Sequence[str]) -> None:
+    sys.argv = [str(SCRIPT), *flags]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def run_alone(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of Python's, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def complaint(ended: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a mistake."""
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("model_by", ["config", "provider"])
+def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_by: str) -> None:
+    own, foreign = tmp_path / "own", tmp_path / "foreign"
+    nursery.pretrain(RANKS, *RUN, *DION, "--run-dir", str(own))
+    flags = [*FLAGS, *RUN, *DION, "--model-by", model_by, "--run-dir", str(foreign)]
+    nursery.run(RANKS, run_script, flags)
+    assert losses(foreign) == losses(own)
+    assert {path.name for path in foreign.iterdir()} == {path.name for path in own.iterdir()}
+    assert (foreign / "routing.tsv").read_text() == (own / "routing.tsv").read_text()
+    config = json.loads((foreign / "config.json").read_text())
+    assert config["command_line"] == [str(SCRIPT), *flags]
+
+
+def test_runs_without_dion_are_left_alone(nursery: Nursery, tmp_path: Path) -> None:
+    seen = {}
+    on_cpu = ["--device", "cpu"]
+    alone = [flag for flag in FLAGS if flag not in on_cpu] + STOCK_ON_CPU
+    for name, run, flags in (("stock", run_stock, alone), ("ours", run_script, FLAGS)):
+        lines, saved = tmp_path / f"{name}.txt", tmp_path / name
+        flags = [*flags, *RUN, "--optimizer", "adam", "--use-distributed-optimizer"]
+        flags += ["--save", str(saved), "--load", str(saved), "--save-interval", "4"]
+        nursery.run(RANKS, run, [*flags, "--losses-file", str(lines)])
+        files = {str(path.relative_to(saved)) for path in saved.rglob("*")}
+        seen[name] = lines.read_text(), files
+    assert seen["ours"] == seen["stock"]
+    assert len(seen["ours"][0].splitlines()) == 8  # of two microbatches in each iteration
+
+
+def test_a_run_goes_on_from_its_checkpoint(nursery: Nursery, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    flags = [*FLAGS, *RUN, *DION, "--model-by", "provider"]
+    saving = ["--save", str(saved), "--load", str(saved), "--save-interval", "2"]
+    saving.append("--override-opt-param-scheduler")  # the first run is to be shorter
+    for iterations in ("2", "4"):
+        more = [*saving, "--train-iters", iterations, "--run-dir", str(tmp_path / "cut")]
+        nursery.run(RANKS, run_script, [*flags, *more])
+    nursery.run(RANKS, run_script, [*flags, "--run-dir", str(tmp_path / "whole")])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert (saved / "iter_0000004" / MANIFEST).exists()
+
+
+def train_on_all_mock_documents(flags: Sequence[str]) -> None:
+    """On a rank of the nursery, which has fewer of them."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 100000
+    train(flags)
+
+
+def test_torchrun_starts_it(nursery: Nursery, tmp_path: Path) -> None:
+    own, foreign = tmp_path / "own", tmp_path / "foreign"
+    flags = [*RUN, *DION]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    started = [*launcher, "-m", "megatron_dion.run", str(SCRIPT), *FLAGS, *flags]
+    ended = run_alone(*started, "--run-dir", str(foreign))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    all_flags = [*MODEL, *TRAINING, *flags, "--run-dir", str(own)]
+    nursery.run(RANKS, train_on_all_mock_documents, all_flags)
+    assert losses(foreign) == losses(own)
+
+
+def test_a_script_may_install_it_itself(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import megatron_dion\n"
+        "megatron_dion.install()\n"
+        "megatron_dion.install()\n"
+        f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    flags = [*FLAGS, *DION, "--train-iters", "1"]
+    ended = run_alone(str(script), *flags)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "[dion] done: iteration 1/1" in ended.stdout
+    refused = run_alone(str(script), *flags, "--dion-rank-fraction", "2")
+    assert "--dion-rank-fraction must be in (0, 1], not 2.0" in complaint(refused)
+
+
+def test_too_late(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import megatron.core\nimport megatron_dion\nmegatron_dion.install()\n")
+    line = complaint(run_alone(str(script)))
+    assert "megatron.core has been imported already" in line
+    assert "megatron_dion.install() before the first import of megatron" in line
+
+
+def test_no_such_script(tmp_path: Path) -> None:
+    ended = run_alone("-m", "megatron_dion.run", str(tmp_path / "none.py"), "--lr", "1")
+    assert f"{tmp_path / 'none.py'} is not a file" in complaint(ended)
+    assert run_alone("-m", "megatron_dion.run").returncode == 2
+
+
+def test_started_as_if_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("WORD = 'beside'\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom beside import WORD\nprint(WORD, __name__, __file__, sys.argv)\n"
+        "sys.exit(7)\n"
+    )
+    ended = run_alone("-m", "megatron_dion.run", str(script), "--device", "cpu", "a b")
+    argv = [str(script), "--device", "cpu", "a b"]
+    assert ended.stdout.splitlines()[-1] == f"beside __main__ {script} {argv}"
+    assert ended.returncode == 7
+
+
+def refusal(flags: Sequence[str]) -> str:
+    """On a rank: why the script does not start."""
+    from megatron_dion.training.errors import ConfigurationError
+
+    try:
+        run_script(flags)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--optimizer dion", "add --use-distributed-optimizer"),
+        ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with"),
+        ("--optimizer adam --no-checkpoint-hashes", "--no-checkpoint-hashes has no effect with"),
+        ("--dion-rnk-fraction 1", "unrecognized arguments: --dion-rnk-fraction 1"),
+        ("--optimizer dion --use-distributed-optimizer --use-mup", "--use-mup"),
+        ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
+    ],
+)
+def test_refusals(nursery: Nursery, flags: str, named: str) -> None:
+    [said] = nursery.run(1, refusal, [*FLAGS, "--train-iters", "1", *flags.split()])
+    assert named in said
+
+
+def refusal_of_imported(version: str) -> str:
+    """On a rank: what is said of a checkout of Megatron-LM that is imported."""
+    import megatron.core
+
+    from megatron_dion.training import environment
+    from megatron_dion.training.errors import ConfigurationError
+
+    megatron.core.__version__ = version
+    try:
+        environment.check_imported_version()
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_another_release_beside_the_script(nursery: Nursery) -> None:
+    assert nursery.run(1, refusal_of_imported, "0.19.2+1234567") == [""]
+    [said] = nursery.run(1, refusal_of_imported, "0.18.0")
+    assert "is megatron-core 0.18.0, tested is 0.19.2" in said

@@ -1,0 +1,43 @@
+"""Programs in examples/, as they are."""
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+from tests.distributed.nursery import Nursery
+
+CORE_LOOP = Path(__file__).parents[2] / "examples" / "core_loop.py"
+
+
+def output_of(script: Path, flags: list[str]) -> str:
+    """On a rank: what a program says."""
+    sys.argv = [str(script), *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(script), run_name="__main__")
+    return said.getvalue()
+
+
+def core_loop(nursery: Nursery, ranks: int, flags: str) -> list[float]:
+    """The losses that the loop on megatron.core prints."""
+    said, *others = nursery.run(ranks, output_of, CORE_LOOP, flags.split())
+    assert not any(others)
+    return [float(loss) for loss in re.findall(r"iteration \d+: loss (\S+),", said)]
+
+
+def test_core_loop_learns_and_goes_on_elsewhere(nursery: Nursery, tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoint"
+    whole = core_loop(nursery, 1, "--iterations 80")
+    first = core_loop(nursery, 4, f"--tp 2 --iterations 12 --save {saved}")
+    then = core_loop(nursery, 2, f"--iterations 16 --load {saved}")
+    assert len(first) == 12
+    differences = [abs(a - b) for a, b in zip([*first, *then], whole[:16], strict=True)]
+    assert max(differences) < 2e-5
+    assert whole[-1] < whole[0] - 0.5
+
+
+def test_core_loop_leaves_megatron_training_alone() -> None:
+    text = CORE_LOOP.read_text()
+    assert "megatron.training" not in text.partition('"""\n')[2]

@@ -1,0 +1,106 @@
+"""Code blocks of the documentation, and which of them are run.
+
+The word after the language of a shell or Python block says why it is not run; without one, it is.
+A comment on the line before a block may change how:
+
+    <!-- tests run: COMMAND -->     this in its place: the same thing, smaller
+    <!-- tests prepend: FILE -->    after the content of this file, which is beside this module
+"""
+
+import re
+import runpy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from markdown_it import MarkdownIt
+
+from tests.project import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "docs/results/*.md", "*/README.md", "examples/*/README.md")
+    for path in ROOT.glob(pattern)
+)
+MARKS = frozenset(runpy.run_path(str(DOCS / "conf.py"))["MARKS"])
+RUN = ("bash", "python")
+SHOWN = ("text", "yaml", "{toctree}", "{eval-rst}")
+
+_COMMENT = re.compile(r"<!-- tests (run|prepend): (.+) -->")
+# How commands begin; nothing like it may stand in a block that is only shown.
+_COMMAND = re.compile(
+    r"^(\.venv/bin/)?(python|pip|make|torchrun|megatron-dion|sbatch|srun)3? ", re.M
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block.
+
+    Attributes:
+        page: path of the page.
+        line: of its fence.
+        language: the fence's first word.
+        mark: the others; empty for a block that is run.
+        code: what is shown.
+        variant: what is run in its place.
+        prelude: a file whose content comes first.
+    """
+
+    page: str
+    line: int
+    language: str
+    mark: str
+    code: str
+    variant: str | None = None
+    prelude: str | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def is_run(self) -> bool:
+        return self.language in RUN and not self.mark
+
+    @property
+    def fault(self) -> str | None:
+        """Why the block is neither run nor rightly left out."""
+        if self.language not in RUN + SHOWN:
+            return f"the language {self.language!r} is neither run {RUN} nor shown {SHOWN}"
+        if self.language in SHOWN:
+            return "a command that is not run" if _COMMAND.search(self.code) else None
+        if self.mark not in MARKS | {""}:
+            return f"the mark {self.mark!r} is none of {sorted(MARKS)}"
+        return None
+
+
+def blocks_of(page: str) -> list[Block]:
+    """All code blocks of a page, in their order."""
+    return list(blocks_in(page, (ROOT / page).read_text(encoding="utf-8")))
+
+
+def links_of(page: str) -> list[str]:
+    """The files to which a page links, relative to its folder; pictures too."""
+    found = (
+        str(child.attrs.get("href") or child.attrs.get("src") or "")
+        for token in MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())
+        for child in token.children or ()
+    )
+    paths = (link.partition("#")[0] for link in found if "://" not in link)
+    return [path for path in paths if path]
+
+
+def blocks_in(page: str, text: str) -> Iterator[Block]:
+    lines = text.splitlines()
+    for token in MarkdownIt("commonmark").parse(text):
+        if token.type not in ("fence", "code_block"):
+            continue
+        assert token.map is not None
+        line = token.map[0]
+        language, _, mark = token.info.partition(" ")
+        comment = _COMMENT.fullmatch(lines[line - 1].strip()) if line else None
+        how = {comment[1]: comment[2]} if comment else {}
+        yield Block(
+            page, line + 1, language, mark, token.content, how.get("run"), how.get("prepend")
+        )

@@ -1,0 +1,87 @@
+"""Every code block in README and documentation is run, or says why it is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documentation.pages import PAGES, Block, blocks_in, blocks_of
+from tests.project import ROOT, copy_project
+
+# These would install into the environment of the tests.
+NEVER_RUN = ("make ", "pip install")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project that commands may write into; prepared data are shared."""
+    project = tmp_path / "megatron-dion"
+    copy_project(project)
+    (ROOT / "data").mkdir(exist_ok=True)
+    (project / "data").symlink_to(ROOT / "data")
+    (project / ".venv").symlink_to(sys.prefix)
+    return project
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_says_why_not(page: str) -> None:
+    assert not [f"{block.place}: {block.fault}" for block in blocks_of(page) if block.fault]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.is_run for b in blocks_of(p))])
+def test_blocks_run(page: str, project: Path) -> None:
+    """One after the other, as a reader would."""
+    for block in blocks_of(page):
+        if block.is_run:
+            run(block, project)
+
+
+def run(block: Block, project: Path) -> None:
+    """Runs a block in the project's root, with the environment's programs on the path."""
+    code = block.variant or block.code
+    assert not any(command in code for command in NEVER_RUN), block.place
+    if block.prelude:
+        code = (Path(__file__).parent / block.prelude).read_text(encoding="utf-8") + code
+    interpreter = ["bash", "-euo", "pipefail", "-c"]
+    if block.language == "python" and not block.variant:
+        interpreter = [sys.executable, "-c"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*interpreter, code],
+        cwd=project,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(project)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{block.place} ended with {done.returncode}:\n{done.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("```bash\nls\n```", None),
+        ("```bash gpu\nnvidia-smi\n```", None),
+        ("```bash later\nls\n```", "the mark 'later' is none of"),
+        ("```text\nB = M + G\n```", None),
+        ("```text\nmake train\n```", "a command that is not run"),
+        ("```sh\nls\n```", "the language 'sh'"),
+        ("```\nls\n```", "the language ''"),
+        ("    ls", "the language ''"),
+        ("* in a list\n\n  ```console\n  ls\n  ```", "the language 'console'"),
+    ],
+)
+def test_blocks_without_a_verdict_are_found(text: str, fault: str | None) -> None:
+    [block] = blocks_in("page", text)
+    assert bool(block.fault) == bool(fault)
+    assert (block.fault or "").startswith(fault or "")
+
+
+def test_comments_before_a_block_are_read() -> None:
+    [block] = blocks_in("page", "<!-- tests run: ls -l -->\n```bash\nls\n```")
+    assert (block.variant, block.prelude) == ("ls -l", None)
+    [block] = blocks_in("page", "<!-- tests prepend: a.py -->\n```python\n1\n```")
+    assert (block.variant, block.prelude) == (None, "a.py")

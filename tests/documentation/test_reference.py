@@ -1,0 +1,82 @@
+"""What the documentation refers to is there: flags, messages, files, figures."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dion.training import arguments
+from tests.documentation.messages import raised_messages
+from tests.documentation.pages import DOCS, PAGES, links_of
+from tests.project import ROOT
+
+OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError")
+
+
+def test_flags_and_defaults_are_those_of_the_parser() -> None:
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.+?) \|", (DOCS / "flags.md").read_text(), re.M)
+    assert dict(rows) == {action.option_strings[0]: default_of(action) for action in own_flags()}
+    assert len(rows) == len(dict(rows))
+
+
+def own_flags() -> list[argparse.Action]:
+    """The flags that are not Megatron's."""
+    parser = argparse.ArgumentParser(add_help=False)
+    arguments._add_dion_arguments(parser)
+    arguments._add_run_arguments(parser)
+    return parser._actions
+
+
+def default_of(action: argparse.Action) -> str:
+    """A default as the page writes it."""
+    match action.default:
+        case None | []:
+            return "none"
+        case False:
+            return "off"
+        case str(name):
+            return f"`{name}`"
+        case [*names]:
+            return f"`{','.join(names)}`"
+        case number:
+            return str(number)
+
+
+def test_every_refusal_is_explained() -> None:
+    unexplained = {message for message in raised_messages(OUR_REFUSALS) if says_something(message)}
+    unexplained -= explained()
+    assert not unexplained
+
+
+def test_every_explained_message_exists() -> None:
+    assert explained() <= raised_messages()
+
+
+def explained() -> set[str]:
+    """The messages that the page about them has an entry for."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^\*\*`(.+)`\*\*", page, re.M))
+
+
+def says_something(message: str) -> bool:
+    """Whether there are words in it that are known before the run."""
+    return re.search(r"[a-z]", message) is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    """In the repository; Sphinx checks those of the site."""
+    folder = (ROOT / page).parent
+    assert not [link for link in links_of(page) if not (folder / link).exists()]
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    script = DOCS / "figures" / "draw.py"
+    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
+    shown = links_of("docs/how_it_works.md")
+    assert {f"images/{name}" for name in drawn} <= set(shown)
