@@ -4,8 +4,10 @@ Every method returns the same thing up to rounding: the Q of the QR decompositio
 upper triangular U has a positive diagonal. So the choice of a method, or a fall back to another,
 does not change which run it is.
 
-The rows of P may be divided over several processes. What has to be summed over these parts is small
-(the Gram matrix and such), and `orthonormalize_part` asks for each sum by yielding.
+The rows of P may be divided over several processes, in two ways. Either each makes a QR of its own
+rows (`factor`), and one brings the triangles together (TSQR: Demmel, Grigori, Hoemmen and Langou,
+SIAM J. Sci. Comput. 34, 2012), which sends least. Or all add up what is small (the Gram matrix and
+such), and `orthonormalize_part` asks for each sum by yielding: that leaves least to any of them.
 """
 
 import math
@@ -44,7 +46,7 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
         broke down, so that they were done by Householder QR instead.
     """
-    if method == "qr" or (method == "auto" and p.device.type == "cpu"):
+    if _is_householder(method, p):
         return householder(p), 0
     part = orthonormalize_part(p, method, sketch, oversample)
     try:
@@ -79,8 +81,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
     """
     rank = p.shape[2]
     if method in ("rcqr", "auto"):
-        (sketch_rows, _, _) = summed_rows(method, rank, oversample)
-        sketched = yield sketch(sketch_rows) @ p  # (batch, k, r)
+        sketched = yield sketch(sketch_rows(rank, oversample)) @ p  # (batch, k, r)
         scale = _column_scale(sketched)
         candidate = yield from _cholesky_qr(_preconditioned(p / scale, sketched / scale))
     elif method == "cqr":
@@ -99,21 +100,101 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
 
 def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
     """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
+    gram = packed_rows(rank, rank)
     if method in ("rcqr", "auto"):
-        # The few extra rows keep the sketch of a handful of columns from being nearly singular.
-        return max(math.ceil(oversample * rank), rank + 8), rank, _PROBES
-    return 1, rank, rank, _PROBES
+        return sketch_rows(rank, oversample), gram, _PROBES
+    return 1, gram, gram, _PROBES
+
+
+def sketch_rows(rank: int, oversample: float) -> int:
+    """Rows of the sketch of `rcqr`; a few more keep that of few columns from being singular."""
+    return max(math.ceil(oversample * rank), rank + 8)
+
+
+def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, Tensor, int]:
+    """A QR decomposition of any rows of P, perhaps fewer than columns.
+
+    Args:
+        p: (batch, rows, r) float32.
+        method: as for `orthonormalize`, like the others.
+        sketch: the random matrices of `rcqr`.
+        oversample: rows of the sketch per column.
+
+    Returns:
+        With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
+        of which P is the product, and the number of matrices that were done by Householder QR.
+    """
+    if _is_householder(method, p):
+        return *_householder(p), 0
+    q, failures = orthonormalize(p[:, :, : p.shape[1]], method, sketch, oversample)
+    return q, (q.mT @ p).triu(), failures
+
+
+def packed_rows(rows: int, rank: int) -> int:
+    """Rows of r numbers that the triangle of so many rows of P takes when it is packed."""
+    height = min(rows, rank)
+    return -(-height * (2 * rank - height + 1) // (2 * rank))
+
+
+def pack(trapezoids: Tensor) -> Tensor:
+    """Upper trapezoidal (batch, k, r) without their zeros: (batch, `packed_rows`, r)."""
+    batch, height, rank = trapezoids.shape
+    inside = _inside(height, rank, trapezoids.device)
+    rows = packed_rows(height, rank)
+    packed = trapezoids.new_zeros(batch, rows * rank)
+    packed[:, : len(inside)] = trapezoids.flatten(1).index_select(1, inside)
+    return packed.view(batch, rows, rank)
+
+
+def unpack(packed: Tensor, height: int) -> Tensor:
+    """The way back, with zeros below the diagonal: (batch, height, r)."""
+    batch, _, rank = packed.shape
+    inside = _inside(height, rank, packed.device)
+    found = packed.new_zeros(batch, height * rank)
+    found.index_copy_(1, inside, packed.flatten(1)[:, : len(inside)])
+    return found.view(batch, height, rank)
+
+
+def _inside(height: int, rank: int, device: torch.device) -> Tensor:
+    """Where the upper triangle's numbers are in a flattened (height, r)."""
+    row, column = torch.triu_indices(height, rank, device=device)
+    return row * rank + column
 
 
 def householder(p: Tensor) -> Tensor:
     """Householder QR of (batch, n, r) with a positive diagonal: for every finite input."""
     # LAPACK's norms neither overflow nor vanish.
     scaled = p if p.device.type == "cpu" else p / _column_scale(p)
-    # As torch.linalg.qr, without the copies that it makes of the triangle.
-    reflectors, factors = torch.geqrf(scaled)
-    diagonal = reflectors.diagonal(dim1=-2, dim2=-1)  # (batch, r), of the triangle
-    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, r)
-    return q.mul_(torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2))
+    return _base(*_reflected(scaled))
+
+
+def _is_householder(method: str, p: Tensor) -> bool:
+    return method == "qr" or (method == "auto" and p.device.type == "cpu")
+
+
+def _householder(p: Tensor) -> tuple[Tensor, Tensor]:
+    """With the triangle, and for any number of rows: (batch, n, k) and (batch, k, r)."""
+    scale = _column_scale(p)
+    reflectors, factors, signs = _reflected(p / scale)
+    height = factors.shape[1]
+    triangle = reflectors[:, :height].triu() * signs.unsqueeze(-1) * scale
+    return _base(reflectors[:, :, :height], factors, signs), triangle
+
+
+def _reflected(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As torch.linalg.qr, without the copies that it makes of the triangle.
+
+    Returns:
+        Reflectors below the triangle, their factors, and the signs of the triangle's diagonal.
+    """
+    reflectors, factors = torch.geqrf(p)
+    diagonal = reflectors.diagonal(dim1=1, dim2=2)
+    return reflectors, factors, torch.where(diagonal < 0, -1.0, 1.0)
+
+
+def _base(reflectors: Tensor, factors: Tensor, signs: Tensor) -> Tensor:
+    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, k)
+    return q.mul_(signs.unsqueeze(-2))
 
 
 def _column_scale(p: Tensor) -> Tensor:
@@ -134,7 +215,8 @@ def _preconditioned(p: Tensor, sketched: Tensor) -> Tensor:
 
 def _cholesky_qr(p: Tensor) -> Generator[Tensor, Tensor, Tensor]:
     """One Cholesky QR; a matrix whose Gram matrix has no factor comes back as NaN."""
-    gram = yield p.mT @ p  # (batch, r, r)
-    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
-    factor = torch.where((info == 0).view(-1, 1, 1), factor, math.nan)
-    return torch.linalg.solve_triangular(factor, p, upper=True, left=False)
+    packed = yield pack(p.mT @ p)  # of a symmetric (batch, r, r)
+    # Of a Hermitian matrix the upper triangle is all that is read.
+    triangle, info = torch.linalg.cholesky_ex(unpack(packed, p.shape[2]), upper=True)
+    triangle = torch.where((info == 0).view(-1, 1, 1), triangle, math.nan)
+    return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)

@@ -17,8 +17,8 @@ A step is a generator: it yields whenever it waits for other processes, so that 
 other matrices, can compute meanwhile (`interleave`).
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Protocol
 
@@ -29,10 +29,12 @@ from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import signs
 from megatron_dion.algorithm.orthonormalize import (
     PartialSums,
-    householder,
+    factor,
     orthonormalize,
     orthonormalize_part,
+    pack,
     summed_rows,
+    unpack,
 )
 from megatron_dion.algorithm.products import products_in
 from megatron_dion.algorithm.right_factor import (
@@ -131,13 +133,30 @@ class Section:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The packed triangles of all sections of the P of a matrix, which this process joins.
+
+    Attributes:
+        matrix: index of the matrix.
+        rows: of P in each section.
+        triangles: of each section (`packed_rows`, r).
+    """
+
+    matrix: int
+    rows: tuple[int, ...]
+    triangles: tuple[Tensor, ...]
+
+
 class Exchange(Protocol):
     """The sums of a step that cross processes. All buffers belong to it and keep their place."""
 
     device: torch.device
     """Where the matrices are."""
     has_parts: bool
-    """Whether the P of any matrix is divided over several processes."""
+    """Whether the P of any matrix is orthonormalized by sums over several processes."""
+    merged: frozenset[int]
+    """Matrices whose P is orthonormalized by triangles of its sections, on several processes."""
 
     def clear_left(self) -> None:
         """Sets all `left_factor`s of this process to zero."""
@@ -151,12 +170,21 @@ class Exchange(Protocol):
     def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
         """Sums (matrix, (k, r)) over the processes in charge of its sections, in place."""
 
-    def redo_whole(
-        self, broken: Sequence[Section], redo: Callable[[Tensor], Tensor]
-    ) -> Generator[None, None, int]:
-        """Applies a function to the whole P of matrices, given and wanted in sections.
+    def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
+        """The matrices that any process found to be broken, of those done by sums."""
 
-        Returns for how many matrices this process did it.
+    def merge(
+        self,
+        matrices: Collection[int],
+        triangles: Sequence[tuple[int, Tensor]],
+        join: Callable[[Sequence[Stack]], int],
+    ) -> Generator[None, None, int]:
+        """Brings packed triangles of sections together, and what becomes of them back, in place.
+
+        Args:
+            matrices: whose sections, the same on every process.
+            triangles: (matrix, (`packed_rows`, r)) of each section of this process.
+            join: overwrites all that this process has to join; what it returns is returned.
         """
 
     def spread_left(self) -> Steps:
@@ -293,12 +321,16 @@ def _orthonormalize_left(
 ) -> Generator[None, None, int]:
     """Orthonormalizes in place, in batches of equal shape; returns the number of fallbacks."""
     fallbacks = 0
+    merged: list[list[Section]] = []
     parts: list[_Part] = []
-    for whole, alike in groupby(sections, key=lambda section: _likeness(matrices, section)):
+    for _, alike in groupby(sections, key=lambda section: _likeness(matrices, section, exchange)):
         batch = list(alike)
+        if batch[0].matrix in exchange.merged:
+            merged.append(batch)
+            continue
         stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
-        sketch = _sketch_of(batch, config, step)
-        if whole[0]:
+        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
+        if stacked.shape[1] == matrices[batch[0].matrix].columns:
             result, failures = orthonormalize(
                 stacked, config.orthonormalizer, sketch, config.oversample
             )
@@ -308,7 +340,76 @@ def _orthonormalize_left(
             sums = orthonormalize_part(stacked, config.orthonormalizer, sketch, config.oversample)
             parts.append(_Part(batch, sums))
     if exchange.has_parts:
-        fallbacks += yield from _orthonormalize_parts(parts, exchange, config)
+        fallbacks += yield from _orthonormalize_parts(parts, exchange, config, step)
+    if exchange.merged:
+        fallbacks += yield from _merge(exchange.merged, merged, exchange, config, step)
+    return fallbacks
+
+
+def _merge(
+    members: Collection[int],
+    batches: Sequence[Sequence[Section]],
+    exchange: Exchange,
+    config: DionConfig,
+    step: int,
+) -> Generator[None, None, int]:
+    """Orthonormalizes P in sections (TSQR), in place; returns the number of fallbacks.
+
+    With P_i = Q_i R_i for each section, and the R_i one below the other = S R, P's rows are
+    Q_i S_i. The S_i = R_i R^-1 are upper trapezoidal as the R_i are. So they are where columns are
+    dependent: an elementary reflector, made of column j, has no entry below row j of any S_i.
+
+    Args:
+        members: matrices to which the sections belong, the same on every process.
+        batches: sections of this process, those of a batch of the same shape.
+        exchange: connects the processes.
+        config: hyperparameters.
+        step: number of this step.
+    """
+    fallbacks = 0
+    bases: list[Tensor] = []
+    triangles: list[tuple[int, Tensor]] = []
+    for batch in batches:
+        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
+        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
+        base, triangle, failures = factor(
+            stacked, config.orthonormalizer, sketch, config.oversample
+        )
+        fallbacks += failures
+        bases.append(base)  # (batch, rows, k)
+        triangles += zip((section.matrix for section in batch), pack(triangle), strict=True)
+
+    def join(stacks: Sequence[Stack]) -> int:
+        return _join(stacks, config, step)
+
+    fallbacks += yield from exchange.merge(members, triangles, join)
+    returned = iter(triangles)
+    for batch, base in zip(batches, bases, strict=True):
+        packed = torch.stack([triangle for _, triangle in islice(returned, len(batch))])
+        _store(batch, base @ unpack(packed, base.shape[2]))
+    return fallbacks
+
+
+def _join(stacks: Sequence[Stack], config: DionConfig, step: int) -> int:
+    """Orthonormalizes triangles of sections, in place; returns the number of fallbacks."""
+    fallbacks = 0
+
+    def likeness(stack: Stack) -> tuple[tuple[int, ...], int]:
+        return stack.rows, stack.triangles[0].shape[1]
+
+    for (rows, rank), alike in groupby(sorted(stacks, key=likeness), key=likeness):
+        sections = list(zip(*(stack.triangles for stack in alike), strict=True))
+        heights = [min(count, rank) for count in rows]
+        stacked = torch.cat(
+            [unpack(torch.stack(each), k) for each, k in zip(sections, heights, strict=True)], dim=1
+        )  # (batch, sum of heights, r)
+        sketch = _sketch_of([0] * len(stacked), stacked, config, step)
+        result, failures = orthonormalize(
+            stacked, config.orthonormalizer, sketch, config.oversample
+        )
+        fallbacks += failures
+        for each, part in zip(sections, result.split(heights, dim=1), strict=True):
+            _copy(list(each), list(pack(part)))
     return fallbacks
 
 
@@ -319,12 +420,12 @@ class _Part:
 
 
 def _orthonormalize_parts(
-    parts: Sequence[_Part], exchange: Exchange, config: DionConfig
+    parts: Sequence[_Part], exchange: Exchange, config: DionConfig, step: int
 ) -> Generator[None, None, int]:
     """All parts in step with each other, and with all processes, also those without any part."""
     partial = [next(part.sums) for part in parts]
     last = len(summed_rows(config.orthonormalizer, 1, config.oversample)) - 1
-    broken: list[Section] = []
+    broken: list[list[Section]] = []
     for phase in range(last + 1):
         here = [
             (section.matrix, values)
@@ -340,8 +441,13 @@ def _orthonormalize_parts(
         for section, has_failed in zip(part.sections, failed.tolist(), strict=True):
             by_failure[has_failed].append(section)
         _store(by_failure[False], result[~failed])
-        broken += by_failure[True]
-    return (yield from exchange.redo_whole(broken, lambda p: householder(p.unsqueeze(0))[0]))
+        broken += [by_failure[True]] if by_failure[True] else []
+    mine = [section.matrix for batch in broken for section in batch]
+    agreed = yield from exchange.agree(mine)
+    if agreed:
+        by_householder = replace(config, orthonormalizer="qr")
+        yield from _merge(agreed, broken, exchange, by_householder, step)
+    return len(mine)
 
 
 def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,23 +458,27 @@ def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
     raise AssertionError("a part asks for more sums than it has phases")
 
 
-def _likeness(matrices: Sequence[Matrix], section: Section) -> tuple[bool, torch.Size]:
+def _likeness(
+    matrices: Sequence[Matrix], section: Section, exchange: Exchange
+) -> tuple[bool, bool, torch.Size]:
     """Sections with the same one are done together; such stand side by side in the list."""
     whole = section.values.shape[0] == matrices[section.matrix].columns
-    return whole, section.values.shape
+    return section.matrix in exchange.merged, whole, section.values.shape
 
 
-def _sketch_of(batch: Sequence[Section], config: DionConfig, step: int) -> Callable[[int], Tensor]:
+def _sketch_of(
+    starts: Sequence[int], stacked: Tensor, config: DionConfig, step: int
+) -> Callable[[int], Tensor]:
+    """For a batch (batch, count, r) of rows from some starts on."""
+
     def sketch(rows: int) -> Tensor:
         """The same for all matrices: it has to be independent of P, not of other sketches."""
-        starts = sorted({section.start for section in batch})
-        count, device = batch[0].values.shape[0], batch[0].values.device
-        own = torch.arange(count, device=device)
+        own = torch.arange(stacked.shape[1], device=stacked.device)
         purpose = f"sketch/{step}"
-        by_start = {s: signs(config.seed, purpose, s + own, rows).T for s in starts}
-        if len(starts) == 1:
-            return by_start[starts[0]].unsqueeze(0)  # (1, rows, columns of P's section)
-        return torch.stack([by_start[section.start] for section in batch])  # (batch, rows, columns)
+        by_start = {s: signs(config.seed, purpose, s + own, rows).T for s in sorted(set(starts))}
+        if len(by_start) == 1:
+            return by_start[starts[0]].unsqueeze(0)  # (1, rows, count)
+        return torch.stack([by_start[start] for start in starts])  # (batch, rows, count)
 
     return sketch
 

@@ -5,18 +5,19 @@ of (n, r) without its Q 2 n r^2 - 2/3 r^3 and as much again for Q, Cholesky r^3 
 solve of n rows n r^2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.algorithm.orthonormalize import sketch_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.stage import DionPart, Section, Stage, of_all
 from megatron_dion.planning.topology import Batch
+from megatron_dion.sharding import Rank
 
 Operations = NDArray[np.float64]
 
@@ -81,12 +82,28 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
             shares = shape[1] if holding.is_partial else 1
             products += 2 * rank**2 * (holding.rows / shares + holding.rows)
             factorizations += 4 / 3 * rank**3 * (holding.rows > 0)
-    for k, charges in part.planner.charges.items():
-        rows = np.array([charge.stop - charge.start for charge in charges], float)
-        where = tuple(np.array([(c.rank.data_parallel, c.rank.tensor_parallel) for c in charges]).T)
-        found = orthonormalization(config, rows, layout.matrices[k].rank, len(charges) == 1, device)
+
+    def add(ranks: Sequence[Rank], found: tuple[Operations, Operations]) -> None:
+        where = tuple(np.array([(rank.data_parallel, rank.tensor_parallel) for rank in ranks]).T)
         np.add.at(products, where, found[0])
         np.add.at(factorizations, where, found[1])
+
+    for k, charges in part.planner.charges.items():
+        rank, owner = layout.matrices[k].rank, part.planner.owners.get(k)
+        rows = np.array([charge.stop - charge.start for charge in charges], float)
+        ranks = [charge.rank for charge in charges]
+        if owner is None:
+            add(ranks, orthonormalization(config, rows, rank, len(charges) == 1, device))
+            continue
+        width = min(int(rows[0]), rank)  # sections are of equal size
+        own, qr = orthonormalization(config, rows, width, True, device)
+        apply = 2 * rows * width * rank
+        if _is_householder(config, True, device):
+            add(ranks, (own + apply, qr + 2 * width**2 * (rank - width)))
+        else:  # makes the triangle by a product
+            add(ranks, (own + apply + 2 * rows * width * rank, qr))
+        stack = np.array([width * len(charges)], float)
+        add([owner], orthonormalization(config, stack, rank, True, device))
     return products, factorizations
 
 
@@ -99,22 +116,25 @@ def orthonormalization(
         config: gives the method.
         rows: any number of them, each on a rank of its own.
         rank: r.
-        is_whole: whether they are all of P's.
+        is_whole: whether they are all that is orthonormalized together.
         device: as for `dion_operations`.
     """
     method = config.orthonormalizer
-    if method == "auto":
-        method = "qr" if is_whole and device == "cpu" else "rcqr"
-    if method == "qr":
+    if _is_householder(config, is_whole, device):
         return 0 * rows, 4 * rows * rank**2 - 4 / 3 * rank**3
     probes = 2 * 2 * rows * rank * _PROBES
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
     if method == "cqr":
         return 2 * gram + probes, 2 * (cholesky + solve)
-    (sketch, _, _) = summed_rows(method, rank, config.oversample)
+    sketch = sketch_rows(rank, config.oversample)
     triangle = 2 * sketch * rank**2 - 2 / 3 * rank**3
     products = 2 * sketch * rows * rank + gram + probes
     return products, triangle + cholesky + 2 * solve
+
+
+def _is_householder(config: DionConfig, is_whole: bool, device: str) -> bool:
+    method = config.orthonormalizer
+    return method == "qr" or (method == "auto" and is_whole and device == "cpu")
 
 
 def newton_schulz(rows: int, columns: int, steps: int) -> int:

@@ -10,7 +10,7 @@ from megatron_dion.algorithm.orthonormalize import summed_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.hops import Charges, Hops
 from megatron_dion.sharding import TORCH_DTYPES, Planner, Rank
-from megatron_dion.sharding.balance import Charge, operations
+from megatron_dion.sharding.balance import Charge, work
 
 
 @dataclass
@@ -49,11 +49,11 @@ def loads(planner: Planner) -> dict[Rank, Load]:
     for holding in holdings(planner.layout):
         held += holding.elements
     charges: Counter[Rank] = Counter()
-    work: Counter[Rank] = Counter()
-    for charge in (charge for found in planner.charges.values() for charge in found):
-        charges[charge.rank] += 1
-        rows = charge.stop - charge.start
-        work[charge.rank] += operations(matrices[charge.matrix], rows)  # type: ignore[assignment]
+    operations: Counter[Rank] = Counter()
+    for k, found_charges in planner.charges.items():
+        charges.update(charge.rank for charge in found_charges)
+        for rank, amount in work(matrices[k], found_charges, planner.owners.get(k)):
+            operations[rank] += amount  # type: ignore[assignment]
 
     def sent(kind: str, rank: Rank) -> int:
         return int(
@@ -72,7 +72,7 @@ def loads(planner: Planner) -> dict[Rank, Load]:
             tensor_sent=sent("tensor", rank),
             data_sent=sent("data", rank),
             summed=int(left.added[place] + parts.added[place] + grams.added[place]),
-            operations=work[rank],
+            operations=operations[rank],
         )
     return found
 
@@ -93,7 +93,10 @@ def count_hops(
         holders, width = layout.columns_of_holders[k], layout.matrices[k].rank
         charges = Charges.of(planner.charges[k])
         left.add(holders, charges, width)
-        if len(planner.charges[k]) > 1:
+        if k in planner.owners:
+            [triangles] = planner.merging_sums([k]).values()
+            parts.add(triangles.rows_of, Charges.of(triangles.charges), width)
+        elif len(planner.charges[k]) > 1:
             those = [charge.rank for charge in planner.charges[k]]
             for rows in summed_rows(config.orthonormalizer, width, config.oversample):
                 parts.add(dict.fromkeys(those, (0, rows)), charges.of_rows(rows), width)

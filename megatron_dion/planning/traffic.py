@@ -196,7 +196,7 @@ def dion_traffic(part: DionPart, stage: Stage) -> Traffic:
         for kind, (sent, in_node) in set_bytes(part, index).items():
             group = topology.tensor if kind.startswith("tensor") else part.group
             group = topology.replicas if kind == "replicas" else group
-            add(kind, group, sent, in_node, _calls(part, kind))
+            add(kind, group, sent, in_node, _calls(part, index, kind))
     dense = [i for i in range(len(layout.placements)) if i not in part.averaged]
     if stage.run.optimizer.compressed_sync and dense:
         numbers = sum(holding.elements for holding in holdings(layout, dense))
@@ -227,18 +227,25 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         if holding.is_partial:
             partial += numbers
             gathered += holding.rows * holding.kept
+    share = -(-partial // shape[1])
+    summed_numbers = partial if replicas == 1 else shape[1] * share
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
     norms = planner.norms(index)
     summed = {"tensor": norms.over_tensor, "data": norms.over_data}
-    flags = 4 * sum(len(planner.charges[k]) > 1 for k in members)
+    flags = 4 * len(planner.divided(index))
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
-        "tensor rows": (_rings(partial * wire, shape[1]), None),
+        "tensor rows": (_rings(wire * summed_numbers, shape[1]), None),
         "data rows": (wire * shared, None),
         "tensor gather": (_everywhere((shape[1] - 1) * most * kept, shape), None),
-        "replicas": (_rings(left.charged * wire, replicas) + _rings(rows * wire, replicas), None),
+        "replicas": (
+            _rings(left.charged * wire, replicas)
+            + _rings(share * wire, replicas)
+            + _rings((rows - partial) * wire, replicas),
+            None,
+        ),
     }
     for kind, hops, size in (("left", left, wire), ("parts", parts, 4), ("grams", grams, 8)):
         found[f"tensor {kind}"] = size * hops.tensor, None
@@ -251,11 +258,15 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     return found
 
 
-def _calls(part: DionPart, kind: str) -> int:
+def _calls(part: DionPart, index: int, kind: str) -> int:
     """Calls of a set's collectives of a kind: the table in docs/design.md."""
     if kind.endswith("parts"):
-        config = part.planner.layout.config
-        return 2 * len(summed_rows(config.orthonormalizer, 1, config.oversample))
+        planner, config = part.planner, part.planner.layout.config
+        phases = len(summed_rows(config.orthonormalizer, 1, config.oversample))
+        by_triangles = kind == "tensor parts" and not planner.owners.keys().isdisjoint(
+            planner.members(index)
+        )
+        return 2 * (phases * bool(planner.divided(index)) + by_triangles)
     return 2 if kind.endswith(("left", "grams", "replicas")) else 1
 
 

@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_dion.algorithm import Matrix
+from megatron_dion.algorithm.orthonormalize import packed_rows
+from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Layout, Rank
 
 
@@ -22,9 +24,28 @@ class Charge:
 Charges = dict[int, tuple[Charge, ...]]
 """For each matrix its charges, which cover the rows of its P in their order."""
 
+
+@dataclass(frozen=True)
+class Division:
+    """Who does what with every P.
+
+    Attributes:
+        charges: for each matrix; several orthonormalize its P together.
+        owners: of some matrices with several charges, all in one tensor-parallel group, the rank
+            that brings the triangles of their sections together. The others' are done by sums.
+    """
+
+    charges: Charges
+    owners: dict[int, Rank]
+
+
 # A divided matrix comes down to this share of a rank's mean work: less of it would be more even and
 # send more, the sums that a divided P needs.
-_EVEN_SHARE = 0.5
+_EVEN_SHARE = 0.9
+
+# With tensor parallelism, these sums send at most this share of what P's own sum sends over the
+# network.
+_NETWORK_SHARE = 0.05
 
 
 class _Burden:
@@ -43,13 +64,15 @@ class _Burden:
         return max(found[rank] / (self._total[kind] or 1) for kind, found in self._of.items())
 
 
-def divide(layout: Layout) -> Charges:
+def divide(layout: Layout) -> Division:
     """Divides the P of all matrices over ranks at or near those that hold the matrices.
 
     The most expensive come first. One that is less than an even share of the work goes to its least
-    burdened holder, who then needs nobody else to orthonormalize it, and nothing is sent if he
-    holds all of it. Others go to as many ranks as bring them down to such a share, and these may be
-    their neighbours in the data-parallel group: every holder sends its P away in any case.
+    burdened holder. If he holds all of it, nothing is sent; if he holds some of its columns only,
+    so that his tensor-parallel group has the others, each of them keeps its own rows of P and sends
+    him their triangle. Others go to as many ranks as bring them down to such a share: ranks of few
+    tensor-parallel groups, so that little of it goes over the network; without tensor parallelism
+    holders and their neighbours, since every holder sends its P away in any case.
     """
     shapes = layout.matrices
     cost = [operations(matrix, matrix.columns) for matrix in shapes]
@@ -58,30 +81,77 @@ def divide(layout: Layout) -> Charges:
         for rank, (start, stop) in holders.items():
             burden.add("sent", rank, (stop - start) * matrix.rank)
     mean = sum(cost) / layout.grid.size
-    charges: Charges = {}
+    division = Division({}, {})
     # The second time, everyone's burden is known.
     for k in 2 * sorted(range(len(shapes)), key=lambda k: (-cost[k], k)):
-        holders = layout.columns_of_holders[k]
-        data_ranks = {rank.data_parallel for rank in holders}
-        if k in charges:
-            _add(burden, layout, charges[k], data_ranks, sign=-1)
-        near = _neighbourhood(layout, data_ranks)
-        most = min(len(near), _most(len(holders)), shapes[k].columns)
-        count = _number_of_charges(layout, shapes[k], mean, most)
-        candidates = near if count > 1 else list(holders)
-        chosen = sorted(
-            candidates,
-            key=lambda rank: (
-                burden.share(rank),
-                rank not in holders,
-                rank.data_parallel,
-                rank.tensor_parallel,
-            ),
-        )[:count]
+        if k in division.charges:
+            _add(burden, layout, division, k, sign=-1)
+        _divide_one(division, layout, burden, k, mean)
+        _add(burden, layout, division, k)
+    return division
+
+
+def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mean: float) -> None:
+    matrix, holders = layout.matrices[k], layout.columns_of_holders[k]
+    sections = _sections_of_tensor_ranks(layout, k)
+    candidates = _candidates(layout, burden, k)
+    most = min(len(candidates), _most(len(holders)), matrix.columns)
+    count = _number_of_charges(layout, matrix, _height(matrix, sections), mean, most)
+    division.owners.pop(k, None)
+    if count > 1:
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
-        charges[k] = cut(k, shapes[k].columns, sorted(chosen))
-        _add(burden, layout, charges[k], data_ranks)
-    return charges
+        division.charges[k] = cut(k, matrix.columns, sorted(candidates[:count]))
+        return
+    alone = min(holders, key=lambda rank: _order(rank, burden))
+    if len(sections) == 1:
+        division.charges[k] = cut(k, matrix.columns, [alone])
+        return
+    division.owners[k] = alone
+    group = layout.grid.tensor_group(alone)
+    division.charges[k] = tuple(
+        Charge(k, *rows, rank) for rows, rank in zip(sections, group, strict=True)
+    )
+
+
+def _candidates(layout: Layout, burden: _Burden, k: int) -> list[Rank]:
+    """Who could share a P, those first who should: tensor-parallel groups of holders, or all near.
+
+    Sums of g tensor-parallel groups send 2 (g - 1) 1.75 r^2 numbers over the network, and P's own
+    sum of h such groups 2 (h - 1) n r: there are as many groups as keep the former small.
+    """
+    matrix, data_ranks = layout.matrices[k], _data_ranks(layout, k)
+    if layout.grid.tensor_parallel_size == 1:
+        near = [Rank(0, d) for d in _neighbourhood(layout, data_ranks)]
+        return sorted(near, key=lambda r: (r.data_parallel not in data_ranks, _order(r, burden)))
+    groups = [layout.grid.tensor_group(Rank(0, d)) for d in data_ranks]
+    groups.sort(key=lambda group: max(_order(rank, burden) for rank in group))
+    own = (len(data_ranks) - 1) * matrix.columns
+    count = 1 + int(_NETWORK_SHARE * own / (1.75 * matrix.rank))
+    ranks = [rank for group in groups[:count] for rank in group]
+    return sorted(ranks, key=lambda rank: _order(rank, burden))
+
+
+def _order(rank: Rank, burden: _Burden) -> tuple[float, int, int]:
+    return burden.share(rank), rank.data_parallel, rank.tensor_parallel
+
+
+def _data_ranks(layout: Layout, matrix: int) -> set[int]:
+    """The data-parallel ranks of a matrix's holders."""
+    return {rank.data_parallel for rank in layout.columns_of_holders[matrix]}
+
+
+def _sections_of_tensor_ranks(layout: Layout, matrix: int) -> list[tuple[int, int]]:
+    """The rows of P of which the ranks of a tensor-parallel group send triangles; else all rows.
+
+    Triangles are float32 always, rows have the exchange's type.
+    """
+    weight, shape = layout.placement(matrix).weight, layout.matrices[matrix]
+    wire = TORCH_DTYPES[layout.config.comm_dtype].itemsize
+    packed = packed_rows(weight.columns, shape.rank)
+    if weight.partition_dim != 1 or 4 * packed >= wire * weight.columns:
+        return [(0, shape.columns)]
+    firsts = [weight.first_column(t) for t in range(layout.grid.tensor_parallel_size)]
+    return [(first, first + weight.columns) for first in firsts]
 
 
 def operations(matrix: Matrix, rows: int) -> float:
@@ -94,12 +164,41 @@ def operations(matrix: Matrix, rows: int) -> float:
     return 6.5 * rows * matrix.rank**2 + 2.17 * matrix.rank**3
 
 
-def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[Rank]:
-    """All ranks at some data-parallel indices, and at half as many before and after them."""
+def _height(matrix: Matrix, sections: Sequence[tuple[int, int]]) -> int:
+    """Rows of what one rank orthonormalizes: of P, or of the triangles of its sections."""
+    [(start, stop), *others] = sections
+    if not others:
+        return stop - start
+    return sum(min(stop - start, matrix.rank) for start, stop in sections)
+
+
+def work(
+    matrix: Matrix, charges: Sequence[Charge], owner: Rank | None
+) -> Iterator[tuple[Rank, float]]:
+    """Operations of each rank that helps to orthonormalize a P, in `rcqr`'s.
+
+    Where triangles are brought together, each section has a QR of its own, two products to make its
+    triangle and to apply what comes back, and the owner has the stack of the triangles.
+    """
+    for charge in charges:
+        rows = charge.stop - charge.start
+        if owner is None:
+            yield charge.rank, operations(matrix, rows)
+        else:
+            width = min(rows, matrix.rank)
+            own = operations(replace(matrix, rank=width), rows)
+            yield charge.rank, own + 4 * rows * width * matrix.rank
+    if owner is not None:
+        sections = [(charge.start, charge.stop) for charge in charges]
+        yield owner, operations(matrix, _height(matrix, sections))
+
+
+def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[int]:
+    """Some data-parallel ranks, and half as many before and after them."""
     more = (len(data_ranks) + 1) // 2
     first = max(0, min(data_ranks) - more)
     last = min(layout.grid.data_parallel_size - 1, max(data_ranks) + more)
-    return [rank for d in range(first, last + 1) for rank in layout.grid.tensor_group(Rank(0, d))]
+    return list(range(first, last + 1))
 
 
 def _most(holders: int) -> int:
@@ -107,12 +206,21 @@ def _most(holders: int) -> int:
     return holders * 8 // 5
 
 
-def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -> int:
-    """One, unless that is more than a rank's mean work; then what brings it down well below."""
+def _number_of_charges(layout: Layout, matrix: Matrix, height: int, mean: float, most: int) -> int:
+    """One, unless that is more than a rank's mean work; then what brings it down well below.
+
+    Args:
+        layout: of all matrices.
+        matrix: one of them.
+        height: rows of what a single rank would orthonormalize.
+        mean: a rank's work.
+        most: the most charges.
+    """
+    # Sums are of Gram matrices, which `qr` has none of.
+    if operations(matrix, height) <= mean or layout.config.orthonormalizer == "qr":
+        return 1
     fixed = operations(matrix, 0)
     divisible = operations(matrix, matrix.columns) - fixed
-    if fixed + divisible <= mean or layout.config.orthonormalizer == "qr":  # qr needs all rows
-        return 1
     share = _EVEN_SHARE * mean
     return most if share <= fixed else min(most, math.ceil(divisible / (share - fixed)))
 
@@ -120,24 +228,35 @@ def _number_of_charges(layout: Layout, matrix: Matrix, mean: float, most: int) -
 def _add(
     burden: _Burden,
     layout: Layout,
-    charges: Sequence[Charge],
-    data_ranks: Collection[int],
+    division: Division,
+    k: int,
     sign: int = 1,
 ) -> None:
     """What a matrix's charges cost those who have them, and who sums for them in tensor groups."""
-    matrix, size = layout.matrices[charges[0].matrix], layout.grid.tensor_parallel_size
+    data_ranks = _data_ranks(layout, k)
+    matrix, size = layout.matrices[k], layout.grid.tensor_parallel_size
+    charges, owner = division.charges[k], division.owners.get(k)
+    for rank, amount in work(matrix, charges, owner):
+        burden.add("operations", rank, sign * amount)
     # Tensor-parallel ranks have different columns of a row-parallel weight, so rows of P come once.
-    tiles = 1 if layout.placement(charges[0].matrix).weight.partition_dim == 1 else size
+    tiles = 1 if layout.placement(k).weight.partition_dim == 1 else size
     rows_for: Counter[int] = Counter()
     for charge in charges:
         rows = charge.stop - charge.start
         rows_for[charge.rank.tensor_parallel] += rows
-        # Sketches (1.25 r, r) and Gram matrices of divided P are summed, there and back.
-        small = 2.25 * matrix.rank**2 if len(charges) > 1 else 0
-        moved = rows * matrix.rank * len(data_ranks)
-        burden.add("operations", charge.rank, sign * operations(matrix, rows))
-        burden.add("summed", charge.rank, sign * (moved + small))
-        burden.add("sent", charge.rank, sign * (moved + 2 * small))
+        moved, small = rows * matrix.rank * len(data_ranks), 0.0
+        if owner is not None:
+            small = packed_rows(rows, matrix.rank) * matrix.rank
+            burden.add("sent", owner, sign * small)
+        elif len(charges) > 1:
+            # Sketches (1.25 r, r) and Gram matrices of divided P are summed, there and back.
+            small = 1.75 * matrix.rank**2
+            burden.add("summed", charge.rank, sign * small)
+            burden.add("sent", charge.rank, sign * small)
+        burden.add("summed", charge.rank, sign * moved)
+        burden.add("sent", charge.rank, sign * (moved + small))
+    if owner is not None:
+        return  # nobody sums within tensor-parallel groups
     for t, rows in rows_for.items():
         moved = rows * matrix.rank * tiles
         for d in data_ranks:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dion.sharding.balance import Charge
 from megatron_dion.sharding.layout import Grid, Rank
 from megatron_dion.sharding.memory import peak
-from megatron_dion.sharding.plan import Planner, gathering_sum
+from megatron_dion.sharding.plan import Planner
 from megatron_dion.sharding.reduction import Sum
 from megatron_dion.sharding.traffic import element_sizes
 
@@ -34,19 +34,20 @@ def bound_of_buffers(planner: Planner, index: int, replicas: int = 1) -> Tensor:
     Returns:
         (D, T) int64.
     """
-    charges, wire = planner.charges, element_sizes(planner.layout.config)[0]
-    left = planner.left_sums(index)
-    divided = [k for k in left if len(charges[k]) > 1]
+    wire = element_sizes(planner.layout.config)[0]
+    left, divided = planner.left_sums(index), planner.divided(index)
+    merged = [k for k in left if k in planner.owners]
     sums = _Sums(planner)
-    parts = [sums.all(part, _FLOAT) for part in planner.part_sums(index)]
+    small = (*planner.part_sums(index), planner.merging_sums(merged))
+    parts = [sums.all(part, _FLOAT) for part in small]
     kinds = {
         **_of_rows(planner, index, replicas),
         "tiles": sums.tiles(left, _FLOAT),
         "assembled": sums.tiles({k: left[k] for k in divided}, _FLOAT),
         "left": sums.transit(left, _FLOAT, wire)
         + sums.in_charge(left, wire if replicas > 1 else 0),
-        "parts": _largest(sums.tiles({}, _FLOAT), *parts),
-        "fallback": sums.all({k: gathering_sum(charges[k]) for k in divided}, _FLOAT),
+        "parts": _largest(*parts),
+        "fallback": sums.all(planner.merging_sums(divided), _FLOAT),
         "grams": sums.all(planner.gram_sums(index), _DOUBLE),
     }
     most: Tensor = peak(kinds, _largest)
@@ -72,12 +73,18 @@ def _of_rows(planner: Planner, index: int, replicas: int) -> dict[str, Tensor]:
     # Shares of Q's columns differ by one at most.
     size = grid.tensor_parallel_size
     gathered = ((r, b.rectangle.rows * -(-width // size)) for r, b, width in partial)
-    sent = () if wire == _FLOAT else held if replicas > 1 else partial
+    numel = _place(grid, ((r, b.rectangle.rows * width) for r, b, width in held))
+    summed = _place(grid, ((r, b.rectangle.rows * width) for r, b, width in partial))
+    other, largest, share = numel - summed, summed, torch.zeros_like(summed)
+    if replicas > 1:
+        share = (summed + size - 1) // size
+        summed = size * share
+        largest = torch.maximum(summed, other)
     peers = ((r, width * len(layout.holders_of_cut_row(b, r))) for r, b, width in held)
     return {
-        "rows": _FLOAT * _place(grid, ((r, b.rectangle.rows * width) for r, b, width in held)),
+        "rows": _FLOAT * (summed + other),
         "gathered": kept * (size + 1) * _place(grid, gathered),
-        "rows sent": wire * _place(grid, ((r, b.rectangle.rows * width) for r, b, width in sent)),
+        "rows sent": wire * (share if wire == _FLOAT else share + largest),
         "shared rows": 2 * wire * _place(grid, peers),
     }
 

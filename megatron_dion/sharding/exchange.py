@@ -4,7 +4,8 @@ The number of collectives of a step does not depend on the number of matrices; d
 them. Each is started, then the step yields, then it waits.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Section, Steps
+from megatron_dion.algorithm import Section, Stack, Steps
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -27,6 +28,7 @@ from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.reducer import Reducer
 from megatron_dion.sharding.reduction import Reduction
 from megatron_dion.sharding.shared_rows import GatheredColumns, SharedRows
+from megatron_dion.sharding.traffic import numel_of_rows
 
 
 class ShardedExchange:
@@ -41,7 +43,8 @@ class ShardedExchange:
 
     Attributes:
         device: where the matrices are.
-        has_parts: whether the P of any matrix is divided over several ranks.
+        has_parts: whether the P of any matrix is orthonormalized by sums over several ranks.
+        merged: matrices whose P is orthonormalized by triangles of its sections.
         lefts: for each block of the plan the rows of P, (columns, r), that belong to its columns.
         projections: for each block of the plan its rows of R, (rows, r).
     """
@@ -61,20 +64,19 @@ class ShardedExchange:
         self._assembled = self._assemble_left()
         with self._left.held.allocated():
             self.lefts = self._left_factors()
-        self._rows, self.projections = self._row_memory()
-        partial = sum(
-            view.numel()
-            for held, view in zip(plan.held, self.projections, strict=True)
-            if plan.has_partial_rows(held)
-        )
-        self._partial_rows = self._rows[:partial]
+        self._partial_rows, self._other_rows, self.projections = self._row_memory()
         self._rows_transit = Buffers(device)
-        self._rows_sent = self._rows_in_transit()
+        self._share_of_rows, self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
         self.has_parts = bool(plan.part_sums)
-        self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
-        self._grams = None if plan.grams is None else self._reducer(plan.grams, torch.float64)
+        self._part_sums = [self._reducer(sums, groups) for sums in plan.part_sums]
+        self.merged = frozenset(plan.merged)
+        # Its triangles stay within tensor-parallel groups.
+        self._merging = self._reducer(plan.merging(plan.merged), Groups(groups.tensor))
+        self._grams = (
+            None if plan.grams is None else self._reducer(plan.grams, groups, torch.float64)
+        )
         for buffers in (self._memory, self._left.transit, self._rows_transit):
             buffers.free()
 
@@ -117,40 +119,50 @@ class ShardedExchange:
         assert self._grams is not None
         yield from self._grams.all_reduce(grams)
 
-    def redo_whole(
-        self, broken: Sequence[Section], redo: Callable[[Tensor], Tensor]
-    ) -> Generator[None, None, int]:
+    def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
         divided = self._plan.divided
-        flags = torch.zeros(len(divided), dtype=torch.int32, device=self.device)
-        for section in broken:
-            flags[divided.index(section.matrix)] = 1
+        flags = torch.tensor([k in broken for k in divided], dtype=torch.int32, device=self.device)
+        # All ranks, so that all make the same calls in the same order, also those of other sets.
         for group in larger_than_one(self._groups.tensor, self._groups.data):
             yield from wait_for(
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
             )
-        agreed = [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
-        if not agreed:
-            return 0
-        reducer = self._reducer(self._plan.gathering(agreed))
-        sections = {section.matrix: (section.start, section.values) for section in broken}
+        return [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
+
+    def merge(
+        self,
+        matrices: Collection[int],
+        triangles: Sequence[tuple[int, Tensor]],
+        join: Callable[[Sequence[Stack]], int],
+    ) -> Generator[None, None, int]:
+        plan = self._plan
+        is_planned = set(matrices) == self.merged
+        reducer = self._merging
+        if not is_planned:
+            reducer = self._reducer(plan.merging(matrices), self._groups)
         with reducer.held.allocated(), reducer.transit.allocated():
-            reducer.put(sections)
+            # Of a matrix no rank has two sections.
+            tiles = {tile.matrix: view for tile, view in reducer.tile_views}
+            mine = [tiles[matrix] for matrix, _ in triangles]
+            values = [triangle for _, triangle in triangles]
+            copy_all(mine, values)
             yield from reducer.sum()
-            whole: dict[int, list[Tensor]] = {}
-            for tile, view in sorted(reducer.sum_views, key=lambda item: item[0].start):
-                whole.setdefault(tile.matrix, []).append(view)
-            for views in whole.values():
-                result = redo(torch.cat(views))
-                copy_all(views, result.split([len(view) for view in views]))
+            stacks: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+            for tile, view in sorted(reducer.sum_views, key=lambda item: item[0].charge):
+                charge = plan.charges[tile.matrix][tile.charge]
+                stacks[tile.matrix].append((charge.stop - charge.start, view))
+            result = join([Stack(k, *zip(*stacks[k], strict=True)) for k in sorted(stacks)])
             yield from reducer.spread()
-            reducer.take(sections)
-        return len(whole)
+            copy_all(values, mine)
+        return result
 
     def sum_rows(self) -> Steps:
         with self._rows_transit.allocated():
-            # Replicas first: later sums then give the copies of a row the same bits.
-            yield from self._average_rows()
-            yield from self._all_reduce(self._partial_rows, self._groups.tensor)
+            if self._replicas == 1:
+                yield from self._all_reduce(self._partial_rows, self._groups.tensor)
+            else:
+                yield from self._average_rows()
+        # Last, so that the copies of a row have the same bits.
         yield from self._shared_rows.sum()
 
     def sum_norms(self, squares: Tensor) -> Steps:
@@ -159,8 +171,10 @@ class ShardedExchange:
             if size_of(group) > 1 and part.start < part.stop:
                 yield from wait_for(dist.all_reduce(squares[part], group=group, async_op=True))
 
-    def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> "Reducer":
-        return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
+    def _reducer(
+        self, reduction: Reduction, groups: Groups, dtype: torch.dtype = torch.float32
+    ) -> Reducer:
+        return Reducer(reduction, self._plan.matrices, groups, self.device, dtype, dtype)
 
     def _average_sections(self) -> Steps:
         """Averages P in charge over the replicas, all sections together."""
@@ -175,37 +189,56 @@ class ShardedExchange:
             value /= self._replicas
 
     def _average_rows(self) -> Steps:
-        yield from self._all_reduce(self._rows, self._groups.replicas)
-        if self._replicas > 1:
-            self._rows /= self._replicas
+        tensor, replicas = self._groups.tensor, self._groups.replicas
+        if size_of(tensor) > 1:
+            # Of what they sum, each averages a share: it goes to the replicas once.
+            share = self._share_of_rows
+            with self._as_sent(self._partial_rows) as sent:
+                yield from wait_for(
+                    dist.reduce_scatter_tensor(share, sent, group=tensor, async_op=True)
+                )
+                yield from self._all_reduce_in_place(share, replicas)
+                yield from wait_for(
+                    dist.all_gather_into_tensor(sent, share, group=tensor, async_op=True)
+                )
+        yield from self._all_reduce(self._other_rows, replicas)
+        for rows in (self._partial_rows, self._other_rows):
+            rows /= self._replicas
 
     def _all_reduce(self, rows: Tensor, group: ProcessGroup | None) -> Steps:
-        """Sums the first rows over a group, in place, in the exchange's dtype."""
-        if size_of(group) == 1:
-            return
-        if self._wire == torch.float32:
-            yield from self._all_reduce_in_place(rows, group)
-        else:
-            sent = self._rows_sent[: rows.numel()]
-            sent.copy_(rows)
-            yield from self._all_reduce_in_place(sent, group)
-            rows.copy_(sent)
+        if size_of(group) > 1:
+            with self._as_sent(rows) as sent:
+                yield from self._all_reduce_in_place(sent, group)
 
     def _all_reduce_in_place(self, tensor: Tensor, group: ProcessGroup | None) -> Steps:
         yield from wait_for(dist.all_reduce(tensor, group=group, async_op=True))
+
+    @contextmanager
+    def _as_sent(self, rows: Tensor) -> Iterator[Tensor]:
+        """Rows in the exchange's dtype; in the end they have what it has."""
+        if self._wire == torch.float32:
+            yield rows
+            return
+        sent = self._rows_sent[: rows.numel()]
+        sent.copy_(rows)
+        yield sent
+        rows.copy_(sent)
 
     def _sections_in_transit(self) -> Tensor:
         """What replicas exchange of P."""
         numel = sum(section.values.numel() for section in self._sections)
         return self._left.transit.empty(numel if self._replicas > 1 else 0, self._wire)
 
-    def _rows_in_transit(self) -> Tensor:
-        """What is exchanged of R by all_reduce, where it has another dtype there."""
-        if self._wire == torch.float32:
-            return self._rows
-        several = size_of(self._groups.tensor) > 1
-        numel = len(self._rows) if self._replicas > 1 else several * len(self._partial_rows)
-        return self._rows_transit.empty(numel, self._wire)
+    def _rows_in_transit(self) -> tuple[Tensor, Tensor]:
+        """A tensor-parallel rank's share of R to average; R where it is sent in another dtype."""
+        partial, other = len(self._partial_rows), len(self._other_rows)
+        is_averaged = self._replicas > 1
+        share = partial // size_of(self._groups.tensor) if is_averaged else 0
+        largest = max(partial, other) if is_averaged else partial
+        return (
+            self._rows_transit.empty(share, self._wire),
+            self._rows_transit.empty(0 if self._wire == torch.float32 else largest, self._wire),
+        )
 
     def _assemble_left(self) -> dict[int, tuple[int, Tensor]]:
         """Memory for the P of matrices of which this rank sends several tiles.
@@ -230,12 +263,18 @@ class ShardedExchange:
             found.append(rows[block.column_start - first : block.column_stop - first])
         return found
 
-    def _row_memory(self) -> tuple[Tensor, list[Tensor]]:
-        """Memory of R, 1-D, and each block's (rows, r) of it, in the order of the plan."""
-        shapes = [
-            (held.rectangle.rows, self._plan.matrices[held.matrix].rank) for held in self._plan.held
-        ]
+    def _row_memory(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Memory of R, 1-D, and each block's (rows, r) of it, in the order of the plan.
+
+        First is R that tensor-parallel ranks sum, after as many unused numbers as make it divisible
+        into equal shares.
+        """
+        plan = self._plan
+        shapes = [(held.rectangle.rows, plan.matrices[held.matrix].rank) for held in plan.held]
         sizes = [rows * rank for rows, rank in shapes]
-        memory = self._memory.empty(sum(sizes), torch.float32)
-        parts = memory.split(sizes) if sizes else ()
-        return memory, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        partial = numel_of_rows(plan, filter(plan.has_partial_rows, plan.held))
+        unused = -partial % size_of(self._groups.tensor) if self._replicas > 1 else 0
+        memory = self._memory.empty(unused + sum(sizes), torch.float32)
+        parts = memory[unused:].split(sizes) if sizes else ()
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return memory[: unused + partial], memory[unused + partial :], views

@@ -34,7 +34,7 @@ def least_bytes_of_factors(layout: Layout) -> dict[str, int]:
 
     Of h ranks that add to a row of P, h - 1 must send their part and h - 1 receive the sum; the
     same for a row of R and for column norms. Rows of P that no rank has all of must be made
-    orthonormal to each other, by bringing them together or by their Gram matrix. A right factor is
+    orthonormal to each other: what counts of some of them is their triangle. A right factor is
     stored once, so tensor-parallel ranks with the same rows bring its columns together. Weights
     that tensor-parallel ranks duplicate could be stepped by each of them: they count as the weights
     of one.
@@ -143,10 +143,17 @@ def _left_numel(matrix: Matrix, holders: _Holders) -> int:
     """What must leave the holders so that sums of rows of P are known, and orthonormal."""
     surplus = _area(holders, _columns, most=1)
     widest = max(sum(span.length for span in _columns(blocks)) for blocks in holders)
-    # What no single holder has of P: those rows come too, or the triangles of Gram matrices.
-    rows = matrix.columns - widest
-    triangles = (-(-matrix.columns // widest) - 1) * (matrix.rank + 1) // 2
-    return (surplus + min(rows, triangles)) * matrix.rank
+    # What no single holder has of P: of those rows the triangles come too. Least of all where
+    # others have as many rows each as one can have.
+    others, rest = divmod(matrix.columns - widest, widest)
+    triangles = others * _triangle(matrix, widest) + _triangle(matrix, rest)
+    return surplus * matrix.rank + triangles
+
+
+def _triangle(matrix: Matrix, rows: int) -> int:
+    """Numbers that say how so many rows of P lie to each other: an upper trapezoid (k, r)."""
+    height = min(rows, matrix.rank)
+    return height * (2 * matrix.rank - height + 1) // 2
 
 
 def _rows_numel(matrix: Matrix, holders: _Holders) -> int:

@@ -29,33 +29,40 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         Bytes by kind. For the whole step: `rows` of R; `tiles` of P, as they are sent;
         `assembled` P of which several tiles are sent. For a part of it: `gathered` columns of Q;
         `left`, what is received and summed of P; `parts` and `fallback`, the most that
-        orthonormalizing divided P needs at a time, and what it needs where Cholesky factorizations
-        of all of them break down; `rows sent`, copies of R in the exchange's type; `shared rows`
-        of R; `grams` for Q.
+        orthonormalizing P together needs at a time, and what it needs where Cholesky factorizations
+        of all that are done by sums break down; `rows sent`, the share of R to average over
+        replicas, and copies in the exchange's type; `shared rows` of R; `grams` for Q.
     """
-    grid, config = plan.layout.grid, plan.layout.config
+    grid = plan.layout.grid
     wire, kept = element_sizes(plan.layout.config)
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
     tiles, left = _of_reduction(plan, plan.left, _FLOAT, wire)
     averaged = numel_of_tiles(plan, plan.left.data_hop.sums) if replicas > 1 else 0
-    reduced = plan.held if replicas > 1 else partial
-    gathering = plan.gathering(plan.divided)
+    size = grid.tensor_parallel_size
+    partial_rows = numel_of_rows(plan, partial)
+    other_rows = numel_of_rows(plan, plan.held) - partial_rows
+    share, largest = 0, partial_rows
+    if replicas > 1:
+        share = -(-partial_rows // size)
+        partial_rows = size * share
+        largest = max(partial_rows, other_rows)
+    merging, again = plan.merging(plan.merged), plan.merging(plan.divided)
     shared = sum(plan.matrices[row.matrix].rank for rows in plan.shared_rows for row in rows)
     assembled = sum(
         (stop - start) * plan.matrices[k].rank for k, (start, stop) in plan.assembled.items()
     )
     sent = gathered_numel(plan, partial) // max(grid.tensor_parallel_size - 1, 1)
     return {
-        "rows": _FLOAT * numel_of_rows(plan, plan.held),
+        "rows": _FLOAT * (partial_rows + other_rows),
         "tiles": tiles,
         "assembled": _FLOAT * assembled,
         "gathered": kept * sent * (grid.tensor_parallel_size + 1),
         "left": left + wire * averaged,
         "parts": max(
-            (sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in plan.part_sums), default=0
+            sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in (*plan.part_sums, merging)
         ),
-        "fallback": sum(_of_reduction(plan, gathering, _FLOAT, _FLOAT)),
-        "rows sent": 0 if config.comm_dtype == "fp32" else wire * numel_of_rows(plan, reduced),
+        "fallback": sum(_of_reduction(plan, again, _FLOAT, _FLOAT)),
+        "rows sent": wire * (share + (0 if wire == _FLOAT else largest)),
         "shared rows": 2 * wire * shared,
         "grams": sum(_of_reduction(plan, plan.grams, _DOUBLE, _DOUBLE)) if plan.grams else 0,
     }

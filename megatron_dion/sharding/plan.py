@@ -8,10 +8,11 @@ any rank of any grid can be planned and tested in one process.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
 from megatron_dion.sharding.balance import Charge, Charges, divide
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.reduction import Reduction, Sum, Tile, reduction, sum_for_all
@@ -50,6 +51,7 @@ class Plan:
         members: the matrices that are stepped, the same on every rank of the grid.
         held: this rank's blocks; first those whose rows other tensor-parallel ranks have too.
         charges: who is in charge of their P, the same on every rank.
+        owners: who brings the triangles of sections of P together, the same on every rank.
         left: sums P.
         part_sums: sums of what orthonormalizing a divided P needs, one after the other; empty if no
             P of the set is divided.
@@ -62,7 +64,8 @@ class Plan:
     layout: Layout
     members: tuple[int, ...]
     held: tuple[Held, ...]
-    charges: Mapping[int, tuple[Charge, ...]]
+    charges: Charges
+    owners: Mapping[int, Rank]
     left: Reduction
     part_sums: tuple[Reduction, ...]
     norms: Norms
@@ -75,8 +78,13 @@ class Plan:
 
     @property
     def divided(self) -> list[int]:
-        """The members whose P several ranks orthonormalize together."""
-        return [k for k in self.members if len(self.charges[k]) > 1]
+        """The members whose P several ranks orthonormalize together, by sums."""
+        return [k for k in self.members if len(self.charges[k]) > 1 and k not in self.owners]
+
+    @property
+    def merged(self) -> list[int]:
+        """The members whose P tensor-parallel ranks orthonormalize together, by triangles."""
+        return [k for k in self.members if k in self.owners]
 
     @property
     def assembled(self) -> dict[int, tuple[int, int]]:
@@ -95,9 +103,9 @@ class Plan:
         """Whether R of a block is a sum over tensor-parallel ranks."""
         return self.layout.shares_rows(held.placement)
 
-    def gathering(self, matrices: Iterable[int]) -> Reduction:
-        """Brings the sections of some P together on one rank each."""
-        sums = {k: gathering_sum(self.charges[k]) for k in matrices}
+    def merging(self, matrices: Iterable[int]) -> Reduction:
+        """Brings the packed triangles of the sections of some P together on one rank each."""
+        sums = merging_sums(self.layout, self.charges, self.owners, matrices)
         return reduction(self.layout, self.rank, sums)
 
 
@@ -121,7 +129,9 @@ class Planner:
     ) -> None:
         self.layout = Layout(placements, grid, config)
         self.sets = [tuple(range(len(placements)))] if sets is None else [tuple(s) for s in sets]
-        self.charges: Charges = divide(self.layout)
+        division = divide(self.layout)
+        self.charges: Charges = division.charges
+        self.owners = division.owners
 
     def in_sets(self, sets: Sequence[Sequence[int]]) -> "Planner":
         """The same with other sets; who is in charge of what does not depend on them."""
@@ -153,6 +163,7 @@ class Planner:
             members=members,
             held=tuple(sorted(held, key=lambda block: not layout.shares_rows(block.placement))),
             charges=self.charges,
+            owners=self.owners,
             left=reduction(layout, rank, self.left_sums(index)),
             part_sums=tuple(reduction(layout, rank, sums) for sums in self.part_sums(index)),
             norms=self.norms(index),
@@ -165,13 +176,20 @@ class Planner:
         columns = self.layout.columns_of_holders
         return {k: Sum(columns[k], self.charges[k]) for k in self.members(index)}
 
+    def divided(self, index: int) -> list[int]:
+        """The matrices of a set whose P several ranks orthonormalize together, by sums."""
+        return [k for k in self.members(index) if len(self.charges[k]) > 1 and k not in self.owners]
+
+    def merging_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
+        """The triangles of sections of some P, for those who bring them together."""
+        return merging_sums(self.layout, self.charges, self.owners, matrices)
+
     def part_sums(self, index: int) -> tuple[dict[int, Sum], ...]:
         """What orthonormalizing the divided P of a set needs: sums for all who have rows of it."""
         config, matrices = self.layout.config, self.layout.matrices
         heights = {
             k: summed_rows(config.orthonormalizer, matrices[k].rank, config.oversample)
-            for k in self.members(index)
-            if len(self.charges[k]) > 1
+            for k in self.divided(index)
         }
         return tuple(
             {
@@ -212,13 +230,21 @@ class Planner:
         return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
 
 
-def gathering_sum(charges: Sequence[Charge]) -> Sum:
-    """Brings the sections of a P together on the first rank in charge.
+def merging_sums(
+    layout: Layout, charges: Charges, owners: Mapping[int, Rank], matrices: Iterable[int]
+) -> dict[int, Sum]:
+    """Brings the packed triangles of sections of some P to the owners, or the first in charge.
 
     Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
-    sections, which may lie far apart.
+    triangles, which may lie far apart.
     """
-    return Sum(
-        {charge.rank: (charge.start, charge.stop) for charge in charges},
-        tuple(replace(charge, rank=charges[0].rank) for charge in charges),
-    )
+    found = {}
+    for k in matrices:
+        width, owner = layout.matrices[k].rank, owners.get(k, charges[k][0].rank)
+        heights = (packed_rows(charge.stop - charge.start, width) for charge in charges[k])
+        bounds = list(pairwise(accumulate(heights, initial=0)))
+        found[k] = Sum(
+            {charge.rank: rows for charge, rows in zip(charges[k], bounds, strict=True)},
+            tuple(Charge(k, *rows, owner) for rows in bounds),
+        )
+    return found

@@ -21,22 +21,26 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
         replicas: number of replicas over which P and R are averaged.
 
     Returns:
-        Bytes by kind: `left` for P, `rows` for R, `parts` for what divided P need to be
-        orthonormalized, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
+        Bytes by kind: `left` for P, `rows` for R, `parts` for what P need that several ranks
+        orthonormalize, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
         columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
         within tensor-parallel groups by `tensor `.
     """
     grid, rank = plan.layout.grid, plan.rank
     wire, kept = element_sizes(plan.layout.config)
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
-    partial_rows = numel_of_rows(plan, partial) * wire
-    sums = numel_of_tiles(plan, plan.left.data_hop.sums) * wire
+    size, partial_rows = grid.tensor_parallel_size, numel_of_rows(plan, partial)
+    other_rows = numel_of_rows(plan, plan.held) - partial_rows
+    sums = numel_of_tiles(plan, plan.left.data_hop.sums)
+    share = wire * -(-partial_rows // size)
+    tensor_rows = ring_bytes(wire * partial_rows, size)
     return {
-        "tensor rows": ring_bytes(partial_rows, grid.tensor_parallel_size),
+        "tensor rows": tensor_rows if replicas == 1 else ring_bytes(size * share, size),
         "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
         "tensor gather": gathered_numel(plan, partial) * kept,
-        "replicas": ring_bytes(sums, replicas)
-        + ring_bytes(numel_of_rows(plan, plan.held) * wire, replicas),
+        "replicas": sum(
+            ring_bytes(sent, replicas) for sent in (wire * sums, share, wire * other_rows)
+        ),
         **_of_group(plan, "tensor", grid.tensor_parallel_size, rank.tensor_parallel),
         **_of_group(plan, "data", grid.data_parallel_size, rank.data_parallel),
     }
@@ -59,7 +63,7 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     norms = 0 if grams else summed.stop - summed.start
     return {
         f"{group} left": wire * numel([plan.left]),
-        f"{group} parts": 4 * numel(plan.part_sums),
+        f"{group} parts": 4 * numel([*plan.part_sums, plan.merging(plan.merged)]),
         f"{group} grams": 8 * numel(grams),
         f"{group} norms": ring_bytes(8 * norms, ranks),
         f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),

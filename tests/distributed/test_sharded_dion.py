@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
+from megatron_dion.algorithm import step as algorithm_step
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
@@ -167,6 +168,7 @@ class Result:
         state_bytes: of momenta and right factors.
         fallbacks: to Householder QR.
         charges: for each matrix the number of ranks that share its P.
+        merged: matrices of whose P one rank has the triangles of all sections.
     """
 
     rank: int
@@ -176,6 +178,7 @@ class Result:
     state_bytes: int
     fallbacks: int
     charges: dict[str, int]
+    merged: list[str]
 
 
 class Shards:
@@ -235,6 +238,7 @@ def train_shards(
             optimizer.step()
         sent = counter.bytes.total()
     [state] = [optimizer.state.values()]
+    plans = [chosen.plan for chosen in optimizer.step_sets()]
     return Result(
         rank=dist.get_rank(),
         blocks=[
@@ -250,10 +254,9 @@ def train_shards(
         state_bytes=sum(t.nbytes for tensors in state for t in tensors.values()),
         fallbacks=optimizer.fallbacks,
         charges={
-            chosen.plan.matrices[k].name: len(chosen.plan.charges[k])
-            for chosen in optimizer.step_sets()
-            for k in chosen.plan.members
+            plan.matrices[k].name: len(plan.charges[k]) for plan in plans for k in plan.members
         },
+        merged=[plan.matrices[k].name for plan in plans for k in plan.merged],
     )
 
 
@@ -297,7 +300,7 @@ def counted_bytes() -> Iterator[Sent]:
 
         def counting(*args: Any, group: Any, **options: Any) -> Any:
             tensor = args[0] if name == "all_reduce" else args[1]
-            share = (group.size() - 1) / (group.size() if name == "all_reduce" else 1)
+            share = (group.size() - 1) / (1 if name == "all_gather_into_tensor" else group.size())
             sent.count(name, int(factor * tensor.nbytes * share))
             return stock(*args, group=group, **options)
 
@@ -312,6 +315,7 @@ def counted_bytes() -> Iterator[Sent]:
     with (
         mock.patch.object(dist, "all_reduce", ring("all_reduce", 2)),
         mock.patch.object(dist, "all_gather_into_tensor", ring("all_gather_into_tensor", 1)),
+        mock.patch.object(dist, "reduce_scatter_tensor", ring("reduce_scatter_tensor", 1)),
         mock.patch.object(dist, "all_to_all_single", all_to_all),
     ):
         yield sent
@@ -407,13 +411,32 @@ def test_options_equal_the_reference(fraction: float, method: str, right_factor:
 
 
 @pytest.mark.parametrize("method", ["rcqr", "cqr"])
-@pytest.mark.parametrize("dim", [0, 1, None])
-def test_one_matrix_is_divided_over_all_ranks(dim: int | None, method: str) -> None:
+@pytest.mark.parametrize("world", [World(4, 1), World(2, 2), World(1, 4)], ids=name_of)
+@pytest.mark.parametrize(("dim", "fraction"), [(0, 0.1), (None, 0.1), (1, 1.0)])
+def test_one_matrix_is_divided_over_a_group(
+    world: World, dim: int | None, fraction: float, method: str
+) -> None:
     shapes = (Shape("alone", 72, 200, dim),)
-    config = DionConfig(rank_fraction=0.1, orthonormalizer=method)
-    results = run(World(2, 2), shapes, config, 10**9)
-    assert results[0].charges == {"alone": 4}
+    config = DionConfig(rank_fraction=fraction, orthonormalizer=method)
+    results = run(world, shapes, config, 10**9)
+    assert results[0].charges == {"alone": world.tp if world.tp > 1 else world.dp}
+    assert not results[0].merged
     compare(results, reference(shapes, config), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rcqr", "cqr", "qr"])
+@pytest.mark.parametrize(
+    "world", [World(2, 1), World(4, 1), World(2, 2), World(2, 1, 2)], ids=name_of
+)
+@pytest.mark.parametrize("columns", [200, 48])  # sections of more rows than r, and of fewer
+def test_triangles_of_row_parallel_weights(world: World, columns: int, method: str) -> None:
+    shapes = (Shape("row", 72, columns, 1), Shape("other", 160, 160, 0))
+    config = DionConfig(rank_fraction=0.4, orthonormalizer=method)
+    results = run(world, shapes, config, 10**9)
+    assert results[0].merged == ["row"]
+    assert results[0].charges["row"] == world.tp
+    states = world.replicas == 1
+    compare(results, reference(shapes, config), tolerance=1e-5, states=states)
 
 
 def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
@@ -434,8 +457,26 @@ def test_no_gradient_is_no_step(shapes: tuple[Shape, ...], right_factor: str) ->
     """P is zero, so that every Cholesky factorization fails."""
     config = DionConfig(rank_fraction=0.2, right_factor=right_factor, orthonormalizer="rcqr")
     results = gloo_world(4, train_shards, World(2, 2), shapes, config, 10**9, nothing)
-    assert sum(result.fallbacks for result in results) == STEPS * len(results[0].charges)
+    # Each section falls back, and the stack of triangles too where there is one.
+    charges, merged = results[0].charges, results[0].merged
+    assert sum(result.fallbacks for result in results) == STEPS * (
+        sum(charges.values()) + len(merged)
+    )
     compare(results, reference(shapes, config, nothing), tolerance=1e-6)
+
+
+def one_is_zero(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+    return {k: v * (k != shapes[0].name) for k, v in values(shapes, step).items()}
+
+
+def test_fallback_of_one_set_keeps_the_order_of_all_calls() -> None:
+    """Only one tensor-parallel group has it; the other set's calls are between all groups."""
+    shapes = (Shape("zero", 72, 200, 0), Shape("full", 72, 200, 0))
+    config = DionConfig(rank_fraction=0.2, orthonormalizer="rcqr")
+    results = gloo_world(4, train_shards, World(2, 2), shapes, config, 1, one_is_zero)
+    assert [result.fallbacks for result in results].count(STEPS) == 2
+    assert results[0].charges == {"zero": 2, "full": 2}
+    compare(results, reference(shapes, config, one_is_zero), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
@@ -531,16 +572,18 @@ def test_comparison_notices_another_momentum() -> None:
 
 def lose_tiles(self: Any) -> Any:
     """The sums of a hop without what arrives from the last peer."""
+    if not hasattr(self, "_arrivals"):
+        return
     kept, self._arrivals = self._arrivals, self._arrivals[:-1]
     yield from _UNBROKEN_SUM(self)
     self._arrivals = kept
 
 
 def double_tiles(self: Any) -> Any:
-    """What arrives is counted twice."""
+    """What arrives from the last peer is counted twice: twice the whole would be the same P."""
     yield from _UNBROKEN_SUM(self)
     if hasattr(self, "_arrivals"):
-        for arrived, targets in self._arrivals:
+        for arrived, targets in self._arrivals[-1:]:
             if arrived:
                 torch._foreach_add_(targets, arrived)
 
@@ -555,6 +598,7 @@ BREAKAGES = {
     "lost tiles of P": (reducer.HopBuffers, "sum", lose_tiles),
     "tiles of P counted twice": (reducer.HopBuffers, "sum", double_tiles),
     "P not brought back": (reducer.HopBuffers, "spread", nothing_happens),
+    "triangles not joined": (algorithm_step, "_join", lambda *_: 0),
     "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
     "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
     "columns of Q not gathered": (shared_rows.GatheredColumns, "gather", nothing_happens),

@@ -8,6 +8,7 @@ from megatron_dion.planning.layout import default_bucket_size, place
 from megatron_dion.planning.loads import Load, busiest_to_mean, describe, loads
 from megatron_dion.planning.models import PRESETS
 from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
+from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.traffic import bytes_sent
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
@@ -37,9 +38,14 @@ def test_no_rank_has_more_than_twice_the_mean(
         placements = place(weights, dp, default_bucket_size(dp, pp - 1))
         grid = Grid(tp, dp)
         sets = sets_in_turn(placements, range(len(placements)), grid.size)
-        found = loads(Planner(placements, grid, DionConfig(), sets)).values()
-        for name in ("sent", "summed", "operations"):
+        planner = Planner(placements, grid, DionConfig(), sets)
+        found = loads(planner).values()
+        for name in ("sent", "summed"):
             assert busiest_to_mean(found, name) <= 2, (dp, name)
+        # No more than a tensor-parallel group can share a matrix.
+        dearest = max(operations(m, m.columns // tp) for m in planner.layout.matrices)
+        mean = sum(load.operations for load in found) / len(found)
+        assert max(load.operations for load in found) <= max(2 * mean, 1.1 * dearest), dp
 
 
 def test_table_names_the_busiest() -> None:

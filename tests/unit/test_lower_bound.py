@@ -82,11 +82,11 @@ def test_bounds_of_factors_by_element(layout: Layout) -> None:
     for matrix, by_rank in zip(layout.matrices, elements(planner.layout), strict=True):
         for name, masks in (("all", list(by_rank.values())), ("data", by_group(by_rank))):
             widest = max(int((mask.sum(0) > 0).sum()) for mask in masks)
-            elsewhere = min(
-                matrix.columns - widest,
-                (-(-matrix.columns // widest) - 1) * (matrix.rank + 1) // 2,
+            # Row i of a triangle has r - i numbers; the widest holder has its rows itself.
+            elsewhere = sum(
+                max(matrix.rank - row % widest, 0) for row in range(widest, matrix.columns)
             )
-            left[name] += 8 * matrix.rank * (surplus(masks, 0, 1) + elsewhere)
+            left[name] += 8 * (matrix.rank * surplus(masks, 0, 1) + elsewhere)
             rows[name] += 8 * matrix.rank * surplus(masks, 1, 1)
             norms[name] += 16 * matrix.rank * (len(masks) - 1)
     for kind, found in (("left", left), ("rows", rows), ("norms", norms)):

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from megatron_dion.algorithm import ORTHONORMALIZERS, orthonormalize
 from megatron_dion.algorithm.counter_random import signs
-from megatron_dion.algorithm.orthonormalize import Sketch, orthonormalize_part, summed_rows
+from megatron_dion.algorithm.orthonormalize import (
+    Sketch,
+    factor,
+    orthonormalize_part,
+    pack,
+    packed_rows,
+    summed_rows,
+    unpack,
+)
 
 OVERSAMPLE = 1.25
 ROUNDING = 2.0**-24
@@ -403,5 +411,32 @@ def test_parts_of_dependent_columns_are_reported_or_orthonormal(
 
 @pytest.mark.parametrize(("rank", "rows"), [(1, 9), (8, 16), (32, 40), (40, 50), (100, 125)])
 def test_summed_rows_are_small_and_known_beforehand(rank: int, rows: int) -> None:
-    assert summed_rows("rcqr", rank, OVERSAMPLE) == (rows, rank, 4)
-    assert summed_rows("cqr", rank, OVERSAMPLE) == (1, rank, rank, 4)
+    triangle = math.ceil((rank + 1) / 2)
+    assert summed_rows("rcqr", rank, OVERSAMPLE) == (rows, triangle, 4)
+    assert summed_rows("cqr", rank, OVERSAMPLE) == (1, triangle, triangle, 4)
+
+
+@pytest.mark.parametrize(("height", "rank"), [(1, 1), (1, 7), (3, 7), (7, 7), (8, 8), (5, 8)])
+def test_packed_triangles_have_no_zeros_to_spare(height: int, rank: int) -> None:
+    trapezoids = gaussian(3, height, rank).triu()
+    packed = pack(trapezoids)
+    assert packed.shape == (3, packed_rows(height, rank), rank)
+    numbers = height * rank - height * (height - 1) // 2
+    assert 0 <= packed[0].numel() - numbers < rank
+    assert torch.equal(unpack(packed, height), trapezoids)
+    whole = gaussian(1, height, rank)
+    assert torch.equal(unpack(pack(whole), height), whole.triu())
+
+
+@every_method
+@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (1, 5), (4, 6), (6, 6), (30, 6)])
+@pytest.mark.parametrize("degenerate", [lambda p: p, zero, duplicate_columns])
+def test_factor_is_a_qr_of_any_rows(
+    degenerate: Callable[[Tensor], Tensor], rows: int, rank: int, method: str
+) -> None:
+    p = degenerate(gaussian(4, rows, rank))
+    q, triangle, _ = factor(p, method, sign_sketch(4, rows), OVERSAMPLE)
+    assert q.shape == (4, rows, min(rows, rank))
+    assert_orthonormal(q)
+    assert torch.equal(triangle, triangle.triu())
+    assert (q @ triangle - p).abs().max() < 1e-5

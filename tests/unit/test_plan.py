@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, Matrix
-from megatron_dion.algorithm.orthonormalize import summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
 from megatron_dion.sharding import (
     Grid,
     Held,
@@ -204,6 +205,14 @@ def test_charges_cover_the_rows_of_every_left_factor(layout: Layout) -> None:
         ranks = [charge.rank for charge in charges[k]]
         assert len(set(ranks)) == len(ranks)
         assert len(ranks) > 1 or set(ranks) <= holders[k]
+        if k in layout.planner.owners:
+            assert len({rank.data_parallel for rank in ranks}) == 1
+            assert layout.planner.owners[k] in set(ranks) & holders[k]
+            for charge in charges[k]:
+                [(start, stop)] = {(c.start, c.stop) for c in charges[k] if c.rank == charge.rank}
+                weight = layout.planner.layout.placement(k).weight
+                assert start == weight.first_column(charge.rank.tensor_parallel)
+                assert stop - start == weight.columns
     for rank, plans in layout.plans.items():
         mine = [
             Tile(charge.matrix, charge.start, charge.stop, index)
@@ -234,8 +243,8 @@ def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
     ]
     if plans[Rank()].layout.config.right_factor == "orth":
         found.append(grams(plans))
-    divided = [k for k in plans[Rank()].members if len(plans[Rank()].charges[k]) > 1]
-    found.append({rank: plan.gathering(divided) for rank, plan in plans.items()})
+    for chosen in (plans[Rank()].divided, plans[Rank()].merged):
+        found.append({rank: plan.merging(chosen) for rank, plan in plans.items()})
     return found
 
 
@@ -390,7 +399,7 @@ def assert_everyone_gets_the_total(
 def test_sums_of_parts_reach_all_who_have_rows(layout: Layout) -> None:
     charges, config = layout.planner.charges, layout.config
     for plans in layout.each_set():
-        divided = [k for k in plans[Rank()].members if len(charges[k]) > 1]
+        divided = plans[Rank()].divided
         ranks = {k: {charge.rank for charge in charges[k]} for k in divided}
         heights = {
             k: summed_rows(config.orthonormalizer, layout.matrices[k].rank, config.oversample)
@@ -422,35 +431,42 @@ def test_gram_matrices_reach_all_holders(layout: Layout) -> None:
 
 @given(layouts())
 @for_any_layout
-def test_sections_are_gathered_on_one_rank_and_come_back(layout: Layout) -> None:
-    charges = layout.planner.charges
+def test_triangles_are_brought_to_one_rank_and_come_back(layout: Layout) -> None:
+    charges, owners = layout.planner.charges, layout.planner.owners
     for plans in layout.each_set():
-        divided = [k for k in plans[Rank()].members if len(charges[k]) > 1]
-        for chosen in (divided, divided[::2]):
-            whole = {k: torch.arange(1, layout.matrices[k].columns + 1) for k in chosen}
-            rows: Rows = {rank: {k: torch.zeros_like(whole[k]) for k in chosen} for rank in plans}
+        divided, merged = plans[Rank()].divided, plans[Rank()].merged
+        for chosen in (divided, divided[::2], merged, merged[::2]):
+            bounds: dict[int, list[int]] = {}
             for k in chosen:
-                for c in charges[k]:
-                    rows[c.rank][k][c.start : c.stop] = whole[k][c.start : c.stop]
-            each = {rank: plan.gathering(chosen) for rank, plan in plans.items()}
+                rank = layout.matrices[k].rank
+                sizes = [packed_rows(c.stop - c.start, rank) for c in charges[k]]
+                bounds[k] = [0, *accumulate(sizes)]
+            whole = {k: torch.arange(1, bounds[k][-1] + 1) for k in chosen}
+            rows: Rows = {rank: {k: torch.zeros_like(whole[k]) for k in chosen} for rank in plans}
+            places = [
+                (k, c.rank, slice(*where))
+                for k in chosen
+                for c, where in zip(charges[k], pairwise(bounds[k]), strict=True)
+            ]
+            for k, rank, place in places:
+                rows[rank][k][place] = whole[k][place]
+            each = {rank: plan.merging(chosen) for rank, plan in plans.items()}
             simulation = Simulation(each, layout.grid)
             simulation.sum(rows)
             rows_on_first = dict.fromkeys(chosen, 0)
             for rank, reduction in each.items():
                 for tile in reduction.data_hop.sums:
-                    assert rank == charges[tile.matrix][0].rank
+                    assert rank == owners.get(tile.matrix, charges[tile.matrix][0].rank)
                     section = simulation.sums[rank].values[key(tile)]
                     assert torch.equal(section, whole[tile.matrix][tile.start : tile.stop])
                     rows_on_first[tile.matrix] += tile.stop - tile.start
-            assert rows_on_first == {k: layout.matrices[k].columns for k in chosen}
+            assert rows_on_first == {k: bounds[k][-1] for k in chosen}
             for memory in simulation.sums.values():
                 for values in memory.values.values():
                     values.neg_()
             simulation.spread(rows)
-            for k in chosen:
-                for c in charges[k]:
-                    found = rows[c.rank][k]
-                    assert torch.equal(found[c.start : c.stop], -whole[k][c.start : c.stop])
+            for k, rank, place in places:
+                assert torch.equal(rows[rank][k][place], -whole[k][place])
 
 
 @given(layouts())
@@ -477,7 +493,9 @@ def test_rows_in_several_pieces_are_shared_rows(layout: Layout) -> None:
 @given(layouts(orthonormalizers=("qr",)))
 @for_any_layout
 def test_householder_is_never_divided(layout: Layout) -> None:
-    assert all(len(charges) == 1 for charges in layout.planner.charges.values())
+    """By sums, that is."""
+    owners = layout.planner.owners
+    assert all(len(c) == 1 or k in owners for k, c in layout.planner.charges.items())
     assert not any(plan.part_sums for plans in layout.plans.values() for plan in plans)
 
 
@@ -501,7 +519,8 @@ def test_small_equal_matrices_are_not_divided(grid: Grid, count: int, dim: int) 
     rows, columns = (64 // tp, 64) if dim == 0 else (64, 64 // tp)
     weights = [Weight(f"w{i}", rows, columns, dim, tp) for i in range(count)]
     planner = Planner(in_one_bucket(weights, grid), grid, DionConfig())
-    assert [len(planner.charges[k]) for k in range(count)] == [1] * count
+    assert planner.divided(0) == []
+    assert len(planner.owners) == (count if dim == 1 and tp > 1 else 0)
 
 
 @pytest.mark.parametrize("orthonormalizer", ["rcqr", "cqr"])
@@ -523,8 +542,8 @@ def test_more_than_an_even_share_is_divided_as_far_as_needed(
     assert count >= len(holders) or fraction < 1
     if count < grid.size:
         # Rounding to whole rows is at most one row.
-        assert operations(big, math.floor(big.columns / count)) <= even / 2
-    assert operations(big, math.ceil(big.columns / (count - 1))) > even / 2
+        assert operations(big, math.floor(big.columns / count)) <= 0.9 * even
+    assert operations(big, math.ceil(big.columns / (count - 1))) > 0.9 * even
     assert max(c.stop - c.start for c in charges[0]) - big.columns // count <= 1
     assert all(len(charges[k]) == 1 for k in range(1, 61))
 

@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm.orthonormalize import orthonormalize_part, summed_rows
+from megatron_dion.algorithm.orthonormalize import (
+    factor,
+    orthonormalize,
+    orthonormalize_part,
+    summed_rows,
+)
 from megatron_dion.planning.compute import dion_operations, newton_schulz, orthonormalization
 from megatron_dion.planning.stage import DionPart
 from megatron_dion.planning.topology import Group
@@ -25,7 +30,8 @@ def product(left: Tensor, right: Tensor) -> float:
 
 
 def qr(matrix: Tensor, with_q: bool) -> float:
-    *batch, rows, columns = matrix.shape
+    *batch, _, _ = matrix.shape
+    columns, rows = sorted(matrix.shape[-2:])
     one = 2 * rows * columns**2 - 2 / 3 * columns**3
     return torch.Size(batch).numel() * one * (2 if with_q else 1)
 
@@ -111,6 +117,38 @@ def test_a_part_of_a_divided_matrix(method: str) -> None:
     each = orthonormalization(config, torch.tensor([rows] * 3).double().numpy(), rank, False)
     assert counted.found["products"] == each[0].sum()
     assert counted.found["factorizations"] == pytest.approx(each[1].sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["auto", "rcqr", "cqr", "qr"])
+@pytest.mark.parametrize(("columns", "fraction"), [(40, 1 / 4), (24, 1)])
+def test_triangles_of_a_row_parallel_matrix(method: str, columns: int, fraction: float) -> None:
+    """Sections of more rows than r, and of fewer."""
+    config = DionConfig(orthonormalizer=method, rank_fraction=fraction)
+    weights = [Weight("row", 24, columns // 2, 1, 2), Weight("other", 60, 120, 0, 2)]
+    placements = [Placement(w, 0, w.rows * w.columns) for w in weights]
+    planner = Planner(placements, Grid(2, 1), config)
+    assert list(planner.owners) == [0]
+    both = DionPart(planner, False, Group(1, 2, 8), (1,))
+    other = DionPart(Planner(placements[1:], Grid(2, 1), config), False, Group(1, 2, 8), (1,))
+    products, factorizations = (
+        a.sum() - b.sum()
+        for a, b in zip(dion_operations(both, "cpu"), dion_operations(other, "cpu"), strict=True)
+    )
+    rank = planner.layout.matrices[0].rank
+    torch.manual_seed(0)
+    sections = torch.randn(1, columns, rank).chunk(2, dim=1)
+
+    def sketch(rows: int) -> Callable[[int], Tensor]:
+        return lambda k: torch.randn(1, k, rows)
+
+    with CountedOperations() as counted:
+        found = [factor(p, method, sketch(columns // 2), 1.25) for p in sections]
+        stack = torch.cat([triangle for _, triangle, _ in found], dim=1)
+        joined, _ = orthonormalize(stack, method, sketch(stack.shape[1]), 1.25)
+        for (base, _, _), part in zip(found, joined.chunk(2, dim=1), strict=True):
+            base @ part
+    assert counted.found["products"] == products - 8 * 24 * columns * rank
+    assert counted.found["factorizations"] == pytest.approx(factorizations, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
