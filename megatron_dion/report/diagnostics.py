@@ -133,7 +133,7 @@ def _matrices(matrices: Sequence[MatrixDiagnostics]) -> Html:
             f"{matrix.rows} × {matrix.columns}",
             str(matrix.rank),
             *(number(getattr(matrix, name)) for name in _FIGURES),
-            f"{1000 * matrix.owner_seconds:.3g}",
+            number(None if matrix.owner_seconds is None else 1000 * matrix.owner_seconds),
         )
         for matrix in matrices
     )

@@ -47,6 +47,7 @@ COUNTS: dict[str, tuple[str, Callable[..., float]]] = {
     "bmm": ("products", product),
     "addmm": ("products", lambda _, left, right: product(left, right)),
     "baddbmm": ("products", lambda _, left, right: product(left, right)),
+    "addbmm": ("products", lambda _, left, right: product(left, right)),
     "linalg_qr": ("factorizations", lambda a, mode="reduced": qr(a, mode != "r")),
     "geqrf": ("factorizations", lambda a: qr(a, False)),
     "linalg_householder_product": ("factorizations", lambda a, tau: qr(a, False)),
