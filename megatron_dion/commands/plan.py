@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_dion import DionConfig
+from megatron_dion.algorithm import PRECISIONS
 from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.flags import read_flags
 from megatron_dion.planning import tables
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seq-length", type=int, help="by default the model's")
     run.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
     run.add_argument("--fp32", action="store_true", help="weights in fp32 and not in bf16")
+    run.add_argument("--dion-fp32-matmul-prec", choices=PRECISIONS, default="high")
     run.add_argument("--dion-comm-dtype", choices=("fp32", "bf16"), default="fp32")
     run.add_argument("--dion-momentum-dtype", choices=("fp32", "bf16"), default="fp32")
     run.add_argument("--dion-exchange-buffer-mib", type=float)
@@ -138,6 +140,7 @@ def _optimizer(text: str, args: argparse.Namespace) -> Optimizer:
             raise ToolError(f"--optimizer {text}: write a fraction such as dion:1/4") from None
         config = DionConfig(
             rank_fraction=rank_fraction,
+            fp32_matmul_prec=args.dion_fp32_matmul_prec,
             comm_dtype=args.dion_comm_dtype,
             momentum_dtype=args.dion_momentum_dtype,
             exchange_buffer_mib=args.dion_exchange_buffer_mib,

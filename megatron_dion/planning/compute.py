@@ -29,14 +29,20 @@ class Work:
     """What the optimizer of each rank does in a step; figures (D, T).
 
     Attributes:
-        products: operations of matrix products.
+        products: operations of matrix products in the optimizer's precision.
+        float32_products: of those that orthonormalize, which are float32 in any case.
         factorizations: operations of QR and Cholesky factorizations and triangular solves.
         passes: bytes that are read and written element by element.
     """
 
     products: Operations
+    float32_products: Operations
     factorizations: Operations
     passes: Operations
+
+    @property
+    def operations(self) -> Operations:
+        return self.products + self.float32_products + self.factorizations
 
 
 def optimizer_work(stage: Stage, device: str = "cuda") -> Work:
@@ -48,7 +54,7 @@ def optimizer_work(stage: Stage, device: str = "cuda") -> Work:
     combination, input and output of the iteration, weight decay and update.
     """
     shape = stage.run.topology.data().size, stage.run.topology.tp
-    products, factorizations, passes = (np.zeros(shape) for _ in range(3))
+    products, float32_products, factorizations, passes = (np.zeros(shape) for _ in range(4))
     per_element = {"adamw": 46, "muon": 62, "dion": 58}[stage.run.optimizer.kind]
     for section in stage.sections:
         matrices = section.held(stage.is_matrix)[:, None]
@@ -57,14 +63,18 @@ def optimizer_work(stage: Stage, device: str = "cuda") -> Work:
         if stage.run.optimizer.kind == "muon":
             products += of_all(_newton_schulz_of_owners(stage, section), shape)
     for part in stage.dion_parts:
-        its_products, its_factorizations = dion_operations(part, device)
-        products += of_all(its_products, shape)
-        factorizations += of_all(its_factorizations, shape)
-    return Work(products, factorizations, passes)
+        found = dion_operations(part, device)
+        for total, its in zip((products, float32_products, factorizations), found, strict=True):
+            total += of_all(its, shape)
+    return Work(products, float32_products, factorizations, passes)
 
 
-def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, Operations]:
-    """Operations of a Dion optimizer's products and factorizations on each of its ranks (D, T).
+def dion_operations(
+    part: DionPart, device: str = "cuda"
+) -> tuple[Operations, Operations, Operations]:
+    """Operations of a Dion optimizer on each of its ranks (D, T).
+
+    Of its products with B, M and W, of those that orthonormalize, and of factorizations.
 
     With the right factor `orth`, shares of rows that several ranks have are taken as equal.
 
@@ -74,18 +84,18 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
     """
     layout, config = part.planner.layout, part.planner.layout.config
     shape = layout.grid.data_parallel_size, layout.grid.tensor_parallel_size
-    products, factorizations = np.zeros(shape), np.zeros(shape)
+    products, float32_products, factorizations = (np.zeros(shape) for _ in range(3))
     for holding in holdings(layout):
         rank = layout.matrices[holding.matrix].rank
         products += 4 * rank * (holding.multiplied + holding.elements)
         if config.right_factor == "orth":
             shares = shape[1] if holding.is_partial else 1
-            products += 2 * rank**2 * (holding.rows / shares + holding.rows)
+            float32_products += 2 * rank**2 * (holding.rows / shares + holding.rows)
             factorizations += 4 / 3 * rank**3 * (holding.rows > 0)
 
     def add(ranks: Sequence[Rank], found: tuple[Operations, Operations]) -> None:
         where = tuple(np.array([(rank.data_parallel, rank.tensor_parallel) for rank in ranks]).T)
-        np.add.at(products, where, found[0])
+        np.add.at(float32_products, where, found[0])
         np.add.at(factorizations, where, found[1])
 
     for k, charges in part.planner.charges.items():
@@ -104,7 +114,7 @@ def dion_operations(part: DionPart, device: str = "cuda") -> tuple[Operations, O
             add(ranks, (own + apply + 2 * rows * width * rank, qr))
         stack = np.array([width * len(charges)], float)
         add([owner], orthonormalization(config, stack, rank, True, device))
-    return products, factorizations
+    return products, float32_products, factorizations
 
 
 def orthonormalization(

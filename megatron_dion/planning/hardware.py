@@ -15,7 +15,8 @@ class Hardware:
         name: for people.
         source: where the figures are from.
         half: operations per second of bf16 products.
-        single: operations per second of float32 products, without TF32, which Dion does not use.
+        tf32: of float32 products whose operands may be rounded to TF32.
+        single: of float32 products.
         memory: bytes.
         bandwidth: of memory, bytes per second.
         node_link: bytes per second that a device sends to others of its node.
@@ -32,6 +33,7 @@ class Hardware:
     name: str
     source: str
     half: float
+    tf32: float
     single: float
     memory: float
     bandwidth: float
@@ -53,6 +55,7 @@ PRESETS = {
         name="h100",
         source="NVIDIA H100 data sheet, SXM (dense); DGX H100: 400 Gb/s per GPU; not measured",
         half=989e12,
+        tf32=494e12,
         single=67e12,
         memory=80 * GB,
         bandwidth=3350 * GB,
@@ -63,6 +66,7 @@ PRESETS = {
         name="h200",
         source="NVIDIA H200 data sheet, SXM (dense); DGX H200: 400 Gb/s per GPU; not measured",
         half=989e12,
+        tf32=494e12,
         single=67e12,
         memory=141 * GB,
         bandwidth=4800 * GB,
@@ -73,6 +77,7 @@ PRESETS = {
         name="b200",
         source="NVIDIA HGX B200 data sheet, an eighth (dense); 400 Gb/s per GPU; not measured",
         half=2250e12,
+        tf32=1125e12,
         single=75e12,
         memory=180 * GB,
         bandwidth=7700 * GB,
@@ -83,6 +88,7 @@ PRESETS = {
         name="cpu",
         source="one thread of the machine of the tests, measured by planning/calibration.py",
         half=108e9,
+        tf32=108e9,
         single=108e9,
         memory=8 * GB,
         bandwidth=66.5 * GB,

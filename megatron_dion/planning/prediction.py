@@ -111,14 +111,14 @@ def predict(run: Run, batch: Batch, machine: Hardware) -> Prediction:
         works.append(optimizer_work(stage, machine.device))
         models.append(model_work(stage, batch))
     steps = [
-        optimizer_time(work, found, machine, run.optimizer.kind == "muon")
+        optimizer_time(work, found, machine, run.optimizer.precision)
         for work, found in zip(works, sent, strict=True)
     ]
     times = [
         stage_time(model, found, machine, micro_batches)
         for model, found in zip(models, sent, strict=True)
     ]
-    operations = [work.products + work.factorizations for work in works]
+    operations = [work.operations for work in works]
     passes = [micro_batches * (model.forward + model.backward) for model in models]
     return Prediction(
         run=run,

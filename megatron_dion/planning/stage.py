@@ -50,6 +50,11 @@ class Optimizer:
     layer_wise_layout: bool = True
 
     @property
+    def precision(self) -> str:
+        """Of the products, one of `algorithm.PRECISIONS`; Megatron's default for Muon."""
+        return self.dion.fp32_matmul_prec if self.kind == "dion" else "medium"
+
+    @property
     def label(self) -> str:
         if self.kind == "dion":
             return f"dion {self.dion.rank_fraction:g}"

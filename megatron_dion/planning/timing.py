@@ -10,7 +10,8 @@ from megatron_dion.planning.traffic import Sent, Traffic
 
 ASSUMPTIONS = """\
 Times are a model, not measured. Products take {product_share:.0%} of the sheet's rate (bf16 for the
-model and for Muon, float32 for Dion), factorizations {factorization_share:.0%} of its float32 rate,
+model and for Muon, TF32 for Dion's with B, M and W, or what --dion-fp32-matmul-prec says, float32
+for those that orthonormalize), factorizations {factorization_share:.0%} of its float32 rate,
 memory {bandwidth_share:.0%}, links {link_share:.0%}, a collective {latency_us:.0f} us besides. Both
 links work at a time. A step is the sum of its parts, each on the rank where it takes longest;
 nothing of Dion's exchange is hidden. Gradients are reduced behind a micro batch's backward pass and
@@ -46,7 +47,7 @@ def assumptions(machine: Hardware) -> str:
 
 
 def optimizer_time(
-    work: Work, traffic: Traffic, machine: Hardware, in_half_precision: bool
+    work: Work, traffic: Traffic, machine: Hardware, precision: str
 ) -> OptimizerTime:
     """The time of an optimizer's step on one stage.
 
@@ -54,11 +55,12 @@ def optimizer_time(
         work: of the ranks.
         traffic: of the stage; what is in the way of the step counts.
         machine: gives rates.
-        in_half_precision: whether products are bf16's, as Muon's.
+        precision: of products, one of `algorithm.PRECISIONS`.
     """
-    rate = machine.half if in_half_precision else machine.single
+    rates = {"highest": machine.single, "high": machine.tf32, "medium": machine.half}
+    products = work.products / rates[precision] + work.float32_products / machine.single
     return OptimizerTime(
-        products=np.max(work.products) / (rate * machine.product_share),
+        products=np.max(products) / machine.product_share,
         factorizations=np.max(work.factorizations) / (machine.single * machine.factorization_share),
         passes=np.max(work.passes) / (machine.bandwidth * machine.bandwidth_share),
         exchange=_time(traffic, machine, "step"),
