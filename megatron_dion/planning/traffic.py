@@ -61,10 +61,8 @@ class Sent:
 Traffic = dict[str, Sent]
 
 
-def ring(
-    group: Group, sent: Counts | int, calls: int, when: str, is_estimate: bool = False
-) -> Sent:
-    """What goes around a ring."""
+def ring(group: Group, sent: int, calls: int, when: str, is_estimate: bool = False) -> Sent:
+    """What goes around a ring, the same on every rank."""
     return Sent(sent, sent * group.leaving, calls, when, is_estimate)
 
 
@@ -91,22 +89,20 @@ def gradients_and_weights(stage: Stage) -> Traffic:
     """Megatron's own: gradients are reduced, updated weights gathered."""
     found: Traffic = {}
 
-    def add(name: str, group: Group, numbers: Counts | int, calls: int, when: str) -> None:
+    def add(name: str, group: Group, numbers: int, calls: int, when: str) -> None:
         sent = ring(group, numbers, calls, when)
         found[name] = found[name].plus(sent) if name in found else sent
 
     for section in stage.sections:
         ranks, buckets = section.group.size, section.buffer.buckets
         gradients = sum(_share(4 * bucket, ranks) for bucket in buckets)
-        weight_bytes = stage.run.weight_bytes
-        if section.is_reduced_whole:
-            add("gradients all-reduce", section.group, 2 * gradients, len(buckets), "backward")
-            held = section.held(lambda _: True)[:, None]
-            add("weights all-gather", section.group, (ranks - 1) * weight_bytes * held, 1, "step")
-        else:
-            weights = sum(_share(weight_bytes * bucket, ranks) for bucket in buckets)
-            add("gradients reduce-scatter", section.group, gradients, len(buckets), "backward")
-            add("weights all-gather", section.group, weights, len(buckets), "forward")
+        weights = sum(_share(stage.run.weight_bytes * bucket, ranks) for bucket in buckets)
+        whole = section.is_reduced_whole
+        name = "gradients all-reduce" if whole else "gradients reduce-scatter"
+        add(name, section.group, gradients * (2 if whole else 1), len(buckets), "backward")
+        # A ring, in the mean, where shards are unequal.
+        when = "step" if whole else "forward"
+        add("weights all-gather", section.group, weights, len(buckets), when)
         if not (stage.run.optimizer.compressed_sync and section.is_matrices):
             replicas = stage.run.topology.replicas
             sent = sum(ring_bytes(4 * bucket // ranks, replicas.size) for bucket in buckets)
