@@ -10,6 +10,7 @@ With P orthonormal everything else follows from G: ||P R^T||_F^2 is its trace, t
 directions that P found are its eigenvalues, and Q's Gram matrix is C^T G C.
 """
 
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ from megatron_dion.diagnostics.records import ENERGY_LEVELS, MatrixDiagnostics
 from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.optimizer.binding import StepSet
 from megatron_dion.sharding import TORCH_DTYPES, Plan
-from megatron_dion.sharding.balance import Charge, operations
+from megatron_dion.sharding.balance import Charge, work
 from megatron_dion.sharding.reducer import Reducer
 from megatron_dion.sharding.reduction import Sum, Tile, reduction
 from megatron_dion.sharding.replicas import average, in_groups
@@ -66,7 +67,6 @@ class Watch(Observer):
         )
         self._mine = {tile.matrix: view for tile, view in self._reducer.tile_views}
         self._time = Stopwatch()
-        self._operations: dict[int, float] = {}
 
     @contextmanager
     def allocated(self) -> Iterator[None]:
@@ -93,8 +93,6 @@ class Watch(Observer):
         for section in sections:
             rank = section.values.shape[1]
             self._mine[section.matrix][-rank:] += inner_products(section.values.to(wire))
-            matrix = self._set.plan.matrices[section.matrix]
-            self._operations[section.matrix] = operations(matrix, len(section.values))
         return fallbacks
 
     def see_projections(self, blocks: Sequence[Block]) -> None:
@@ -110,12 +108,22 @@ class Watch(Observer):
 
     def results(self) -> Generator[None, None, list[MatrixDiagnostics]]:
         """Of the matrices of which this rank is the first in charge."""
-        seconds, work = self._time.read(), sum(self._operations.values())
-        for matrix, share in self._operations.items():
-            self._numbers(matrix)[_SECONDS] += seconds * share / work
+        seconds, operations = self._time.read(), self._operations()
+        for matrix, share in operations.items():
+            self._numbers(matrix)[_SECONDS] += seconds * share / sum(operations.values())
         with self._reducer.transit.allocated():
             yield from self._reducer.sum()
             return [self._diagnostics(tile, sums) for tile, sums in self._reducer.sum_views]
+
+    def _operations(self) -> dict[int, float]:
+        """What this rank does to orthonormalize, by matrix."""
+        plan = self._set.plan
+        found: defaultdict[int, float] = defaultdict(float)
+        for k in plan.members:
+            for rank, operations in work(plan.matrices[k], plan.charges[k], plan.owners.get(k)):
+                if rank == plan.rank:
+                    found[k] += operations
+        return found
 
     def _numbers(self, matrix: int) -> Tensor:
         """(_NUMBERS,) of this rank's."""

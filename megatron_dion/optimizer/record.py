@@ -9,7 +9,7 @@ from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.optimizer.rules import RoutingRules
 
 # Raised whenever older code could not read what newer code writes.
-FORMAT = 1
+FORMAT = 2
 
 # What the size or the meaning of right factors depends on.
 _OF_FACTORS = ("rank_fraction", "rank_multiple_of", "right_factor", "split")

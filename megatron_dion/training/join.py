@@ -4,6 +4,7 @@ Our own pretrain_gpt.py and the drop-in for others' scripts differ in one word (
 """
 
 import argparse
+import inspect
 import os
 import sys
 import traceback
@@ -170,12 +171,13 @@ class Join:
         hook = _composed(_model_hooks(args))
         if config.model is not None:
             config.model.pre_wrap_hooks.append(hook)
-        if options.get("model_provider") is not None:
-            options["model_provider"] = _hooked(options["model_provider"], hook)
+        call = inspect.signature(stock).bind(config, *others, **options)
+        if call.arguments.get("model_provider") is not None:  # by position or by name
+            call.arguments["model_provider"] = _hooked(call.arguments["model_provider"], hook)
         if self._cares_for(args):
             checkpoints.use(self._choice, args)
         with self._recording(args):
-            return stock(config, *others, **options)
+            return stock(*call.args, **call.kwargs)
 
     def _build(self, config: Any, model_chunks: Any, **options: Any) -> Any:
         from megatron_dion.optimizer.factory import get_megatron_dion_optimizer

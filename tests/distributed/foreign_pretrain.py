@@ -102,6 +102,6 @@ if __name__ == "__main__":
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        model_provider=None if by_config else model_provider,
+        None if by_config else model_provider,
         store=store,
     )
