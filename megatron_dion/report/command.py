@@ -1,4 +1,4 @@
-"""`megatron-dion report`."""
+"""Make one HTML page about a run from its run directory."""
 
 import argparse
 import sys

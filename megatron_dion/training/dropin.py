@@ -37,6 +37,11 @@ def install() -> None:
     _installed = True
 
 
+def is_installed() -> bool:
+    """Whether a script that is not ours trains in this process."""
+    return _installed
+
+
 def _tell_mistakes_in_one_line() -> None:
     before = sys.excepthook
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.training import environment
-from megatron_dion.training.errors import TOLD_IN_ONE_LINE, exit_with
+from megatron_dion.training.errors import TOLD_IN_ONE_LINE, ConfigurationError, exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,6 +28,14 @@ def train(argv: Sequence[str]) -> None:
         ConfigurationError: The run cannot start as it was asked for.
         CheckpointError: A checkpoint cannot be loaded or saved.
     """
+    # It imports this module.
+    from megatron_dion.training import dropin
+
+    if dropin.is_installed():
+        raise ConfigurationError(
+            "this script is megatron-dion's own and has Dion already: start it without"
+            " megatron_dion.run and install()"
+        )
     environment.describe_single_process()
     device = prepare(argv)
 

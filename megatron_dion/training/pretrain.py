@@ -35,7 +35,9 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
         with in_one_line(REFUSED):
             args = arguments.parse_and_validate_args()
         validation.check_token_ids(args, get_tokenizer().vocab_size)
-        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        with in_one_line(REFUSED):
+            model = gpt_config_from_args(args)
+        config = pretrain_cfg_container_from_args(args, model)
         training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.destroy_process_group()
 
