@@ -205,7 +205,9 @@ class Loader:
         if optimizer is not None and self._takes_optimizer():
             optimizer = self._prepared(optimizer, folder, facts)
         with explained(folder):
-            return stock(model, optimizer, *others, **options)
+            found = stock(model, optimizer, *others, **options)
+        self._say(f"{folder}: loaded")
+        return found
 
     def _verify(self, folder: Path, facts: Facts) -> None:
         """Compares the files with their hashes; each rank takes some."""

@@ -133,19 +133,34 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
-def check_batches(args: argparse.Namespace) -> None:
-    """Every data-parallel rank gets whole micro-batches. Megatron names no flag."""
-    model = (
+def check_ranks(args: argparse.Namespace) -> None:
+    """The processes are whole copies of the model. Megatron names no flag."""
+    model = _ranks_of_model(args)
+    if args.world_size % model:
+        raise ConfigurationError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} times"
+            f" --pipeline-model-parallel-size {args.pipeline_model_parallel_size} times"
+            f" --context-parallel-size {args.context_parallel_size} need a multiple of {model}"
+            f" processes, not {args.world_size}: start so many (torchrun --nproc-per-node), or"
+            " change a size"
+        )
+
+
+def _ranks_of_model(args: argparse.Namespace) -> int:
+    ranks: int = (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
         * args.context_parallel_size
     )
+    return ranks
+
+
+def check_batches(args: argparse.Namespace) -> None:
+    """Every data-parallel rank gets whole micro-batches. Megatron names no flag."""
     is_fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
     if not (is_fixed and args.global_batch_size and args.micro_batch_size):
         return
-    if args.world_size % model:
-        return  # Megatron says so, with the sizes
-    ranks = args.world_size // model
+    ranks = args.world_size // _ranks_of_model(args)
     if args.global_batch_size % (args.micro_batch_size * ranks):
         raise ConfigurationError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
@@ -474,6 +489,7 @@ CHECKS: tuple[Check, ...] = (
     check_fp8_emulation,
     check_evaluation,
     check_schedule,
+    check_ranks,
     check_batches,
     check_checkpoint_flags,
     check_data_mode,

@@ -50,7 +50,7 @@ def complaint(nursery: Nursery, *argv: str) -> str:
         ("--use-megatron-fsdp", "--use-megatron-fsdp"),
         ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
         ("--fp4-param-gather", "--fp4-param-gather"),
-        ("--tensor-model-parallel-size 3", "world size (1) is not divisible"),
+        ("--tensor-model-parallel-size 3", "need a multiple of 3 processes, not 1: start so many"),
         ("--dion-right-factor qr", "--dion-right-factor: invalid choice: 'qr'"),
         ("--dion-comm-dtype fp16", "--dion-comm-dtype: invalid choice: 'fp16'"),
         ("--dion-compressed-sync", "--num-distributed-optimizer-instances is 1: give at least 2"),

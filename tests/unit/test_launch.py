@@ -54,7 +54,7 @@ def test_size_of_the_vocabulary_may_be_left_to_the_tokenizer(nursery: Nursery) -
     ("name", "gpus", "more", "named"),
     [
         ("gpt_8b", 8, "--global-batch-size 510", "--global-batch-size 510 is not a multiple of"),
-        ("gpt_8b", 8, "--tensor-model-parallel-size 3", "world size (8)"),
+        ("gpt_8b", 8, "--tensor-model-parallel-size 3", "need a multiple of 3 processes, not 8"),
         ("gpt_8b", 16, "--tensor-model-parallel-size 16 --num-query-groups 5", "5"),
         ("gpt_8b", 8, "--no-such-flag", "--no-such-flag"),
         ("gpt_70b", 64, "--num-layers 82", "number of layers"),
