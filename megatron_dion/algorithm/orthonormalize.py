@@ -24,7 +24,8 @@ Sketch = Callable[[int], Tensor]
 PartialSums = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
 """Yields a part's (batch, k, r), expects the sum over the parts; returns result and failures."""
 
-_PROBES = 4
+PROBES = 4
+"""Vectors on which a Cholesky method's result is tested."""
 
 
 def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
@@ -46,7 +47,7 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
         broke down, so that they were done by Householder QR instead.
     """
-    if _is_householder(method, p):
+    if is_householder(method, p.device.type):
         return householder(p), 0
     part = orthonormalize_part(p, method, sketch, oversample)
     try:
@@ -92,7 +93,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
         raise ValueError(f"unknown orthonormalizer {method!r}")
     # A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
     # applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
-    probes = signs(0, "probe", torch.arange(rank, device=p.device), _PROBES)  # (r, 4)
+    probes = signs(0, "probe", torch.arange(rank, device=p.device), PROBES)  # (r, 4)
     seen = yield (candidate.mT @ (candidate @ probes)).mT.contiguous()  # (batch, 4, r)
     error = (seen - probes.T).abs().amax(dim=(1, 2))  # (batch,)
     return candidate, ~(error < 5e-6 * math.sqrt(rank))
@@ -102,8 +103,8 @@ def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
     """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
     gram = packed_rows(rank, rank)
     if method in ("rcqr", "auto"):
-        return sketch_rows(rank, oversample), gram, _PROBES
-    return 1, gram, gram, _PROBES
+        return sketch_rows(rank, oversample), gram, PROBES
+    return 1, gram, gram, PROBES
 
 
 def sketch_rows(rank: int, oversample: float) -> int:
@@ -124,7 +125,7 @@ def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[T
         With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
         of which P is the product, and the number of matrices that were done by Householder QR.
     """
-    if _is_householder(method, p):
+    if is_householder(method, p.device.type):
         return *_householder(p), 0
     q, failures = orthonormalize(p[:, :, : p.shape[1]], method, sketch, oversample)
     return q, (q.mT @ p).triu(), failures
@@ -168,8 +169,14 @@ def householder(p: Tensor) -> Tensor:
     return _base(*_reflected(scaled))
 
 
-def _is_householder(method: str, p: Tensor) -> bool:
-    return method == "qr" or (method == "auto" and p.device.type == "cpu")
+def is_householder(method: str, device: str) -> bool:
+    """Whether a method is Householder QR for rows that one process has all of.
+
+    Args:
+        method: as for `orthonormalize`.
+        device: type of the rows' device.
+    """
+    return method == "qr" or (method == "auto" and device == "cpu")
 
 
 def _householder(p: Tensor) -> tuple[Tensor, Tensor]:

@@ -246,7 +246,7 @@ class Dion(torch.optim.Optimizer):
     def _take_watched_step(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
         watch = Watch(chosen, self.config)
         with watch.allocated():
-            watch.see_totals(self._rates(chosen, "lr"))
+            watch.see_totals([group["lr"] for group in self._groups_of(chosen)])
             fallbacks = yield from self._take_step(chosen, number, watch)
             watch.see_momenta()
             self._diagnostics += yield from watch.results()
@@ -255,6 +255,7 @@ class Dion(torch.optim.Optimizer):
     def _take_step(
         self, chosen: StepSet, number: int, observer: Observer = NOBODY
     ) -> Generator[None, None, int]:
+        groups = self._groups_of(chosen)
         with chosen.exchange.allocated():
             return (
                 yield from dion_step(
@@ -264,16 +265,16 @@ class Dion(torch.optim.Optimizer):
                     chosen.exchange,
                     self.config,
                     number,
-                    self._rates(chosen, "lr"),
-                    self._rates(chosen, "weight_decay"),
+                    [group["lr"] for group in groups],
+                    [group["weight_decay"] for group in groups],
                     observer,
                 )
             )
 
-    def _rates(self, chosen: StepSet, option: str) -> list[float]:
-        """An option of the parameter groups, for each block."""
-        values = {id(p): group[option] for group in self.param_groups for p in group["params"]}
-        return [values[id(block.parameter)] for block in chosen.stepped]
+    def _groups_of(self, chosen: StepSet) -> list[dict[str, Any]]:
+        """The parameter group of each block that is stepped."""
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        return [groups[id(block.parameter)] for block in chosen.stepped]
 
     @property
     def number_of_steps(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.orthonormalize import sketch_rows
+from megatron_dion.algorithm.orthonormalize import PROBES, is_householder, sketch_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.stage import DionPart, Section, Stage, of_all
@@ -20,8 +20,6 @@ from megatron_dion.planning.topology import Batch
 from megatron_dion.sharding import Rank
 
 Operations = NDArray[np.float64]
-
-_PROBES = 4  # algorithm/orthonormalize.py
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def dion_operations(
         width = min(int(rows[0]), rank)  # sections are of equal size
         own, qr = orthonormalization(config, rows, width, True, device)
         apply = 2 * rows * width * rank
-        if _is_householder(config, True, device):
+        if is_householder(config.orthonormalizer, device):
             add(ranks, (own + apply, qr + 2 * width**2 * (rank - width)))
         else:  # makes the triangle by a product
             add(ranks, (own + apply + 2 * rows * width * rank, qr))
@@ -130,9 +128,9 @@ def orthonormalization(
         device: as for `dion_operations`.
     """
     method = config.orthonormalizer
-    if _is_householder(config, is_whole, device):
+    if is_whole and is_householder(method, device):
         return 0 * rows, 4 * rows * rank**2 - 4 / 3 * rank**3
-    probes = 2 * 2 * rows * rank * _PROBES
+    probes = 2 * 2 * rows * rank * PROBES
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
     if method == "cqr":
         return 2 * gram + probes, 2 * (cholesky + solve)
@@ -140,11 +138,6 @@ def orthonormalization(
     triangle = 2 * sketch * rank**2 - 2 / 3 * rank**3
     products = 2 * sketch * rows * rank + gram + probes
     return products, triangle + cholesky + 2 * solve
-
-
-def _is_householder(config: DionConfig, is_whole: bool, device: str) -> bool:
-    method = config.orthonormalizer
-    return method == "qr" or (method == "auto" and is_whole and device == "cpu")
 
 
 def newton_schulz(rows: int, columns: int, steps: int) -> int:

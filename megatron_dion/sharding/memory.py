@@ -115,15 +115,9 @@ def _of_hop(plan: Plan, hop: Hop, me: int, size: int, wire: int) -> int:
 
 def _summed(hop: Hop, me: int) -> list[Tile]:
     """The sums, without those to which only this rank contributes: they stay where they are."""
-    arriving = {
-        _key(tile) for peer, tiles in enumerate(hop.receives) if peer != me for tile in tiles
-    }
-    own = {_key(tile) for tile in hop.receives[me]}
-    return [tile for tile in hop.sums if _key(tile) in arriving or _key(tile) not in own]
-
-
-def _key(tile: Tile) -> tuple[int, int]:
-    return tile.matrix, tile.charge
+    arriving = {tile.key for peer, tiles in enumerate(hop.receives) if peer != me for tile in tiles}
+    own = {tile.key for tile in hop.receives[me]}
+    return [tile for tile in hop.sums if tile.key in arriving or tile.key not in own]
 
 
 def _numel(plan: Plan, peers: Sequence[Sequence[Tile]]) -> int:

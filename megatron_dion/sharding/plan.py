@@ -79,7 +79,7 @@ class Plan:
     @property
     def divided(self) -> list[int]:
         """The members whose P several ranks orthonormalize together, by sums."""
-        return [k for k in self.members if len(self.charges[k]) > 1 and k not in self.owners]
+        return _divided(self.members, self.charges, self.owners)
 
     @property
     def merged(self) -> list[int]:
@@ -178,7 +178,7 @@ class Planner:
 
     def divided(self, index: int) -> list[int]:
         """The matrices of a set whose P several ranks orthonormalize together, by sums."""
-        return [k for k in self.members(index) if len(self.charges[k]) > 1 and k not in self.owners]
+        return _divided(self.members(index), self.charges, self.owners)
 
     def merging_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
         """The triangles of sections of some P, for those who bring them together."""
@@ -228,6 +228,10 @@ class Planner:
                 if peer != rank.data_parallel:
                     shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
         return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
+
+
+def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank]) -> list[int]:
+    return [k for k in members if len(charges[k]) > 1 and k not in owners]
 
 
 def merging_sums(

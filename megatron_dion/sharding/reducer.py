@@ -147,18 +147,18 @@ class HopBuffers:
             self._sent = memory.transit.empty(self._outgoing.numel(), memory.wire)
         received = memory.transit.empty(sum(self._receive_sizes), memory.wire)
         self._received = received
-        own = {_key(tile): (tile, view) for tile, view in self.tile_views}
+        own = {tile.key: (tile, view) for tile, view in self.tile_views}
         arriving = [tile for tiles in receives for tile in tiles]
-        stay = set() if sums is not None else own.keys() - {_key(tile) for tile in arriving}
-        moved = [tile for tile in sums or hop.sums if _key(tile) not in stay]
+        stay = set() if sums is not None else own.keys() - {tile.key for tile in arriving}
+        moved = [tile for tile in sums or hop.sums if tile.key not in stay]
         self.sums = memory.transit.empty(memory.numel(moved), memory.dtype)
-        place = {_key(tile): (tile, view) for tile, view in memory.views(self.sums, moved)}
-        self.sum_views = [place.get(_key(tile)) or own[_key(tile)] for tile in sums or hop.sums]
+        place = {tile.key: (tile, view) for tile, view in memory.views(self.sums, moved)}
+        self.sum_views = [place.get(tile.key) or own[tile.key] for tile in sums or hop.sums]
         arrived = [
             memory.views(buffer, tiles)
             for buffer, tiles in zip(received.split(self._receive_sizes), receives, strict=True)
         ]
-        arrived[me] = [own[_key(tile)] for tile in hop.receives[me] if _key(tile) not in stay]
+        arrived[me] = [own[tile.key] for tile in hop.receives[me] if tile.key not in stay]
         self._arrivals = [_match(tiles, place) for tiles in arrived]
 
     def sum(self) -> Steps:
@@ -196,16 +196,12 @@ def _own_last(tiles: Sequence[tuple[Tile, ...]], me: int) -> list[Tile]:
     return [*(tile for found in _without(tiles, me) for tile in found), *tiles[me]]
 
 
-def _key(tile: Tile) -> tuple[int, int]:
-    return tile.matrix, tile.charge
-
-
 def _match(
     arrived: Sequence[tuple[Tile, Tensor]], place: dict[tuple[int, int], tuple[Tile, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Tiles, and the rows of the sums to which they belong."""
     targets = []
     for tile, _ in arrived:
-        whole, view = place[_key(tile)]
+        whole, view = place[tile.key]
         targets.append(view[tile.start - whole.start : tile.stop - whole.start])
     return [view for _, view in arrived], targets

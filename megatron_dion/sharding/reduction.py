@@ -25,6 +25,11 @@ class Tile:
     stop: int
     charge: int = 0
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """The same for all tiles of a charge."""
+        return self.matrix, self.charge
+
 
 @dataclass(frozen=True)
 class Hop:
