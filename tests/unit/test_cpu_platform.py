@@ -319,7 +319,7 @@ def test_main_ends_with_one_line_and_code_2(nursery: Nursery) -> None:
         *TRAINING,
         "--train-iters",
         "1",
-        *["--tensor-model-parallel-size", "3"],
+        *["--max-position-embeddings", "16"],
     )
     assert code == 2
     last = output.splitlines()[-1]
