@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.diagnostics.records import MatrixDiagnostics, Snapshot, to_record
+from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot, to_record
 from megatron_dion.training.arguments import DION_DEFAULTS
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 160, 512

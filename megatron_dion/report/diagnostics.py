@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
 
 from megatron_dion.diagnostics.advisor import advise, describe
-from megatron_dion.diagnostics.records import (
+from megatron_dion.optimizer.diagnostics import (
     MatrixDiagnostics,
     Snapshot,
     by_kind,
