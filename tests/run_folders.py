@@ -135,7 +135,13 @@ def write_run(
     write_lines(
         folder / "starts.jsonl",
         [
-            {"iteration": iteration, "time": time, **SIZES, "unigram_entropy": 6.5}
+            {
+                "iteration": iteration,
+                "tokens": TOKENS * iteration,
+                "time": time,
+                **SIZES,
+                "unigram_entropy": 6.5,
+            }
             for iteration, time in starts
             if iteration < last
         ],

@@ -169,6 +169,7 @@ class Recorder:
         MetricsFile(run_dir / "starts.jsonl", iterations_done - 1).append(
             {
                 "iteration": iterations_done,
+                "tokens": self._tokens_before_step,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 **self._facts.sizes,
                 "unigram_entropy": self._facts.unigram_entropy,
