@@ -126,7 +126,7 @@ def explain_failure(log: Path, status: int) -> str:
 def summarize(run_dir: Path, data: Data) -> str:
     """Return the line that ends a successful run."""
     # Only now: this imports torch, which has no business in this process while others train.
-    from megatron_dion.training.run_directory import read_metrics, tokens_per_second
+    from megatron_dion.training.run_directory import read_metrics, sessions
 
     records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if record["kind"] == "train"]
@@ -139,7 +139,8 @@ def summarize(run_dir: Path, data: Data) -> str:
     if validation:
         parts.append(f"validation loss {validation[-1]['lm_loss']:.3f}")
     parts.append(f"unigram entropy of the corpus {unigram_entropy(data):.3f}")
-    parts.append(f"{tokens_per_second(training):.0f} tokens/s")
+    [*_, last] = sessions(training, read_metrics(run_dir / "starts.jsonl"))
+    parts.append(f"{last.tokens_per_second:.0f} tokens/s")
     return f"result: {', '.join(parts)}; run directory {run_dir}"
 
 

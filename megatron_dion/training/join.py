@@ -17,7 +17,7 @@ from typing import Any
 from megatron.training import get_args
 
 from megatron_dion.checkpointing.folders import Choice
-from megatron_dion.diagnostics.records import Snapshot
+from megatron_dion.optimizer.diagnostics import Snapshot
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, environment, patches, validation
