@@ -9,11 +9,10 @@ class ToolError(Exception):
     """A mistake in what the user gave, told in one line."""
 
 
-def run_tool(name: str, main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and end the process, with one line on stderr and code 1 after a mistake.
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and end the process, with one line on stderr and code 2 after a mistake.
 
     Args:
-        name: What the line begins with.
         main: Returns the exit code. It raises `ToolError`, `OSError` for a file it cannot use, or
             `ModuleNotFoundError` for an optional package.
     """
@@ -28,6 +27,7 @@ def run_tool(name: str, main: Callable[[], int | None]) -> NoReturn:
             raise
         reason = f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(f"{name}: error: {reason}")
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)

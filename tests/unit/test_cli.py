@@ -60,24 +60,25 @@ def failing(error: Exception) -> int:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ToolError("no such thing"), "megatron-dion plan: error: no such thing"),
-        (FileNotFoundError(2, "No such file", "x"), "megatron-dion plan: error: x: No such file"),
+        (ToolError("no such thing"), "error: no such thing\n"),
+        (FileNotFoundError(2, "No such file", "x"), "error: x: No such file\n"),
         (
             ModuleNotFoundError("No module named 'yaml'", name="yaml"),
-            "megatron-dion plan: error: it needs the package yaml: "
-            "pip install 'megatron-dion[run,data]'",
+            "error: it needs the package yaml: pip install 'megatron-dion[run,data]'\n",
         ),
     ],
 )
-def test_mistakes_are_one_line(error: Exception, said: str) -> None:
+def test_mistakes_are_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        run_tool("megatron-dion plan", lambda: failing(error))
-    assert end.value.code == said
+        run_tool(lambda: failing(error))
+    assert (end.value.code, capsys.readouterr().err) == (2, said)
 
 
 def test_faults_of_our_own_are_not_hidden() -> None:
     with pytest.raises(ModuleNotFoundError):
-        run_tool("x", lambda: failing(ModuleNotFoundError("no", name="megatron_dion.plan")))
+        run_tool(lambda: failing(ModuleNotFoundError("no", name="megatron_dion.plan")))
 
 
 def test_away_from_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +91,6 @@ def test_away_from_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("inspect .", ". holds no checkpoint"),
     ):
         ended = run(*words.split())
-        assert ended.returncode == 1
+        assert ended.returncode == 2
         assert named in ended.stderr
         assert len(ended.stderr.splitlines()) == 1
