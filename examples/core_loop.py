@@ -16,7 +16,7 @@ from megatron_dion.platforms import cpu
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
-    cpu.install(quiet=True)  # before the first import of megatron
+    cpu.install()  # before the first import of megatron
     cpu.install_megatron_patches()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel

@@ -89,7 +89,7 @@ def check(flags: Sequence[str], gpus: int) -> None:
     from megatron_dion.platforms import cpu
     from megatron_dion.training.errors import ConfigurationError
 
-    cpu.install(hide_gpus=True, quiet=True)  # the machine that submits may have no GPU
+    cpu.install(hide_gpus=True)  # the machine that submits may have no GPU
     with quiet_imports(), contextlib.redirect_stdout(None):
         cpu.install_megatron_patches()
         from megatron_dion.training.pretrain import check_arguments

@@ -12,7 +12,7 @@ def preload() -> None:
     """
     from megatron_dion.platforms import cpu
 
-    cpu.install(hide_gpus=True, quiet=True)
+    cpu.install(hide_gpus=True)
     cpu.install_megatron_patches()
 
     import megatron_dion.optimizer.factory

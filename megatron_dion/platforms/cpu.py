@@ -14,6 +14,7 @@ import copy
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,6 +26,14 @@ import torch.utils.data
 from torch.distributed.distributed_c10d import _world
 
 CPU = torch.device("cpu")
+
+# How warnings begin of which a machine without CUDA is the whole reason.
+_NOT_ABOUT_THE_RUN = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "Only transformer-engine",
+    "No CUDA runtime is found",
+)
 
 _installed: set[str] = set()
 
@@ -48,12 +57,11 @@ class Patch:
         setattr(self.owner, self.name, self.value)
 
 
-def install(*, hide_gpus: bool = False, quiet: bool = False) -> None:
+def install(*, hide_gpus: bool = False) -> None:
     """Replace what megatron uses of torch.cuda. Call it before megatron is imported.
 
     Args:
         hide_gpus: Install even where CUDA devices exist, and hide them from torch.
-        quiet: Do not print that it is installed.
 
     Raises:
         RuntimeError: There is a CUDA device and `hide_gpus` is false, or megatron is already there.
@@ -69,9 +77,8 @@ def install(*, hide_gpus: bool = False, quiet: bool = False) -> None:
         raise RuntimeError("the CPU platform must be installed before megatron is imported")
     for patch in _torch_patches():
         patch.apply()
+    _silence_warnings_about_cuda()
     _installed.add("torch")
-    if not quiet:
-        print("[dion] CPU platform installed: torch.cuda is emulated, collectives use gloo")
 
 
 def install_megatron_patches() -> None:
@@ -264,6 +271,15 @@ class _Stream(_Event):
 
 
 _STREAM = _Stream()
+
+
+def _silence_warnings_about_cuda() -> None:
+    """Importing megatron says a dozen times that packages are missing which need CUDA."""
+    for beginning in _NOT_ABOUT_THE_RUN:
+        warnings.filterwarnings("ignore", message=beginning)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: not record.getMessage().startswith(_NOT_ABOUT_THE_RUN)
+    )
 
 
 def _no_op() -> Callable[..., None]:

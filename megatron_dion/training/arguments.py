@@ -144,6 +144,25 @@ def describe_defaults(args: argparse.Namespace) -> str | None:
     return f"defaults for {platform}: {', '.join(in_effect)}" if in_effect else None
 
 
+def describe_processes(args: argparse.Namespace) -> str:
+    """One line that says how many processes train, on what, and what they are divided into.
+
+    Args:
+        args: The validated command line, with the device in it.
+    """
+    sizes = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+    division = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    device = "CPU (torch.cuda is emulated)" if args.device == "cpu" else "CUDA"
+    return f"{processes} on {device}" + (f": {division}" if division else "")
+
+
 def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
     """Megatron's usage is hundreds of lines, and every process would print them."""
 

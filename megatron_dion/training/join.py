@@ -24,6 +24,7 @@ from megatron_dion.training import checkpoints, environment, patches, validation
 from megatron_dion.training.arguments import (
     default_arguments,
     describe_defaults,
+    describe_processes,
     dion_config_from_args,
     extra_args_provider,
     routing_rules_from_args,
@@ -233,6 +234,7 @@ def validate_as_megatron(
 
 
 def _announce(args: argparse.Namespace) -> None:
+    say(describe_processes(args))
     defaults = describe_defaults(args)
     if defaults:
         say(defaults)

@@ -1,6 +1,5 @@
 """The way into training: everything that has to happen before megatron is imported."""
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +62,6 @@ def prepare(argv: Sequence[str]) -> str:
     device = resolve_device(requested)
     environment.check_device(device)
     if device == "cpu":
-        cpu.install(hide_gpus=requested == "cpu", quiet=os.environ.get("RANK", "0") != "0")
+        cpu.install(hide_gpus=requested == "cpu")
         cpu.install_megatron_patches()
     return device

@@ -6,7 +6,7 @@ import torch
 
 from megatron_dion.platforms import cpu
 
-cpu.install(hide_gpus=True, quiet=True)
+cpu.install(hide_gpus=True)
 cpu.install_megatron_patches()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402

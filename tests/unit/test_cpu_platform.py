@@ -2,6 +2,9 @@ import argparse
 import contextlib
 import io
 import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ import torch.distributed as dist
 
 from megatron_dion.local.world import run_world
 from megatron_dion.platforms import cpu, requested_device, resolve_device
-from megatron_dion.training.arguments import CPU_DEFAULTS, extra_args_provider
+from megatron_dion.training.arguments import CPU_DEFAULTS, describe_processes, extra_args_provider
 from megatron_dion.training.errors import ConfigurationError
-from tests.distributed.nursery import MODEL, TRAINING, Nursery
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
+from tests.project import ROOT
 
 # Everything that installs the platform runs in forked processes: it changes torch for good.
 
@@ -54,19 +58,53 @@ def test_installing_beside_a_gpu_has_to_be_asked_for() -> None:
     assert not available
 
 
-def install_twice() -> tuple[str, bool]:
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        cpu.install()
-        zeros = torch.zeros
-        cpu.install()
-    return output.getvalue(), torch.zeros is zeros
+def install_twice() -> bool:
+    cpu.install()
+    zeros = torch.zeros
+    cpu.install()
+    return torch.zeros is zeros
 
 
 def test_installing_twice_is_installing_once() -> None:
-    [(output, same)] = run_world(1, install_twice)
-    assert output.count("\n") == 1
-    assert "CPU platform installed" in output
-    assert same
+    assert run_world(1, install_twice) == [True]
+
+
+def test_refusal_is_all_there_is_to_read() -> None:
+    """As a user starts it: the nursery has long heard what importing Megatron has to say."""
+    script = str(ROOT / "pretrain_gpt.py")
+    command = [sys.executable, script, "--device", "cpu", *DION, "--dion-rank-fraction", "2"]
+    refused = subprocess.run([*command, *MODEL, *TRAINING], capture_output=True, text=True)
+    assert refused.stdout == ""
+    assert refused.stderr == "error: --dion-rank-fraction must be in (0, 1], not 2.0\n"
+    assert refused.returncode == 2
+
+
+def warnings_left() -> list[str]:
+    warnings.resetwarnings()  # pytest has filters of its own
+    cpu.install()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
+        warnings.warn("the loss is odd", stacklevel=1)
+    return [str(warning.message) for warning in caught]
+
+
+def test_warnings_about_the_run_are_not_hidden() -> None:
+    assert run_world(1, warnings_left) == [["the loss is odd"]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ((1, 1, 1, 1, 1, 1), "1 process on CPU (torch.cuda is emulated)"),
+        ((4, 2, 1, 1, 1, 2), "4 processes on CPU (torch.cuda is emulated): TP2 x DP2"),
+        ((8, 1, 2, 2, 1, 2), "8 processes on CPU (torch.cuda is emulated): PP2 x CP2 x DP2"),
+    ],
+)
+def test_processes_are_described(sizes: tuple[int, ...], line: str) -> None:
+    names = ("tensor_model", "pipeline_model", "context", "expert_model", "data")
+    parallel = dict(zip([f"{name}_parallel_size" for name in names], sizes[1:], strict=True))
+    args = argparse.Namespace(device="cpu", world_size=sizes[0], **parallel)
+    assert describe_processes(args) == line
 
 
 def install_megatron_patches_first() -> str:
