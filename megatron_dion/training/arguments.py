@@ -276,7 +276,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-split",
         type=_split,
         default=DION_DEFAULTS["dion_split"],
-        metavar="qkv,gate,heads|none",
+        metavar=f"{','.join(SPLITS)}|none",
         help="fused weights whose matrices are updated one by one (heads: each attention head)",
     )
     group.add_argument(
