@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from megatron_dion.commands.errors import run_tool
+from megatron_dion.misspelt import with_suggestion
 
 
 class Command(NamedTuple):
@@ -82,7 +83,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
         if own and own[0] == name:
             _declare(subparser, importlib.import_module(command.module))
-    args = parser.parse_args(own)
+    args, unknown = parser.parse_known_args(own)
+    if unknown:
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        subparser = commands.choices[own[0]]
+        subparser.error(with_suggestion(message, subparser))
     if flags:
         if not hasattr(args, "flags"):
             parser.error(f"nothing may follow --, as {' '.join(flags)} does")

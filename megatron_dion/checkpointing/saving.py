@@ -207,7 +207,7 @@ def _explained(target: Path) -> Iterator[None]:
     except SaveError:
         raise
     except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
-        if dist.get_rank() == 0 and target.parent.is_dir():
+        if dist.get_rank() == 0:
             for path in folders.leftovers(target.parent):
                 if path.name.startswith(f"partial_{target.name}."):
                     folders.remove(path)
@@ -215,8 +215,6 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _explanation(target: Path, error: BaseException) -> str:
-    if not target.parent.is_dir():
-        return f"the folder {target.parent} could not be made: {told(error)}"
     complete = folders.complete_iterations(target.parent)
     newest = f"of iteration {complete[0]}" if complete else "none"
     free = shutil.disk_usage(target.parent).free

@@ -1,8 +1,11 @@
 """Mistakes of the user of a command, told in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+_READER_HAS_ENDED = 141  # what a shell says of a program that SIGPIPE has ended
 
 
 class ToolError(Exception):
@@ -17,7 +20,13 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             `ModuleNotFoundError` for an optional package.
     """
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        # Who read the output, say `head`, has ended. At its end Python would write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_READER_HAS_ENDED)
     except ToolError as error:
         reason = str(error)
     except OSError as error:

@@ -14,6 +14,7 @@ from megatron_dion.algorithm import (
     SCALE_MODES,
     DionConfig,
 )
+from megatron_dion.misspelt import with_suggestion
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 from megatron_dion.platforms import DEVICES
 from megatron_dion.training.errors import ConfigurationError
@@ -167,7 +168,7 @@ def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
     """Megatron's usage is hundreds of lines, and every process would print them."""
 
     def error(message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (see --help)")
+        raise ConfigurationError(f"{with_suggestion(message, parser)} (see --help)")
 
     setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
 

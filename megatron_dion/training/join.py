@@ -167,6 +167,7 @@ class Join:
         args = get_args()
         if "RANK" not in os.environ and args.world_size == 1:
             environment.describe_single_process()
+        _make_folders(args)
         if args.rank == 0:
             _announce(args)
         hook = _composed(_model_hooks(args))
@@ -231,6 +232,18 @@ def validate_as_megatron(
         validation.keep_distributed_optimizer(args)
     validation.keep_masters_of_fp8_weights(args)
     return args
+
+
+def _make_folders(args: argparse.Namespace) -> None:
+    """Here, and not when the first checkpoint is due: that would cost the training before it."""
+    for flag, folder in (("--run-dir", args.run_dir), ("--save", args.save)):
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{flag} {folder} cannot be made: {error.strerror}: give another folder"
+            ) from error
 
 
 def _announce(args: argparse.Namespace) -> None:

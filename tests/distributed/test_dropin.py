@@ -194,7 +194,7 @@ def refusal(flags: Sequence[str]) -> str:
         ("--optimizer dion", "add --use-distributed-optimizer"),
         ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with"),
         ("--optimizer adam --no-checkpoint-hashes", "--no-checkpoint-hashes has no effect with"),
-        ("--dion-rnk-fraction 1", "unrecognized arguments: --dion-rnk-fraction 1"),
+        ("--dion-rnk-fraction 1", "--dion-rnk-fraction 1: did you mean --dion-rank-fraction?"),
         ("--optimizer dion --use-distributed-optimizer --use-mup", "--use-mup"),
         ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
     ],

@@ -94,3 +94,24 @@ def test_away_from_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert ended.returncode == 2
         assert named in ended.stderr
         assert len(ended.stderr.splitlines()) == 1
+
+
+def test_misspelt_flag_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.parse(["plan", "8B", "--hardwear", "cpu", "--tp", "2"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "megatron-dion plan: error: unrecognized arguments: --hardwear cpu" in said
+    assert said.endswith(": did you mean --hardware?\n")
+
+
+def test_reader_that_ends_first_is_no_error() -> None:
+    code = "from megatron_dion.commands import errors; errors.run_tool(lambda: print('x' * 10**6))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
