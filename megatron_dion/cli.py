@@ -19,9 +19,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from megatron_dion.commands.errors import run_tool
+from megatron_dion.commands.errors import ToolError, run_tool
 from megatron_dion.misspelt import with_suggestion
 
 
@@ -43,6 +43,13 @@ COMMANDS = {
     "advise": Command("megatron_dion.diagnostics.advisor", "which rank would have been enough"),
     "study": Command("megatron_dion.commands.study", "run and report comparisons of optimizers"),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line here too; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ToolError(f"{with_suggestion(message, self)} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # After `--` argparse takes options of pretrain_gpt.py for positional arguments of its own.
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], argv[end + 1 :]
-    parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
+    parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
@@ -83,11 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
         if own and own[0] == name:
             _declare(subparser, importlib.import_module(command.module))
-    args, unknown = parser.parse_known_args(own)
-    if unknown:
-        message = f"unrecognized arguments: {' '.join(unknown)}"
-        subparser = commands.choices[own[0]]
-        subparser.error(with_suggestion(message, subparser))
+    args = parser.parse_args(own)
     if flags:
         if not hasattr(args, "flags"):
             parser.error(f"nothing may follow --, as {' '.join(flags)} does")

@@ -27,12 +27,17 @@ HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind i
 def run(args: argparse.Namespace) -> int:
     """Print it; the exit code is 1 if the checkpoint is not whole."""
     try:
-        contents = Contents(_folder(Path(args.folder), args.ckpt_step))
+        folder = _folder(Path(args.folder), args.ckpt_step)
+    except CheckpointError as error:
+        raise ToolError(str(error)) from error
+    try:
+        contents = Contents(folder)
         problems = contents.damaged_files() or _show(contents, not args.no_norms)
         if args.verify and not problems:
             problems = _damage(contents)
     except CheckpointError as error:
-        raise ToolError(str(error)) from error
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if problems:
         print(f"error: {contents.folder} is NOT whole: {'; '.join(problems)}", file=sys.stderr)
         return 1

@@ -209,7 +209,9 @@ def _shape(args: argparse.Namespace) -> GptShape:
     elif Path(args.model).is_file():
         shape = _of_file(args.model, shape_from_flags)
     else:
-        raise ToolError(f"MODEL {args.model}: no file, and none of {', '.join(PRESETS)}")
+        raise ToolError(
+            f"MODEL {args.model}: no file of flags, and no preset ({', '.join(PRESETS)})"
+        )
     return replace(shape, sequence=args.seq_length) if args.seq_length else shape
 
 
@@ -232,7 +234,8 @@ def _take_from_file(args: argparse.Namespace, shape: GptShape) -> str:
     words = [f"--{name.replace('_', '-')} {value}" for name, value in taken.items()]
     said = f"From {args.model}: {', '.join(words)}.\n" if words else ""
     if shape.vocab is None:
-        said += "It has no --vocab-size: the embedding and the output layer are left out.\n"
+        said += "It has no --vocab-size: the embedding and the output layer are left out; add it to"
+        said += " the file to count them.\n"
     return said
 
 
@@ -240,8 +243,14 @@ def _data_parallel_sizes(args: argparse.Namespace) -> list[int]:
     if args.dp:
         return list(args.dp)
     batch, micro = args.global_batch_size, args.micro_batch_size
-    fitting = [dp for dp in range(1, 9) if batch is None or batch % (micro * dp) == 0]
-    return fitting[-1:] or [1]
+    fitting = [
+        dp
+        for dp in range(1, 9)
+        if (batch is None or batch % (micro * dp) == 0)
+        and dp % args.instances == 0
+        and dp * args.cp % (args.ep * args.instances) == 0
+    ]
+    return fitting[-1:] or [8]
 
 
 def _optimizers(args: argparse.Namespace) -> list[Optimizer]:

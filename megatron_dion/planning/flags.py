@@ -146,12 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         "seq-length",
         "num-experts",
         "moe-ffn-hidden-size",
-        "moe-shared-expert-intermediate-size",
-        "mtp-num-layers",
         "micro-batch-size",
         "global-batch-size",
     ):
         parser.add_argument(f"--{name}", type=positive)
+    for name in ("moe-shared-expert-intermediate-size", "mtp-num-layers"):  # 0 is none
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--experimental-attention-variant")
     parser.add_argument("--num-query-groups", type=positive, default=1)
     parser.add_argument("--moe-router-topk", type=positive, default=2)

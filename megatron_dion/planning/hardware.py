@@ -124,7 +124,7 @@ def hardware(name: str) -> Hardware:
         raise ValueError(f"--hardware {name}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--hardware {name}: write lines such as `half: 989e12`")
-    if unknown := sorted(set(content) - known):
+    if unknown := sorted(set(map(str, content)) - known):
         raise ValueError(f"--hardware {name}: unknown {', '.join(unknown)}: take {sorted(known)}")
     words = ("name", "source", "device")
     try:
@@ -132,5 +132,5 @@ def hardware(name: str) -> Hardware:
         if "ranks_per_node" in values:
             values["ranks_per_node"] = int(values["ranks_per_node"])
         return Hardware(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"--hardware {name}: {error}") from error

@@ -124,7 +124,7 @@ def _no_run(path: Path) -> str:
     if runs:
         newest = max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
         return f"RUN_DIR {path}: no config.json in it, but {len(runs)} folders with one: {newest}?"
-    return f"RUN_DIR {path}: the run did not start, there is no config.json: {_why_none(path)}"
+    return f"RUN_DIR {path}: no config.json, so no run has started in it: {_why_none(path)}"
 
 
 def _why_none(path: Path) -> str:

@@ -155,10 +155,11 @@ def describe_processes(args: argparse.Namespace) -> str:
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
         "CP": args.context_parallel_size,
-        "EP": args.expert_model_parallel_size,
         "DP": args.data_parallel_size,
     }
     division = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+    if args.expert_model_parallel_size > 1:  # of the same ranks
+        division += f", experts over {args.expert_model_parallel_size}"
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     device = "CPU (torch.cuda is emulated)" if args.device == "cpu" else "CUDA"
     return f"{processes} on {device}" + (f": {division}" if division else "")

@@ -167,7 +167,10 @@ class Join:
         args = get_args()
         if "RANK" not in os.environ and args.world_size == 1:
             environment.describe_single_process()
-        _make_folders(args)
+        if not args.enable_msc:
+            _make_folder("--save", args.save)
+        if args.rank in (0, args.world_size - 1):
+            _make_folder("--run-dir", args.run_dir)
         if args.rank == 0:
             _announce(args)
         hook = _composed(_model_hooks(args))
@@ -234,16 +237,18 @@ def validate_as_megatron(
     return args
 
 
-def _make_folders(args: argparse.Namespace) -> None:
+def _make_folder(flag: str, folder: str | None) -> None:
     """Here, and not when the first checkpoint is due: that would cost the training before it."""
-    for flag, folder in (("--run-dir", args.run_dir), ("--save", args.save)):
-        try:
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{flag} {folder} cannot be made: {error.strerror}: give another folder"
-            ) from error
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{flag} {folder} cannot be made: {error.strerror}: give another folder"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(f"{flag} {folder} cannot be written to: give another folder")
 
 
 def _announce(args: argparse.Namespace) -> None:

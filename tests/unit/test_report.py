@@ -338,7 +338,7 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "said"),
     [
         ("none", "none: no such folder; give what was given to pretrain_gpt.py's --run-dir"),
-        ("empty", "empty: the run did not start, there is no config.json: what pretrain_gpt.py"),
+        ("empty", "empty: no config.json, so no run has started in it: what pretrain_gpt.py"),
         ("refused", "refused/train.log says why: --lr is odd"),
         ("killed", "killed/train.log says why"),
         ("runs", "runs: no config.json in it, but 1 folders with one: "),
