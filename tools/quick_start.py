@@ -6,8 +6,8 @@ and win over those of examples/quick_start.args.
 
 import argparse
 import importlib.util
-import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,11 +26,11 @@ ARGUMENTS = ROOT / "examples" / "quick_start.args"
 
 PROGRESS_MARK = "[dion] "
 ERROR_MARK = "error: "
-# Where the long report begins that torchrun ends with; it says only that a process failed.
+# Where the long report begins that torchrun ends with; it says only that a process failed,
 LAUNCHER_MARK = "torch/distributed/elastic"
+# and ends with the exit code of the one that failed first.
+EXIT_CODE = re.compile(r"^  exitcode  : (-?\d+) ", re.MULTILINE)
 LOG_LINES_SHOWN = 30
-# The loss of one batch is noisy; a mean over a few says more about the end of a run.
-ITERATIONS_OF_FINAL_LOSS = 10
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,11 @@ def train(command: Sequence[str], log: Path) -> None:
             child.terminate()  # or the processes it started would train on, unseen
             raise
     if child.returncode != 0:
-        print(explain_failure(log, child.returncode), file=sys.stderr)
-        sys.exit(child.returncode if child.returncode > 0 else 1)
+        text = log.read_text(encoding="utf-8")
+        status = status_of(text, child.returncode)
+        print(f"training ended with status {status}; the whole log is {log}", file=sys.stderr)
+        print(explanation(text), file=sys.stderr)
+        sys.exit(status)
 
 
 def relay(output: Iterable[str], log: TextIO) -> None:
@@ -114,39 +117,18 @@ def relay(output: Iterable[str], log: TextIO) -> None:
             print(line.removeprefix(PROGRESS_MARK), end="", flush=True)
 
 
-def explain_failure(log: Path, status: int) -> str:
-    """Return the error that the training named or, if it named none, its last lines."""
-    lines = log.read_text(encoding="utf-8").splitlines()
+def explanation(log: str) -> str:
+    """Return the errors that the training named or, if it named none, its last lines."""
+    lines = log.splitlines()
     errors = list(dict.fromkeys(line for line in lines if line.startswith(ERROR_MARK)))
     report = (number for number, line in enumerate(lines) if LAUNCHER_MARK in line)
-    shown = errors or lines[: next(report, len(lines))][-LOG_LINES_SHOWN:]
-    return "\n".join([*shown, f"training failed with status {status}; the whole log is {log}"])
+    return "\n".join(errors or lines[: next(report, len(lines))][-LOG_LINES_SHOWN:])
 
 
-def summarize(run_dir: Path, data: Data) -> str:
-    """Return the line that ends a successful run."""
-    # Only now: this imports torch, which has no business in this process while others train.
-    from megatron_dion.training.run_directory import read_metrics, tokens_per_second
-
-    records = read_metrics(run_dir / "metrics.jsonl")
-    training = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
-    if not training:
-        raise ToolError(f"{run_dir / 'metrics.jsonl'}: no training iteration in it")
-    final = training[-ITERATIONS_OF_FINAL_LOSS:]
-    loss = sum(record["lm_loss"] for record in final) / len(final)
-    parts = [f"train loss {loss:.3f} (mean of the last {len(final)} iterations)"]
-    if validation:
-        parts.append(f"validation loss {validation[-1]['lm_loss']:.3f}")
-    parts.append(f"unigram entropy of the corpus {unigram_entropy(data):.3f}")
-    parts.append(f"{tokens_per_second(training):.0f} tokens/s")
-    return f"result: {', '.join(parts)}; run directory {run_dir}"
-
-
-def unigram_entropy(data: Data) -> float:
-    """Return the entropy in nats of the training tokens: the loss of a model without context."""
-    description = data.dataset("train").with_suffix(".json")
-    return float(json.loads(description.read_text(encoding="utf-8"))["unigram_entropy_nats"])
+def status_of(log: str, launcher_status: int) -> int:
+    """Return the exit code of the process that failed first; torchrun itself ends with 1."""
+    codes = [int(code) for code in EXIT_CODE.findall(log)] or [launcher_status]
+    return codes[-1] if codes[-1] > 0 else 1
 
 
 def report_command(run_dir: Path) -> str:
@@ -174,9 +156,8 @@ def main() -> None:
     run_dir = make_run_dir(ROOT / "runs")
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     layout = choose_layout(count_cuda_devices(), has_engine)
-    print(f"training on {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
+    print(f"starting {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
     train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
-    print(summarize(run_dir, data))
     print(f"to look at it: {report_command(run_dir)}")
 
 

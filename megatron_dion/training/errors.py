@@ -1,8 +1,11 @@
 """Mistakes of the user, and failures to save or load, reported as one line."""
 
+import contextlib
+import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError
@@ -27,5 +30,16 @@ def exit_with(error: Exception) -> NoReturn:
     """
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(_LAUNCHER_GRACE_SECONDS)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    line = f"error: {error}"
+    print(line, file=sys.stderr, flush=True)
+    _tell_launcher(line)
     sys.exit(1 if isinstance(error, SaveError) else 2)
+
+
+def _tell_launcher(line: str) -> None:
+    """Let torchrun end its report with the line; what is in this file it shows as a traceback."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": details}))

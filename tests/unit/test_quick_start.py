@@ -1,31 +1,16 @@
 import io
-import json
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import quick_start as tool
-from megatron_dion.commands.errors import ToolError
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> tool.Data:
-    data = tool.Data(tmp_path)
-    description = data.dataset("train").with_suffix(".json")
-    description.write_text(json.dumps({"unigram_entropy_nats": 6.25}))
-    return data
-
-
-def write_metrics(run_dir: Path, iterations: int) -> None:
-    training = [
-        {"kind": "train", "iteration": i, "lm_loss": 10.0 - i, "tokens": 100 * i}
-        | {"iteration_seconds": 9.0 if i == 1 else 0.5}
-        for i in range(1, iterations + 1)
-    ]
-    validation = [{"kind": "validation", "iteration": i, "lm_loss": 5.0 + i} for i in (1, 2)]
-    lines = [json.dumps(record) for record in training + validation]
-    (run_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    return tool.Data(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -63,22 +48,6 @@ def test_only_progress_lines_reach_the_terminal(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "loss 3\n"
 
 
-def test_summary_has_losses_entropy_and_speed(data: tool.Data, tmp_path: Path) -> None:
-    write_metrics(tmp_path, iterations=2)
-    summary = tool.summarize(tmp_path, data)
-    assert "train loss 8.500 (mean of the last 2 iterations)" in summary
-    assert "validation loss 7.000" in summary
-    assert "unigram entropy of the corpus 6.250" in summary
-    assert "200 tokens/s" in summary
-    assert str(tmp_path) in summary
-
-
-def test_summary_without_training_is_an_error(data: tool.Data, tmp_path: Path) -> None:
-    write_metrics(tmp_path, iterations=0)
-    with pytest.raises(ToolError, match="no training iteration"):
-        tool.summarize(tmp_path, data)
-
-
 def test_command_for_the_report_can_be_typed_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,25 +56,31 @@ def test_command_for_the_report_can_be_typed_here(
     assert tool.report_command(tmp_path / "runs" / "1") == ".venv/bin/megatron-dion report runs/1"
 
 
-def test_named_error_is_shown_alone_and_once(tmp_path: Path) -> None:
-    log = tmp_path / "train.log"
-    log.write_text("noise\nerror: --lr is odd\nmore\nerror: --lr is odd\n")
-    shown = tool.explain_failure(log, 1).splitlines()
-    assert shown[0] == "error: --lr is odd"
-    assert len(shown) == 2
-    assert str(log) in shown[1]
+def test_named_error_is_shown_alone_and_once() -> None:
+    log = "noise\nerror: --lr is odd\nmore\nerror: --lr is odd\n"
+    assert tool.explanation(log) == "error: --lr is odd"
 
 
-def test_unnamed_error_shows_the_end_before_the_launchers_report(tmp_path: Path) -> None:
-    log = tmp_path / "train.log"
+def test_unnamed_error_shows_the_end_before_the_launchers_report() -> None:
     report = [f"W x/{tool.LAUNCHER_MARK}/api.py closing", *["report"] * 50]
-    log.write_text("\n".join([*map(str, range(100)), "Error: why", *report]))
-    shown = tool.explain_failure(log, 1).splitlines()
-    assert shown[-2] == "Error: why"
-    assert len(shown) == tool.LOG_LINES_SHOWN + 1
+    shown = tool.explanation("\n".join([*map(str, range(100)), "Error: why", *report]))
+    assert shown.splitlines()[-1] == "Error: why"
+    assert len(shown.splitlines()) == tool.LOG_LINES_SHOWN
 
 
-def test_failing_training_gives_its_status(
+def failure(rank: int, exit_code: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=exit_code, error_file="none")
+
+
+@pytest.mark.parametrize(("exit_code", "status"), [(2, 2), (1, 1), (-11, 1)])
+def test_status_is_that_of_the_rank_that_failed_first(exit_code: int, status: int) -> None:
+    failures = {0: failure(0, exit_code), 1: failure(1, 3)}
+    failures[1].timestamp = failures[0].timestamp + 1
+    report = str(ChildFailedError("pretrain_gpt.py", failures))
+    assert tool.status_of(f"some lines\n{report}", 1) == status
+
+
+def test_failing_training_ends_with_the_error_and_its_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = "import sys; print('[dion] started'); print('error: bad'); sys.exit(3)"
@@ -114,7 +89,10 @@ def test_failing_training_gives_its_status(
     assert ended.value.code == 3
     shown = capsys.readouterr()
     assert shown.out == "started\n"
-    assert shown.err.startswith("error: bad\n")
+    first, last = shown.err.splitlines()
+    assert "status 3" in first
+    assert str(tmp_path / "train.log") in first
+    assert last == "error: bad"
 
 
 def test_recipe_trains_with_dion_and_the_distributed_optimizer() -> None:
