@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ class Saver:
 
     Args:
         with_hashes: whether a checkpoint gets a manifest of SHA-256 of its files.
+        when_saved: called on rank 0 with a checkpoint's folder when it is complete, the bytes of
+            its tensors, and the seconds that it took.
     """
 
-    def __init__(self, with_hashes: bool) -> None:
+    def __init__(self, with_hashes: bool, when_saved: Callable[[Path, int, float], None]) -> None:
         self._with_hashes = with_hashes
+        self._when_saved = when_saved
         self._token: str | None = None
 
     def save(
@@ -57,10 +61,16 @@ class Saver:
             SaveError: on all ranks; complete checkpoints are as they were.
         """
         target = Path(checkpoint_dir)
+        start = time.monotonic()
         with _explained(target):
             partial = folders.partial_folder_of(target, self._prepare(target.parent))
             on_first_rank(lambda: partial.mkdir(parents=True))
-            _check_space(state, partial)
+            size = _check_space(state, partial)
+
+            def finish() -> None:
+                _take_place(partial, target)
+                self._when_saved(target, size, time.monotonic() - start)
+
             request = stock(
                 state,
                 str(partial),
@@ -70,7 +80,7 @@ class Saver:
                 verify_integrity=False,
                 **options,
             )
-            request = self._completed(request, partial, target)
+            request = self._completed(request, partial, target, finish)
             if async_sharded_save:
                 return request
             request.execute_sync()
@@ -91,8 +101,10 @@ class Saver:
             self._token = on_first_rank(clean)
         return self._token
 
-    def _completed(self, request: Any, partial: Path, target: Path) -> Any:
-        """The request with what has to happen after the writing.
+    def _completed(
+        self, request: Any, partial: Path, target: Path, finish: Callable[[], None]
+    ) -> Any:
+        """The request with what has to happen after the writing, at last `finish` on rank 0.
 
         Megatron's own last step writes the marker of a complete checkpoint; hashes come before it.
         """
@@ -102,7 +114,7 @@ class Saver:
         *steps, mark = request.finalize_fns
         if self._with_hashes:
             steps.append(functools.partial(_collect_hashes, partial))
-        steps += [mark, lambda: on_first_rank(lambda: _take_place(partial, target))]
+        steps += [mark, lambda: on_first_rank(finish)]
         request.finalize_fns[:] = [functools.partial(_explaining, target, step) for step in steps]
         return request
 
@@ -154,11 +166,12 @@ def _take_place(partial: Path, target: Path) -> None:
     folders.remove(replaced)
 
 
-def _check_space(state: dict[str, Any], folder: Path) -> None:
-    """Raises CheckpointError where the disk has no room for the tensors."""
+def _check_space(state: dict[str, Any], folder: Path) -> int:
+    """The bytes of all tensors; CheckpointError where the disk has no room for them."""
     numbers = torch.tensor([_bytes_of(state)], device=torch.cuda.current_device())
     dist.all_reduce(numbers)
-    needed = int(numbers.item()) + _OVERHEAD_BYTES
+    size = int(numbers.item())
+    needed = size + _OVERHEAD_BYTES
 
     def check() -> None:
         free = shutil.disk_usage(folder).free
@@ -167,6 +180,7 @@ def _check_space(state: dict[str, Any], folder: Path) -> None:
             raise CheckpointError(f"it takes {needed / 1e6:.0f} MB")
 
     on_first_rank(check)
+    return size
 
 
 def _bytes_of(state: dict[str, Any]) -> int:

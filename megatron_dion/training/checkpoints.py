@@ -107,7 +107,11 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
             return Loader(choice).load(stock, *positional, **options)
 
         patches.load_checkpoint_with(load)
-    patches.save_checkpoint_with(Saver(with_hashes=not args.no_checkpoint_hashes).save)
+    patches.save_checkpoint_with(Saver(not args.no_checkpoint_hashes, _say_saved).save)
+
+
+def _say_saved(folder: Path, size: int, seconds: float) -> None:
+    say(f"{folder}: saved iteration {_iteration(folder)}, {size / 1e6:.1f} MB in {seconds:.1f} s")
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,29 @@ from megatron_dion.training.run_directory import Record
 def progress_line(
     record: Record,
     train_iters: int,
-    validation_loss: float | None,
+    validation: Record | None,
     tokens_per_second: float,
     seconds_left: float,
 ) -> str:
-    """Describe one training record in one line."""
+    """Describe one training record in one line, and the last validation record in the same."""
     width = len(str(train_iters))
     return " | ".join(
         [
             f"iteration {record['iteration']:{width}d}/{train_iters}",
             f"loss {_number(record['lm_loss'], '.4f')}",
-            f"validation {_number(validation_loss, '.4f')}",
+            describe_validation(validation),
             f"lr {_number(record['lr'], '.2e')}",
             f"grad norm {_number(record['grad_norm'], '.3f')}",
             f"{human_count(tokens_per_second)} tokens/s",
             f"{human_duration(seconds_left)} left",
         ]
+    )
+
+
+def describe_validation(record: Record | None) -> str:
+    """The last validation loss and its iteration, which may have been long ago."""
+    return (
+        f"validation {record['lm_loss']:.4f} at {record['iteration']}" if record else "validation -"
     )
 
 

@@ -1,6 +1,7 @@
 """Follows a run on the rank that knows the loss: metrics, picture and progress."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,13 +11,21 @@ from typing import Any
 from megatron_dion.diagnostics.records import Snapshot, to_record
 from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training import patches
-from megatron_dion.training.progress import human_count, human_duration, progress_line
+from megatron_dion.training.progress import (
+    describe_validation,
+    human_count,
+    human_duration,
+    progress_line,
+)
 from megatron_dion.training.run_directory import MetricsFile, Record, read_metrics
 
 # Megatron's name for the loss of a language model.
 LOSS_NAME = "lm loss"
 
 _SECONDS_BETWEEN_PICTURES = 30.0
+
+# The loss of one batch is noisy; a mean over a few says more about the end of a run.
+_ITERATIONS_OF_FINAL_LOSS = 10
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Recorder:
         self._interval = _Progress()
         self._training: Record | None = None
         self._validation: Record | None = None
+        self._last_losses: deque[float] = deque(maxlen=_ITERATIONS_OF_FINAL_LOSS)
         self._metrics: MetricsFile | None = None
         self._picture_time = time.monotonic()
 
@@ -115,6 +125,8 @@ class Recorder:
         record = self._training_record(logged)
         self._append(record, iterations_done=record["iteration"] - 1)
         self._training = record
+        if record["lm_loss"] is not None:
+            self._last_losses.append(record["lm_loss"])
         for progress in (self._whole, self._interval):
             progress.add(record["tokens"] - self._tokens_before_step, record["iteration_seconds"])
         if record["iteration"] % self._facts.log_interval == 0:
@@ -191,7 +203,7 @@ class Recorder:
         return progress_line(
             record,
             train_iters=self._facts.train_iters(),
-            validation_loss=None if self._validation is None else self._validation["lm_loss"],
+            validation=self._validation,
             tokens_per_second=self._interval.tokens_per_second,
             seconds_left=seconds_per_iteration * (self._facts.train_iters() - record["iteration"]),
         )
@@ -200,18 +212,23 @@ class Recorder:
         finished = last["iteration"] >= self._facts.train_iters()
         parts = [
             f"iteration {last['iteration']}/{self._facts.train_iters()}",
-            f"loss {last['lm_loss']}" if last["lm_loss"] is None else f"loss {last['lm_loss']:.4f}",
+            self._mean_loss(),
+            describe_validation(self._validation),
             f"{human_count(last['tokens'])} tokens",
             f"{human_count(self._whole.tokens_per_second)} tokens/s",
             human_duration(time.monotonic() - self._start_time),
         ]
-        if self._validation is not None:
-            parts.insert(2, f"validation {self._validation['lm_loss']:.4f}")
         if self._facts.unigram_entropy is not None:
             parts.append(f"unigram entropy of the corpus {self._facts.unigram_entropy:.4f}")
         if self._facts.run_dir is not None:
             parts.append(f"run directory {self._facts.run_dir}")
         return ("done: " if finished else "stopped: ") + " | ".join(parts)
+
+    def _mean_loss(self) -> str:
+        if not self._last_losses:
+            return "loss -"
+        mean = sum(self._last_losses) / len(self._last_losses)
+        return f"loss {mean:.4f} (mean of the last {len(self._last_losses)})"
 
 
 def say(line: str) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_dion.training.errors import ConfigurationError, exit_with
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
@@ -28,6 +31,18 @@ def output_of(argv: list[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exit_of(argv)
     return said.getvalue()
+
+
+def test_report_of_torchrun_ends_with_the_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        exit_with(ConfigurationError("--lr is odd"))
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    *_, last, _border = str(ChildFailedError("pretrain_gpt.py", {0: failure})).splitlines()
+    assert last == "  traceback : error: --lr is odd"
 
 
 def complaint(nursery: Nursery, *argv: str) -> str:
@@ -122,3 +137,27 @@ def test_plan_is_printed(nursery: Nursery) -> None:
     assert all(f"[dion] tp {rank} dp 0" in said for rank in range(2))
     assert "busiest / mean" in said
     assert "busiest / mean" not in others
+
+
+def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
+    save = ["--save", str(tmp_path), "--save-interval", "2"]
+    evaluate = ["--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1"]
+    said, others = nursery.run(2, output_of, [*RUN, *DION, *save, *evaluate])
+    lines = [line for line in said.splitlines() if line.startswith("[dion] ")]
+    assert lines[0] == "[dion] 2 processes on CPU (torch.cuda is emulated): DP2"
+    saved = [line for line in lines if "saved" in line]
+    for line, iteration in zip(saved, (2, 3), strict=True):
+        folder = tmp_path / f"iter_{iteration:07d}"
+        found = re.fullmatch(
+            rf"\[dion\] {folder}: saved iteration {iteration}, ([\d.]+) MB in [\d.]+ s", line
+        )
+        assert found
+        size = sum(path.stat().st_size for path in folder.glob("*.distcp")) / 1e6
+        assert float(found[1]) == pytest.approx(size, rel=0.1)
+    *_, first, second, third, done = (line for line in others.splitlines() if "[dion]" in line)
+    assert ["validation -" in line for line in (first, second, third)] == [True, True, False]
+    assert "validation" in third
+    assert " at 2 | " in third
+    assert done.startswith("[dion] done: iteration 3/3 | loss ")
+    assert "(mean of the last 3) | validation " in done
+    assert " at 3 | " in done

@@ -11,6 +11,7 @@ from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import (
     MetricsFile,
+    Record,
     git_revision,
     read_metrics,
     write_config,
@@ -126,16 +127,20 @@ def test_durations_are_readable(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
 
 
-def test_progress_line_has_everything() -> None:
+@pytest.mark.parametrize(
+    ("validation", "said"),
+    [(None, "validation -"), ({"iteration": 5, "lm_loss": 0.5}, "validation 0.5000 at 5")],
+)
+def test_progress_line_has_everything(validation: Record | None, said: str) -> None:
     line = progress_line(
         record(10) | {"lr": 1e-3, "grad_norm": 4.18},
         train_iters=200,
-        validation_loss=None,
+        validation=validation,
         tokens_per_second=12345,
         seconds_left=200,
     )
     assert line == (
-        "iteration  10/200 | loss 0.3333 | validation - | lr 1.00e-03 | grad norm 4.180 | "
+        f"iteration  10/200 | loss 0.3333 | {said} | lr 1.00e-03 | grad norm 4.180 | "
         "12.3k tokens/s | 3 min 20 s left"
     )
 
