@@ -148,9 +148,11 @@ def load(folder, model, optimizer, scheduler):
 
 def main():
     """Train as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=20, help="of the whole run")
     parser.add_argument("--load", type=Path, help="checkpoint to go on from")
     parser.add_argument("--save", type=Path, help="new folder for a checkpoint")
     args = parser.parse_args()

@@ -19,9 +19,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from megatron_dion.commands.errors import run_tool
+from megatron_dion.spelling import did_you_mean
 
 
 class Command(NamedTuple):
@@ -42,6 +43,11 @@ COMMANDS = {
     "advise": Command("megatron_dion.diagnostics.advisor", "which rank would have been enough"),
     "study": Command("megatron_dion.commands.study", "run and report comparisons of optimizers"),
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(message + did_you_mean(message, self))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # After `--` argparse takes options of pretrain_gpt.py for positional arguments of its own.
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], argv[end + 1 :]
-    parser = argparse.ArgumentParser(prog="megatron-dion", description="Dion on Megatron-core.")
+    parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(

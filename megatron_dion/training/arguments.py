@@ -16,6 +16,7 @@ from megatron_dion.algorithm import (
 )
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 from megatron_dion.platforms import DEVICES
+from megatron_dion.spelling import did_you_mean
 from megatron_dion.training.errors import ConfigurationError
 
 SCALAR_OPTIMIZERS = ("adam", "lion")
@@ -167,7 +168,7 @@ def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
     """Megatron's usage is hundreds of lines, and every process would print them."""
 
     def error(message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (see --help)")
+        raise ConfigurationError(message + (did_you_mean(message, parser) or " (see --help)"))
 
     setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
 

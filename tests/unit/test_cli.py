@@ -1,5 +1,7 @@
 """The table of subcommands."""
 
+import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from megatron_dion import cli
 from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion.spelling import did_you_mean
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -51,6 +54,61 @@ def test_flags_of_a_run_go_to_the_command_that_takes_them() -> None:
     with pytest.raises(SystemExit) as end:
         cli.parse("doctor -- --lr 1".split())
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("inspect folder --verfy", ": did you mean --verify?"),
+        ("inspect folder --zzz", "unrecognized arguments: --zzz"),
+    ],
+)
+def test_misspelt_flags_are_named(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.parse(words.split())
+    assert end.value.code == 2
+    said = capsys.readouterr().err.rstrip()
+    assert said.endswith(meant)
+
+
+def test_several_misspelt_flags() -> None:
+    parser = argparse.ArgumentParser()
+    for flag in ("--dion-rank-fraction", "--dion-momentum", "--lr"):
+        parser.add_argument(flag)
+    message = "unrecognized arguments: --dion-rank=0.5 --zzz --dion-momentun 1"
+    assert did_you_mean(message, parser) == ": did you mean --dion-rank-fraction, --dion-momentum?"
+    assert did_you_mean("argument --lr: invalid float value: '--dion-rank'", parser) == ""
+
+
+READER_HAS_GONE = """
+import os
+from megatron_dion.commands.errors import ToolError, run_tool
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+def main():
+    print("line\\n" * {lines})
+    {end}
+run_tool("x", main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "end", "code", "said"),
+    [
+        (1, "return None", 0, ""),
+        (100_000, "return None", 1, ""),
+        (1, "raise ToolError('bad')", 1, "x: error: bad\n"),
+    ],
+)
+def test_reader_may_stop_reading(lines: int, end: str, code: int, said: str) -> None:
+    script = READER_HAS_GONE.format(lines=lines, end=end)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, env=buffered)
+    assert (ended.returncode, ended.stderr) == (code, said)
 
 
 def failing(error: Exception) -> int:

@@ -242,6 +242,7 @@ def complaint_of(*argv: str) -> str:
     ("argv", "message"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--dion-rank-fracton", "1"], "--dion-rank-fracton 1: did you mean --dion-rank-fraction?"),
         (["--dion-scale-mode", "big"], "--dion-scale-mode: invalid choice: 'big'"),
         (["--dion-rank-fraction", "x"], "--dion-rank-fraction: invalid float value: 'x'"),
         (["--optimizer", "adamant"], "--optimizer: invalid choice: 'adamant'"),
