@@ -168,7 +168,10 @@ def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
     """Megatron's usage is hundreds of lines, and every process would print them."""
 
     def error(message: str) -> NoReturn:
-        raise ConfigurationError(message + (did_you_mean(message, parser) or " (see --help)"))
+        suggestion = did_you_mean(message, parser)
+        if suggestion:
+            raise ConfigurationError(message + suggestion)
+        raise ConfigurationError(f"{message} (see --help)")
 
     setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
 
