@@ -196,7 +196,7 @@ def _four_products(operands: Sequence[_Operands]) -> None:
         torch.mm(o.total, o.left, out=o.projection)  # (m, r)
     for o in operands:
         o.total.addmm_(o.projection, o.left.T, alpha=-1e-9)
-        o.weight.addmm_(o.right, o.left.T, beta=1 - 1e-9, alpha=-1e-9)
+        o.weight.addmm_(o.right, o.left.T, beta=1 - 1e-6, alpha=-1e-9)
 
 
 def _weight_rows(hidden: int, args: argparse.Namespace, goals: list[Goal]) -> list[Row]:

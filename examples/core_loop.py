@@ -19,17 +19,11 @@ if not ON_GPU:
     cpu.install()  # before the first import of megatron
     cpu.install_megatron_patches()
 
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core import dist_checkpointing, distributed, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 from megatron_dion import DionConfig
@@ -48,14 +42,13 @@ def build_model(tp):
         num_attention_heads=4,
         tensor_model_parallel_size=tp,
         use_cpu_initialization=True,  # weights then do not depend on the tensor-parallel size
-        finalize_model_grads_func=finalize_model_grads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
     model = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH).cuda()
     tag_matrices([model])  # before DDP lays out its buffers
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    return DistributedDataParallel(config, ddp_config, model)
+    ddp = distributed.DistributedDataParallelConfig(use_distributed_optimizer=True)
+    return distributed.DistributedDataParallel(config, ddp, model)
 
 
 def build_optimizer(model):
@@ -65,6 +58,7 @@ def build_optimizer(model):
     )
     dion = DionConfig(rank_fraction=0.25, seed=SEED)
     optimizer = get_megatron_dion_optimizer(config, [model], dion)
+    # It also sets the weight decay of each group: none for biases and norms.
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -81,51 +75,31 @@ def build_optimizer(model):
     return optimizer, scheduler
 
 
-def batches(iteration):
-    """Sequences that count in steps, which the model has to find out; each rank has its share."""
+def batch(iteration):
+    """This rank's sequences (samples, LENGTH + 1). They count in steps, which can be learned."""
     draw = torch.Generator().manual_seed(SEED + iteration)
     start, step = torch.randint(1, VOCABULARY, (2, SAMPLES, 1), generator=draw)
-    tokens = (start + step * torch.arange(LENGTH + 1)) % VOCABULARY  # (SAMPLES, LENGTH + 1)
+    tokens = (start + step * torch.arange(LENGTH + 1)) % VOCABULARY
     group = parallel_state.get_data_parallel_group()
-    yield tokens.chunk(group.size())[group.rank()].cuda()  # (SAMPLES / ranks, LENGTH + 1)
+    return tokens.chunk(group.size())[group.rank()].cuda()
 
 
-def forward_step(data, model):
-    """The losses of a batch's tokens, and what makes the loss of them."""
-    tokens = next(data)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(LENGTH, device=tokens.device).expand_as(inputs)
-    return model(inputs, positions, None, labels=labels), mean_loss
+def train_step(model, optimizer, scheduler, tokens):
+    """Train on this rank's sequences, and return the loss of all and the gradient's norm.
 
-
-def mean_loss(losses):
-    """The mean, once to differentiate and once to report."""
-    mean = losses.float().mean()
-    return mean, mean.detach().clone()
-
-
-def train(model, optimizer, scheduler, iterations):
-    """Step through iterations and print the loss of each."""
-    forward_backward = get_forward_backward_func()
+    Microbatches and pipeline stages need megatron.core's get_forward_backward_func in its place.
+    """
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    positions = torch.arange(LENGTH, device=tokens.device).expand(len(tokens), -1)
+    loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+    loss.backward()
+    distributed.finalize_model_grads([model])  # reduces gradients over ranks
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
     group = parallel_state.get_data_parallel_group()
-    for iteration in iterations:
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        [loss] = forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=batches(iteration),
-            model=[model],
-            num_microbatches=1,
-            seq_length=LENGTH,
-            micro_batch_size=SAMPLES // group.size(),
-            forward_only=False,
-        )
-        _, grad_norm, _ = optimizer.step()
-        scheduler.step(increment=1)
-        torch.distributed.all_reduce(loss, group=group)
-        if torch.distributed.get_rank() == 0:
-            mean = loss.item() / group.size()
-            print(f"iteration {iteration + 1}: loss {mean:.6f}, grad norm {grad_norm:.4f}")
+    torch.distributed.all_reduce(loss.detach_(), group=group)
+    return loss.item() / group.size(), grad_norm
 
 
 def checkpoint(model, optimizer, scheduler, iteration, is_loading=False):
@@ -151,10 +125,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
-    parser.add_argument("--iterations", type=int, default=20, help="of the whole run")
-    parser.add_argument("--load", type=Path, help="checkpoint to go on from")
-    parser.add_argument("--save", type=Path, help="new folder for a checkpoint")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=20, help="when to end (%(default)s)")
+    parser.add_argument("--load", type=Path, help="checkpoint to go on from (none: begin anew)")
+    parser.add_argument("--save", type=Path, help="new folder for a checkpoint (none: not saved)")
     args = parser.parse_args()
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -165,10 +139,14 @@ def main():
 
     model = build_model(args.tp)
     optimizer, scheduler = build_optimizer(model)
-    if torch.distributed.get_rank() == 0:
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
         print(optimizer.routing_table.summary())
     begin = load(args.load, model, optimizer, scheduler) if args.load else 0
-    train(model, optimizer, scheduler, range(begin, args.iterations))
+    for iteration in range(begin, args.iterations):
+        loss, grad_norm = train_step(model, optimizer, scheduler, batch(iteration))
+        if is_first:
+            print(f"iteration {iteration + 1}: loss {loss:.6f}, grad norm {grad_norm:.4f}")
     if args.save:
         args.save.mkdir(exist_ok=True, parents=True)
         torch.distributed.barrier()

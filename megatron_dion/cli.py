@@ -6,7 +6,7 @@ A subcommand is a module with a docstring, which is its description, and two fun
     run(args: argparse.Namespace) -> int | None
 
 `run` returns the exit code (None for 0) and raises `megatron_dion.commands.errors.ToolError` for a
-mistake of the user, which is told in one line with exit code 1. To add a subcommand, write the
+mistake of the user, which is told in one line with exit code 2. To add a subcommand, write the
 module and add a line to `COMMANDS`. Only the module of the subcommand that was asked for is
 imported; it imports torch, if it needs it, in `run`, so that `--help` is quick.
 
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
-from megatron_dion.commands.errors import run_tool
-from megatron_dion.spelling import did_you_mean
+from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion.misspelt import with_suggestion
 
 
 class Command(NamedTuple):
@@ -46,8 +46,10 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    """Mistakes are one line here too; argparse would print the usage before it."""
+
     def error(self, message: str) -> NoReturn:
-        super().error(message + did_you_mean(message, self))
+        raise ToolError(f"{with_suggestion(message, self)} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The arguments after the program's name; those of the process by default.
     """
     words = sys.argv[1:] if argv is None else argv
-    run_tool(" ".join(["megatron-dion", *words[:1]]), lambda: call(words))
+    run_tool(lambda: call(words))
 
 
 def call(argv: Sequence[str]) -> int | None:

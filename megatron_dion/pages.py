@@ -49,7 +49,7 @@ code { font-size: .92em; }
 """
 
 
-_VOID = ("img", "input", "meta")
+_VOID = ("img", "input", "meta", "wbr")
 
 
 class Html(str):

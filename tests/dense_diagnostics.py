@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.diagnostics.records import ENERGY_LEVELS, MatrixDiagnostics
+from megatron_dion.optimizer.diagnostics import ENERGY_LEVELS, MatrixDiagnostics
 
 
 @dataclass(frozen=True)

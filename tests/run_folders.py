@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.diagnostics.records import MatrixDiagnostics, Snapshot, to_record
+from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot, to_record
 from megatron_dion.training.arguments import DION_DEFAULTS
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 160, 512
@@ -135,7 +135,13 @@ def write_run(
     write_lines(
         folder / "starts.jsonl",
         [
-            {"iteration": iteration, "time": time, **SIZES, "unigram_entropy": 6.5}
+            {
+                "iteration": iteration,
+                "tokens": TOKENS * iteration,
+                "time": time,
+                **SIZES,
+                "unigram_entropy": 6.5,
+            }
             for iteration, time in starts
             if iteration < last
         ],

@@ -162,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool("quick_start.py", main)
+    run_tool(main)

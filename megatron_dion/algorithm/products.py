@@ -60,12 +60,12 @@ class _Float32Products:
         left.addbmm_(total.mT, right)
 
     def set_right(self, projection: Tensor, total: Tensor, left: Tensor) -> None:
-        torch.bmm(total, left.expand(len(total), -1, -1), out=projection)
+        torch.bmm(total, _repeated(left, total), out=projection)
 
     def add_outer(
         self, target: Tensor, right: Tensor, left: Tensor, *, beta: float, alpha: float
     ) -> None:
-        target.baddbmm_(right, left.T.expand(len(right), -1, -1), beta=beta, alpha=alpha)
+        target.baddbmm_(right, _repeated(left.T, right), beta=beta, alpha=alpha)
 
 
 class _Bf16Products:
@@ -82,6 +82,12 @@ class _Bf16Products:
     ) -> None:
         product = _bf16_rows(alpha * right) @ left.bfloat16().T  # (k rows, columns)
         torch.add(product.view(target.shape), target, alpha=beta, out=target)
+
+
+def _repeated(left: Tensor, blocks: Tensor) -> Tensor:
+    """A view (k, ...) of the same factor for each of k rectangles."""
+    count = blocks.shape[0]
+    return left.unsqueeze(0) if count == 1 else left.expand(count, -1, -1)  # half the time for one
 
 
 def _bf16_rows(blocks: Tensor) -> Tensor:

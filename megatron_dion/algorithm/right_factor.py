@@ -18,7 +18,7 @@ little but rounding there, and orthonormalizing would make an update of it."""
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Of the columns of (..., rows, r): (r,) float64."""
-    return rows.double().square_().flatten(end_dim=-2).sum(dim=0)
+    return rows.double().square_().sum(dim=tuple(range(rows.dim() - 1)))
 
 
 def inner_products(rows: Tensor) -> Tensor:

@@ -110,12 +110,11 @@ class Block:
 
     def multiplied_rows(self, tensor: Tensor) -> Tensor:
         """Those rows of one of the block's (k, rows, ...), or itself where they are all of them."""
-        is_whole = self.multiplied == slice(0, tensor.shape[1])
-        return tensor if is_whole else tensor[:, self.multiplied]
+        return _part(tensor, self.multiplied, dim=1)
 
     def counted_projection(self) -> Tensor:
         """The rows of R whose norms this process reports, (k, rows, r)."""
-        return self.projection[:, self.counted]
+        return _part(self.projection, self.counted, dim=1)
 
 
 @dataclass(frozen=True)
@@ -583,8 +582,14 @@ def _keep_right(blocks: Sequence[Block], rights: Sequence[Tensor], dead: Sequenc
         return
     kept = [block.kept_right for block in blocks]
     columns = [block.kept_columns for block in blocks]
-    torch._foreach_mul_(kept, [d[c] for d, c in zip(dead, columns, strict=True)])
-    torch._foreach_add_(kept, [right[..., c] for right, c in zip(rights, columns, strict=True)])
+    torch._foreach_mul_(kept, [_part(d, c) for d, c in zip(dead, columns, strict=True)])
+    torch._foreach_add_(kept, [_part(r, c) for r, c in zip(rights, columns, strict=True)])
+
+
+def _part(tensor: Tensor, chosen: slice, dim: int = -1) -> Tensor:
+    """What a slice takes of a dimension; mostly that is all, which need not cost a view."""
+    start, stop = chosen.start, chosen.stop
+    return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -35,7 +35,8 @@ class Saver:
     Args:
         with_hashes: whether a checkpoint gets a manifest of SHA-256 of its files.
         when_saved: called on rank 0 with a checkpoint's folder when it is complete, the bytes of
-            its tensors, and the seconds that it took.
+            its tensors, and the seconds since it was begun: one that is written in the background
+            is noticed to be complete at the end of an iteration.
     """
 
     def __init__(self, with_hashes: bool, when_saved: Callable[[Path, int, float], None]) -> None:

@@ -6,6 +6,7 @@ norms of weight, momentum and right factor.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,19 +24,26 @@ from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matri
 HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in KINDS))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print it; an error if the checkpoint is not whole."""
+def run(args: argparse.Namespace) -> int:
+    """Print it; the exit code is 1 if the checkpoint is not whole."""
     try:
-        contents = Contents(_folder(Path(args.folder), args.ckpt_step))
+        folder = _folder(Path(args.folder), args.ckpt_step)
+    except CheckpointError as error:
+        raise ToolError(str(error)) from error
+    try:
+        contents = Contents(folder)
         problems = contents.damaged_files() or _show(contents, not args.no_norms)
         if args.verify and not problems:
             problems = _damage(contents)
     except CheckpointError as error:
-        raise ToolError(str(error)) from error
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if problems:
-        raise ToolError(f"{contents.folder} is NOT whole: " + "; ".join(problems))
+        print(f"error: {contents.folder} is NOT whole: {'; '.join(problems)}", file=sys.stderr)
+        return 1
     if args.verify:
         print(f"\n{contents.folder} is whole")
+    return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""What a step of Dion did, in figures for people who tune: docs/diagnostics.md."""
+"""What measured steps say to people who tune, once a run has written them: docs/diagnostics.md."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from megatron_dion.diagnostics.records import (
+from megatron_dion.optimizer.diagnostics import (
     ENERGY_LEVELS,
     MatrixDiagnostics,
     Snapshot,

@@ -9,7 +9,6 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +21,8 @@ import torch
 import torch._dynamo  # the first torch.optim.Optimizer of a process imports these two, in seconds
 import torch.distributed as dist
 import torch.distributed.tensor
+
+from megatron_dion.ports import free_port
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -123,10 +124,3 @@ def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return function(*args)
     finally:
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_dion.checkpointing.errors import CheckpointError
-from megatron_dion.diagnostics.records import MatrixDiagnostics
 from megatron_dion.optimizer.checkpoint import Source, Steps, Transfer
+from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record

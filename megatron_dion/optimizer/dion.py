@@ -16,9 +16,9 @@ from megatron_dion.algorithm import (
     float32_products_in,
     interleave,
 )
-from megatron_dion.diagnostics.records import MatrixDiagnostics
-from megatron_dion.diagnostics.watch import Watch
 from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
+from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
+from megatron_dion.optimizer.watch import Watch
 from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
 
 _DEFAULTS = DionConfig()

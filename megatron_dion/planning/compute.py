@@ -15,6 +15,7 @@ from megatron_dion.algorithm import DionConfig
 from megatron_dion.algorithm.orthonormalize import PROBES, is_householder, sketch_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
+from megatron_dion.planning.rounding import BYTES_PASSED
 from megatron_dion.planning.stage import DionPart, Section, Stage, of_all
 from megatron_dion.planning.topology import Batch
 from megatron_dion.sharding import Rank
@@ -48,12 +49,16 @@ def optimizer_work(stage: Stage, device: str = "cuda") -> Work:
 
     Of an element of AdamW 46 bytes: gradient (norm, clipping, update) 4 + 8 + 4, moments 16, master
     8, model's weight 6. Of Dion's matrices 58: the gradient is checked and added to the momentum,
-    and B read by two products and changed by a third. Of Muon's 62: momentum, Nesterov's
-    combination, input and output of the iteration, weight decay and update.
+    and B read by two products and changed by a third; with bf16 operands more (`BYTES_PASSED`). Of
+    Muon's 62: momentum, Nesterov's combination, input and output of the iteration, weight decay and
+    update.
     """
     shape = stage.run.topology.data().size, stage.run.topology.tp
     products, float32_products, factorizations, passes = (np.zeros(shape) for _ in range(4))
-    per_element = {"adamw": 46, "muon": 62, "dion": 58}[stage.run.optimizer.kind]
+    optimizer = stage.run.optimizer
+    per_element = {"adamw": 46, "muon": 62, "dion": 58}[optimizer.kind]
+    if optimizer.kind == "dion" and optimizer.precision == "medium":
+        per_element += BYTES_PASSED
     for section in stage.sections:
         matrices = section.held(stage.is_matrix)[:, None]
         others = section.held(lambda p: not stage.is_matrix(p))[:, None]

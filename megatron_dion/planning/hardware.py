@@ -117,15 +117,20 @@ def hardware(name: str) -> Hardware:
         raise ValueError(f"--hardware {name}: no file, and none of {', '.join(PRESETS)}")
     import yaml
 
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {field.name for field in fields(Hardware)}
-    if unknown := sorted(set(content) - known):
+    try:
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--hardware {name}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--hardware {name}: write lines such as `half: 989e12`")
+    if unknown := sorted(set(map(str, content)) - known):
         raise ValueError(f"--hardware {name}: unknown {', '.join(unknown)}: take {sorted(known)}")
     words = ("name", "source", "device")
-    values: dict[str, Any] = {k: v if k in words else float(v) for k, v in content.items()}
-    if "ranks_per_node" in values:
-        values["ranks_per_node"] = int(values["ranks_per_node"])
     try:
+        values: dict[str, Any] = {k: v if k in words else float(v) for k, v in content.items()}
+        if "ranks_per_node" in values:
+            values["ranks_per_node"] = int(values["ranks_per_node"])
         return Hardware(**values)
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"--hardware {name}: {error}") from error

@@ -6,11 +6,15 @@ import numpy as np
 
 from megatron_dion.algorithm import IN_FLIGHT
 from megatron_dion.planning.holdings import Counts, holdings
+from megatron_dion.planning.rounding import copied_bytes
 from megatron_dion.planning.stage import DionPart, Stage, of_all
 from megatron_dion.sharding import TORCH_DTYPES, Rank
 from megatron_dion.sharding.memory import peak_bytes
 
-KINDS = ("weights", "gradients", "masters", "momenta", "right factors", "exchange", "scalars")
+KINDS = (
+    *("weights", "gradients", "masters", "momenta", "right factors", "exchange", "scalars"),
+    "bf16 copies",
+)
 _FLOAT32 = 4
 
 
@@ -22,6 +26,7 @@ def memory(stage: Stage) -> dict[str, Counts]:
     * `momenta`: of matrices, with AdamW their second moments too.
     * `right factors`, `exchange`: Dion's. What is exchanged is the figure of `exchange`, on all.
     * `scalars`: masters and moments of all that is no matrix of the optimizer's.
+    * `bf16 copies`: of Dion's products in `medium`, of the block with most of them.
     """
     run = stage.run
     shape = run.topology.data().size, run.topology.tp
@@ -41,6 +46,8 @@ def memory(stage: Stage) -> dict[str, Counts]:
         found["momenta"] += of_all(momenta, shape)
         found["right factors"] += of_all(factors, shape)
         found["exchange"] += exchange(part)
+        copies = of_all(bf16_copies(part), shape)
+        found["bf16 copies"] = np.maximum(found["bf16 copies"], copies)
     return found
 
 
@@ -53,6 +60,23 @@ def dion_state(part: DionPart) -> tuple[Counts, Counts]:
         momenta += TORCH_DTYPES[layout.config.momentum_dtype].itemsize * holding.elements
         factors += TORCH_DTYPES[layout.config.factor_dtype].itemsize * holding.rows * holding.kept
     return momenta, factors
+
+
+def bf16_copies(part: DionPart) -> Counts:
+    """The most bytes that a product copies at a time on each rank (D, T).
+
+    What a rank has of a matrix counts as one block: rows that are cut are blocks of their own.
+    """
+    layout = part.planner.layout
+    most = np.zeros((layout.grid.data_parallel_size, layout.grid.tensor_parallel_size), np.int64)
+    if layout.config.fp32_matmul_prec != "medium":
+        return most
+    for holding in holdings(layout):
+        columns = layout.placement(holding.matrix).weight.columns
+        rank = layout.matrices[holding.matrix].rank
+        copies = copied_bytes(holding.elements, holding.rows, columns, rank)
+        most = np.maximum(most, np.where(holding.elements > 0, copies, 0))
+    return most
 
 
 def exchange(part: DionPart, most: int = 8) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from megatron_dion.planning.divisors import check_divides
 from megatron_dion.sharding import Part, Weight
 
 
@@ -94,8 +95,10 @@ class GptShape:
 
     def __post_init__(self) -> None:
         if self.kv_channels is None:
-            _check_multiple("hidden", self.hidden, "heads", self.heads)
-        _check_multiple("heads", self.heads, "query_groups", self.query_groups)
+            width = f"--hidden-size {self.hidden}"
+            check_divides("--num-attention-heads", self.heads, self.hidden, width)
+        heads = f"--num-attention-heads {self.heads}"
+        check_divides("--num-query-groups", self.query_groups, self.heads, heads)
 
     @property
     def head(self) -> int:
@@ -137,9 +140,10 @@ class GptShape:
             ValueError: there is no such stage, or the layers cannot be divided evenly.
         """
         more = 1 if account_for_ends else 0
-        name = "layers + 2" if account_for_ends else "layers"
         places = self.layers + 2 * more
-        _check_multiple(name, places, "pipeline_parallel_size", pipeline_parallel_size)
+        ends = " and both ends" if account_for_ends else ""
+        what = f"the model's {self.layers} layers{ends}"
+        check_divides("--pp", pipeline_parallel_size, places, what)
         if not 0 <= stage < pipeline_parallel_size:
             raise ValueError(f"stage {stage} is none of {pipeline_parallel_size}")
         share = places // pipeline_parallel_size
@@ -198,14 +202,14 @@ class GptShape:
 
     def _check_tensor_parallel_size(self, size: int) -> None:
         """Megatron's conditions: a rank has whole heads, and whole query groups or part of one."""
-        name = "tensor_parallel_size"
-        _check_multiple("heads", self.heads, name, size)
-        _check_multiple("ffn", self.ffn, name, size)
+        numbers = {"attention heads": self.heads, "columns of its feed-forward layer": self.ffn}
         if self.experts is not None:
-            _check_multiple("expert ffn", self.experts.ffn, name, size)
-            _check_multiple("shared ffn", self.experts.shared_ffn, name, size)
+            numbers["columns of an expert"] = self.experts.ffn
+            numbers["columns of shared experts"] = self.experts.shared_ffn
         if size % self.query_groups:
-            _check_multiple("query_groups", self.query_groups, name, size)
+            numbers["query groups"] = self.query_groups
+        for name, number in numbers.items():
+            check_divides("--tp", size, number, f"the model's {number} {name}")
 
     def _embeddings(self, size: int, is_shared: bool) -> Iterator[Parameter]:
         if self.vocab:
@@ -279,11 +283,6 @@ def _column_parallel(
 
 def _row_parallel(name: str, rows: int, columns: int, size: int) -> Weight:
     return Weight(name, rows, columns // size, 1 if size > 1 else None, size)
-
-
-def _check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if divisor < 1 or value % divisor:
-        raise ValueError(f"{name} {value} is no multiple of {divisor_name} {divisor}")
 
 
 def _gpt3(layers: int, hidden: int, heads: int, tied: bool = True) -> GptShape:

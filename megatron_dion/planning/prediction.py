@@ -115,7 +115,7 @@ def predict(run: Run, batch: Batch, machine: Hardware) -> Prediction:
         for work, found in zip(works, sent, strict=True)
     ]
     times = [
-        stage_time(model, found, machine, micro_batches)
+        stage_time(model, found, machine, micro_batches, run.weight_bytes)
         for model, found in zip(models, sent, strict=True)
     ]
     operations = [work.operations for work in works]

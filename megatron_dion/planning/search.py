@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_dion.planning.divisors import divisors
 from megatron_dion.planning.hardware import Hardware
 from megatron_dion.planning.models import GptShape
 from megatron_dion.planning.prediction import Prediction, predict
@@ -60,6 +61,7 @@ def search(
     examples: dict[str, str] = {}
 
     def fail(reason: str) -> None:
+        reason = reason.partition(": take")[0]  # nobody gave the sizes that are tried here
         kind = re.sub(r"\d[\d.]*", "N", reason)
         failures[examples.setdefault(kind, reason)] += 1
 
@@ -106,10 +108,10 @@ def _sizes(shape: GptShape, ranks: int, ranks_per_node: int) -> Iterator[dict[st
     """Tensor parallelism within a node; context parallelism in powers of two from 4096 tokens."""
     experts = 1 if shape.experts is None else shape.experts.count
     contexts = [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or shape.sequence // cp >= 4096]
-    for tp in _divisors(ranks_per_node):
+    for tp in divisors(ranks_per_node):
         for pp in range(1, shape.layers + 1):
             for cp in contexts:
-                for ep in _divisors(experts):
+                for ep in divisors(experts):
                     if ranks % (tp * pp * cp) == 0:
                         yield {
                             "tp": tp,
@@ -118,7 +120,3 @@ def _sizes(shape: GptShape, ranks: int, ranks_per_node: int) -> Iterator[dict[st
                             "ep": ep,
                             "dp": ranks // (tp * pp * cp),
                         }
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
+from megatron_dion.planning.divisors import check_divides
 from megatron_dion.planning.holdings import Counts, pieces
 from megatron_dion.planning.layout import (
     Buffer,
@@ -171,13 +172,14 @@ class Stage:
         shape, topology = run.shape, run.topology
         self.run, self.index = run, index
         experts = shape.experts
-        if topology.ep > 1 and (experts is None or experts.count % topology.ep):
-            count = 0 if experts is None else experts.count
-            raise ValueError(f"--ep {topology.ep} does not divide the model's {count} experts")
+        if experts is None and topology.ep > 1:
+            raise ValueError(f"--ep {topology.ep}: the model has no experts: take 1")
+        if experts is not None:
+            check_divides("--ep", topology.ep, experts.count, f"its {experts.count} experts")
         if run.optimizer.kind == "muon" and topology.instances > 1:
             raise ValueError(
-                "muon: Megatron's layer-wise optimizer refuses --instances"
-                f" {topology.instances}: take 1"
+                f"--instances {topology.instances}: Megatron's Muon refuses them: take 1, or leave"
+                " muon out of --optimizer"
             )
         self.layers = shape.stage_layers(topology.pp, index, topology.account_for_ends)
         self.parameters = shape.stage(self.layers, topology.tp, (0, topology.ep))

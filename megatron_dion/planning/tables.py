@@ -4,11 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_dion.planning.memory import KINDS
 from megatron_dion.planning.prediction import ACTIVATIONS, Prediction
 from megatron_dion.planning.search import Found
 
-_GIB, _GB = 2.0**30, 1e9
+BINARY = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_DECIMAL = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+_OPERATIONS = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
+_STEP = {"us": 1e-6, "ms": 1e-3}
+_ITERATION = {**_STEP, "s": 1.0}
+_PARAMETERS = {"K": 1e3, "M": 1e6, "B": 1e9}
 _HEADINGS = {
     "weights": "weights",
     "gradients": "grads",
@@ -17,6 +21,7 @@ _HEADINGS = {
     "right factors": "factors",
     "exchange": "exchange",
     "scalars": "scalars",
+    "bf16 copies": "copies",
     ACTIVATIONS: "activ. ~",
 }
 
@@ -28,27 +33,41 @@ def describe(predictions: Sequence[Prediction], limit: float) -> str:
         predictions: of the same run with different optimizers.
         limit: bytes of a device's memory; what does not fit is marked.
     """
-    return "\n\n".join(
-        [
-            "Memory of the rank with most, GiB (~ an estimate)\n" + _memory(predictions, limit),
-            "Sent per step in each kind of collective by the rank that sends most, GB; network"
-            " is what leaves the node (~ an estimate)\n" + _bytes(predictions),
-            "Operations and times (a model, see below)\n" + _times(predictions),
-        ]
+    return "\n\n".join([_memory(predictions, limit), _bytes(predictions), _times(predictions)])
+
+
+def parameters(count: int) -> str:
+    """A number of parameters in words."""
+    unit, size = _unit(_PARAMETERS, [count])
+    return f"{count / size:.2f} {unit} parameters"
+
+
+def _unit(units: Mapping[str, float], values: Iterable[float]) -> tuple[str, float]:
+    """The unit that suits the largest value, and its size."""
+    largest = max(map(abs, values), default=0)
+    return max(
+        (found for found in units.items() if found[1] <= largest),
+        key=lambda found: found[1],
+        default=min(units.items(), key=lambda found: found[1]),
     )
 
 
 def _memory(predictions: Sequence[Prediction], limit: float) -> str:
-    rows = [["", *_HEADINGS.values(), "total"]]
+    """A column for each kind that any has."""
+    kinds = [kind for kind in _HEADINGS if any(found.memory[kind].busiest for found in predictions)]
+    unit, size = _unit(BINARY, (found.bytes_needed for found in predictions))
+    rows = [["", *(_HEADINGS[kind] for kind in kinds), "total"]]
     for found in predictions:
-        kinds = [found.memory[kind].busiest / _GIB for kind in (*KINDS, ACTIVATIONS)]
         total = found.bytes_needed
-        fits = "" if total <= limit else " > memory"
-        rows.append([found.run.optimizer.label, *map(_number, kinds), _number(total / _GIB) + fits])
-    return _aligned(rows)
+        figures = [*(found.memory[kind].busiest for kind in kinds), total]
+        row = [found.run.optimizer.label, *(_number(figure / size) for figure in figures)]
+        row[-1] += "" if total <= limit else " > memory"
+        rows.append(row)
+    return f"Memory of the rank with most, {unit} (~ an estimate)\n{_aligned(rows)}"
 
 
 def _bytes(predictions: Sequence[Prediction]) -> str:
+    unit, size = _unit(_DECIMAL, (found.sent() for found in predictions))
     names = dict.fromkeys(name for found in predictions for name in found.collectives)
     rows = [["", *(found.run.optimizer.label for found in predictions)]]
     for name in names:
@@ -56,19 +75,26 @@ def _bytes(predictions: Sequence[Prediction]) -> str:
         row = [f"{name} ~" if some.is_estimate else name]
         for found in predictions:
             one = found.collectives.get(name)
-            row.append("-" if one is None else _number(one.sent.busiest / _GB))
+            row.append("-" if one is None else _number(one.sent.busiest / size))
         rows.append(row)
     for label, when, network in (
         ("all on NVLink", None, False),
         ("all on the network", None, True),
         ("optimizer's step", "step", None),
     ):
-        rows.append([label, *(_number(f.sent(when, network) / _GB) for f in predictions)])
-    return _aligned(rows)
+        rows.append([label, *(_number(f.sent(when, network) / size) for f in predictions)])
+    return (
+        f"Sent per step in each kind of collective by the rank that sends most, {unit}; network"
+        f" is what leaves the node (~ an estimate)\n{_aligned(rows)}"
+    )
 
 
 def _times(predictions: Sequence[Prediction]) -> str:
-    heading = "TFLOP busiest,mean,products,factoriz.,passes,exchange,step ms,iteration s,step %"
+    count, operation = _unit(_OPERATIONS, (found.operations.busiest for found in predictions))
+    step_unit, short = _unit(_STEP, (found.step.total for found in predictions))
+    unit, long = _unit(_ITERATION, (found.seconds for found in predictions))
+    heading = f"{count} busiest,mean,products,factoriz.,passes,exchange"
+    heading += f",step {step_unit},iteration {unit},step %"
     rows = [["", *heading.split(",")]]
     for found in predictions:
         step, operations = found.step, found.operations
@@ -76,14 +102,14 @@ def _times(predictions: Sequence[Prediction]) -> str:
         rows.append(
             [
                 found.run.optimizer.label,
-                _number(operations.busiest / 1e12),
-                _number(operations.mean / 1e12),
-                *(_number(1e3 * part) for part in parts),
-                _number(found.seconds),
+                _number(operations.busiest / operation),
+                _number(operations.mean / operation),
+                *(_number(part / short) for part in parts),
+                _number(found.seconds / long),
                 f"{step.total / found.seconds:.1%}",
             ]
         )
-    return _aligned(rows)
+    return f"Operations and times (a model, see below)\n{_aligned(rows)}"
 
 
 def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit: float) -> str:
@@ -93,8 +119,14 @@ def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit:
         found: by data-parallel size and bucket size.
         limit: bytes of a device's memory.
     """
-    heading = "DP,bucket,optimizer,memory GiB,exchange GiB,all network GB,all NVLink GB"
-    heading += ",step's network GB,step's NVLink GB,step ms,iteration s"
+    every = [one for predictions in found.values() for one in predictions]
+    kept, kept_size = _unit(BINARY, (one.bytes_needed for one in every))
+    sent, sent_size = _unit(_DECIMAL, (one.sent() for one in every))
+    step, short = _unit(_STEP, (one.step.total for one in every))
+    iteration, long = _unit(_ITERATION, (one.seconds for one in every))
+    heading = f"DP,bucket,optimizer,memory {kept},exchange {kept},all network {sent}"
+    heading += f",all NVLink {sent},step's network {sent},step's NVLink {sent}"
+    heading += f",step {step},iteration {iteration}"
     rows = [heading.split(",")]
     for (size, bucket), predictions in found.items():
         for one in predictions:
@@ -104,15 +136,15 @@ def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit:
                     str(size),
                     _bucket(bucket),
                     one.run.optimizer.label,
-                    _number(one.bytes_needed / _GIB) + fits,
-                    _number(one.memory["exchange"].busiest / _GIB),
+                    _number(one.bytes_needed / kept_size) + fits,
+                    _number(one.memory["exchange"].busiest / kept_size),
                     *(
-                        _number(one.sent(when, network) / _GB)
+                        _number(one.sent(when, network) / sent_size)
                         for when in (None, "step")
                         for network in (True, False)
                     ),
-                    _number(1e3 * one.step.total),
-                    _number(one.seconds),
+                    _number(one.step.total / short),
+                    _number(one.seconds / long),
                 ]
             )
     return _aligned(rows) + "\n> more than the device has"
@@ -120,7 +152,11 @@ def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit:
 
 def describe_search(found: Found) -> str:
     """The best topologies, and why others are none."""
-    rows = [["TP", "PP", "CP", "EP", "DP", "bucket", "memory GiB", "step ms", "iteration s"]]
+    kept, kept_size = _unit(BINARY, (one.bytes_needed for one in found.best))
+    step, short = _unit(_STEP, (one.step.total for one in found.best))
+    iteration, long = _unit(_ITERATION, (one.seconds for one in found.best))
+    heading = f"TP,PP,CP,EP,DP,bucket,memory {kept},step {step},iteration {iteration}"
+    rows = [heading.split(",")]
     for one in found.best:
         topology = one.run.topology
         sizes = (topology.tp, topology.pp, topology.cp, topology.ep, topology.dp)
@@ -128,9 +164,9 @@ def describe_search(found: Found) -> str:
             [
                 *map(str, sizes),
                 _bucket(one.run.bucket_size),
-                _number(one.bytes_needed / _GIB),
-                _number(1e3 * one.step.total),
-                _number(one.seconds),
+                _number(one.bytes_needed / kept_size),
+                _number(one.step.total / short),
+                _number(one.seconds / long),
             ]
         )
     lines = [f"{count:>6} {reason}" for reason, count in found.failures.most_common()]

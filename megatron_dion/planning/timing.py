@@ -9,13 +9,14 @@ from megatron_dion.planning.hardware import Hardware
 from megatron_dion.planning.traffic import Sent, Traffic
 
 ASSUMPTIONS = """\
-Times are a model, not measured. Products take {product_share:.0%} of the sheet's rate (bf16 for the
-model and for Muon, TF32 for Dion's with B, M and W, or what --dion-fp32-matmul-prec says, float32
-for those that orthonormalize), factorizations {factorization_share:.0%} of its float32 rate,
-memory {bandwidth_share:.0%}, links {link_share:.0%}, a collective {latency_us:.0f} us besides. Both
-links work at a time. A step is the sum of its parts, each on the rank where it takes longest;
-nothing of Dion's exchange is hidden. Gradients are reduced behind a micro batch's backward pass and
-weights gathered behind its forward pass; what takes longer is exposed. The pipeline is 1F1B."""
+Times are a model, not measured. Products take {product_share:.0%} of the sheet's rate (the model's
+in the type of its weights, Muon's in bf16, Dion's with B, M and W in TF32 or what
+--dion-fp32-matmul-prec says, those that orthonormalize in float32), factorizations
+{factorization_share:.0%} of its float32 rate, memory {bandwidth_share:.0%}, links {link_share:.0%},
+a collective {latency_us:.0f} us besides. Both links work at a time. A step is the sum of its parts,
+each on the rank where it takes longest; nothing of Dion's exchange is hidden. Gradients are reduced
+behind a micro batch's backward pass and weights gathered behind its forward pass; what takes longer
+is exposed. The pipeline is 1F1B."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class StageTime:
 
 
 def stage_time(
-    work: ModelWork, traffic: Traffic, machine: Hardware, micro_batches: int
+    work: ModelWork, traffic: Traffic, machine: Hardware, micro_batches: int, weight_bytes: int
 ) -> StageTime:
     """The time of a micro batch, and what is exposed once in a step."""
-    rate = machine.half * machine.product_share
+    rate = (machine.half if weight_bytes == 2 else machine.single) * machine.product_share
     forward, backward = work.forward / rate, work.backward / rate
     in_the_way = _time(traffic, machine, "layer") / micro_batches
     exposed = max(_time(traffic, machine, "backward") - backward, 0) + max(

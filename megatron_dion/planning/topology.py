@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_dion.planning.divisors import check_divides
+
 
 @dataclass(frozen=True)
 class Group:
@@ -62,15 +64,11 @@ class Topology:
         for name in ("tp", "pp", "dp", "cp", "ep", "instances"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is not positive")
-        if self.dp % self.instances:
-            raise ValueError(
-                f"--instances {self.instances} does not divide --dp {self.dp}: choose a divisor"
-            )
-        if self.replicated % (self.ep * self.instances):
-            raise ValueError(
-                f"--ep {self.ep} x --instances {self.instances} does not divide"
-                f" --dp {self.dp} x --cp {self.cp}: experts have ranks of the data-parallel groups"
-            )
+        check_divides("--instances", self.instances, self.dp, f"--dp {self.dp}")
+        # Experts have ranks of the data-parallel groups.
+        share = self.replicated // self.instances
+        words = f"--dp {self.dp} x --cp {self.cp} / --instances {self.instances}"
+        check_divides("--ep", self.ep, share, words)
 
     @property
     def world(self) -> int:
@@ -133,8 +131,9 @@ class Batch:
         """
         share = self.micro * topology.dp
         if self.global_ % share:
+            enough = -(-self.global_ // share) * share
             raise ValueError(
                 f"--global-batch-size {self.global_} is no multiple of --micro-batch-size"
-                f" {self.micro} x --dp {topology.dp}: take {-(-self.global_ // share) * share}"
+                f" {self.micro} x --dp {topology.dp}: take {enough}, or another of these"
             )
         return self.global_ // share

@@ -18,7 +18,7 @@ from megatron_dion.planning.loads import count_hops
 from megatron_dion.planning.stage import DionPart, Stage, of_all
 from megatron_dion.planning.topology import Batch, Group
 from megatron_dion.sharding import TORCH_DTYPES
-from megatron_dion.sharding.traffic import ring_bytes
+from megatron_dion.sharding.traffic import in_shares, ring_bytes
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
         if holding.is_partial:
             partial += numbers
             gathered += holding.rows * holding.kept
-    share = -(-partial // shape[1])
-    summed_numbers = partial if replicas == 1 else shape[1] * share
+    to_sum, share = in_shares(partial, shape[1], replicas)
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
@@ -233,7 +232,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     flags = 4 * len(planner.divided(index))
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
-        "tensor rows": (_rings(wire * summed_numbers, shape[1]), None),
+        "tensor rows": (_rings(wire * to_sum, shape[1]), None),
         "data rows": (wire * shared, None),
         "tensor gather": (_everywhere((shape[1] - 1) * most * kept, shape), None),
         "replicas": (

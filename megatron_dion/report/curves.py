@@ -6,7 +6,7 @@ from megatron_dion.convergence.noise import smoothed
 from megatron_dion.pages import Html, element
 from megatron_dion.report.charts import Chart, Point, Series, draw
 from megatron_dion.report.folder import RunFolder
-from megatron_dion.training.run_directory import Record, settled
+from megatron_dion.training.run_directory import Record
 
 _FEWEST_TO_AVERAGE = 100
 _LONGEST_MEAN = 50
@@ -42,7 +42,7 @@ def curves(run: RunFolder) -> list[Html]:
 
 def throughput(run: RunFolder) -> list[Html]:
     """The charts of what it takes; without the iterations that set all things up."""
-    found = settled(run.training, run.resumed_after)
+    found = [iteration for session in run.sessions for iteration in session.settled]
     if not found:
         return [element("p", "Too few iterations were recorded.", class_="none")]
     records = [record for record, _ in found]

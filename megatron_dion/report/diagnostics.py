@@ -1,12 +1,13 @@
 """Of the report: what `--dion-log-interval` has recorded of the matrices."""
 
+import html
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median
 
 from megatron_dion.diagnostics.advisor import advise, describe
-from megatron_dion.diagnostics.records import (
+from megatron_dion.optimizer.diagnostics import (
     MatrixDiagnostics,
     Snapshot,
     by_kind,
@@ -112,7 +113,13 @@ def _map(matrices: Sequence[MatrixDiagnostics], name: str) -> Html:
     for layer in layers:
         cells_of_layer = (_cell(values.get((layer, kind)), shade) for kind in kinds)
         rows.append(element("tr", element("th", layer, scope="row"), *cells_of_layer))
-    return element("div", table(("layer", *map(short_name, kinds)), rows), class_="heat")
+    return element("div", table(("layer", *map(_heading, kinds)), rows), class_="heat")
+
+
+def _heading(kind: str) -> Html:
+    """A kind's name, which may be broken between its parts and nowhere else."""
+    parts = re.split(r"(?<=\.)|(?=\[)", short_name(kind))
+    return Html(element("wbr").join(map(html.escape, parts)))
 
 
 def _cell(value: float | None, shade: Callable[[float], float]) -> Html:

@@ -7,6 +7,8 @@ from typing import Any
 
 from megatron_dion.pages import Html, element, row, table
 from megatron_dion.report.folder import RunFolder
+from megatron_dion.training.progress import human_count
+from megatron_dion.training.run_directory import Session
 
 _NONE = "–"
 
@@ -49,15 +51,26 @@ _UNKNOWN = (
 
 
 def _starts(run: RunFolder) -> Html:
+    """With what was done since each; of a start before the first iteration there is nothing."""
+    done = {session.start["iteration"]: session for session in run.sessions}
     rows = (
         row(
             str(start["iteration"]),
             start["time"].replace("T", " ").replace("+00:00", " UTC"),
             _topology(start),
+            *_done(done.get(start["iteration"])),
         )
         for start in run.starts
     )
-    return table(("after iteration", "time", "ranks"), rows)
+    headings = ("after iteration", "time", "ranks", "iterations", "tokens", "tokens per second")
+    return table(headings, rows)
+
+
+def _done(session: Session | None) -> tuple[str, str, str]:
+    if session is None:
+        return _NONE, _NONE, _NONE
+    speed = human_count(session.tokens_per_second)
+    return f"{len(session.iterations):,}", human_count(session.tokens), speed
 
 
 def _topology(start: Mapping[str, Any]) -> str:

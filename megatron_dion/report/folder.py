@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_dion.training.run_directory import Record, read_metrics
+from megatron_dion.training.run_directory import Record, Session, read_metrics, sessions
 
-T = TypeVar("T")
+_ERROR = "error: "
 
 
 class ReportError(Exception):
@@ -79,11 +79,14 @@ class RunFolder:
     def training(self) -> list[Record]:
         return self.of_kind("train")
 
+    @cached_property
+    def sessions(self) -> list[Session]:
+        return sessions(self.training, self.starts)
+
     @property
     def resumed_after(self) -> list[int]:
         """The iterations from which the run went on, in its own folder."""
-        after = (start["iteration"] for start in self.starts)
-        return [i for i in after if self.training and i >= self.training[0]["iteration"]]
+        return [session.start["iteration"] for session in self.sessions[1:]]
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -121,10 +124,17 @@ def _no_run(path: Path) -> str:
     if runs:
         newest = max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
         return f"RUN_DIR {path}: no config.json in it, but {len(runs)} folders with one: {newest}?"
-    return (
-        f"RUN_DIR {path}: no config.json in it, which pretrain_gpt.py writes first:"
-        " give what was given to its --run-dir"
-    )
+    return f"RUN_DIR {path}: no config.json, so no run has started in it: {_why_none(path)}"
+
+
+def _why_none(path: Path) -> str:
+    """What `make train`'s log says, or where to look without one."""
+    log = path / "train.log"
+    if not log.is_file():
+        return "what pretrain_gpt.py printed says why, if this is what --run-dir was given"
+    lines = log.read_text(errors="replace").splitlines()
+    error = next((line for line in lines if line.startswith(_ERROR)), None)
+    return f"{log} says why" + ("" if error is None else f": {error.removeprefix(_ERROR)}")
 
 
 def _read[T](path: Path, read: Callable[[Path], T]) -> T:

@@ -14,7 +14,6 @@ from megatron_dion.report.routing import routing
 from megatron_dion.report.script import SCRIPT
 from megatron_dion.report.style import STYLE
 from megatron_dion.training.progress import human_count, human_duration
-from megatron_dion.training.run_directory import tokens_per_second
 
 _LAST = 10
 """Iterations over which the training loss at the end is averaged."""
@@ -106,12 +105,11 @@ def _losses(run: RunFolder) -> dict[str, str]:
 def _speed(run: RunFolder) -> dict[str, str]:
     if not run.training:
         return {}
-    last = run.training[-1]
     seconds = sum(record["iteration_seconds"] for record in run.training)
     step = sum(record["optimizer_seconds"] for record in run.training)
     return {
-        "tokens": human_count(last["tokens"]),
-        "tokens per second": human_count(tokens_per_second(run.training, run.resumed_after)),
+        "tokens": human_count(sum(session.tokens for session in run.sessions)),
+        "tokens per second": human_count(run.sessions[-1].tokens_per_second),
         "in training steps": human_duration(seconds),
         "of it in the optimizer": f"{step / seconds:.1%}",
     }

@@ -55,10 +55,12 @@ figcaption b { color: var(--text); }
 .c7 { stroke: var(--c7); color: var(--c7); }
 circle { fill: currentColor; stroke: none; }
 .heat .scrolling { max-height: 34rem; overflow: auto; }
-.heat td, .heat thead th { text-align: right; max-width: 10rem; overflow-wrap: anywhere; }
+.heat td, .heat thead th { text-align: right; }
 .heat td { background: color-mix(in srgb, var(--heat) var(--shade, 0%), var(--page)); }
-table { width: max-content; }
-td { max-width: 32rem; overflow-wrap: anywhere; }
+table { width: auto; }
+td { max-width: 32rem; }
+td, td code { overflow-wrap: break-word; }
+#diagnostics .searched :is(td, th) { padding-inline: .4rem; }
 td:first-child code { white-space: nowrap; }
 #plan :is(td, th):not(:first-child),
 #routing > .scrolling :is(td, th):nth-last-child(-n+2) { text-align: right; }

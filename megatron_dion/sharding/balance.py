@@ -259,9 +259,10 @@ def _add(
         return  # nobody sums within tensor-parallel groups
     for t, rows in rows_for.items():
         moved = rows * matrix.rank * tiles
+        sent = moved * (size - 1) // size
         for d in data_ranks:
             burden.add("summed", Rank(t, d), sign * moved)
-            burden.add("sent", Rank(t, d), sign * moved * (size - 1) // size)
+            burden.add("sent", Rank(t, d), sign * sent)
 
 
 def cut(matrix: int, rows: int, ranks: Sequence[Rank]) -> tuple[Charge, ...]:

@@ -8,6 +8,7 @@ from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 from megatron_dion.sharding.traffic import (
     element_sizes,
     gathered_numel,
+    in_shares,
     numel_of_rows,
     numel_of_tiles,
 )
@@ -41,11 +42,8 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
     size = grid.tensor_parallel_size
     partial_rows = numel_of_rows(plan, partial)
     other_rows = numel_of_rows(plan, plan.held) - partial_rows
-    share, largest = 0, partial_rows
-    if replicas > 1:
-        share = -(-partial_rows // size)
-        partial_rows = size * share
-        largest = max(partial_rows, other_rows)
+    partial_rows, share = in_shares(partial_rows, size, replicas)
+    largest = max(partial_rows, other_rows) if replicas > 1 else partial_rows
     merging, again = plan.merging(plan.merged), plan.merging(plan.divided)
     shared = sum(plan.matrices[row.matrix].rank for rows in plan.shared_rows for row in rows)
     assembled = sum(

@@ -1,6 +1,9 @@
 """The bytes that a rank sends in a step, by what they are for: read off the plan."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.sharding.collectives import TORCH_DTYPES
@@ -31,15 +34,14 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
     partial = [held for held in plan.held if plan.has_partial_rows(held)]
     size, partial_rows = grid.tensor_parallel_size, numel_of_rows(plan, partial)
     other_rows = numel_of_rows(plan, plan.held) - partial_rows
+    to_sum, share = in_shares(partial_rows, size, replicas)
     sums = numel_of_tiles(plan, plan.left.data_hop.sums)
-    share = wire * -(-partial_rows // size)
-    tensor_rows = ring_bytes(wire * partial_rows, size)
     return {
-        "tensor rows": tensor_rows if replicas == 1 else ring_bytes(size * share, size),
+        "tensor rows": ring_bytes(wire * to_sum, size),
         "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
         "tensor gather": gathered_numel(plan, partial) * kept,
         "replicas": sum(
-            ring_bytes(sent, replicas) for sent in (wire * sums, share, wire * other_rows)
+            ring_bytes(wire * numbers, replicas) for numbers in (sums, share, other_rows)
         ),
         **_of_group(plan, "tensor", grid.tensor_parallel_size, rank.tensor_parallel),
         **_of_group(plan, "data", grid.data_parallel_size, rank.data_parallel),
@@ -79,6 +81,19 @@ def compression_pays(matrices: Sequence[Matrix]) -> bool:
 def ring_bytes(numel_bytes: int, ranks: int) -> int:
     """What a rank sends in an all_reduce of so many bytes."""
     return 2 * numel_bytes * (ranks - 1) // ranks
+
+
+def in_shares[Numbers: (int, NDArray[Any])](
+    partial_rows: Numbers, ranks: int, replicas: int
+) -> tuple[Numbers, Numbers]:
+    """Numbers of R that tensor-parallel ranks sum, and what of them each averages over replicas.
+
+    Shares are equal: what is summed is padded to a multiple of the ranks.
+    """
+    if replicas == 1:
+        return partial_rows, 0 * partial_rows
+    share = -(-partial_rows // ranks)
+    return ranks * share, share
 
 
 def _numel_of_hop(plan: Plan, hop: Hop, me: int) -> int:

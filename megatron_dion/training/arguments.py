@@ -14,9 +14,9 @@ from megatron_dion.algorithm import (
     SCALE_MODES,
     DionConfig,
 )
+from megatron_dion.misspelt import with_suggestion
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 from megatron_dion.platforms import DEVICES
-from megatron_dion.spelling import did_you_mean
 from megatron_dion.training.errors import ConfigurationError
 
 SCALAR_OPTIMIZERS = ("adam", "lion")
@@ -155,10 +155,11 @@ def describe_processes(args: argparse.Namespace) -> str:
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
         "CP": args.context_parallel_size,
-        "EP": args.expert_model_parallel_size,
         "DP": args.data_parallel_size,
     }
     division = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+    if args.expert_model_parallel_size > 1:  # of the same ranks
+        division += f", experts over {args.expert_model_parallel_size}"
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     device = "CPU (torch.cuda is emulated)" if args.device == "cpu" else "CUDA"
     return f"{processes} on {device}" + (f": {division}" if division else "")
@@ -168,10 +169,7 @@ def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
     """Megatron's usage is hundreds of lines, and every process would print them."""
 
     def error(message: str) -> NoReturn:
-        suggestion = did_you_mean(message, parser)
-        if suggestion:
-            raise ConfigurationError(message + suggestion)
-        raise ConfigurationError(f"{message} (see --help)")
+        raise ConfigurationError(f"{with_suggestion(message, parser)} (see --help)")
 
     setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
 
@@ -280,7 +278,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-split",
         type=_split,
         default=DION_DEFAULTS["dion_split"],
-        metavar="qkv,gate,heads|none",
+        metavar=f"{','.join(SPLITS)}|none",
         help="fused weights whose matrices are updated one by one (heads: each attention head)",
     )
     group.add_argument(

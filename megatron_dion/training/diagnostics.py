@@ -6,7 +6,7 @@ from typing import Any
 from megatron.training import get_args
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-from megatron_dion.diagnostics.records import Snapshot, by_kind
+from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
 from megatron_dion.training import patches
 
 

@@ -3,13 +3,13 @@
 import importlib.metadata
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from megatron_dion.ports import free_port
 from megatron_dion.training.errors import ConfigurationError
 
 TESTED_MEGATRON_CORE = "0.19.2"
@@ -85,11 +85,5 @@ def describe_single_process() -> None:
         WORLD_SIZE="1",
         LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
+        MASTER_PORT=str(free_port()),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -17,7 +17,7 @@ from typing import Any
 from megatron.training import get_args
 
 from megatron_dion.checkpointing.folders import Choice
-from megatron_dion.diagnostics.records import Snapshot
+from megatron_dion.optimizer.diagnostics import Snapshot
 from megatron_dion.planning.loads import describe, loads
 from megatron_dion.sharding import Planner
 from megatron_dion.training import checkpoints, environment, patches, validation
@@ -171,6 +171,10 @@ class Join:
         args = get_args()
         if "RANK" not in os.environ and args.world_size == 1:
             environment.describe_single_process()
+        if not args.enable_msc:
+            _make_folder("--save", args.save)
+        if args.rank in (0, args.world_size - 1):
+            _make_folder("--run-dir", args.run_dir)
         if args.rank == 0:
             _announce(args)
         hook = _composed(_model_hooks(args))
@@ -235,6 +239,20 @@ def validate_as_megatron(
         validation.keep_distributed_optimizer(args)
     validation.keep_masters_of_fp8_weights(args)
     return args
+
+
+def _make_folder(flag: str, folder: str | None) -> None:
+    """Here, and not when the first checkpoint is due: that would cost the training before it."""
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{flag} {folder} cannot be made: {error.strerror}: give another folder"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(f"{flag} {folder} cannot be written to: give another folder")
 
 
 def _announce(args: argparse.Namespace) -> None:

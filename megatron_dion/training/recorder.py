@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.diagnostics.records import Snapshot, to_record
-from megatron_dion.diagnostics.stopwatch import Stopwatch
+from megatron_dion.optimizer.diagnostics import Snapshot, to_record
+from megatron_dion.optimizer.stopwatch import Stopwatch
 from megatron_dion.training import patches
 from megatron_dion.training.progress import (
     describe_validation,
@@ -181,6 +181,7 @@ class Recorder:
         MetricsFile(run_dir / "starts.jsonl", iterations_done - 1).append(
             {
                 "iteration": iterations_done,
+                "tokens": self._tokens_before_step,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 **self._facts.sizes,
                 "unigram_entropy": self._facts.unigram_entropy,

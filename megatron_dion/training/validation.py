@@ -368,6 +368,11 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
         raise ConfigurationError(
             "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out"
         )
+    if args.save is not None and args.save_interval is None:
+        raise ConfigurationError(
+            f"--save {args.save} needs --save-interval: give the iterations from one checkpoint to "
+            "the next"
+        )
     if args.enable_msc and args.ckpt_format == "torch_dist":
         raise ConfigurationError(
             "--enable-msc does not go with checkpoints that are renamed when they are complete: "

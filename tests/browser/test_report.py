@@ -125,6 +125,22 @@ def test_nothing_is_wider_than_the_screen(tab: Tab, page: Path, width: int) -> N
     assert max(ends) <= width
 
 
+def test_no_table_is_cut_on_a_laptop(tab: Tab, page: Path) -> None:
+    tab.open(page, LAPTOP)
+    tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    cut = (
+        "[...document.querySelectorAll('.scrolling')].filter((s) => s.scrollWidth > s.clientWidth)"
+    )
+    assert tab.evaluate(f"{cut}.length") == 0
+    lines = """[...document.querySelectorAll('.heat thead th')].flatMap((t) => [...t.childNodes])
+        .filter((part) => part.nodeType === Node.TEXT_NODE).map((part) => {
+            const range = document.createRange();
+            range.selectNode(part);
+            return range.getClientRects().length;
+        })"""
+    assert set(tab.evaluate(lines)) == {1}  # a heading breaks between the parts of a name only
+
+
 def test_heat_map_is_shaded(tab: Tab, page: Path) -> None:
     tab.open(page, LAPTOP)
     shades = tab.evaluate(

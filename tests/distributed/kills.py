@@ -28,7 +28,8 @@ import torch
 
 from megatron_dion.checkpointing import folders
 from megatron_dion.local.preload import start_queues_by
-from megatron_dion.local.world import end, environment_of, free_port
+from megatron_dion.local.world import end, environment_of
+from megatron_dion.ports import free_port
 from tests.distributed.nursery import (
     DION,
     MODEL,

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.diagnostics.records import FIGURES, MatrixDiagnostics, read_diagnostics
 from megatron_dion.local.world import gloo_world
+from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
 from megatron_dion.training.run_directory import read_metrics
 from tests.dense_diagnostics import DenseDiagnostics, step_and_measure
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train

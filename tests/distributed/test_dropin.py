@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.hashes import MANIFEST
+from megatron_dion.optimizer.diagnostics import read_diagnostics
+from megatron_dion.training.run_directory import read_metrics
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 
 SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
@@ -62,13 +64,22 @@ def complaint(ended: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+def captured(run_dir: Path) -> list[tuple[int, dict[str, float | None]]]:
+    """Of each measured iteration what its diagnostics say that matrices captured."""
+    snapshots = read_diagnostics(read_metrics(run_dir / "metrics.jsonl"))
+    return [(s.iteration, {m.name: m.captured for m in s.matrices}) for s in snapshots]
+
+
 @pytest.mark.parametrize("model_by", ["config", "provider"])
 def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_by: str) -> None:
     own, foreign = tmp_path / "own", tmp_path / "foreign"
-    nursery.pretrain(RANKS, *RUN, *DION, "--run-dir", str(own))
-    flags = [*FLAGS, *RUN, *DION, "--model-by", model_by, "--run-dir", str(foreign)]
+    measured = [*RUN, *DION, "--dion-log-interval", "2"]
+    nursery.pretrain(RANKS, *measured, "--run-dir", str(own))
+    flags = [*FLAGS, *measured, "--model-by", model_by, "--run-dir", str(foreign)]
     nursery.run(RANKS, run_script, flags)
     assert losses(foreign) == losses(own)
+    assert [iteration for iteration, _ in captured(foreign)] == [2, 4]
+    assert captured(foreign) == captured(own)
     assert {path.name for path in foreign.iterdir()} == {path.name for path in own.iterdir()}
     assert (foreign / "routing.tsv").read_text() == (own / "routing.tsv").read_text()
     config = json.loads((foreign / "config.json").read_text())
@@ -183,7 +194,7 @@ def refusal(flags: Sequence[str]) -> str:
         ("--optimizer dion", "add --use-distributed-optimizer"),
         ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with"),
         ("--optimizer adam --no-checkpoint-hashes", "--no-checkpoint-hashes has no effect with"),
-        ("--dion-rnk-fraction 1", "unrecognized arguments: --dion-rnk-fraction 1"),
+        ("--dion-rnk-fraction 1", "--dion-rnk-fraction 1: did you mean --dion-rank-fraction?"),
         ("--optimizer dion --use-distributed-optimizer --use-mup", "--use-mup"),
         ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
     ],

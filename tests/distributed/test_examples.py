@@ -16,7 +16,11 @@ def output_of(script: Path, flags: list[str]) -> str:
     """On a rank: what a program says."""
     sys.argv = [str(script), *flags]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        runpy.run_path(str(script), run_name="__main__")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
     return said.getvalue()
 
 
@@ -36,6 +40,13 @@ def test_core_loop_learns_and_goes_on_elsewhere(nursery: Nursery, tmp_path: Path
     differences = [abs(a - b) for a, b in zip([*first, *then], whole[:16], strict=True)]
     assert max(differences) < 2e-5
     assert whole[-1] < whole[0] - 0.5
+
+
+def test_core_loop_help_has_its_commands_on_lines(nursery: Nursery) -> None:
+    [said] = nursery.run(1, output_of, CORE_LOOP, ["--help"])
+    commands = re.findall("^torchrun .*", CORE_LOOP.read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert set(commands) <= set(said.splitlines())
 
 
 def test_core_loop_leaves_megatron_training_alone() -> None:

@@ -381,9 +381,8 @@ def test_own_checkpoint_wins_over_a_pretrained_one(
     assert "iteration 8, the newest complete checkpoint, is taken" in said
     assert f"successfully loaded checkpoint from {folder}" in said
     assert "at iteration 8\n" in said
-    assert [entry["iteration"] for entry in read_metrics(folder / "run")] == list(range(1, 10))
+    training = read_metrics(folder / "run")
+    assert [entry["iteration"] for entry in training] == list(range(1, 10))
     starts = map(json.loads, (folder / "run" / "starts.jsonl").read_text().splitlines())
-    assert [(start["iteration"], start["data_parallel_size"]) for start in starts] == [
-        (0, 2),
-        (8, 2),
-    ]
+    facts = [(start["iteration"], start["tokens"], start["data_parallel_size"]) for start in starts]
+    assert facts == [(0, 0, 2), (8, training[7]["tokens"], 2)]

@@ -549,6 +549,14 @@ def test_half_precision_of_states_and_exchange(
     compare(results, reference(TRANSFORMER, config), tolerance, states=False)
 
 
+@pytest.mark.parametrize("world", [World(2, 1), World(1, 2), World(2, 2)], ids=name_of)
+def test_products_with_bf16_operands(world: World) -> None:
+    """Copies of elements and of rows of Q are bitwise equal all the same."""
+    config = DionConfig(rank_fraction=0.3, fp32_matmul_prec="medium")
+    results = run(world, TRANSFORMER, config, 5000)
+    compare(results, reference(TRANSFORMER, config), tolerance=8e-3, states=False)
+
+
 def test_state_is_as_large_as_the_design_says() -> None:
     """(m n + m r) / (TP DP) numbers a rank, nothing twice, where no row is cut."""
     shapes = (Shape("column", 32, 64, 0), Shape("row", 64, 32, 1))

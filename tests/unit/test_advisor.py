@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from megatron_dion import Dion
 from megatron_dion.cli import parse
 from megatron_dion.diagnostics.advisor import Need, advise, describe, need_of, read_run
-from megatron_dion.diagnostics.records import (
+from megatron_dion.optimizer.diagnostics import (
     ENERGY_LEVELS,
     MatrixDiagnostics,
     Snapshot,

@@ -98,6 +98,7 @@ def test_warnings_about_the_run_are_not_hidden() -> None:
         ((1, 1, 1, 1, 1, 1), "1 process on CPU (torch.cuda is emulated)"),
         ((4, 2, 1, 1, 1, 2), "4 processes on CPU (torch.cuda is emulated): TP2 x DP2"),
         ((8, 1, 2, 2, 1, 2), "8 processes on CPU (torch.cuda is emulated): PP2 x CP2 x DP2"),
+        ((4, 1, 1, 1, 2, 4), "4 processes on CPU (torch.cuda is emulated): DP4, experts over 2"),
     ],
 )
 def test_processes_are_described(sizes: tuple[int, ...], line: str) -> None:
@@ -242,7 +243,6 @@ def complaint_of(*argv: str) -> str:
     ("argv", "message"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--dion-rank-fracton", "1"], "--dion-rank-fracton 1: did you mean --dion-rank-fraction?"),
         (["--dion-scale-mode", "big"], "--dion-scale-mode: invalid choice: 'big'"),
         (["--dion-rank-fraction", "x"], "--dion-rank-fraction: invalid float value: 'x'"),
         (["--optimizer", "adamant"], "--optimizer: invalid choice: 'adamant'"),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dion import Dion
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.diagnostics.records import (
+from megatron_dion.optimizer.diagnostics import (
     MatrixDiagnostics,
     Snapshot,
     Spread,

@@ -142,6 +142,6 @@ def test_command_line_refuses_another_archive(tmp_path: Path, archive: Path) -> 
     finished = subprocess.run(
         [*command, "--archive", str(archive)], capture_output=True, text=True, check=False
     )
-    assert finished.returncode == 1
-    assert finished.stderr.startswith("megatron-dion data: error: ")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: ")
     assert finished.stderr.count("\n") == 1

@@ -31,8 +31,7 @@ def exit_of_tool(argv: list[str]) -> tuple[int, str]:
         try:
             cli.main(["inspect", *argv])
         except SystemExit as end:
-            if end.code:
-                return 1, f"{said.getvalue()}{end.code}"
+            return int(end.code or 0), said.getvalue()
     return 0, said.getvalue()
 
 
@@ -94,11 +93,11 @@ def test_of_adam(nursery: Nursery, folders: tuple[Path, Path]) -> None:
 
 def test_nothing_there(nursery: Nursery, tmp_path: Path) -> None:
     code, said = inspect(nursery, tmp_path)
-    assert code == 1
-    assert f"megatron-dion inspect: error: {tmp_path} holds no checkpoint" in said
+    assert code == 2
+    assert f"error: {tmp_path} holds no checkpoint" in said
 
 
 def test_other_step(nursery: Nursery, folders: tuple[Path, Path]) -> None:
     code, said = inspect(nursery, folders[0], "--ckpt-step", "7")
-    assert code == 1
+    assert code == 2
     assert "iter_0000007 is not there: choose another with --ckpt-step (complete: 2)" in said

@@ -107,6 +107,6 @@ def test_a_dry_run_prints_what_would_be_submitted(tmp_path: Path) -> None:
     assert last[-2:] == [str(launch.SCRIPT), str(tmp_path / "recipe.args")]
     assert list(tmp_path.iterdir()) == []
     refused = subprocess.run([*command, "--", "--bogus"], capture_output=True, text=True)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert refused.stdout == ""
-    assert "megatron-dion launch: error: unrecognized arguments: --bogus" in refused.stderr
+    assert "error: unrecognized arguments: --bogus" in refused.stderr

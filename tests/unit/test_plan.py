@@ -25,6 +25,7 @@ from megatron_dion.sharding import (
     Rank,
     Rectangle,
     Weight,
+    balance,
 )
 from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.blocks import rectangles
@@ -566,6 +567,21 @@ def test_a_rank_that_is_busy_is_spared() -> None:
         in_one_bucket(weights, grid), grid, DionConfig(orthonormalizer="qr"), [[0], [1]]
     )
     assert planner.charges[0][0].rank != planner.charges[1][0].rank
+
+
+def test_what_is_taken_off_a_burden_is_what_was_added() -> None:
+    """Also where tensor-parallel ranks' shares of what they send are no whole numbers."""
+    grid = Grid(2, 1)
+    weights = [Weight("w", 5, 3, 1, 2)]
+    planner = Planner(in_one_bucket(weights, grid), grid, DionConfig(rank_fraction=1))
+    assert [charge.stop - charge.start for charge in planner.charges[0]] == [3, 3]
+    assert not planner.owners
+    burden = balance._Burden()
+    for sign in (1, -1):
+        division = balance.Division(planner.charges, planner.owners)
+        balance._add(burden, planner.layout, division, 0, sign)
+    assert set(burden._of) == {"operations", "summed", "sent"}
+    assert not any(amount for found in burden._of.values() for amount in found.values())
 
 
 def test_charges_are_balanced() -> None:

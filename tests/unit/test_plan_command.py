@@ -55,20 +55,138 @@ def test_json_of_two_bucket_sizes_and_a_plot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["8B", "--tp", "3"], ["heads 32", "tensor_parallel_size 3"]),
-        (["8B", "--pp", "5"], ["layers 32", "pipeline_parallel_size 5"]),
-        (["8B", "--dp", "6", "--instances", "4"], ["--instances 4", "--dp 6"]),
-        (["8B", "--ep", "2"], ["--ep 2", "0 experts"]),
-        (["8B", "--global-batch-size", "9"], ["--global-batch-size 9", "take 16"]),
+        (["8B", "--tp", "3"], ["--tp 3", "32 attention heads", "take 2 or 4"]),
+        (["8B", "--pp", "5"], ["--pp 5", "32 layers", "take 4 or 8"]),
+        (["8B", "--dp", "6", "--instances", "4"], ["--instances 4", "--dp 6", "take 3 or 6"]),
+        (["8B", "--ep", "2"], ["--ep 2", "no experts", "take 1"]),
+        (["16B-MoE", "--dp", "12", "--ep", "8"], ["--ep 8", "--dp 12", "take 6 or 12"]),
+        (["16B-MoE", "--dp", "12", "--ep", "12"], ["--ep 12", "64 experts", "take 8 or 16"]),
+        (["8B", "--instances", "2"], ["--instances 2", "muon out of --optimizer"]),
+        (["8B", "--dp", "8", "--global-batch-size", "9"], ["--global-batch-size 9", "take 16"]),
         (["9B"], ["MODEL 9B", "8B"]),
         (["8B", "--hardware", "a100"], ["--hardware a100", "h100"]),
         (["8B", "--optimizer", "dion:x"], ["--optimizer dion:x", "dion:1/4"]),
+        (["8B", "--optimizer", "dion:2"], ["--optimizer dion:2", "(0, 1]", "dion:FRACTION"]),
+        (["8B", "--optimizer", "dion:1/0"], ["--optimizer dion:1/0", "(0, 1]"]),
+        (["8B", "--optimizer", "sgd"], ["--optimizer sgd", "adam", "dion:FRACTION"]),
+        (["8B", "--search", "8", "--json"], ["--json", "--search", "leave it out"]),
     ],
 )
 def test_mistakes_name_the_flag_and_the_value(arguments: list[str], words: list[str]) -> None:
     with pytest.raises(ToolError) as error:
         call(["plan", *arguments])
-    assert all(word in str(error.value) for word in words)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num-layers two", ["--num-layers", "two is no whole number"]),
+        ("--num-layers", ["--num-layers", "expected one argument"]),
+        ("--hidden-size 8", ["--num-layers, --num-attention-heads"]),
+        ("--num-layers 'two", ["quotation"]),
+        ("--micro-batch-size 0", ["--micro-batch-size", "0 is no whole number of 1 or more"]),
+        (
+            "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --num-experts 2"
+            " --moe-layer-freq every",
+            ["--moe-layer-freq every", "([0]*1+[1]*27)"],
+        ),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path: Path, flags: str, words: list[str]) -> None:
+    file = tmp_path / "model.args"
+    file.write_text(flags)
+    with pytest.raises(ToolError) as error:
+        call(["plan", str(file)])
+    assert all(word in str(error.value) for word in (f"MODEL {file}", *words)), error.value
+
+
+@pytest.mark.parametrize("rates", ["half: [", "fast", "half: fast", "half: 1"])
+def test_mistakes_in_a_file_of_rates_name_it(tmp_path: Path, rates: str) -> None:
+    file = tmp_path / "machine.yaml"
+    file.write_text(rates)
+    with pytest.raises(ToolError, match=f"--hardware {file}: "):
+        call(["plan", "8B", "--hardware", str(file)])
+
+
+@pytest.mark.parametrize(
+    "words", ["--tp 0", "--memory -1", "--micro-batch-size x", "--bucket-size -1"]
+)
+def test_sizes_are_positive(words: str) -> None:
+    with pytest.raises(ToolError, match=f"argument {words.split()[0]}: "):
+        call(["plan", "8B", *words.split()])
+
+
+def test_a_mistake_is_one_line_with_exit_code_2() -> None:
+    done = plan("8B", "--optimizer", "dion:2")
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: --optimizer dion:2: ")
+
+
+FLAGS = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --seq-length 4 --vocab-size 16"
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    call(["plan", *arguments, "--optimizer", "adam"])
+    return capsys.readouterr().out
+
+
+def test_batch_and_type_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.args"
+    file.write_text(f"{FLAGS} --micro-batch-size 3 --global-batch-size 12 --fp16")
+    said = planned(capsys, str(file))
+    assert "DP4, 1 micro batch of 3 x 4 tokens" in said  # at 8 the batch could not be divided
+    taken = "--micro-batch-size 3, --global-batch-size 12, --dtype fp16."
+    assert f"From {file}: {taken}" in said
+    said = planned(capsys, str(file), "--dp", "2", "--micro-batch-size", "1", "--dtype", "bf16")
+    assert "DP2, 6 micro batches of 1 x 4 tokens" in said
+    assert f"From {file}: --global-batch-size 12." in said
+
+
+def test_weights_of_a_file_are_fp32_unless_it_says_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for flag in ("", "--bf16", "--fp16"):
+        file = tmp_path / "model.args"
+        file.write_text(f"{FLAGS} {flag}")
+        [rank] = json.loads(planned(capsys, str(file), "--json"))
+        found[flag] = rank["memory"]["weights"]["busiest"]
+        slower = rank["iteration_seconds"]
+        found[f"seconds {flag}"] = slower
+    assert found[""] == 2 * found["--bf16"] == 2 * found["--fp16"]
+    assert found["seconds "] > found["seconds --bf16"]  # products in float32
+
+
+def test_a_file_without_a_vocabulary_says_what_is_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = planned(capsys, "examples/quick_start.args")
+    assert "no --vocab-size: the embedding and the output layer are left out" in said
+
+
+def test_units_fit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.args"
+    file.write_text(FLAGS)
+    small, large = planned(capsys, str(file)), planned(capsys, "8B")
+    for words in ("1.89 K parameters", "with most, KiB", "sends most, kB", "step us"):
+        assert words in small
+    for words in ("8.03 B parameters", "with most, GiB", "sends most, GB", "step ms"):
+        assert words in large
+    assert "masters" not in small  # the weights are fp32: none has any
+    assert "masters" in large
+
+
+def test_every_option_tells_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(["plan", "--help"])
+    options = capsys.readouterr().out.partition("\nranks:")[2].split("\n  --")[1:]
+    assert len(options) > 15
+    silent = [
+        option for option in options if not option.partition("\n\n")[0].rstrip().endswith(")")
+    ]
+    assert not silent
 
 
 def test_shapes_of_flags() -> None:

@@ -1,24 +1,37 @@
 """Planned operations are those that steps make, counted where torch dispatches them."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dion import Dion, DionConfig
+from megatron_dion.algorithm import PRECISIONS
 from megatron_dion.algorithm.orthonormalize import (
     factor,
     orthonormalize,
     orthonormalize_part,
     summed_rows,
 )
-from megatron_dion.planning.compute import dion_operations, newton_schulz, orthonormalization
-from megatron_dion.planning.stage import DionPart
-from megatron_dion.planning.topology import Group
+from megatron_dion.algorithm.products import products_in
+from megatron_dion.planning.compute import (
+    dion_operations,
+    newton_schulz,
+    optimizer_work,
+    orthonormalization,
+)
+from megatron_dion.planning.memory import memory
+from megatron_dion.planning.models import GptShape
+from megatron_dion.planning.rounding import copied_bytes
+from megatron_dion.planning.stage import DionPart, Optimizer, Run, Stage
+from megatron_dion.planning.topology import Group, Topology
 from megatron_dion.sharding import Grid, Placement, Planner, Weight
 
 SHAPES = ((40, 24), (24, 40), (16, 16))
@@ -161,3 +174,68 @@ def test_muons_iterations(shape: tuple[int, int]) -> None:
     with CountedOperations() as counted:
         muon.newton_schulz(torch.randn(shape), steps=5)
     assert counted.found["products"] == newton_schulz(*shape, 5)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes at a time of tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[list[weakref.ref[Tensor]], int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self._made = {k: v for k, v in self._made.items() if any(ref() is not None for ref in v[0])}
+        storage = result.untyped_storage()
+        if storage._cdata in self._made:
+            self._made[storage._cdata][0].append(weakref.ref(result))
+        elif storage._cdata not in given:
+            self._made[storage._cdata] = [weakref.ref(result)], storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._made.values()))
+        return result
+
+
+@pytest.mark.parametrize("stack", [(1, 5, 70), (3, 40, 6)])
+@pytest.mark.parametrize("rank", [2, 5])
+def test_copies_of_products_in_bf16(stack: tuple[int, int, int], rank: int) -> None:
+    """Of a block of few rows, and of one of many, where the rounded factor is what counts."""
+    count, rows, columns = stack
+    total, right, left = (torch.randn(s) for s in (stack, (count, rows, rank), (columns, rank)))
+    with products_in("medium") as products:
+        peaks = []
+        for multiply in (
+            lambda: products.add_left(left, total, right),
+            lambda: products.set_right(right, total, left),
+            lambda: products.add_outer(total, right, left, beta=1, alpha=2),
+        ):
+            with Allocated() as allocated:
+                multiply()
+            peaks.append(allocated.peak)
+    assert max(peaks) == copied_bytes(
+        np.array(total.numel()), np.array(count * rows), columns, rank
+    )
+
+
+def test_only_medium_copies_and_passes_more() -> None:
+    shape = GptShape(2, 64, 128, 4, 4)
+    run = Run(shape, Topology(tp=2, dp=2), Optimizer("dion"))
+    stages = {
+        precision: Stage(
+            replace(run, optimizer=Optimizer("dion", DionConfig(fp32_matmul_prec=precision))), 0
+        )
+        for precision in PRECISIONS
+    }
+    kept = {precision: memory(stage)["bf16 copies"] for precision, stage in stages.items()}
+    assert not kept["highest"].any()
+    assert not kept["high"].any()
+    assert kept["medium"].shape == (2, 2)
+    assert (kept["medium"] > 0).all()
+    largest = 64 * 64, 64, 64, 16  # a tensor rank's gate, up, query, or half of the last weight
+    assert kept["medium"].max() == copied_bytes(*map(np.array, largest[:2]), *largest[2:])
+    passes = {precision: optimizer_work(stage).passes for precision, stage in stages.items()}
+    assert (passes["high"] == passes["highest"]).all()
+    assert (passes["medium"] > passes["high"]).all()

@@ -115,17 +115,29 @@ def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden 10 is no multiple of heads 4"):
+    with pytest.raises(
+        ValueError, match="--num-attention-heads 4 does not divide --hidden-size 10: take 2 or 5"
+    ):
         GptShape(1, 10, 8, 4, 2)
-    with pytest.raises(ValueError, match="heads 4 is no multiple of query_groups 3"):
+    with pytest.raises(
+        ValueError, match="--num-query-groups 3 does not divide --num-attention-heads 4"
+    ):
         GptShape(1, 8, 8, 4, 3)
-    with pytest.raises(ValueError, match="heads 8 is no multiple of tensor_parallel_size 3"):
+    with pytest.raises(
+        ValueError, match="--tp 3 does not divide the model's 8 attention heads: take 2 or 4"
+    ):
         TINY.weights([0], 3)
-    with pytest.raises(ValueError, match="ffn 40 is no multiple of tensor_parallel_size 16"):
+    with pytest.raises(
+        ValueError, match="--tp 16 does not divide the model's 40 columns of its feed"
+    ):
         GptShape(1, 32, 40, 16, 16).weights([0], 16)
-    with pytest.raises(ValueError, match="query_groups 6 is no multiple of tensor_parallel_size 4"):
+    with pytest.raises(
+        ValueError, match="--tp 4 does not divide the model's 6 query groups: take 3 or 6"
+    ):
         GptShape(1, 24, 40, 12, 6).weights([0], 4)
-    with pytest.raises(ValueError, match="layers 6 is no multiple of pipeline_parallel_size 4"):
+    with pytest.raises(
+        ValueError, match="--pp 4 does not divide the model's 6 layers: take 3 or 6"
+    ):
         TINY.stage_layers(4, 0)
     with pytest.raises(ValueError, match="stage 2 is none of 2"):
         TINY.stage_layers(2, 2)

@@ -173,6 +173,6 @@ def test_command_line_reports_a_missing_input(tmp_path: Path) -> None:
     command += ["--input", "absent.jsonl", "--output-prefix", "x"]
     command += ["--tokenizer-type", "NullTokenizer"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert finished.returncode == 1
-    expected = "megatron-dion data: error: absent.jsonl: No such file or directory\n"
+    assert finished.returncode == 2
+    expected = "error: absent.jsonl: No such file or directory\n"
     assert finished.stderr == expected

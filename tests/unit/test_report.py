@@ -11,16 +11,20 @@ import pytest
 from megatron_dion.cli import main
 from megatron_dion.report.folder import read_folder
 from megatron_dion.report.page import render
+from megatron_dion.training.progress import human_count
+from megatron_dion.training.run_directory import read_metrics
 from tests.pages import Page
 from tests.run_folders import (
     ITERATIONS,
     LAYERS,
     MATRICES,
     RESUMED_AFTER,
+    TOKENS,
     loss_at,
     metrics,
     routing_of_model,
     train_record,
+    write_lines,
     write_run,
 )
 
@@ -126,7 +130,8 @@ def test_diagnostics_have_advice(complete: Page) -> None:
 def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
     assert ["torch", "2.9.0"] in complete.rows
     assert ["git revision", "not in a git repository"] in complete.rows
-    assert [str(RESUMED_AFTER), "2026-11-24 20:55:02 UTC", "4: TP2 × DP2"] in complete.rows
+    start = [str(RESUMED_AFTER), "2026-11-24 20:55:02 UTC", "4: TP2 × DP2", "80", "164k", "4.10k"]
+    assert start in complete.rows
     names = [row[0] for row in complete.rows]
     start = names.index("argument")
     following = names.index("argument", start + 1)
@@ -240,9 +245,35 @@ def test_single_iteration(tmp_path: Path) -> None:
 
 def test_run_that_went_on_from_another_folder(tmp_path: Path) -> None:
     records = [train_record(i, loss_at(i)) for i in range(RESUMED_AFTER + 1, ITERATIONS + 1)]
-    said = paragraphs(page_of(write_run(tmp_path, records)))
+    page = page_of(write_run(tmp_path, records))
+    said = paragraphs(page)
+    done = ITERATIONS - RESUMED_AFTER
+    assert ("tokens", human_count(TOKENS * done)) in zip(
+        page.texts("dt"), page.texts("dd"), strict=True
+    )
     assert f"The curves begin at iteration {RESUMED_AFTER + 1}" in said
     assert "was resumed" not in said
+
+
+def test_each_start_has_its_own_tokens(tmp_path: Path) -> None:
+    """The second went on from a model that had seen other tokens, on a faster machine."""
+    run_dir = write_run(tmp_path)
+    records = read_metrics(run_dir / "metrics.jsonl")
+    for record in records:
+        if record["kind"] == "train" and record["iteration"] > RESUMED_AFTER:
+            record["tokens"] += 10**9
+            record["iteration_seconds"] /= 2
+    write_lines(run_dir / "metrics.jsonl", records)
+    starts = read_metrics(run_dir / "starts.jsonl")
+    starts[1]["tokens"] += 10**9
+    write_lines(run_dir / "starts.jsonl", starts)
+    page = page_of(run_dir)
+    facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+    assert (facts["tokens"], facts["tokens per second"]) == ("410k", "8.19k")
+    assert [row[3:] for row in page.rows if row[2:3] == ["4: TP2 × DP2"]] == [
+        ["120", "246k", "4.10k"],
+        ["80", "164k", "8.19k"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +338,9 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "said"),
     [
         ("none", "none: no such folder; give what was given to pretrain_gpt.py's --run-dir"),
-        ("empty", "empty: no config.json in it, which pretrain_gpt.py writes first"),
+        ("empty", "empty: no config.json, so no run has started in it: what pretrain_gpt.py"),
+        ("refused", "refused/train.log says why: --lr is odd"),
+        ("killed", "killed/train.log says why"),
         ("runs", "runs: no config.json in it, but 1 folders with one: "),
         ("bad-config", "config.json is damaged"),
         ("bad-metrics", "metrics.jsonl is damaged"),
@@ -320,6 +353,12 @@ def test_what_is_no_run_ends_with_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    for refused, log in (
+        ("refused", "noise\nerror: --lr is odd\nerror: too\n"),
+        ("killed", "noise"),
+    ):
+        (tmp_path / refused).mkdir()
+        (tmp_path / refused / "train.log").write_text(log)
     write_run(tmp_path / "runs" / "one")
     write_run(tmp_path / "bad-config")
     (tmp_path / "bad-config" / "config.json").write_text('{"arguments": []}')

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dion.diagnostics.stopwatch import Stopwatch
+from megatron_dion.optimizer.stopwatch import Stopwatch
 from megatron_dion.training.progress import human_count, human_duration, progress_line
 from megatron_dion.training.run_directory import (
     MetricsFile,

@@ -91,6 +91,6 @@ def test_command_line_reports_a_missing_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_dion", "data", "tokenizer"]
     command += ["--input", "absent.jsonl", "--output-prefix", "x"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert finished.returncode == 1
-    expected = "megatron-dion data: error: absent.jsonl: No such file or directory\n"
+    assert finished.returncode == 2
+    expected = "error: absent.jsonl: No such file or directory\n"
     assert finished.stderr == expected

@@ -21,6 +21,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
     values: dict[str, Any] = {
         **DION_DEFAULTS,
         "seed": 1234,
+        "save_interval": None,
         "rank": 0,
         "optimizer": "dion",
         "use_distributed_optimizer": True,
@@ -403,6 +404,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     message = complain(validation.check_packages, arguments(optimizer="muon"))
     assert message.endswith("pip install emerging-optimizers")
     validation.check_packages(arguments())
+
+
+def test_save_needs_an_interval() -> None:
+    args = arguments(save="somewhere")
+    message = complain(validation.check_checkpoint_flags, args)
+    assert message.startswith("--save somewhere needs --save-interval: ")
+    validation.check_checkpoint_flags(arguments(save="somewhere", save_interval=5))
 
 
 def test_tokenizer_needs_a_type_and_a_model(tmp_path: Path) -> None:

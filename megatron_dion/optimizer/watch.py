@@ -23,9 +23,9 @@ from megatron_dion.algorithm.right_factor import (
     to_orthonormal_columns,
     to_unit_columns,
 )
-from megatron_dion.diagnostics.records import ENERGY_LEVELS, MatrixDiagnostics
-from megatron_dion.diagnostics.stopwatch import Stopwatch
 from megatron_dion.optimizer.binding import StepSet
+from megatron_dion.optimizer.diagnostics import ENERGY_LEVELS, MatrixDiagnostics
+from megatron_dion.optimizer.stopwatch import Stopwatch
 from megatron_dion.sharding import TORCH_DTYPES, Plan
 from megatron_dion.sharding.balance import Charge, work
 from megatron_dion.sharding.reducer import Reducer

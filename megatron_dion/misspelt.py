@@ -1,0 +1,22 @@
+"""What a flag that a parser does not know was probably meant to be."""
+
+import argparse
+import difflib
+from collections.abc import Iterator
+
+
+def with_suggestion(message: str, parser: argparse.ArgumentParser) -> str:
+    """Add to a parser's complaint about unknown arguments which flags are spelt alike."""
+    known = list(_flags(parser))
+    _, _, unknown = message.partition("unrecognized arguments: ")
+    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+    alike = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
+    return f"{message}: did you mean {', '.join(alike)}?" if alike else message
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from _flags(subparser)
