@@ -20,7 +20,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             `ModuleNotFoundError` for an optional package.
     """
     try:
-        code = main()
+        code = _code_of(main)
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
@@ -40,3 +40,11 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
+
+
+def _code_of(main: Callable[[], int | None]) -> int | str | None:
+    """After --help argparse ends the process, and what it wrote is still to be flushed."""
+    try:
+        return main()
+    except SystemExit as end:
+        return end.code

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from megatron_dion.training.errors import ConfigurationError
 from megatron_dion.training.recorder import LOSS_NAME, Recorder, RunFacts, say
 from megatron_dion.training.run_directory import write_config, write_routing
 
-REFUSED = "megatron refuses these arguments"
 _SIZES = (
     "world_size",
     "tensor_model_parallel_size",
@@ -56,6 +55,11 @@ def in_one_line(context: str) -> Iterator[None]:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         message = " ".join(str(error).split()) or line  # many assertions have no message
         raise ConfigurationError(f"{context}: {message}") from error
+
+
+def megatron_in_one_line() -> AbstractContextManager[None]:
+    """As `in_one_line`, around Megatron's checks of the command line."""
+    return in_one_line("megatron refuses these arguments")
 
 
 class Join:
@@ -229,7 +233,7 @@ def validate_as_megatron(
     args: argparse.Namespace, validate: Callable[[], argparse.Namespace]
 ) -> argparse.Namespace:
     """Megatron's validation of a run that we care for, with its mistakes in one line."""
-    with in_one_line(REFUSED):
+    with megatron_in_one_line():
         args = validate()
     if args.optimizer == "dion":
         validation.keep_distributed_optimizer(args)

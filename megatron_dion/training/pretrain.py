@@ -16,7 +16,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron_dion.training import validation
 from megatron_dion.training.arguments import extra_args_provider
 from megatron_dion.training.data import datasets_provider, forward_step
-from megatron_dion.training.join import REFUSED, Join, in_one_line, validate_as_megatron
+from megatron_dion.training.join import Join, megatron_in_one_line, validate_as_megatron
 
 
 def pretrain_gpt(argv: Sequence[str], device: str) -> None:
@@ -32,10 +32,10 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     Join(device, script_is_ours=True).install()
     # From here on as any script of Megatron-LM; names are looked up late, for what is patched.
     with _command_line(argv):
-        with in_one_line(REFUSED):
+        with megatron_in_one_line():
             args = arguments.parse_and_validate_args()
         validation.check_token_ids(args, get_tokenizer().vocab_size)
-        with in_one_line(REFUSED):
+        with megatron_in_one_line():
             model = gpt_config_from_args(args)
         config = pretrain_cfg_container_from_args(args, model)
         training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
@@ -63,7 +63,7 @@ def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
     args = validate_as_megatron(args, lambda: _validated(args))
     # As a rule the vocabulary's size is the tokenizer's, which is a file.
     args.vocab_size = args.vocab_size or 1
-    with in_one_line(REFUSED):
+    with megatron_in_one_line():
         gpt_config_from_args(args)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.training import arguments
-from tests.documentation.messages import raised_messages
+from tests.documentation.messages import ANYTHING, OTHER_ERRORS, raised_messages
 from tests.documentation.pages import DOCS, PAGES, links_of
 from tests.project import ROOT
 
-OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError")
+OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError", *OTHER_ERRORS)
+# Letters in a row by which an entry can be searched for.
+LETTERS_TO_FIND = 10
 
 
 def test_flags_and_defaults_are_those_of_the_parser() -> None:
@@ -59,6 +61,18 @@ def explained() -> set[str]:
     """The messages that the page about them has an entry for."""
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     return set(re.findall(r"^\*\*`(.+)`\*\*", page, re.M))
+
+
+def test_every_entry_has_words_to_search_for() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^\*\*`.+", page, re.M)
+    assert not [heading for heading in headings if not can_be_found(heading)]
+
+
+def can_be_found(heading: str) -> bool:
+    """Whether words that never change stand in it, in the pattern or quoted after it."""
+    parts = [part for quoted in re.findall("`(.+?)`", heading) for part in quoted.split(ANYTHING)]
+    return max(map(len, parts)) >= LETTERS_TO_FIND
 
 
 def says_something(message: str) -> bool:

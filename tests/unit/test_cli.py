@@ -1,5 +1,6 @@
 """The table of subcommands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,10 +114,14 @@ def test_mistakes_of_the_command_line_are_one_line(words: str, said: str) -> Non
     assert said in line
 
 
-def test_reader_that_ends_first_is_no_error() -> None:
-    code = "from megatron_dion.commands import errors; errors.run_tool(lambda: print('x' * 10**6))"
+@pytest.mark.parametrize("main", ["print('x' * 10**6)", "[print('help'), exit(0)]"])
+def test_reader_that_ends_first_is_no_error(main: str) -> None:
+    code = f"from megatron_dion.commands import errors; errors.run_tool(lambda: {main})"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
