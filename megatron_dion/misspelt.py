@@ -10,7 +10,8 @@ def with_suggestion(message: str, parser: argparse.ArgumentParser) -> str:
     known = list(_flags(parser))
     _, _, unknown = message.partition("unrecognized arguments: ")
     flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
-    alike = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
+    close = (difflib.get_close_matches(flag, known, n=1, cutoff=0.7) for flag in flags)
+    alike = [match for matches in close for match in matches]
     return f"{message}: did you mean {', '.join(alike)}?" if alike else message
 
 
