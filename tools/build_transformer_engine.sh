@@ -48,11 +48,11 @@ install ninja packaging pybind11 setuptools wheel 'nvidia-cudnn-frontend>=1.29' 
     "cuda-toolkit[cccl,crt,nvcc,nvrtc,profiler]==$cuda.*"
 toolkit=$(python -c 'import nvidia; print(nvidia.__path__[0])')/cu${cuda%%.*}
 
-# Nothing is ever computed with the extension here, so that the compiler may skip what takes it
-# three times as long: the last -O is the one that counts.
-compiler="$folder/g++-unoptimized"
-printf '#!/bin/sh\nexec g++ "$@" -O0\n' >"$compiler"
-chmod +x "$compiler"
+export COMPILED_HEADERS="$folder/torch_headers.h"
+printf '#include <%s>\n' torch/extension.h torch/torch.h ATen/cuda/CUDAContext.h \
+    ATen/cuda/CUDAGeneratorImpl.h torch/csrc/distributed/c10d/ProcessGroup.hpp \
+    >"$COMPILED_HEADERS"
+compiler="$here/tools/compile_unoptimized.sh"
 
 echo '3/3 Transformer Engine'
 CC="$compiler" CXX="$compiler" \

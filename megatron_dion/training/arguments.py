@@ -386,11 +386,12 @@ def _set_defaults(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
 
 def _repair_help(parser: argparse.ArgumentParser) -> None:
     """Some of Megatron's help texts have a bare percent sign, on which --help breaks off."""
-    for action in parser._actions:
+    formatter = parser._get_formatter()
+    for action in (action for action in parser._actions if "%" in (action.help or "")):
         try:
-            parser._get_formatter()._expand_help(action)
+            formatter._expand_help(action)
         except (ValueError, TypeError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _split(text: str) -> list[str]:
