@@ -52,11 +52,8 @@ MARKS = {
     "gpu": "Needs a GPU; not run by the tests.",
     "container": "Needs a container engine; not run by the tests.",
     "cluster": "Needs a cluster; not run by the tests.",
-    "long": "Takes long; not run by the tests.",
     "ci": "Continuous integration itself.",
-    "excerpt": "Part of a file.",
-    "tested": "Run by a test of its own.",
-    "install": "Installs or changes software; not run by the tests.",
+    "tested": "Run by a test of its own, smaller where it takes long.",
 }
 
 # Pages that live beside what they describe.

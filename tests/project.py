@@ -1,6 +1,8 @@
-"""The project as a tree of files, for tests that let others write into it."""
+"""The project as a tree of files, and a Python beside it, for tests that write into them."""
 
 import shutil
+import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -17,3 +19,18 @@ def copy_project(folder: Path) -> None:
         return caches | (_MADE if Path(path) == ROOT else set())
 
     shutil.copytree(ROOT, folder, ignore=left_out)
+
+
+def link_packages(folder: Path, without: Collection[str] = ()) -> None:
+    """Fills a new folder with links to what is installed here, but for the project itself.
+
+    Args:
+        folder: for the path of another Python.
+        without: names of packages that it shall lack.
+    """
+    folder.mkdir()
+    left_out = {"megatron_dion", "distutils-precedence.pth", *without}
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        name = path.name.removesuffix(".dist-info").partition("-")[0]
+        if name not in left_out and not path.name.startswith("__editable__"):
+            (folder / path.name).symlink_to(path)

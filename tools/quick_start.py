@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,18 +20,22 @@ from typing import TextIO
 
 from megatron_dion.commands.data.prepared import Data, data_flags, prepare
 from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion.error_line import PREFIX
 from megatron_dion.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "examples" / "quick_start.args"
 
 PROGRESS_MARK = "[dion] "
-ERROR_MARK = "error: "
 # Where the long report begins that torchrun ends with; it says only that a process failed,
 LAUNCHER_MARK = "torch/distributed/elastic"
 # and ends with the exit code of the one that failed first.
 EXIT_CODE = re.compile(r"^  exitcode  : (-?\d+) ", re.MULTILINE)
 LOG_LINES_SHOWN = 30
+# With this a run ends that did not begin; what was wrong is told in one line.
+REFUSED = 2
+# Only the end is saved, unless training takes longer than it does here.
+SAVE_INTERVAL = 300
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def training_command(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(layout.processes), str(ROOT / "pretrain_gpt.py")]
     paths = [*data_flags(data), "--run-dir", str(run_dir)]
+    paths += ["--save", str(run_dir / "checkpoints"), "--save-interval", str(SAVE_INTERVAL)]
     spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
     if layout.sequence_parallel:
         spread.append("--sequence-parallel")
@@ -79,6 +85,10 @@ def train(command: Sequence[str], log: Path) -> None:
     """Run the training, its whole output in `log` and its progress lines on the terminal.
 
     If it fails, show why and exit with its status.
+
+    Args:
+        command: trains.
+        log: in a folder of its own, which a run that was refused does not leave behind.
     """
     with (
         log.open("w", encoding="utf-8") as file,
@@ -102,9 +112,12 @@ def train(command: Sequence[str], log: Path) -> None:
             raise
     if child.returncode != 0:
         text = log.read_text(encoding="utf-8")
-        status = status_of(text, child.returncode)
-        print(f"training ended with status {status}; the whole log is {log}", file=sys.stderr)
-        print(explanation(text), file=sys.stderr)
+        status, errors = status_of(text, child.returncode), errors_in(text)
+        if status == REFUSED and errors and not (log.parent / "metrics.jsonl").exists():
+            shutil.rmtree(log.parent)
+        else:
+            print(f"training ended with status {status}; the whole log is {log}", file=sys.stderr)
+        print("\n".join(errors or last_lines(text)), file=sys.stderr)
         sys.exit(status)
 
 
@@ -117,12 +130,16 @@ def relay(output: Iterable[str], log: TextIO) -> None:
             print(line.removeprefix(PROGRESS_MARK), end="", flush=True)
 
 
-def explanation(log: str) -> str:
-    """Return the errors that the training named or, if it named none, its last lines."""
+def errors_in(log: str) -> list[str]:
+    """Return the lines with errors that the training named, each once."""
+    return list(dict.fromkeys(line for line in log.splitlines() if line.startswith(PREFIX)))
+
+
+def last_lines(log: str) -> list[str]:
+    """Return the end of what the training said, before torchrun's report."""
     lines = log.splitlines()
-    errors = list(dict.fromkeys(line for line in lines if line.startswith(ERROR_MARK)))
     report = (number for number, line in enumerate(lines) if LAUNCHER_MARK in line)
-    return "\n".join(errors or lines[: next(report, len(lines))][-LOG_LINES_SHOWN:])
+    return lines[: next(report, len(lines))][-LOG_LINES_SHOWN:]
 
 
 def status_of(log: str, launcher_status: int) -> int:
@@ -135,6 +152,20 @@ def report_command(run_dir: Path) -> str:
     """Return the command that makes a page of the run, as it can be typed here."""
     program = Path(sys.executable).with_name("megatron-dion")
     return shlex.join([os.path.relpath(program), "report", os.path.relpath(run_dir)])
+
+
+def resume_command(command: Sequence[str], overrides: Sequence[str]) -> str:
+    """Return the command that goes on from the last checkpoint, for as many iterations again."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--load")
+    parser.add_argument("--train-iters", type=int)
+    parser.add_argument("--override-opt-param-scheduler", action="store_true")
+    _, kept = parser.parse_known_args(overrides)
+    parser.add_argument("--save")
+    trained, _ = parser.parse_known_args(command)
+    flags = [*kept, "--load", os.path.relpath(ROOT / trained.save, ROOT)]
+    flags += ["--train-iters", str(2 * trained.train_iters), "--override-opt-param-scheduler"]
+    return f"make train ARGS={shlex.quote(shlex.join(flags))}"
 
 
 def make_run_dir(runs: Path) -> Path:
@@ -157,8 +188,10 @@ def main() -> None:
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     layout = choose_layout(count_cuda_devices(), has_engine)
     print(f"starting {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
-    train(training_command(data, run_dir, layout, overrides), run_dir / "train.log")
+    command = training_command(data, run_dir, layout, overrides)
+    train(command, run_dir / "train.log")
     print(f"to look at it: {report_command(run_dir)}")
+    print(f"to go on, on other ranks too: {resume_command(command, overrides)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_dion.error_line import tell
+
 _READER_HAS_ENDED = 141  # what a shell says of a program that SIGPIPE has ended
 
 
@@ -38,7 +40,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {reason}", file=sys.stderr)
+    tell(reason)
     sys.exit(2)
 
 

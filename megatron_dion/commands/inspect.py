@@ -6,7 +6,6 @@ norms of weight, momentum and right factor.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.commands.errors import ToolError
 from megatron_dion.commands.terminal import progress_bar, quiet_imports
+from megatron_dion.error_line import tell
 from megatron_dion.optimizer.keys import KINDS
 from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matrices
@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
         if args.verify and not problems:
             problems = _damage(contents)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 1
     if problems:
-        print(f"error: {contents.folder} is NOT whole: {'; '.join(problems)}", file=sys.stderr)
+        tell(f"{contents.folder} is NOT whole: {'; '.join(problems)}")
         return 1
     if args.verify:
         print(f"\n{contents.folder} is whole")

@@ -13,13 +13,13 @@ an extrapolation.
 
 import argparse
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.optimizer.diagnostics import (
     ENERGY_LEVELS,
     MatrixDiagnostics,
@@ -269,15 +269,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the advice; returns the exit code, 2 if there is nothing to read."""
+def run(args: argparse.Namespace) -> None:
+    """Prints the advice."""
     try:
         snapshots = read_run(args.run_dir, args.from_iteration)
         advice = advise(snapshots, args.energy)
         if not advice.matrices:
             raise AdvisorError(f"{args.run_dir}: no matrix had any energy")
     except AdvisorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ToolError(str(error)) from error
     print(describe(advice))
-    return 0

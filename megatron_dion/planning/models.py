@@ -4,8 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron_dion.planning.divisors import check_divides
+from megatron_dion.planning.divisors import check_divides, one_of
 from megatron_dion.sharding import Part, Weight
+
+# Tensor-parallel ranks of more than one node would wait for the network in every layer.
+_MOST_TENSOR_PARALLEL = 8
 
 
 @dataclass(frozen=True)
@@ -201,15 +204,27 @@ class GptShape:
         return found
 
     def _check_tensor_parallel_size(self, size: int) -> None:
-        """Megatron's conditions: a rank has whole heads, and whole query groups or part of one."""
+        for name, number in self._tensor_parallel_shares(size).items():
+            if size < 1 or number % size:
+                fitting = [
+                    other
+                    for other in range(1, _MOST_TENSOR_PARALLEL + 1)
+                    if not any(n % other for n in self._tensor_parallel_shares(other).values())
+                ]
+                raise ValueError(
+                    f"--tp {size} does not divide the model's {number} {name}:"
+                    f" take {one_of(fitting)}"
+                )
+
+    def _tensor_parallel_shares(self, size: int) -> dict[str, int]:
+        """What Megatron divides: a rank has whole heads, and whole query groups or part of one."""
         numbers = {"attention heads": self.heads, "columns of its feed-forward layer": self.ffn}
         if self.experts is not None:
             numbers["columns of an expert"] = self.experts.ffn
             numbers["columns of shared experts"] = self.experts.shared_ffn
         if size % self.query_groups:
             numbers["query groups"] = self.query_groups
-        for name, number in numbers.items():
-            check_divides("--tp", size, number, f"the model's {number} {name}")
+        return numbers
 
     def _embeddings(self, size: int, is_shared: bool) -> Iterator[Parameter]:
         if self.vocab:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.planning.prediction import Prediction
-
-_GIB, _GB = 2.0**30, 1e9
+from megatron_dion.planning.prediction import ACTIVATIONS, Prediction
+from megatron_dion.planning.tables import BINARY, DECIMAL, STEP, fitting_unit
 
 
 def plot(predictions: Mapping[int, Sequence[Prediction]], path: Path, title: str) -> None:
@@ -36,20 +35,23 @@ def plot(predictions: Mapping[int, Sequence[Prediction]], path: Path, title: str
 def _bars(axes: Any, predictions: Sequence[Prediction]) -> None:
     labels = [found.run.optimizer.label for found in predictions]
     kinds = list(predictions[0].memory)
-    step = ("products", "factorizations", "passes", "exchange")
-    _stack(axes[0], labels, kinds, lambda i, kind: predictions[i].memory[kind].busiest / _GIB)
-    axes[0].set_title("memory of the rank with most, GiB")
+    kept, kept_size = fitting_unit(BINARY, (found.bytes_needed for found in predictions))
+    _stack(axes[0], labels, kinds, lambda i, kind: predictions[i].memory[kind].busiest / kept_size)
+    axes[0].set_title(f"memory of the rank with most, {kept}")
     when = [(w, n) for w in ("backward", "forward", "layer", "step") for n in (False, True)]
     names = [f"{w}, {'network' if n else 'NVLink'}" for w, n in when]
+    sent, sent_size = fitting_unit(DECIMAL, (found.sent() for found in predictions))
     _stack(
         axes[1],
         labels,
         names,
-        lambda i, name: predictions[i].sent(*when[names.index(name)]) / _GB,
+        lambda i, name: predictions[i].sent(*when[names.index(name)]) / sent_size,
     )
-    axes[1].set_title("sent in a step, GB")
-    _stack(axes[2], labels, step, lambda i, part: 1e3 * getattr(predictions[i].step, part))
-    axes[2].set_title("optimizer's step, ms (a model)")
+    axes[1].set_title(f"sent in a step, {sent}")
+    parts = ("products", "factorizations", "passes", "exchange")
+    step, short = fitting_unit(STEP, (found.step.total for found in predictions))
+    _stack(axes[2], labels, parts, lambda i, part: getattr(predictions[i].step, part) / short)
+    axes[2].set_title(f"optimizer's step, {step} (a model)")
 
 
 def _stack(
@@ -66,27 +68,29 @@ def _stack(
 
 def _lines(axes: Any, predictions: Mapping[int, Sequence[Prediction]]) -> None:
     """Step time, bytes that the step sends, and memory without what all optimizers have alike."""
-    quantities: tuple[tuple[str, Callable[[Prediction], float]], ...] = (
-        ("optimizer's step, ms (a model)", lambda p: 1e3 * p.step.total),
-        ("sent by the step's own collectives, GB", lambda p: p.sent("step") / _GB),
+    quantities: tuple[tuple[str, Mapping[str, float], Callable[[Prediction], float]], ...] = (
+        ("optimizer's step, {} (a model)", STEP, lambda p: p.step.total),
+        ("sent by the step's own collectives, {}", DECIMAL, lambda p: p.sent("step")),
         (
-            "weights, gradients and optimizer, GiB",
-            lambda p: (p.bytes_needed - p.memory["activations"].busiest) / _GIB,
+            "weights, gradients and optimizer, {}",
+            BINARY,
+            lambda p: p.bytes_needed - p.memory[ACTIVATIONS].busiest,
         ),
     )
     sizes = sorted(predictions)
-    for axis, (name, value) in zip(axes, quantities, strict=True):
+    for axis, (name, units, value) in zip(axes, quantities, strict=True):
+        unit, divisor = fitting_unit(units, (value(p) for size in sizes for p in predictions[size]))
         for index, found in enumerate(predictions[sizes[0]]):
             line = "--" if found.run.optimizer.kind == "muon" else "-"
             color = "black" if found.run.optimizer.kind == "adamw" else None
             axis.plot(
                 sizes,
-                [value(predictions[size][index]) for size in sizes],
+                [value(predictions[size][index]) / divisor for size in sizes],
                 line,
                 marker="o",
                 color=color,
                 label=found.run.optimizer.label,
             )
-        axis.set(title=name, xlabel="data-parallel size", xscale="log", yscale="log")
+        axis.set(title=name.format(unit), xlabel="data-parallel size", xscale="log", yscale="log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
     axes[-1].legend(fontsize=8)

@@ -8,10 +8,10 @@ from megatron_dion.planning.prediction import ACTIVATIONS, Prediction
 from megatron_dion.planning.search import Found
 
 BINARY = {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
-_DECIMAL = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+DECIMAL = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 _OPERATIONS = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
-_STEP = {"us": 1e-6, "ms": 1e-3}
-_ITERATION = {**_STEP, "s": 1.0}
+STEP = {"us": 1e-6, "ms": 1e-3}
+_ITERATION = {**STEP, "s": 1.0}
 _PARAMETERS = {"K": 1e3, "M": 1e6, "B": 1e9}
 _HEADINGS = {
     "weights": "weights",
@@ -38,12 +38,12 @@ def describe(predictions: Sequence[Prediction], limit: float) -> str:
 
 def parameters(count: int) -> str:
     """A number of parameters in words."""
-    unit, size = _unit(_PARAMETERS, [count])
+    unit, size = fitting_unit(_PARAMETERS, [count])
     return f"{count / size:.2f} {unit} parameters"
 
 
-def _unit(units: Mapping[str, float], values: Iterable[float]) -> tuple[str, float]:
-    """The unit that suits the largest value, and its size."""
+def fitting_unit(units: Mapping[str, float], values: Iterable[float]) -> tuple[str, float]:
+    """The unit that fits the largest value, and its size."""
     largest = max(map(abs, values), default=0)
     return max(
         (found for found in units.items() if found[1] <= largest),
@@ -55,7 +55,7 @@ def _unit(units: Mapping[str, float], values: Iterable[float]) -> tuple[str, flo
 def _memory(predictions: Sequence[Prediction], limit: float) -> str:
     """A column for each kind that any has."""
     kinds = [kind for kind in _HEADINGS if any(found.memory[kind].busiest for found in predictions)]
-    unit, size = _unit(BINARY, (found.bytes_needed for found in predictions))
+    unit, size = fitting_unit(BINARY, (found.bytes_needed for found in predictions))
     rows = [["", *(_HEADINGS[kind] for kind in kinds), "total"]]
     for found in predictions:
         total = found.bytes_needed
@@ -67,7 +67,7 @@ def _memory(predictions: Sequence[Prediction], limit: float) -> str:
 
 
 def _bytes(predictions: Sequence[Prediction]) -> str:
-    unit, size = _unit(_DECIMAL, (found.sent() for found in predictions))
+    unit, size = fitting_unit(DECIMAL, (found.sent() for found in predictions))
     names = dict.fromkeys(name for found in predictions for name in found.collectives)
     rows = [["", *(found.run.optimizer.label for found in predictions)]]
     for name in names:
@@ -90,9 +90,11 @@ def _bytes(predictions: Sequence[Prediction]) -> str:
 
 
 def _times(predictions: Sequence[Prediction]) -> str:
-    count, operation = _unit(_OPERATIONS, (found.operations.busiest for found in predictions))
-    step_unit, short = _unit(_STEP, (found.step.total for found in predictions))
-    unit, long = _unit(_ITERATION, (found.seconds for found in predictions))
+    count, operation = fitting_unit(
+        _OPERATIONS, (found.operations.busiest for found in predictions)
+    )
+    step_unit, short = fitting_unit(STEP, (found.step.total for found in predictions))
+    unit, long = fitting_unit(_ITERATION, (found.seconds for found in predictions))
     heading = f"{count} busiest,mean,products,factoriz.,passes,exchange"
     heading += f",step {step_unit},iteration {unit},step %"
     rows = [["", *heading.split(",")]]
@@ -120,10 +122,10 @@ def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit:
         limit: bytes of a device's memory.
     """
     every = [one for predictions in found.values() for one in predictions]
-    kept, kept_size = _unit(BINARY, (one.bytes_needed for one in every))
-    sent, sent_size = _unit(_DECIMAL, (one.sent() for one in every))
-    step, short = _unit(_STEP, (one.step.total for one in every))
-    iteration, long = _unit(_ITERATION, (one.seconds for one in every))
+    kept, kept_size = fitting_unit(BINARY, (one.bytes_needed for one in every))
+    sent, sent_size = fitting_unit(DECIMAL, (one.sent() for one in every))
+    step, short = fitting_unit(STEP, (one.step.total for one in every))
+    iteration, long = fitting_unit(_ITERATION, (one.seconds for one in every))
     heading = f"DP,bucket,optimizer,memory {kept},exchange {kept},all network {sent}"
     heading += f",all NVLink {sent},step's network {sent},step's NVLink {sent}"
     heading += f",step {step},iteration {iteration}"
@@ -152,9 +154,9 @@ def compare(found: Mapping[tuple[int, int | None], Sequence[Prediction]], limit:
 
 def describe_search(found: Found) -> str:
     """The best topologies, and why others are none."""
-    kept, kept_size = _unit(BINARY, (one.bytes_needed for one in found.best))
-    step, short = _unit(_STEP, (one.step.total for one in found.best))
-    iteration, long = _unit(_ITERATION, (one.seconds for one in found.best))
+    kept, kept_size = fitting_unit(BINARY, (one.bytes_needed for one in found.best))
+    step, short = fitting_unit(STEP, (one.step.total for one in found.best))
+    iteration, long = fitting_unit(_ITERATION, (one.seconds for one in found.best))
     heading = f"TP,PP,CP,EP,DP,bucket,memory {kept},step {step},iteration {iteration}"
     rows = [heading.split(",")]
     for one in found.best:

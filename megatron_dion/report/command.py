@@ -1,9 +1,9 @@
 """Make one HTML page about a run from its run directory."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.report.folder import ReportError, read_folder
 from megatron_dion.report.page import render
 from megatron_dion.training.run_directory import replace_file
@@ -22,20 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the page.
-
-    Returns:
-        The exit code: 2 where there is no run to report on, or no place to write to.
-    """
+def run(args: argparse.Namespace) -> None:
+    """Write the page."""
     output = args.output or args.run_dir / "report.html"
     try:
         replace_file(output, render(read_folder(args.run_dir)))
     except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ToolError(str(error)) from error
     except OSError as error:
-        print(f"error: {error}: name another file with --output", file=sys.stderr)
-        return 2
+        raise ToolError(f"{error}: name another file with --output") from error
     print(f"wrote {output}, {output.stat().st_size / 1000:.0f} kB: open it in a browser")
-    return 0

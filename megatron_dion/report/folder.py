@@ -10,9 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.error_line import PREFIX
 from megatron_dion.training.run_directory import Record, Session, read_metrics, sessions
-
-_ERROR = "error: "
 
 
 class ReportError(Exception):
@@ -133,8 +132,8 @@ def _why_none(path: Path) -> str:
     if not log.is_file():
         return "what pretrain_gpt.py printed says why, if this is what --run-dir was given"
     lines = log.read_text(errors="replace").splitlines()
-    error = next((line for line in lines if line.startswith(_ERROR)), None)
-    return f"{log} says why" + ("" if error is None else f": {error.removeprefix(_ERROR)}")
+    error = next((line for line in lines if line.startswith(PREFIX)), None)
+    return f"{log} says why" + ("" if error is None else f": {error.removeprefix(PREFIX)}")
 
 
 def _read[T](path: Path, read: Callable[[Path], T]) -> T:

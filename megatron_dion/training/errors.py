@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError
+from megatron_dion.error_line import tell
 
 # Time for the launcher to end the other processes once the one that speaks has exited.
 _LAUNCHER_GRACE_SECONDS = 20.0
@@ -30,9 +31,7 @@ def exit_with(error: Exception) -> NoReturn:
     """
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(_LAUNCHER_GRACE_SECONDS)
-    line = f"error: {error}"
-    print(line, file=sys.stderr, flush=True)
-    _tell_launcher(line)
+    _tell_launcher(tell(error))
     sys.exit(1 if isinstance(error, SaveError) else 2)
 
 

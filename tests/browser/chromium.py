@@ -112,18 +112,19 @@ class Tab:
         function = f"(({{left, top, width, height}}) => [{places}])"
         return Box(*self.evaluate(f"{function}(({element}).getBoundingClientRect())"))
 
-    def png(self, box: Box | None = None) -> bytes:
+    def png(self, box: Box | None = None, scale: float = 1) -> bytes:
         """A picture of a part of the page, or of all of it, as long as it is."""
         if box is None:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
             box = Box(0, 0, size["width"], size["height"])
-        clip = {"x": box.left, "y": box.top, "width": box.width, "height": box.height, "scale": 1}
+        clip = {"x": box.left, "y": box.top, "width": box.width, "height": box.height}
+        clip["scale"] = scale
         shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(shot["data"])
 
-    def pixels(self, box: Box | None = None) -> NDArray[np.uint8]:
+    def pixels(self, box: Box | None = None, scale: float = 1) -> NDArray[np.uint8]:
         """The same as numbers (height, width, 3)."""
-        image = matplotlib.image.imread(io.BytesIO(self.png(box)), format="png")
+        image = matplotlib.image.imread(io.BytesIO(self.png(box, scale)), format="png")
         return np.rint(255 * image[..., :3]).astype(np.uint8)
 
     def _next(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_dion.report.charts import COLOURS, Chart, Scale, Series, x_scale, y_scale
 from megatron_dion.report.folder import read_folder
 from megatron_dion.report.page import render
+from tests.browser import picture
 from tests.browser.chromium import Box, Tab
 from tests.run_folders import (
     ITERATIONS,
@@ -215,3 +217,15 @@ def test_a_script_that_fails_is_noticed(tab: Tab, page: Path, tmp_path: Path) ->
     )
     tab.open(broken, LAPTOP)
     assert any("querySelectorAl is not a function" in complaint for complaint in tab.complaints)
+
+
+def test_picture_of_the_documentation(tab: Tab, page: Path, tmp_path: Path) -> None:
+    picture.draw(tab, page, tmp_path / "report.png")
+    laptop, phone = (round(width * picture.SCALE) for width in picture.WIDTHS.values())
+    drawn, kept = (
+        matplotlib.image.imread(path) for path in (tmp_path / "report.png", picture.PICTURE)
+    )
+    assert drawn.shape[:2] == kept.shape[:2] == (847, laptop + phone)
+    for image in (drawn, kept):
+        assert image[:9, :9, :3].min() > 0.9
+        assert image[:9, -9:, :3].max() < 0.2

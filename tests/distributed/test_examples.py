@@ -46,6 +46,7 @@ def test_core_loop_help_has_its_commands_on_lines(nursery: Nursery) -> None:
     [said] = nursery.run(1, output_of, CORE_LOOP, ["--help"])
     commands = re.findall("^torchrun .*", CORE_LOOP.read_text(), re.MULTILINE)
     assert len(commands) == 2
+    assert "\n".join(commands) in CORE_LOOP.parents[1].joinpath("docs", "dropin.md").read_text()
     assert set(commands) <= set(said.splitlines())
 
 

@@ -5,6 +5,7 @@ A comment on the line before a block may change how:
 
     <!-- tests run: COMMAND -->     this in its place: the same thing, smaller
     <!-- tests prepend: FILE -->    after the content of this file, which is beside this module
+    <!-- tests in: FILE -->         by this test module; the block is marked `tested`
 """
 
 import re
@@ -26,9 +27,9 @@ MARKS = frozenset(runpy.run_path(str(DOCS / "conf.py"))["MARKS"])
 RUN = ("bash", "python")
 SHOWN = ("text", "yaml", "{toctree}", "{eval-rst}")
 
-_COMMENT = re.compile(r"<!-- tests (run|prepend): (.+) -->")
+_COMMENT = re.compile(r"<!-- tests (run|prepend|in): (.+) -->")
 # How commands begin; nothing like it may stand in a block that is only shown.
-_COMMAND = re.compile(
+COMMAND = re.compile(
     r"^(\.venv/bin/)?(python|pip|make|torchrun|megatron-dion|sbatch|srun)3? ", re.M
 )
 
@@ -45,6 +46,7 @@ class Block:
         code: what is shown.
         variant: what is run in its place.
         prelude: a file whose content comes first.
+        module: the tests that run it, where it is marked `tested`.
     """
 
     page: str
@@ -54,6 +56,7 @@ class Block:
     code: str
     variant: str | None = None
     prelude: str | None = None
+    module: str | None = None
 
     @property
     def place(self) -> str:
@@ -69,9 +72,13 @@ class Block:
         if self.language not in RUN + SHOWN:
             return f"the language {self.language!r} is neither run {RUN} nor shown {SHOWN}"
         if self.language in SHOWN:
-            return "a command that is not run" if _COMMAND.search(self.code) else None
+            return "a command that is not run" if COMMAND.search(self.code) else None
         if self.mark not in MARKS | {""}:
             return f"the mark {self.mark!r} is none of {sorted(MARKS)}"
+        if (self.mark == "tested") != bool(self.module):
+            return "the mark 'tested' and a comment that names the tests go together"
+        if self.module and not (ROOT / self.module).is_file():
+            return f"there is no {self.module}"
         return None
 
 
@@ -102,5 +109,6 @@ def blocks_in(page: str, text: str) -> Iterator[Block]:
         comment = _COMMENT.fullmatch(lines[line - 1].strip()) if line else None
         how = {comment[1]: comment[2]} if comment else {}
         yield Block(
-            page, line + 1, language, mark, token.content, how.get("run"), how.get("prepend")
+            *(page, line + 1, language, mark, token.content),
+            *(how.get("run"), how.get("prepend"), how.get("in")),
         )

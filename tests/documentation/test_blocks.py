@@ -1,13 +1,15 @@
 """Every code block in README and documentation is run, or says why it is not."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
-from tests.documentation.pages import PAGES, Block, blocks_in, blocks_of
+from tests.documentation.pages import COMMAND, PAGES, Block, blocks_in, blocks_of
 from tests.project import ROOT, copy_project
 
 # These would install into the environment of the tests.
@@ -28,6 +30,24 @@ def project(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
     assert not [f"{block.place}: {block.fault}" for block in blocks_of(page) if block.fault]
+
+
+def test_continuous_integration_runs_what_is_left_to_it() -> None:
+    blocks = [block for page in PAGES for block in blocks_of(page) if block.mark == "ci"]
+    commands = {line.partition("#")[0].strip() for b in blocks for line in b.code.splitlines()}
+    assert commands - {f"make {target}" for target in targets_of_ci()} == set()
+    assert "make test" in commands
+
+
+def targets_of_ci() -> set[str]:
+    """The targets of `make` that .ci/run names, and those which these need."""
+    rules = dict(re.findall(r"^([\w-]+): *([^=\n]*)$", (ROOT / "Makefile").read_text(), re.M))
+    left = re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    found: set[str] = set()
+    while left:
+        found.add(target := left.pop())
+        left += [needed for needed in rules[target].split() if needed in rules]
+    return found
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.is_run for b in blocks_of(p))])
@@ -65,6 +85,10 @@ def run(block: Block, project: Path) -> None:
     [
         ("```bash\nls\n```", None),
         ("```bash gpu\nnvidia-smi\n```", None),
+        ("<!-- tests in: tests/project.py -->\n```bash tested\nls\n```", None),
+        ("<!-- tests in: tests/none.py -->\n```bash tested\nls\n```", "there is no tests/none.py"),
+        ("<!-- tests in: tests/project.py -->\n```bash gpu\nls\n```", "the mark 'tested' and"),
+        ("```bash tested\nls\n```", "the mark 'tested' and"),
         ("```bash later\nls\n```", "the mark 'later' is none of"),
         ("```text\nB = M + G\n```", None),
         ("```text\nmake train\n```", "a command that is not run"),
@@ -85,3 +109,16 @@ def test_comments_before_a_block_are_read() -> None:
     assert (block.variant, block.prelude) == ("ls -l", None)
     [block] = blocks_in("page", "<!-- tests prepend: a.py -->\n```python\n1\n```")
     assert (block.variant, block.prelude) == (None, "a.py")
+
+
+def test_commands_in_the_text_of_readme_are_in_a_block() -> None:
+    text, blocks = (ROOT / "README.md").read_text(), blocks_of("README.md")
+    shown = "".join(block.code for block in blocks)
+    inline = [
+        child.content
+        for token in MarkdownIt("commonmark").parse(text)
+        for child in token.children or ()
+        if child.type == "code_inline" and COMMAND.match(child.content)
+    ]
+    assert "make train" in inline
+    assert [command for command in inline if command not in shown] == []

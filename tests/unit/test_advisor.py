@@ -1,6 +1,7 @@
 """The rank advisor on spectra whose answer is known."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.cli import parse
+from megatron_dion.cli import call
+from megatron_dion.commands.errors import ToolError
 from megatron_dion.diagnostics.advisor import Need, advise, describe, need_of, read_run
 from megatron_dion.optimizer.diagnostics import (
     ENERGY_LEVELS,
@@ -128,10 +130,8 @@ def write_run(folder: Path, snapshots: list[Snapshot]) -> Path:
     return folder
 
 
-def advise_from_command_line(*argv: str) -> int:
-    args = parse(["advise", *argv])
-    code: int = args.run(args)
-    return code
+def advise_from_command_line(*argv: str) -> None:
+    call(["advise", *argv])
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,13 +140,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for i, k in ((10, 60), (20, 60), (30, 16), (40, 16))
     ]
     write_run(tmp_path, steps)
-    assert advise_from_command_line(str(tmp_path)) == 0
+    advise_from_command_line(str(tmp_path))
     said = capsys.readouterr().out
     assert "2 measured steps of iterations 30 to 40, 1 matrices" in said
     assert "0.25 in all matrices" in said
     assert "layers.*.w" in said
     assert "Captured energy is not loss" in said
-    assert advise_from_command_line(str(tmp_path), "--from-iteration", "0") == 0
+    advise_from_command_line(str(tmp_path), "--from-iteration", "0")
     assert "0.94 in all matrices" in capsys.readouterr().out
 
 
@@ -154,7 +154,7 @@ def test_command_says_where_only_a_bound_is_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path, [Snapshot(1, (measured("w", math.sqrt(0.8), (4, 9, None, None, None)),))])
-    assert advise_from_command_line(str(tmp_path)) == 0
+    advise_from_command_line(str(tmp_path))
     said = capsys.readouterr().out
     assert "<= 0.63 in all matrices" in said  # 16 and at most 24 more of 64
     assert "train some iterations with a larger --dion-rank-fraction" in said
@@ -182,11 +182,9 @@ def test_nothing_to_read(
 ) -> None:
     if snapshots is not None:
         write_run(tmp_path, snapshots)
-    assert advise_from_command_line(str(tmp_path), *argv) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("error: ")
-    assert complaint in said.err
-    assert said.out == ""
+    with pytest.raises(ToolError, match=re.escape(complaint)):
+        advise_from_command_line(str(tmp_path), *argv)
+    assert capsys.readouterr().out == ""
 
 
 def test_second_half_is_read_by_default(tmp_path: Path) -> None:

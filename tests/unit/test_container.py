@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion import cli
+from tests.project import link_packages
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -211,7 +211,7 @@ class Base:
         self.packages, self.venv = folder / "packages", folder / "venv"
         self.wheels.mkdir()
         self.python = self.venv / "bin" / "python"
-        self._link_packages(("megatron_dion", "__editable__", "distutils-precedence.pth", *without))
+        link_packages(self.packages, without)
         make = [sys.executable, "-m", "venv", "--without-pip", self.venv]
         subprocess.run(make, check=True)
         [site] = self.venv.glob("lib/python*/site-packages")
@@ -219,13 +219,6 @@ class Base:
         for name in context():
             (self.source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.source / name)
-
-    def _link_packages(self, without: tuple[str, ...]) -> None:
-        self.packages.mkdir()
-        for path in Path(sysconfig.get_path("purelib")).iterdir():
-            name = path.name.removesuffix(".dist-info").partition("-")[0]
-            if name not in without and not path.name.startswith("__editable__"):
-                (self.packages / path.name).symlink_to(path)
 
     def add_wheel(self, name: str, *requirements: str) -> None:
         """Puts an empty package into the only place where pip will look."""

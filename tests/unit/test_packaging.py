@@ -2,12 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Collection
+from hashlib import sha256
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import megatron_dion
-from tests.project import ROOT, copy_project
+from tests.documentation.pages import blocks_of
+from tests.project import ROOT, copy_project, link_packages
 
 EXTRAS = ("data", "run", "docs", "dev")
 
@@ -53,24 +56,35 @@ def test_version_is_the_same_everywhere(file: str, pattern: str) -> None:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source archive, and the wheel that was built from that."""
+    """A folder with `dist`: a source archive, and the wheel that was built from that.
+
+    The wheel in `tree` was built from the files of `sources` themselves.
+    """
     folder = tmp_path_factory.mktemp("packaging")
     sources = folder / "sources"
     copy_project(sources)
-    built = folder / "dist"
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(sources))
-    return built
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--outdir", str(folder / "dist"), str(sources))
+    run(*build, "--wheel", "--outdir", str(folder / "tree"), str(sources))
+    return folder
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = attempt(*command, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def attempt(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command; pip finds nothing but what is there already."""
+    foreign = ("PIP_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
 def test_wheel_has_the_package_alone(archives: Path) -> None:
-    [wheel] = archives.glob("*.whl")
+    [wheel] = archives.glob("dist/*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         [metadata] = [n for n in names if n.endswith(".dist-info/METADATA")]
@@ -82,35 +96,81 @@ def test_wheel_has_the_package_alone(archives: Path) -> None:
     assert "# megatron-dion" in description
 
 
-def test_source_archive_has_what_the_tests_need(archives: Path) -> None:
-    [source] = archives.glob("*.tar.gz")
+def hashes(wheel: Path) -> dict[str, str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {n: sha256(archive.read(n)).hexdigest() for n in archive.namelist()}
+
+
+def test_source_archive_makes_the_wheel_of_the_tree(archives: Path) -> None:
+    [of_archive], [of_tree] = archives.glob("dist/*.whl"), archives.glob("tree/*.whl")
+    assert of_archive.name == of_tree.name
+    assert hashes(of_archive) == hashes(of_tree)
+
+
+def test_source_archive_has_all_files(archives: Path) -> None:
+    """Those who have it train, test and build the documentation as in the repository."""
+    [source] = archives.glob("dist/*.tar.gz")
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("benchmarks", "docs", "examples", "studies", "tests", "tools")
-    ours = {
-        path.relative_to(ROOT).as_posix()
-        for folder in folders
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert ours <= names
-    assert {"CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "pretrain_gpt.py"} <= names
+    made = ("build", "megatron_dion.egg-info")  # by the builds
+    files = (path.relative_to(archives / "sources") for path in walk(archives / "sources"))
+    ours = {path.as_posix() for path in files if path.parts[0] not in made}
+    assert {"README.md", "Makefile", ".ci/run", "examples/mock.args"} <= ours
+    assert ours - names == set()
+
+
+def walk(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+class Python:
+    """A new virtual environment, and what the tests run with for pip to find as installed.
+
+    So pip resolves the wheel's requirements as it does everywhere, versions included, against the
+    torch and the Megatron that are there; it has no index, so a requirement that nothing fulfils
+    fails the installation. What the index would bring today is not tested: gigabytes.
+    """
+
+    def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
+        venv.create(folder / "venv", symlinks=True)
+        self.path = folder / "venv" / "bin" / "python"
+        link_packages(folder / "packages", without)
+        [packages] = (folder / "venv").glob("lib/python*/site-packages")
+        (packages / "borrowed.pth").write_text(f"{folder / 'packages'}\n")
+
+    @property
+    def pip(self) -> str:
+        return f"{sys.executable} -m pip --disable-pip-version-check --python {self.path}"
 
 
 def test_wheel_works_away_from_the_checkout(archives: Path, tmp_path: Path) -> None:
-    """In a virtual environment of its own, which borrows torch and Megatron from this one."""
-    [wheel] = archives.glob("*.whl")
-    venv.create(tmp_path / "venv", symlinks=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    pip = ("-m", "pip", "--disable-pip-version-check", "--python", str(python), "install")
-    run(sys.executable, *pip, "--no-deps", "--no-index", str(wheel))
-    [packages] = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = Python(tmp_path)
+    [block] = [
+        b for b in blocks_of("docs/install.md") if b.module == "tests/unit/test_packaging.py"
+    ]
+    assert block.code.startswith("pip install dist/")
+    run("bash", "-c", block.code.replace("pip", python.pip, 1), cwd=archives)
 
-    command = str(python.with_name("megatron-dion"))
+    command = str(python.path.with_name("megatron-dion"))
     assert "doctor" in run(command, "--help", cwd=tmp_path)
     assert "--expect-gpus" in run(command, "doctor", "--help", cwd=tmp_path)
     code = "import megatron_dion; print(megatron_dion.__file__, megatron_dion.__version__)"
-    file, version = run(str(python), "-c", code, cwd=tmp_path).split()
+    file, version = run(str(python.path), "-c", code, cwd=tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
     assert version == megatron_dion.__version__
+
+    [wheel] = archives.glob("dist/*.whl")
+    said = run(*shlex.split(python.pip), "install", f"{wheel}[{','.join(EXTRAS)}]")
+    assert "Requirement already satisfied: einops" in said
+    run(*shlex.split(python.pip), "check")
+
+
+@pytest.mark.parametrize("package", ["megatron_core", "einops"])
+def test_wheel_is_not_installed_without_what_it_needs(
+    archives: Path, tmp_path: Path, package: str
+) -> None:
+    [wheel] = archives.glob("dist/*.whl")
+    pip = shlex.split(Python(tmp_path, without=(package,)).pip)
+    done = attempt(*pip, "install", f"{wheel}[run]")
+    assert done.returncode != 0
+    assert f"No matching distribution found for {package.replace('_', '-')}" in done.stderr

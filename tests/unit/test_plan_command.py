@@ -1,19 +1,23 @@
 """`megatron-dion plan`: what it prints, and what it says of mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import pytest
 
+from megatron_dion import DionConfig
 from megatron_dion.cli import call
 from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.flags import read_flags
 from megatron_dion.planning.flags import shape_from_flags
 from megatron_dion.planning.hardware import hardware
-from megatron_dion.planning.models import Experts, GptShape
+from megatron_dion.planning.models import PRESETS, Experts, GptShape
+from megatron_dion.planning.pictures import plot
 from megatron_dion.planning.prediction import predict
 from megatron_dion.planning.search import search
 from megatron_dion.planning.stage import Optimizer, Run
@@ -53,9 +57,33 @@ def test_json_of_two_bucket_sizes_and_a_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "dps", "units"),
+    [
+        (TINY, (2,), ("MiB", "MB", "us")),
+        (TINY, (2, 4), ("MiB", "kB", "us")),
+        (PRESETS["8B"], (2,), ("GiB", "GB", "ms")),
+    ],
+)
+def test_picture_has_units_that_fit(
+    tmp_path: Path, shape: GptShape, dps: tuple[int, ...], units: tuple[str, ...]
+) -> None:
+    found = {
+        dp: [
+            predict(Run(shape, Topology(dp=dp), optimizer), Batch(1, 8), H100)
+            for optimizer in (Optimizer("adamw"), Optimizer("dion", DionConfig(rank_fraction=0.25)))
+        ]
+        for dp in dps
+    }
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot(found, tmp_path / "plan.svg", "title")
+    text = (tmp_path / "plan.svg").read_text()
+    assert all(re.search(rf", {unit}( \(a model\))?<", text) for unit in units)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["8B", "--tp", "3"], ["--tp 3", "32 attention heads", "take 2 or 4"]),
+        (["8B", "--tp", "3"], ["--tp 3", "32 attention heads", "take 1, 2, 4 or 8"]),
         (["8B", "--pp", "5"], ["--pp 5", "32 layers", "take 4 or 8"]),
         (["8B", "--dp", "6", "--instances", "4"], ["--instances 4", "--dp 6", "take 3 or 6"]),
         (["8B", "--ep", "2"], ["--ep 2", "no experts", "take 1"]),

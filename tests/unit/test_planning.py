@@ -124,15 +124,16 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     ):
         GptShape(1, 8, 8, 4, 3)
     with pytest.raises(
-        ValueError, match="--tp 3 does not divide the model's 8 attention heads: take 2 or 4"
+        ValueError, match="--tp 3 does not divide the model's 8 attention heads: take 1, 2, 4 or 8"
     ):
         TINY.weights([0], 3)
     with pytest.raises(
-        ValueError, match="--tp 16 does not divide the model's 40 columns of its feed"
+        ValueError,
+        match="--tp 16 does not divide the model's 40 columns of its feed-forward layer: take 1,",
     ):
         GptShape(1, 32, 40, 16, 16).weights([0], 16)
     with pytest.raises(
-        ValueError, match="--tp 4 does not divide the model's 6 query groups: take 3 or 6"
+        ValueError, match="--tp 4 does not divide the model's 6 query groups: take 1 or 2"
     ):
         GptShape(1, 24, 40, 12, 6).weights([0], 4)
     with pytest.raises(

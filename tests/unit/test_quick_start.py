@@ -1,4 +1,5 @@
 import io
+import shlex
 import sys
 from pathlib import Path
 
@@ -56,16 +57,32 @@ def test_command_for_the_report_can_be_typed_here(
     assert tool.report_command(tmp_path / "runs" / "1") == ".venv/bin/megatron-dion report runs/1"
 
 
-def test_named_error_is_shown_alone_and_once() -> None:
+def test_command_to_go_on_has_what_was_changed_and_the_last_checkpoint(
+    data: tool.Data,
+) -> None:
+    changed = "--dion-rank-fraction 0.5 --load runs/1/checkpoints --train-iters 400".split()
+    command = tool.training_command(data, tool.ROOT / "runs" / "2", tool.Layout(4, 2), changed)
+    assert tool.resume_command(command, changed) == (
+        "make train ARGS='--dion-rank-fraction 0.5 --load runs/2/checkpoints --train-iters 800"
+        " --override-opt-param-scheduler'"
+    )
+    elsewhere = ["--save=checkpoints/a b"]
+    command = tool.training_command(data, tool.ROOT / "runs" / "2", tool.Layout(4, 2), elsewhere)
+    [shown] = shlex.split(tool.resume_command(command, elsewhere).partition("ARGS=")[2])
+    assert shlex.split(shown)[:3] == [*elsewhere, "--load", "checkpoints/a b"]
+
+
+def test_named_errors_are_found_once() -> None:
     log = "noise\nerror: --lr is odd\nmore\nerror: --lr is odd\n"
-    assert tool.explanation(log) == "error: --lr is odd"
+    assert tool.errors_in(log) == ["error: --lr is odd"]
+    assert tool.errors_in("noise\nno error: here\n") == []
 
 
 def test_unnamed_error_shows_the_end_before_the_launchers_report() -> None:
     report = [f"W x/{tool.LAUNCHER_MARK}/api.py closing", *["report"] * 50]
-    shown = tool.explanation("\n".join([*map(str, range(100)), "Error: why", *report]))
-    assert shown.splitlines()[-1] == "Error: why"
-    assert len(shown.splitlines()) == tool.LOG_LINES_SHOWN
+    shown = tool.last_lines("\n".join([*map(str, range(100)), "Error: why", *report]))
+    assert shown[-1] == "Error: why"
+    assert len(shown) == tool.LOG_LINES_SHOWN
 
 
 def failure(rank: int, exit_code: int) -> ProcessFailure:
@@ -93,6 +110,33 @@ def test_failing_training_ends_with_the_error_and_its_status(
     assert "status 3" in first
     assert str(tmp_path / "train.log") in first
     assert last == "error: bad"
+
+
+@pytest.mark.parametrize(
+    ("code", "has_trained", "is_kept"),
+    [
+        ("print('error: bad'); sys.exit(2)", False, False),
+        ("print('error: bad'); sys.exit(2)", True, True),
+        ("print('error: bad'); sys.exit(1)", False, True),
+        ("print('who knows'); sys.exit(2)", False, True),
+    ],
+)
+def test_refused_run_leaves_no_folder(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    has_trained: bool,
+    is_kept: bool,
+) -> None:
+    run_dir = tool.make_run_dir(tmp_path)
+    if has_trained:
+        (run_dir / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        tool.train([sys.executable, "-c", f"import sys; {code}"], run_dir / "train.log")
+    assert run_dir.exists() == is_kept
+    said = capsys.readouterr().err
+    assert ("train.log" in said) == is_kept
+    assert said.splitlines()[-1] in code
 
 
 def test_recipe_trains_with_dion_and_the_distributed_optimizer() -> None:

@@ -328,7 +328,7 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         with pytest.raises(SystemExit) as code:
             main(["report", str(tmp_path / "run"), *options])
-        assert code.value.code == 0
+        assert not code.value.code
         assert path.read_text().startswith("<!doctype html>")
         assert f"wrote {path}, " in capsys.readouterr().out
 
