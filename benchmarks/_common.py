@@ -276,6 +276,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def wall_is_meaningful(ranks: int, device: str) -> bool:
+    """Whether ranks run at the same time, not in turns on fewer cores."""
+    return ranks <= cores() or device == "cuda"
+
+
 def _blas() -> str:
     """The library of matrix products, as torch was built."""
     found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())

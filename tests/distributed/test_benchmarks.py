@@ -132,14 +132,35 @@ TINY = "--hidden 64 --layers 1 --sequence 16 --batch 2"
 
 
 def test_iteration(run: Any) -> None:
-    rows = run(benchmarks.iteration, f"{TINY} --iterations 1 --optimizers Muon 'Dion 1/16'")[
-        "tables"
-    ]["iteration"]
-    assert [row["optimizer"] for row in rows] == ["Muon", "Dion 1/16"]
+    flags = f"{TINY} --hidden 128 --iterations 1 --muon-fp32-matmul-prec high"
+    flags += " --optimizers Muon 'Muon duplicated' AdamW"
+    rows = run(benchmarks.iteration, f"{flags} --topologies 1x1 2x1 --dtypes bf16")["tables"][
+        "iteration"
+    ]
+    assert [(row["topology"], row["optimizer"]) for row in rows] == [
+        ("TP1 x DP1", "Muon"),
+        ("TP1 x DP1", "AdamW"),
+        ("TP2 x DP1", "Muon"),
+        ("TP2 x DP1", "Muon duplicated"),
+        ("TP2 x DP1", "AdamW"),
+    ]
     for row in rows:
+        assert row["dtype"] == "bf16"
         assert row["iterations"] == 1  # without those that warm up
         assert row["tokens"] == 32
         assert 0 < row["share_percent"] < 100
+        assert (row["to_adamw"] == 1) == (row["optimizer"] == "AdamW")
+
+
+def test_iteration_of_data_parallel_ranks(run: Any) -> None:
+    """The batch is divided; without AdamW there is nothing to compare with."""
+    flags = f"{TINY} --iterations 1 --topologies 1x2 --dtypes fp32 --optimizers Muon 'Dion 1/16'"
+    rows = run(benchmarks.iteration, flags)["tables"]["iteration"]
+    assert [(row["optimizer"], row["dtype"]) for row in rows] == [
+        ("Muon", "fp32"),
+        ("Dion 1/16", "fp32"),
+    ]
+    assert all(row["to_adamw"] is None for row in rows)
 
 
 def test_checkpoint(run: Any) -> None:
