@@ -218,11 +218,12 @@ def report(
 
     Args:
         args: what `parse` returned.
-        tables: rows by the table's name.
+        tables: rows by the table's name; those without rows are left out.
         goals: what is aimed at.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
+    tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         print(f"\n{name}\n{table(rows)}")
     for goal in goals:

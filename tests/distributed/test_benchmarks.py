@@ -13,10 +13,12 @@ import benchmarks.checkpoint
 import benchmarks.diagnostics
 import benchmarks.iteration
 import benchmarks.memory
+import benchmarks.overlap
 import benchmarks.scaling
 import benchmarks.sharded
 import benchmarks.startup
 import benchmarks.step
+import benchmarks.traffic
 from benchmarks._models import gpt
 from tests.distributed.nursery import Nursery
 
@@ -106,6 +108,51 @@ def test_memory(run: Any) -> None:
     assert two["smallest_sharded_MB"] == pytest.approx(4e-6 * 128 * 128)
     assert two["state_MB"] == pytest.approx(one["state_MB"] / 2)
     assert two["peak_MB"] >= two["largest_MB"] > 0
+
+
+def test_traffic(run: Any) -> None:
+    """Three methods train: what Dion sends is what it plans, close to the least."""
+    result = run(benchmarks.traffic, "--cases DP2")
+    [row] = result["tables"]["bytes"]
+    assert row["case"] == "DP2"
+    # Beside the exchange a step has single numbers: whether gradients are finite.
+    assert row["dion_extra_kB"] == pytest.approx(row["planned_kB"], abs=0.064)
+    assert 1 <= row["extra_to_bound"] <= benchmarks.traffic.LIMIT
+    assert row["muon_extra_kB"] > row["adamw_kB"] / 4
+    kinds = result["tables"]["kinds"]
+    assert sum(kind["planned_kB"] for kind in kinds) == pytest.approx(row["planned_kB"])
+    assert {call["method"] for call in result["tables"]["calls"]} == {"adam", "dion", "muon"}
+    assert [goal["is_met"] for goal in result["goals"]] == [True]
+
+
+def test_traffic_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are planned: with one bucket fewer matrices are cut."""
+    monkeypatch.setattr(benchmarks.traffic, "LARGE", (("8B", 1, 4, (16,)),))
+    output = tmp_path / "result.json"
+    benchmarks.traffic.main(["--large", "--device", "cpu", "--output", str(output)])
+    one, cut = json.loads(output.read_text())["tables"]["planned"]
+    assert (one["buckets"], one["grid"]) == (1, "TP1 x DP16")
+    assert cut["buckets"] > 1
+    assert one["adamw_MB"] == cut["adamw_MB"]
+    assert 0 < one["data_MB"] < cut["data_MB"]
+    for row in (one, cut):
+        assert 1 <= row["data_MB"] / row["bound_data_MB"] <= benchmarks.traffic.LIMIT
+
+
+def test_overlap(run: Any) -> None:
+    result = run(benchmarks.overlap, "--hidden 128 --layers 2 --sets 1 2 --latency 0.01")
+    rows = result["tables"]["overlap"]
+    simulated = "simulated: 0.01 ms, 0.25 GB/s"
+    assert [(row["link"], row["sets"]) for row in rows] == [
+        ("gloo", 1),
+        (simulated, 1),
+        ("gloo", 2),
+        (simulated, 2),
+    ]
+    for row in rows:
+        assert 0 < row["exposed_ms"] < row["step_ms"]
+        assert row["sets"] == 2 or row["to_one"] == 1
+    assert len(result["goals"]) == 2  # two sets, over each link
 
 
 def test_diagnostics(run: Any) -> None:
