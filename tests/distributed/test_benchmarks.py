@@ -168,10 +168,14 @@ def test_diagnostics(run: Any) -> None:
 
 
 def test_startup(run: Any) -> None:
-    flags = "--imports torch --model 8B --grids 1x2 2x2 --hidden 64 --layers 1"
+    command = "doctor --help"
+    flags = (
+        f"--imports torch --model 8B --grids 1x2 2x2 --hidden 64 --layers 1 --commands {command!r}"
+    )
     tables = run(benchmarks.startup, flags)["tables"]
     assert [row["code"] for row in tables["import"]] == ["torch"]
     assert [row["grid"] for row in tables["plan"]] == ["8B on TP1 x DP2", "8B on TP2 x DP2"]
+    assert [row["megatron-dion"] for row in tables["command"]] == [command]
     assert [row["step"] for row in tables["first step"]] == ["first", "second", "third"]
 
 

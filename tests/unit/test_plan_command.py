@@ -13,7 +13,7 @@ from megatron_dion.commands.errors import ToolError
 from megatron_dion.local.flags import read_flags
 from megatron_dion.planning.flags import shape_from_flags
 from megatron_dion.planning.hardware import hardware
-from megatron_dion.planning.models import Experts, GptShape
+from megatron_dion.planning.models import PRESETS, Experts, GptShape
 from megatron_dion.planning.prediction import predict
 from megatron_dion.planning.search import search
 from megatron_dion.planning.stage import Optimizer, Run
@@ -201,6 +201,18 @@ def test_shapes_of_flags() -> None:
     assert (moe.ffn, moe.gated, moe.tied, moe.biases) == (8192, False, True, True)
     with pytest.raises(ValueError, match="need --num-layers"):
         shape_from_flags(["--hidden-size", "8", "--num-attention-heads", "1"])
+
+
+def test_a_hundred_thousand_ranks() -> None:
+    """Every one of them is planned: what they hold is the model, once."""
+    shape = PRESETS["405B"]
+    topology = Topology(tp=8, pp=16, dp=800, account_for_ends=shape.needs_ends(16))
+    run = Run(shape, topology, Optimizer("dion"), bucket_size=0)
+    found = predict(run, Batch(1, 64 * 800), H100)
+    matrices = sum(w.rows * w.columns for w in shape.weights(range(shape.layers)))
+    assert found.memory["masters"].mean * 8 * 16 * 800 == pytest.approx(4 * matrices)
+    left = found.collectives["dion data left"].sent
+    assert 0 < left.mean < left.busiest
 
 
 def test_a_search_finds_what_trying_all_finds() -> None:
