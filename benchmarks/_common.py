@@ -218,11 +218,12 @@ def report(
 
     Args:
         args: what `parse` returned.
-        tables: rows by the table's name.
+        tables: rows by the table's name; those without rows are left out.
         goals: what is aimed at.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
+    tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         print(f"\n{name}\n{table(rows)}")
     for goal in goals:
@@ -274,6 +275,11 @@ def machine(device: str) -> dict[str, str | int | None]:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def wall_is_meaningful(ranks: int, device: str) -> bool:
+    """Whether ranks run at the same time, not in turns on fewer cores."""
+    return ranks <= cores() or device == "cuda"
 
 
 def _blas() -> str:

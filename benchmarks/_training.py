@@ -4,17 +4,26 @@ import argparse
 from dataclasses import replace
 
 from benchmarks._common import preload_megatron
-from benchmarks._models import gpt
+from benchmarks._models import Topology, gpt
 from megatron_dion.local.runs import Run, execute
 from megatron_dion.planning import GptShape
 
-DION = ("--optimizer", "dion", "--use-distributed-optimizer")
+_DISTRIBUTED = "--use-distributed-optimizer"
+_DION = ("--optimizer", "dion", _DISTRIBUTED, "--dion-rank-fraction")
+# Blockwise, Megatron's default, takes each tensor rank's part for a matrix: another algorithm at
+# another TP. Duplicated is one at every TP, as Dion is.
+MUON_DUPLICATED = "Muon duplicated"
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "AdamW": ("--optimizer", "adam", "--use-distributed-optimizer"),
+    "AdamW": ("--optimizer", "adam", _DISTRIBUTED),
     "Muon": ("--optimizer", "muon"),
-    "Dion 1/4": (*DION, "--dion-rank-fraction", "0.25"),
-    "Dion 1/16": (*DION, "--dion-rank-fraction", "0.0625"),
+    MUON_DUPLICATED: ("--optimizer", "muon", "--muon-tp-mode", "duplicated"),
+    "Dion 1": (*_DION, "1"),
+    "Dion 1/4": (*_DION, "0.25"),
+    "Dion 1/16": (*_DION, "0.0625"),
 }
+# Muon is layer-wise distributed with bf16 weights; with float32 ones 0.19.2 fails then, and each
+# data-parallel rank does all of the step.
+DTYPES: dict[str, tuple[str, ...]] = {"fp32": (), "bf16": ("--bf16", _DISTRIBUTED)}
 
 _PADDED_VOCABULARY = 1024
 _FLAGS = """
@@ -40,15 +49,18 @@ def shape_of(args: argparse.Namespace) -> GptShape:
     return replace(gpt(args.hidden, args.layers), vocab=_PADDED_VOCABULARY)
 
 
-def model_flags(args: argparse.Namespace) -> list[str]:
-    """Flags of pretrain_gpt.py for the model, the batch and the device."""
+def model_flags(args: argparse.Namespace, topology: Topology) -> list[str]:
+    """Flags of pretrain_gpt.py for the model, the ranks, the batch that they share, the device."""
     shape, sequence = shape_of(args), str(args.sequence)
+    tensor = ["--tensor-model-parallel-size", str(topology.tp), "--sequence-parallel"]
     return [
         *_FLAGS,
         *("--num-layers", str(args.layers), "--hidden-size", str(args.hidden)),
         *("--ffn-hidden-size", str(shape.ffn), "--num-attention-heads", str(shape.heads)),
         *("--seq-length", sequence, "--max-position-embeddings", sequence),
-        *("--micro-batch-size", str(args.batch), "--global-batch-size", str(args.batch)),
+        *("--micro-batch-size", str(args.batch // topology.dp)),
+        *("--global-batch-size", str(args.batch)),
+        *(tensor if topology.tp > 1 else ()),
         *("--device", args.device),
     ]
 

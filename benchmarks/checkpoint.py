@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import Row, make_parser, parse, report, summary
+from benchmarks._models import Topology
 from benchmarks._training import (
     OPTIMIZERS,
     add_model_flags,
@@ -72,7 +73,8 @@ def _save_and_load(
 ) -> None:
     """Trains and saves after each iteration; loads the last checkpoint in another run."""
     checkpoints = folder / "checkpoints"
-    flags = [*model_flags(args), *optimizer, "--ckpt-format", "torch_dist"]
+    flags = [*model_flags(args, Topology(dp=args.processes)), *optimizer]
+    flags += ["--ckpt-format", "torch_dist"]
     flags += ["--train-iters", str(args.saves), "--save-interval", "1"]
     for name, more in (("save", "--save"), ("load", "--load")):
         run_flags = (*flags, more, str(checkpoints))

@@ -158,7 +158,7 @@ def _measure(shape: GptShape, args: argparse.Namespace) -> dict[tuple[str, int],
     found: dict[tuple[str, int], Measured] = {}
     cases: dict[str, Case] = {}
     for count in args.sets:
-        with mock.patch.object(sets, "_IN_TURN", count):
+        with mock.patch.object(sets, "IN_FLIGHT", count):
             optimizer = dion_on_pieces(shape, args.topology, config, groups, args.device)
             optimizer.init_state()
         for name, link in links.items():

@@ -17,7 +17,6 @@ from benchmarks._common import (
     Case,
     Row,
     Timing,
-    cores,
     in_world,
     interleaved,
     make_parser,
@@ -25,6 +24,7 @@ from benchmarks._common import (
     ratio,
     report,
     summary,
+    wall_is_meaningful,
 )
 from benchmarks._models import Topology, checked_step, dion_on_pieces, gpt
 from megatron_dion import DionConfig
@@ -78,7 +78,7 @@ def _rows(measured: Sequence[Mapping[str, Timing]], device: str) -> list[Row]:
                 "busiest_ms": 1e3 * summary(busiest).median,
                 "mean_ms": 1e3 * summary([statistics.mean(r) for r in costs[name]]).median,
                 "wall_ms": 1e3 * summary(measured[0][name].wall).median,
-                "wall_is_meaningful": len(measured) <= cores() or device == "cuda",
+                "wall_is_meaningful": wall_is_meaningful(len(measured), device),
                 "alone_ms": 1e3 * summary(alone).median,
                 "busiest_to_alone": to_alone.median,
                 "low": to_alone.low,

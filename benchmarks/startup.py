@@ -1,11 +1,13 @@
 """What does it take to start: imports, planning, the first step?
 
-Three tables. `import`: a new interpreter that imports something. `plan`: planning a step of Llama 3
-on grids of up to 1024 ranks, which every rank does at its start. `first step`: it makes states and
-buffers, later steps do not.
+Four tables. `import`: a new interpreter that imports something. `plan`: planning a step of Llama 3
+on grids of up to 1024 ranks, which every rank does at its start. `command`: `megatron-dion plan` of
+a whole cluster, start of the interpreter included. `first step`: it makes states and buffers, later
+steps do not.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,17 +24,26 @@ IMPORTS = {
     "megatron_dion": "import megatron_dion",
     "Megatron's training, on CPU": "from megatron_dion.local.preload import preload; preload()",
 }
+COMMANDS = ("plan 405B --tp 8 --pp 16 --dp 800 --optimizer adamw muon dion:1/4",)
 _FIRST_RANK = Rank()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the three tables."""
+    """Print the four tables."""
     args = _parse(argv)
     tables = {
         "import": _timed(
-            "code", {name: partial(_run, IMPORTS[name]) for name in args.imports}, args
+            "code", {name: partial(_run, "-c", IMPORTS[name]) for name in args.imports}, args
         ),
         "plan": [row for grid in args.grids for row in _plan_rows(grid, args)],
+        "command": _timed(
+            "megatron-dion",
+            {
+                line: partial(_run, "-m", "megatron_dion", *shlex.split(line))
+                for line in args.commands
+            },
+            args,
+        ),
         "first step": _step_rows(args),
     }
     report(args, tables)
@@ -51,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[Topology(1, 8), Topology(1, 64), Topology(1, 1024), Topology(8, 128)],
         metavar="TPxDP",
     )
+    parser.add_argument("--commands", nargs="+", default=COMMANDS, metavar="'plan ...'")
     parser.add_argument("--hidden", type=int, default=512, help="of the model that is stepped")
     parser.add_argument("--layers", type=int, default=2)
     return parse(parser, argv)
@@ -71,9 +83,9 @@ def _timed(
     ]
 
 
-def _run(code: str) -> None:
+def _run(*arguments: str) -> None:
     """In another process: modules are imported once in each."""
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [sys.executable, "-W", "ignore", *arguments]
     subprocess.run(command, check=True, capture_output=True)
 
 

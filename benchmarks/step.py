@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "floor": [row for alike in args.matrices for row in _floor_rows(alike, args, goals)],
         "weights": [row for hidden in args.hidden for row in _weight_rows(hidden, args, goals)],
     }
-    report(args, {name: rows for name, rows in tables.items() if rows}, goals)
+    report(args, tables, goals)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
-"""Draws the figures of `how_it_works.md`: `python docs/figures/draw.py`.
+"""Draws the figures of `how_it_works.md` and `performance.md`: `python docs/figures/draw.py`.
 
-Each of the modules named below has a function `draw`. What they show is computed by the package.
+Each of the modules named below has a function `draw`. What they show is computed by the package, or
+was measured and lies in `benchmarks/results`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-NAMES = ("step", "low_rank", "error_feedback", "shards", "hops")
+NAMES = ("step", "low_rank", "error_feedback", "shards", "hops", "step_times")
 IMAGES = Path(__file__).parent.parent / "images"
 
 STYLE = {

@@ -13,10 +13,12 @@ import benchmarks.checkpoint
 import benchmarks.diagnostics
 import benchmarks.iteration
 import benchmarks.memory
+import benchmarks.overlap
 import benchmarks.scaling
 import benchmarks.sharded
 import benchmarks.startup
 import benchmarks.step
+import benchmarks.traffic
 from benchmarks._models import gpt
 from tests.distributed.nursery import Nursery
 
@@ -108,6 +110,51 @@ def test_memory(run: Any) -> None:
     assert two["peak_MB"] >= two["largest_MB"] > 0
 
 
+def test_traffic(run: Any) -> None:
+    """Three methods train: what Dion sends is what it plans, close to the least."""
+    result = run(benchmarks.traffic, "--cases DP2")
+    [row] = result["tables"]["bytes"]
+    assert row["case"] == "DP2"
+    # Beside the exchange a step has single numbers: whether gradients are finite.
+    assert row["dion_extra_kB"] == pytest.approx(row["planned_kB"], abs=0.064)
+    assert 1 <= row["extra_to_bound"] <= benchmarks.traffic.LIMIT
+    assert row["muon_extra_kB"] > row["adamw_kB"] / 4
+    kinds = result["tables"]["kinds"]
+    assert sum(kind["planned_kB"] for kind in kinds) == pytest.approx(row["planned_kB"])
+    assert {call["method"] for call in result["tables"]["calls"]} == {"adam", "dion", "muon"}
+    assert [goal["is_met"] for goal in result["goals"]] == [True]
+
+
+def test_traffic_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are planned: with one bucket fewer matrices are cut."""
+    monkeypatch.setattr(benchmarks.traffic, "LARGE", (("8B", 1, 4, (16,)),))
+    output = tmp_path / "result.json"
+    benchmarks.traffic.main(["--large", "--device", "cpu", "--output", str(output)])
+    one, cut = json.loads(output.read_text())["tables"]["planned"]
+    assert (one["buckets"], one["grid"]) == (1, "TP1 x DP16")
+    assert cut["buckets"] > 1
+    assert one["adamw_MB"] == cut["adamw_MB"]
+    assert 0 < one["data_MB"] < cut["data_MB"]
+    for row in (one, cut):
+        assert 1 <= row["data_MB"] / row["bound_data_MB"] <= benchmarks.traffic.LIMIT
+
+
+def test_overlap(run: Any) -> None:
+    result = run(benchmarks.overlap, "--hidden 128 --layers 2 --sets 1 2 --latency 0.01")
+    rows = result["tables"]["overlap"]
+    simulated = "simulated: 0.01 ms, 0.25 GB/s"
+    assert [(row["link"], row["sets"]) for row in rows] == [
+        ("gloo", 1),
+        (simulated, 1),
+        ("gloo", 2),
+        (simulated, 2),
+    ]
+    for row in rows:
+        assert 0 < row["exposed_ms"] < row["step_ms"]
+        assert row["sets"] == 2 or row["to_one"] == 1
+    assert len(result["goals"]) == 2  # two sets, over each link
+
+
 def test_diagnostics(run: Any) -> None:
     flags = "--hidden 128 --topologies 1x1 2x1 --fractions 1/4 1"
     rows = run(benchmarks.diagnostics, flags)["tables"]["diagnostics"]
@@ -121,10 +168,14 @@ def test_diagnostics(run: Any) -> None:
 
 
 def test_startup(run: Any) -> None:
-    flags = "--imports torch --model 8B --grids 1x2 2x2 --hidden 64 --layers 1"
+    command = "doctor --help"
+    flags = (
+        f"--imports torch --model 8B --grids 1x2 2x2 --hidden 64 --layers 1 --commands {command!r}"
+    )
     tables = run(benchmarks.startup, flags)["tables"]
     assert [row["code"] for row in tables["import"]] == ["torch"]
     assert [row["grid"] for row in tables["plan"]] == ["8B on TP1 x DP2", "8B on TP2 x DP2"]
+    assert [row["megatron-dion"] for row in tables["command"]] == [command]
     assert [row["step"] for row in tables["first step"]] == ["first", "second", "third"]
 
 
@@ -132,14 +183,35 @@ TINY = "--hidden 64 --layers 1 --sequence 16 --batch 2"
 
 
 def test_iteration(run: Any) -> None:
-    rows = run(benchmarks.iteration, f"{TINY} --iterations 1 --optimizers Muon 'Dion 1/16'")[
-        "tables"
-    ]["iteration"]
-    assert [row["optimizer"] for row in rows] == ["Muon", "Dion 1/16"]
+    flags = f"{TINY} --hidden 128 --iterations 1 --muon-fp32-matmul-prec high"
+    flags += " --optimizers Muon 'Muon duplicated' AdamW"
+    rows = run(benchmarks.iteration, f"{flags} --topologies 1x1 2x1 --dtypes bf16")["tables"][
+        "iteration"
+    ]
+    assert [(row["topology"], row["optimizer"]) for row in rows] == [
+        ("TP1 x DP1", "Muon"),
+        ("TP1 x DP1", "AdamW"),
+        ("TP2 x DP1", "Muon"),
+        ("TP2 x DP1", "Muon duplicated"),
+        ("TP2 x DP1", "AdamW"),
+    ]
     for row in rows:
+        assert row["dtype"] == "bf16"
         assert row["iterations"] == 1  # without those that warm up
         assert row["tokens"] == 32
         assert 0 < row["share_percent"] < 100
+        assert (row["to_adamw"] == 1) == (row["optimizer"] == "AdamW")
+
+
+def test_iteration_of_data_parallel_ranks(run: Any) -> None:
+    """The batch is divided; without AdamW there is nothing to compare with."""
+    flags = f"{TINY} --iterations 1 --topologies 1x2 --dtypes fp32 --optimizers Muon 'Dion 1/16'"
+    rows = run(benchmarks.iteration, flags)["tables"]["iteration"]
+    assert [(row["optimizer"], row["dtype"]) for row in rows] == [
+        ("Muon", "fp32"),
+        ("Dion 1/16", "fp32"),
+    ]
+    assert all(row["to_adamw"] is None for row in rows)
 
 
 def test_checkpoint(run: Any) -> None:

@@ -80,7 +80,7 @@ def test_a_report_is_printed_and_written(
     argv = ["--output", str(output), "--repeats", "3", "--device", "cpu"]
     args = parse(make_parser("what is measured", repeats=9), argv)
     goals = [Goal("small", 1.0, 1.0), Goal("large", 1.01, 1.0)]
-    report(args, {"things": [{"thing": "one", "ms": 0.5}]}, goals)
+    report(args, {"nothing": [], "things": [{"thing": "one", "ms": 0.5}]}, goals)
     printed = capsys.readouterr().out
     assert "goal: small: 1, at most 1: met\n" in printed
     assert "goal: large: 1.01, at most 1: NOT MET\n" in printed

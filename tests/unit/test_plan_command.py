@@ -231,6 +231,18 @@ def test_shapes_of_flags() -> None:
         shape_from_flags(["--hidden-size", "8", "--num-attention-heads", "1"])
 
 
+def test_a_hundred_thousand_ranks() -> None:
+    """Every one of them is planned: what they hold is the model, once."""
+    shape = PRESETS["405B"]
+    topology = Topology(tp=8, pp=16, dp=800, account_for_ends=shape.needs_ends(16))
+    run = Run(shape, topology, Optimizer("dion"), bucket_size=0)
+    found = predict(run, Batch(1, 64 * 800), H100)
+    matrices = sum(w.rows * w.columns for w in shape.weights(range(shape.layers)))
+    assert found.memory["masters"].mean * 8 * 16 * 800 == pytest.approx(4 * matrices)
+    left = found.collectives["dion data left"].sent
+    assert 0 < left.mean < left.busiest
+
+
 def test_a_search_finds_what_trying_all_finds() -> None:
     optimizer, batch = Optimizer("dion"), Batch(1, 16)
     found = search(TINY, 8, batch, optimizer, H100, limit=H100.memory, most=3)
