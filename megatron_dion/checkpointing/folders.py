@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+from megatron_dion.checkpointing.hashes import written_at
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "metadata.json"
@@ -151,10 +152,10 @@ def repair_tracker(root: Path) -> None:
 def choose(root: Path, step: int | None = None) -> Choice:
     """Chooses the checkpoint to load: that of a step, or the newest complete one.
 
-    The newest is the one that the tracker names, or one that was finished after the tracker was
-    written: a process can be killed between the two. So a run that has gone back to an older
-    checkpoint goes on from there, whatever it once had of later iterations. Without a tracker it is
-    the one of the latest iteration.
+    The newest is the one that the tracker names, or one that was saved later and finished after the
+    tracker was written: a process can be killed between the two. So a run that has gone back to an
+    older checkpoint goes on from there, whatever it once had of later iterations. Without a tracker
+    it is the one of the latest iteration.
 
     Raises:
         NothingToLoad: there is no complete checkpoint.
@@ -199,8 +200,13 @@ def _choose(root: Path, step: int | None) -> Choice:
 
 
 def _finished_after_tracker(root: Path, complete: list[int]) -> int | None:
-    """The iteration that was finished last, if that was after the tracker was written."""
-    if tracked(root) is None:
+    """The iteration that was finished last, if that was after the tracker was written.
+
+    A copy of the folder has its files in the order of the copying: what was saved before the
+    tracker's checkpoint was never finished after the tracker.
+    """
+    noted = tracked(root)
+    if noted is None:
         return None
     written = (root / TRACKER).stat().st_mtime_ns
     later = [
@@ -209,7 +215,15 @@ def _finished_after_tracker(root: Path, complete: list[int]) -> int | None:
         if (folder_of(root, number) / MARKER).exists()
     ]
     when, number = max(later, default=(0, 0))
-    return number if when > written else None
+    if when <= written or (noted in complete and not _is_newer(root, number, int(noted))):
+        return None
+    return number
+
+
+def _is_newer(root: Path, number: int, other: int) -> bool:
+    """Which of two checkpoints was saved later: their manifests say, or else their iterations."""
+    one, two = (written_at(folder_of(root, iteration)) for iteration in (number, other))
+    return number > other if one is None or two is None else one > two
 
 
 def _name(noted: int | str) -> str:

@@ -6,6 +6,7 @@ rank hashes what it wrote, and the ranks divide the files among them when they l
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,9 +30,21 @@ def data_files_of(folder: Path, rank: int) -> list[str]:
 
 
 def write_manifest(folder: Path, hashes: Hashes) -> None:
-    """Writes the hashes of all files (MC/dist_checkpointing/validation.py:441)."""
-    content = {"algorithm": _ALGORITHM, "files": dict(sorted(hashes.items()))}
+    """Writes the hashes of all files (MC/dist_checkpointing/validation.py:441), and when.
+
+    A copy of a folder may give its files the times of the copying; this one it keeps.
+    """
+    files = dict(sorted(hashes.items()))
+    content = {"algorithm": _ALGORITHM, "written": time.time(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2))
+
+
+def written_at(folder: Path) -> float | None:
+    """When a checkpoint's manifest was written, in seconds since 1970; None if nothing says."""
+    try:
+        return float(json.loads((folder / MANIFEST).read_text())["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_manifest(folder: Path) -> Hashes | None:

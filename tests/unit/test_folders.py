@@ -1,10 +1,13 @@
 import os
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_dion.checkpointing import folders
 from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+from megatron_dion.checkpointing.hashes import write_manifest
 
 MARKER_CONTENT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
@@ -75,7 +78,10 @@ def test_tracker_that_is_damaged_or_behind(tmp_path: Path, text: str | None) -> 
 def test_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
     """Later iterations that it once had are older than the tracker."""
     for iteration, when in ((100, 1), (500, 5), (150, 6)):
-        written(make(tmp_path, f"iter_{iteration:07d}") / "metadata.json", when)
+        folder = make(tmp_path, f"iter_{iteration:07d}")
+        with mock.patch.object(time, "time", return_value=when):
+            write_manifest(folder, {})
+        written(folder / "metadata.json", when)
     track(tmp_path, "150")
     written(tmp_path / folders.TRACKER, 7)
     choice = folders.choose(tmp_path)
@@ -84,6 +90,21 @@ def test_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
     track(tmp_path, "500")  # killed before the tracker was written
     written(tmp_path / folders.TRACKER, 5)
     assert folders.choose(tmp_path).iteration == 150
+
+
+@pytest.mark.parametrize("with_manifests", [True, False])
+def test_copy_has_the_times_of_its_copying(tmp_path: Path, with_manifests: bool) -> None:
+    """The tracker may be copied first, and an older checkpoint last."""
+    for iteration, when in ((10, 9), (20, 8)):
+        folder = make(tmp_path, f"iter_{iteration:07d}")
+        if with_manifests:
+            with mock.patch.object(time, "time", return_value=iteration):
+                write_manifest(folder, {})
+        written(folder / "metadata.json", when)
+    track(tmp_path, "20")
+    written(tmp_path / folders.TRACKER, 7)
+    choice = folders.choose(tmp_path)
+    assert (choice.iteration, choice.remarks) == (20, ())
 
 
 def test_tracker_that_names_nothing_is_removed(tmp_path: Path) -> None:
