@@ -15,7 +15,7 @@ export OMP_NUM_THREADS := 1
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
 	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
-	@echo "             ARGS='--train-iters 50' adds or overrides flags of pretrain_gpt.py"
+	@echo "             ARGS='--train-iters 50' (more than the 30 of the warm-up) adds or overrides flags of pretrain_gpt.py"
 	@echo 'make test    run all tests'
 	@echo 'make docs    build the documentation site into build/docs'
 	@echo 'make convergence   train all cases in tests/convergence and check their curves'
@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	  python=$$(PYTHON='$(PYTHON)' tools/find_python.sh) && \
 	  echo "making $(VENV) with $$python" && \
 	  "$$python" -m venv --clear $(VENV); }
-	@echo 'installing into $(VENV): about 2 minutes and 6 GB'
+	@echo 'installing into $(VENV): 2 to 5 minutes without a word, and 6 GB'
 	@$(PYTHON_IN_VENV) -m pip install --disable-pip-version-check --quiet \
 	  -c constraints.txt -e '.[data,run,dev,docs]'
 	@touch $@

@@ -1,7 +1,7 @@
 """A training loop on megatron.core alone, with Dion: nothing of megatron.training.
 
-torchrun --nproc-per-node 4 examples/core_loop.py --tp 2 --iterations 40 --save checkpoint
-torchrun --nproc-per-node 2 examples/core_loop.py --iterations 80 --load checkpoint
+torchrun --nproc-per-node 4 examples/core_loop.py --tp 2 --iterations 40 --save runs/loop
+torchrun --nproc-per-node 2 examples/core_loop.py --iterations 80 --load runs/loop
 
 On GPUs with NCCL; without one on the CPU, where megatron.core needs a stand-in for torch.cuda.
 """
@@ -101,6 +101,10 @@ def main():
     parser.add_argument("--load", type=Path, help="checkpoint to go on from (none: begin anew)")
     parser.add_argument("--save", type=Path, help="new folder for a checkpoint (none: not saved)")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun")
+    if args.save and args.save.exists():
+        parser.error(f"--save {args.save} is there already: name a new folder")
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if ON_GPU else "gloo")

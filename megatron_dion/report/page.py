@@ -108,7 +108,7 @@ def _speed(run: RunFolder) -> dict[str, str]:
     seconds = sum(record["iteration_seconds"] for record in run.training)
     step = sum(record["optimizer_seconds"] for record in run.training)
     return {
-        "tokens": human_count(sum(session.tokens for session in run.sessions)),
+        "tokens trained here": human_count(sum(session.tokens for session in run.sessions)),
         "tokens per second": human_count(run.sessions[-1].tokens_per_second),
         "in training steps": human_duration(seconds),
         "of it in the optimizer": f"{step / seconds:.1%}",

@@ -161,7 +161,7 @@ def describe_processes(args: argparse.Namespace) -> str:
     if args.expert_model_parallel_size > 1:  # of the same ranks
         division += f", experts over {args.expert_model_parallel_size}"
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-    device = "CPU (torch.cuda is emulated)" if args.device == "cpu" else "CUDA"
+    device = "CPU (no GPU is used)" if args.device == "cpu" else "CUDA"
     return f"{processes} on {device}" + (f": {division}" if division else "")
 
 

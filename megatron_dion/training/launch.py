@@ -11,6 +11,8 @@ from megatron_dion.training.errors import TOLD_IN_ONE_LINE, ConfigurationError, 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says. A mistake in it ends the process with one line and code 2.
 
+    So does an interrupt from the keyboard, with code 130.
+
     Args:
         argv: The arguments after the program's name; those of the process by default.
     """
@@ -18,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(sys.argv[1:] if argv is None else list(argv))
     except TOLD_IN_ONE_LINE as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def train(argv: Sequence[str]) -> None:

@@ -14,24 +14,21 @@ def progress_line(
 ) -> str:
     """Describe one training record in one line, and the last validation record in the same."""
     width = len(str(train_iters))
-    return " | ".join(
-        [
-            f"iteration {record['iteration']:{width}d}/{train_iters}",
-            f"loss {_number(record['lm_loss'], '.4f')}",
-            describe_validation(validation),
-            f"lr {_number(record['lr'], '.2e')}",
-            f"grad norm {_number(record['grad_norm'], '.3f')}",
-            f"{human_count(tokens_per_second)} tokens/s",
-            f"{human_duration(seconds_left)} left",
-        ]
-    )
+    parts = [
+        f"iteration {record['iteration']:{width}d}/{train_iters}",
+        f"loss {_number(record['lm_loss'], '.4f')}",
+        describe_validation(validation),
+        f"lr {_number(record['lr'], '.2e')}",
+        f"grad norm {_number(record['grad_norm'], '.3f')}",
+        f"{human_count(tokens_per_second)} tokens/s",
+        f"{human_duration(seconds_left)} left",
+    ]
+    return " | ".join(filter(None, parts))
 
 
 def describe_validation(record: Record | None) -> str:
-    """The last validation loss and its iteration, which may have been long ago."""
-    return (
-        f"validation {record['lm_loss']:.4f} at {record['iteration']}" if record else "validation -"
-    )
+    """The last validation loss and its iteration, which may have been long ago; or nothing."""
+    return f"validation {record['lm_loss']:.4f} at {record['iteration']}" if record else ""
 
 
 def human_count(count: float) -> str:

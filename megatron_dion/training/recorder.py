@@ -223,7 +223,7 @@ class Recorder:
             parts.append(f"unigram entropy of the corpus {self._facts.unigram_entropy:.4f}")
         if self._facts.run_dir is not None:
             parts.append(f"run directory {self._facts.run_dir}")
-        return ("done: " if finished else "stopped: ") + " | ".join(parts)
+        return ("done: " if finished else "stopped: ") + " | ".join(filter(None, parts))
 
     def _mean_loss(self) -> str:
         if not self._last_losses:

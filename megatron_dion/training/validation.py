@@ -129,7 +129,8 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.lr_warmup_fraction is None and iterations and args.lr_warmup_iters >= iterations:
         raise ConfigurationError(
             f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {iterations} "
-            "iterations of --lr-decay-iters or --train-iters: give fewer"
+            "iterations of --lr-decay-iters or --train-iters: give fewer than those for"
+            " --lr-warmup-iters"
         )
 
 
@@ -143,6 +144,16 @@ def check_ranks(args: argparse.Namespace) -> None:
             f" --context-parallel-size {args.context_parallel_size} need a multiple of {model}"
             f" processes, not {args.world_size}: start so many (torchrun --nproc-per-node), or"
             " change a size"
+        )
+
+
+def check_heads(args: argparse.Namespace) -> None:
+    """Every tensor-parallel rank has whole attention heads. Megatron names no flag."""
+    heads, size = args.num_attention_heads, args.tensor_model_parallel_size
+    if heads is not None and heads % size:
+        raise ConfigurationError(
+            f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size"
+            f" {size}: change one of them"
         )
 
 
@@ -433,9 +444,13 @@ def check_tokenizer(args: argparse.Namespace) -> None:
 
 def check_data(args: argparse.Namespace) -> None:
     """There are data, their files are whole, and the tokenizer is the one that made them."""
-    if args.mock_data:
-        return
     prefixes = data_prefixes(args)
+    if args.mock_data:
+        if prefixes:
+            raise ConfigurationError(
+                f"--mock-data does not go with the data {prefixes[0]}: leave out one of them"
+            )
+        return
     if not prefixes:
         raise ConfigurationError("no data: give --data-path PREFIX, or --mock-data to try things")
     for prefix in prefixes:
@@ -495,6 +510,7 @@ CHECKS: tuple[Check, ...] = (
     check_evaluation,
     check_schedule,
     check_ranks,
+    check_heads,
     check_batches,
     check_checkpoint_flags,
     check_data_mode,

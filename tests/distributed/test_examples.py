@@ -7,6 +7,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_dion.local.world import RankError
 from tests.distributed.nursery import Nursery
 
 CORE_LOOP = Path(__file__).parents[2] / "examples" / "core_loop.py"
@@ -40,6 +43,8 @@ def test_core_loop_learns_and_goes_on_elsewhere(nursery: Nursery, tmp_path: Path
     differences = [abs(a - b) for a, b in zip([*first, *then], whole[:16], strict=True)]
     assert max(differences) < 2e-5
     assert whole[-1] < whole[0] - 0.5
+    with pytest.raises(RankError, match="is there already: name a new folder"):
+        core_loop(nursery, 1, f"--save {saved}")
 
 
 def test_core_loop_help_has_its_commands_on_lines(nursery: Nursery) -> None:

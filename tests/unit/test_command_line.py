@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_dion.training import launch
 from megatron_dion.training.errors import ConfigurationError, exit_with
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
@@ -43,6 +44,18 @@ def test_report_of_torchrun_ends_with_the_refusal(
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     *_, last, _border = str(ChildFailedError("pretrain_gpt.py", {0: failure})).splitlines()
     assert last == "  traceback : error: --lr is odd"
+
+
+def test_interrupt_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "train", interrupted)
+    with pytest.raises(SystemExit) as end:
+        launch.main([])
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
 def complaint(nursery: Nursery, *argv: str) -> str:
@@ -152,7 +165,7 @@ def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
     evaluate = ["--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1"]
     said, others = nursery.run(2, output_of, [*RUN, *DION, *save, *evaluate])
     lines = [line for line in said.splitlines() if line.startswith("[dion] ")]
-    assert lines[0] == "[dion] 2 processes on CPU (torch.cuda is emulated): DP2"
+    assert lines[0] == "[dion] 2 processes on CPU (no GPU is used): DP2"
     saved = [line for line in lines if "saved" in line]
     for line, iteration in zip(saved, (2, 3), strict=True):
         folder = tmp_path / f"iter_{iteration:07d}"
@@ -163,7 +176,7 @@ def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.distcp")) / 1e6
         assert float(found[1]) == pytest.approx(size, rel=0.1)
     *_, first, second, third, done = (line for line in others.splitlines() if "[dion]" in line)
-    assert ["validation -" in line for line in (first, second, third)] == [True, True, False]
+    assert ["validation" in line for line in (first, second, third)] == [False, False, True]
     assert " at 2 | " in third
     assert done.startswith("[dion] done: iteration 3/3 | loss ")
     assert "(mean of the last 3) | validation " in done

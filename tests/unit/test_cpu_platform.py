@@ -95,10 +95,10 @@ def test_warnings_about_the_run_are_not_hidden() -> None:
 @pytest.mark.parametrize(
     ("sizes", "line"),
     [
-        ((1, 1, 1, 1, 1, 1), "1 process on CPU (torch.cuda is emulated)"),
-        ((4, 2, 1, 1, 1, 2), "4 processes on CPU (torch.cuda is emulated): TP2 x DP2"),
-        ((8, 1, 2, 2, 1, 2), "8 processes on CPU (torch.cuda is emulated): PP2 x CP2 x DP2"),
-        ((4, 1, 1, 1, 2, 4), "4 processes on CPU (torch.cuda is emulated): DP4, experts over 2"),
+        ((1, 1, 1, 1, 1, 1), "1 process on CPU (no GPU is used)"),
+        ((4, 2, 1, 1, 1, 2), "4 processes on CPU (no GPU is used): TP2 x DP2"),
+        ((8, 1, 2, 2, 1, 2), "8 processes on CPU (no GPU is used): PP2 x CP2 x DP2"),
+        ((4, 1, 1, 1, 2, 4), "4 processes on CPU (no GPU is used): DP4, experts over 2"),
     ],
 )
 def test_processes_are_described(sizes: tuple[int, ...], line: str) -> None:

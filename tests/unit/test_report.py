@@ -52,7 +52,7 @@ def test_head_tells_what_became_of_the_run(complete: Page) -> None:
         "optimizer": "dion, rank fraction 0.25",
         "training loss, mean of 10": f"{sum(last) / 10:.4g}",
         "validation loss": "4.5",
-        "tokens": "410k",
+        "tokens trained here": "410k",
         # Iterations that set things up took 9 s, all others half a second.
         "tokens per second": "4.10k",
         "in training steps": "1 min 57 s",
@@ -248,7 +248,7 @@ def test_run_that_went_on_from_another_folder(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, records))
     said = paragraphs(page)
     done = ITERATIONS - RESUMED_AFTER
-    assert ("tokens", human_count(TOKENS * done)) in zip(
+    assert ("tokens trained here", human_count(TOKENS * done)) in zip(
         page.texts("dt"), page.texts("dd"), strict=True
     )
     assert f"The curves begin at iteration {RESUMED_AFTER + 1}" in said
@@ -269,7 +269,7 @@ def test_each_start_has_its_own_tokens(tmp_path: Path) -> None:
     write_lines(run_dir / "starts.jsonl", starts)
     page = page_of(run_dir)
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
-    assert (facts["tokens"], facts["tokens per second"]) == ("410k", "8.19k")
+    assert (facts["tokens trained here"], facts["tokens per second"]) == ("410k", "8.19k")
     assert [row[3:] for row in page.rows if row[2:3] == ["4: TP2 × DP2"]] == [
         ["120", "246k", "4.10k"],
         ["80", "164k", "8.19k"],

@@ -129,7 +129,7 @@ def test_durations_are_readable(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("validation", "said"),
-    [(None, "validation -"), ({"iteration": 5, "lm_loss": 0.5}, "validation 0.5000 at 5")],
+    [(None, ""), ({"iteration": 5, "lm_loss": 0.5}, " | validation 0.5000 at 5")],
 )
 def test_progress_line_has_everything(validation: Record | None, said: str) -> None:
     line = progress_line(
@@ -140,7 +140,7 @@ def test_progress_line_has_everything(validation: Record | None, said: str) -> N
         seconds_left=200,
     )
     assert line == (
-        f"iteration  10/200 | loss 0.3333 | {said} | lr 1.00e-03 | grad norm 4.180 | "
+        f"iteration  10/200 | loss 0.3333{said} | lr 1.00e-03 | grad norm 4.180 | "
         "12.3k tokens/s | 3 min 20 s left"
     )
 

@@ -22,6 +22,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
         **DION_DEFAULTS,
         "seed": 1234,
         "save_interval": None,
+        "num_attention_heads": 4,
         "rank": 0,
         "optimizer": "dion",
         "use_distributed_optimizer": True,
@@ -334,6 +335,19 @@ def test_warmup_ends_before_the_run(decay: int | None) -> None:
     change = {"lr_decay_iters": decay, "lr_warmup_iters": decay or 50}
     complaint = complain(validation.check_schedule, arguments(**change))
     assert f"--lr-warmup-iters {decay or 50}" in complaint
+
+
+def test_tensor_parallel_ranks_have_whole_heads() -> None:
+    said = complain(validation.check_heads, arguments(tensor_model_parallel_size=3))
+    assert said.startswith("--num-attention-heads 4 is not a multiple of --tensor-model-parallel-")
+    validation.check_heads(arguments(tensor_model_parallel_size=2))
+    validation.check_heads(arguments(num_attention_heads=None))  # Megatron asks for it
+
+
+def test_mock_data_are_not_mixed_with_others(nursery: Nursery) -> None:
+    args = arguments(mock_data=True, data_path=["some/where"])
+    [said] = nursery.run(1, first_complaint, args)
+    assert said.startswith("--mock-data does not go with the data some/where:")
 
 
 def test_a_run_that_may_start_passes(prefix: str, nursery: Nursery) -> None:
