@@ -7,7 +7,7 @@ import pytest
 
 from megatron_dion.checkpointing import folders
 from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
-from megatron_dion.checkpointing.hashes import write_manifest
+from megatron_dion.checkpointing.hashes import MANIFEST, write_manifest
 
 MARKER_CONTENT = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
@@ -52,6 +52,14 @@ def test_older_unfinished_checkpoints_are_nobodys_business(tmp_path: Path) -> No
     assert folders.choose(tmp_path).remarks == ()
 
 
+def save(root: Path, iteration: int, when: int, finished: int | None = None) -> None:
+    """Makes a checkpoint that was saved at one time, with a marker of perhaps another."""
+    folder = make(root, f"iter_{iteration:07d}")
+    with mock.patch.object(time, "time", return_value=when):
+        write_manifest(folder, {})
+    written(folder / "metadata.json", when if finished is None else finished)
+
+
 def written(path: Path, when: int) -> None:
     """Makes a file as old as that many seconds after some moment."""
     os.utime(path, (1_700_000_000 + when,) * 2)
@@ -78,10 +86,7 @@ def test_tracker_that_is_damaged_or_behind(tmp_path: Path, text: str | None) -> 
 def test_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
     """Later iterations that it once had are older than the tracker."""
     for iteration, when in ((100, 1), (500, 5), (150, 6)):
-        folder = make(tmp_path, f"iter_{iteration:07d}")
-        with mock.patch.object(time, "time", return_value=when):
-            write_manifest(folder, {})
-        written(folder / "metadata.json", when)
+        save(tmp_path, iteration, when)
     track(tmp_path, "150")
     written(tmp_path / folders.TRACKER, 7)
     choice = folders.choose(tmp_path)
@@ -95,12 +100,10 @@ def test_run_that_went_back_goes_on_from_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_manifests", [True, False])
 def test_copy_has_the_times_of_its_copying(tmp_path: Path, with_manifests: bool) -> None:
     """The tracker may be copied first, and an older checkpoint last."""
-    for iteration, when in ((10, 9), (20, 8)):
-        folder = make(tmp_path, f"iter_{iteration:07d}")
-        if with_manifests:
-            with mock.patch.object(time, "time", return_value=iteration):
-                write_manifest(folder, {})
-        written(folder / "metadata.json", when)
+    for iteration, copied in ((10, 9), (20, 8)):
+        save(tmp_path, iteration, when=iteration, finished=copied)
+        if not with_manifests:
+            (folders.folder_of(tmp_path, iteration) / MANIFEST).unlink()
     track(tmp_path, "20")
     written(tmp_path / folders.TRACKER, 7)
     choice = folders.choose(tmp_path)
