@@ -174,3 +174,12 @@ def test_wheel_is_not_installed_without_what_it_needs(
     done = attempt(*pip, "install", f"{wheel}[run]")
     assert done.returncode != 0
     assert f"No matching distribution found for {package.replace('_', '-')}" in done.stderr
+
+
+def test_source_archive_is_installed(archives: Path, tmp_path: Path) -> None:
+    """With the setuptools that are there, as no index could bring others."""
+    python = Python(tmp_path)
+    [source] = archives.glob("dist/*.tar.gz")
+    run(*shlex.split(python.pip), "install", "--no-build-isolation", str(source))
+    command = str(python.path.with_name("megatron-dion"))
+    assert "doctor" in run(command, "--help", cwd=tmp_path)
