@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_dion.error_line import tell
+from megatron_dion.error_line import exit_interrupted, tell
 
 _READER_HAS_ENDED = 141  # what a shell says of a program that SIGPIPE has ended
 
@@ -38,8 +38,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             raise
         reason = f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        exit_interrupted()
     tell(reason)
     sys.exit(2)
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from megatron_dion.error_line import exit_interrupted
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.training import environment
 from megatron_dion.training.errors import TOLD_IN_ONE_LINE, ConfigurationError, exit_with
@@ -21,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except TOLD_IN_ONE_LINE as error:
         exit_with(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        exit_interrupted()
 
 
 def train(argv: Sequence[str]) -> None:
