@@ -65,6 +65,7 @@ lint: setup
 	$(PYTHON_IN_VENV) -m ruff check $(SOURCES)
 	$(PYTHON_IN_VENV) -m ruff format --check $(SOURCES)
 	$(PYTHON_IN_VENV) -m mypy
+	@! git grep -nE '^(<{7}|>{7}) '  # what a merge left
 
 format: setup
 	$(PYTHON_IN_VENV) -m ruff check --fix $(SOURCES)

@@ -19,8 +19,18 @@ def page(result: StudyResult) -> str:
     parts = [f"# {study.name}", study.question]
     for setting in study.settings:
         parts += [_heading(result, setting), _facts(result, setting), _table(result, setting)]
-    parts += [_legend(result), "\n".join(f"    {command}" for command in result.commands)]
+    parts += [_legend(result), _commands(result)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _commands(result: StudyResult) -> str:
+    lines = (
+        "<!-- tests in: tests/unit/test_studies.py -->",
+        "```bash tested",
+        *result.commands,
+        "```",
+    )
+    return "\n".join(lines)
 
 
 def _heading(result: StudyResult, setting: str) -> str:

@@ -30,7 +30,7 @@ SHOWN = ("text", "yaml", "{toctree}", "{eval-rst}")
 _COMMENT = re.compile(r"<!-- tests (run|prepend|in): (.+) -->")
 # How commands begin; nothing like it may stand in a block that is only shown.
 COMMAND = re.compile(
-    r"^(\.venv/bin/)?(python|pip|make|torchrun|megatron-dion|sbatch|srun)3? ", re.M
+    r"^([A-Z_]+=\S+ )*(\.venv/bin/)?(python|pip|make|torchrun|megatron-dion|sbatch|srun)3? ", re.M
 )
 
 
