@@ -148,9 +148,10 @@ def status_of(log: str, launcher_status: int) -> int:
     return codes[-1] if codes[-1] > 0 else 1
 
 
-def report_command(run_dir: Path) -> str:
-    """Return the command that makes a page of the run, as it can be typed here."""
+def report_command(command: Sequence[str]) -> str:
+    """Return the command that makes a page of what a command trained, as it can be typed here."""
     program = Path(sys.executable).with_name("megatron-dion")
+    run_dir = ROOT / values_of(command).run_dir
     return shlex.join([os.path.relpath(program), "report", os.path.relpath(run_dir)])
 
 
@@ -161,11 +162,19 @@ def resume_command(command: Sequence[str], overrides: Sequence[str]) -> str:
     parser.add_argument("--train-iters", type=int)
     parser.add_argument("--override-opt-param-scheduler", action="store_true")
     _, kept = parser.parse_known_args(overrides)
-    parser.add_argument("--save")
-    trained, _ = parser.parse_known_args(command)
+    trained = values_of(command)
     flags = [*kept, "--load", os.path.relpath(ROOT / trained.save, ROOT)]
     flags += ["--train-iters", str(2 * trained.train_iters), "--override-opt-param-scheduler"]
     return f"make train ARGS={shlex.quote(shlex.join(flags))}"
+
+
+def values_of(command: Sequence[str]) -> argparse.Namespace:
+    """Return what a command says of where it saves and reports, and how long it trains."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--save")
+    parser.add_argument("--run-dir")
+    parser.add_argument("--train-iters", type=int)
+    return parser.parse_known_args(command)[0]
 
 
 def make_run_dir(runs: Path) -> Path:
@@ -190,7 +199,7 @@ def main() -> None:
     print(f"starting {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
     command = training_command(data, run_dir, layout, overrides)
     train(command, run_dir / "train.log")
-    print(f"to look at it: {report_command(run_dir)}")
+    print(f"to look at it: {report_command(command)}")
     print(f"to go on, on other ranks too: {resume_command(command, overrides)}")
 
 

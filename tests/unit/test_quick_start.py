@@ -50,11 +50,14 @@ def test_only_progress_lines_reach_the_terminal(capsys: pytest.CaptureFixture[st
 
 
 def test_command_for_the_report_can_be_typed_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: tool.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert tool.report_command(tmp_path / "runs" / "1") == ".venv/bin/megatron-dion report runs/1"
+    for overrides, shown in (([], "runs/1"), (["--run-dir", "mine"], "mine")):
+        command = tool.training_command(data, tmp_path / "runs" / "1", tool.Layout(4, 2), overrides)
+        assert tool.report_command(command) == f".venv/bin/megatron-dion report {shown}"
 
 
 def test_command_to_go_on_has_what_was_changed_and_the_last_checkpoint(
