@@ -17,7 +17,7 @@ A step is a generator: it yields whenever it waits for other processes, so that 
 other matrices, can compute meanwhile (`interleave`).
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Protocol
@@ -46,6 +46,9 @@ from megatron_dion.algorithm.right_factor import (
 
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
+
+CACHE_BYTES = 1 << 20
+"""Of the sections of P that a CPU orthonormalizes together: they stay in a core's cache."""
 
 IN_FLIGHT = 2
 """Steps under way at a time; what bounds their memory counts on it."""
@@ -322,8 +325,7 @@ def _orthonormalize_left(
     fallbacks = 0
     merged: list[list[Section]] = []
     parts: list[_Part] = []
-    for _, alike in groupby(sections, key=lambda section: _likeness(matrices, section, exchange)):
-        batch = list(alike)
+    for batch in _batches(matrices, sections, exchange):
         if batch[0].matrix in exchange.merged:
             merged.append(batch)
             continue
@@ -343,6 +345,19 @@ def _orthonormalize_left(
     if exchange.merged:
         fallbacks += yield from _merge(exchange.merged, merged, exchange, config, step)
     return fallbacks
+
+
+def _batches(
+    matrices: Sequence[Matrix], sections: Sequence[Section], exchange: Exchange
+) -> Iterator[list[Section]]:
+    """Sections of equal shape; on a CPU no more of them than stay in its cache."""
+    for _, alike in groupby(sections, key=lambda section: _likeness(matrices, section, exchange)):
+        batch = list(alike)
+        most = len(batch)
+        if exchange.device.type == "cpu":
+            most = max(1, CACHE_BYTES // batch[0].values.nbytes)
+        for first in range(0, len(batch), most):
+            yield batch[first : first + most]
 
 
 def _merge(
