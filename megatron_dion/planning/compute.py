@@ -193,8 +193,8 @@ class ModelWork:
 def model_work(stage: Stage, batch: Batch) -> ModelWork:
     """Products with weights, 2 per element and token, and causal attention, half of all pairs.
 
-    Backward twice as much; attention once more with `selective` recomputation, all with `full`.
-    Experts get as many tokens each.
+    Backward twice as much; attention once more with `selective` recomputation, all layers with
+    `full`. Experts get as many tokens each.
     """
     shape, topology = stage.run.shape, stage.run.topology
     tokens = shape.sequence // topology.cp * batch.micro
@@ -204,14 +204,17 @@ def model_work(stage: Stage, batch: Batch) -> ModelWork:
         experts = sum(p.numel for p in stage.parameters if p.is_expert and p.weight is not None)
         here = shape.experts.count // topology.ep
         products += 2.0 * tokens * shape.experts.top_k * experts / here
-    if stage.is_last:
-        logits = shape.padded_vocab(topology.tp) // topology.tp * shape.hidden
-        products += 2.0 * tokens * logits
+        # Routers see a tensor-parallel rank's part of the sequence.
+        routers = sum(map(shape.has_experts, stage.layers)) * shape.experts.count * shape.hidden
+        products += 2.0 * tokens / topology.tp * routers
     width = shape.heads * shape.head // topology.tp
     attention = 2.0 * shape.sequence * tokens * width * len(stage.layers)
-    forward = products + attention
-    again = {"none": 0.0, "selective": attention, "full": forward}[batch.recompute]
-    return ModelWork(forward, 2 * forward + again)
+    layers, logits = products + attention, 0.0
+    if stage.is_last:
+        rows = shape.padded_vocab(topology.tp) // topology.tp
+        logits = 2.0 * tokens * rows * shape.hidden
+    again = {"none": 0.0, "selective": attention, "full": layers}[batch.recompute]
+    return ModelWork(layers + logits, 2 * (layers + logits) + again)
 
 
 def activation_bytes(stage: Stage, batch: Batch) -> float:

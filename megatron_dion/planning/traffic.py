@@ -31,7 +31,7 @@ class Sent:
         calls: number of calls.
         when: `backward` and `forward` can be hidden behind the model's work, `layer` is in its way,
             `step` is in the optimizer's.
-        is_estimate: whether it is a formula that no run was compared with.
+        is_estimate: whether no run was compared with it, or it supposes an even use of experts.
     """
 
     bytes: Counts | int
@@ -115,19 +115,23 @@ def activations(stage: Stage, batch: Batch) -> Traffic:
 
     Of a layer, forward and backward, tensor parallelism with sequence parallelism gathers the input
     of two column-parallel layers, scatters the sums of two row-parallel ones, gathers their
-    gradients, gathers the inputs once more, and scatters the sums of the inputs' gradients: ten in
-    all. The embedding has two, the output layer three.
+    gradients, gathers the inputs once more, and scatters the sums of the inputs' gradients: five
+    for attention and five for a feed-forward layer or shared experts. The embedding has two, the
+    output layer three. Tokens of routed experts are gathered and scattered once each way.
     """
     run, topology, shape = stage.run, stage.run.topology, stage.run.shape
     micro_batches, layers = batch.micro_batches(topology), len(stage.layers)
     tokens = shape.sequence // topology.cp * batch.micro
     hidden = run.weight_bytes * tokens * shape.hidden  # bytes of a micro batch's hidden states
-    again = 4 if batch.recompute == "full" else 0
-    gathers = (10 + again) * layers + 2 * stage.is_first + 3 * stage.is_last
+    again = batch.recompute == "full"
+    routed = sum(map(shape.has_experts, stage.layers))
+    has_shared = shape.experts is not None and shape.experts.shared_ffn > 0
+    blocks = layers + (layers - routed) + routed * has_shared
+    gathers = (5 + 2 * again) * blocks + 2 * stage.is_first + 3 * stage.is_last
     norms = sum(p.numel for p in stage.parameters if len(p.shape) == 1)
     ways = micro_batches * ((not stage.is_first) + (not stage.is_last))
     keys = 2 * shape.query_groups * shape.head // topology.tp * run.weight_bytes * tokens
-    blocks = 3 * (topology.cp - 1) * layers * micro_batches  # keys and values twice, gradients once
+    hops = 3 * (topology.cp - 1) * layers * micro_batches  # keys and values twice, gradients once
     found = {
         "tensor-parallel activations": ring(
             topology.tensor,
@@ -144,17 +148,41 @@ def activations(stage: Stage, batch: Batch) -> Traffic:
         "norms' gradients": ring(topology.tensor, ring_bytes(4 * norms, topology.tp), 1, "step"),
         "pipeline sends": to_peers(topology.pipeline, ways * hidden // topology.tp, ways, "layer"),
         "context-parallel keys": ring(
-            topology.context, blocks * keys, blocks, "layer", is_estimate=True
+            topology.context, hops * keys, hops, "layer", is_estimate=True
         ),
     }
     if shape.tied and topology.pp > 1 and (stage.is_first or stage.is_last):
         tied = sum(p.numel for p in stage.parameters if p.is_shared)
         found["tied embeddings"] = to_peers(topology.pipeline, ring_bytes(4 * tied, 2), 1, "step")
-    if shape.experts is not None:
-        calls = 4 * micro_batches * sum(map(shape.has_experts, stage.layers))
-        sent = calls * _share(hidden // topology.tp * shape.experts.top_k, topology.ep)
-        found["tokens to experts"] = to_peers(topology.expert, sent, calls, "layer", True)
-    return found
+    return found | _tokens_to_experts(stage, batch)
+
+
+def _tokens_to_experts(stage: Stage, batch: Batch) -> Traffic:
+    """What the all-to-all dispatcher sends, where every expert gets as many tokens.
+
+    A token goes to `top_k` experts and comes back, forward and backward; the router's probability
+    goes with it, in the type of the weights. First all ranks of an expert's group tell each other
+    how many tokens they have for each expert, in int64. In the tensor-parallel group tokens and
+    probabilities are gathered, and their sums scattered.
+    """
+    run, topology, shape = stage.run, stage.run.topology, stage.run.shape
+    experts, routed = shape.experts, sum(map(shape.has_experts, stage.layers))
+    if experts is None or not routed:
+        return {}
+    times = batch.micro_batches(topology) * routed
+    again = batch.recompute == "full"
+    copies = shape.sequence // topology.cp * batch.micro * experts.top_k
+    hidden, probabilities = run.weight_bytes * copies * shape.hidden, run.weight_bytes * copies
+    both = (4 + 2 * again, hidden), (2 + again, probabilities)
+    far = sum(calls * _share(size // topology.tp, topology.ep) for calls, size in both)
+    near = sum(calls * _share(size, topology.tp) for calls, size in both)
+    counts = (1 + again) * 8 * experts.count * (topology.ep * topology.tp - 1)
+    calls = times * sum(number for number, _ in both)
+    return {
+        "tokens to experts": to_peers(topology.expert, times * far, calls, "layer", True),
+        "experts' tensor parallelism": ring(topology.tensor, times * near, calls, "layer", True),
+        "token counts": to_peers(topology.expert, times * counts, times, "layer", True),
+    }
 
 
 def muon_traffic(stage: Stage) -> Traffic:

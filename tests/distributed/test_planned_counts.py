@@ -121,6 +121,7 @@ def count_collectives(sent: Counter[tuple[str, tuple[int, ...]]]) -> None:
         "gather",
         lambda k, _, given, *more: sum(t.nbytes for t in given) * (k - 1),
     )
+    wrap("reduce_scatter", "scatter", lambda k, _, given, *more: each(1, given[0], k))
     wrap("reduce_scatter_single_coalesced", "scatter", lambda k, _, given, *more: each(1, given, k))
     wrap("allgather", "gather", lambda k, _, given, *more: sum(t.nbytes for t in given) * (k - 1))
     wrap("send", "send", lambda k, given, *_: sum(t.nbytes for t in given))
