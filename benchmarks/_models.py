@@ -1,5 +1,6 @@
 """The weights that are stepped, and Dion on this rank's pieces of them."""
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,17 @@ class Topology:
     def rank(self, number: int) -> Rank:
         """The coordinates of a rank of the process group."""
         return Rank(number % self.tp, number // self.tp)
+
+
+def add_topologies(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--topologies`, one or more of TPxDP."""
+    parser.add_argument(
+        "--topologies",
+        type=Topology.parse,
+        nargs="+",
+        default=[Topology.parse(one) for one in default.split()],
+        metavar="TPxDP",
+    )
 
 
 def _group_with_me(lines: Iterable[Tensor]) -> dist.ProcessGroup | None:

@@ -24,7 +24,7 @@ from benchmarks._common import (
     report,
     summary,
 )
-from benchmarks._models import Topology, checked_step, dion_on_pieces, gpt
+from benchmarks._models import Topology, add_topologies, checked_step, dion_on_pieces, gpt
 from megatron_dion import Dion, DionConfig
 
 
@@ -44,13 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=7)
-    parser.add_argument(
-        "--topologies",
-        type=Topology.parse,
-        nargs="+",
-        default=[Topology(1, 1), Topology(2, 1), Topology(1, 2)],
-        metavar="TPxDP",
-    )
+    add_topologies(parser, "1x1 2x1 1x2")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument(

@@ -22,7 +22,7 @@ from benchmarks._common import (
     summary,
     wall_is_meaningful,
 )
-from benchmarks._models import Topology
+from benchmarks._models import Topology, add_topologies
 from benchmarks._training import (
     DTYPES,
     MUON_DUPLICATED,
@@ -78,13 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=1)
     add_model_flags(parser, hidden=256, layers=4)
-    parser.add_argument(
-        "--topologies",
-        type=Topology.parse,
-        nargs="+",
-        default=[Topology(1, 1), Topology(2, 1), Topology(1, 2), Topology(2, 2)],
-        metavar="TPxDP",
-    )
+    add_topologies(parser, "1x1 2x1 1x2 2x2")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--iterations", type=int, default=4, help="timed ones of each run")
     parser.add_argument(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._common import Goal, Row, in_world, largest, make_parser, parse, report
-from benchmarks._models import LR, Topology, checked_step, dion_on_pieces, gpt
+from benchmarks._models import LR, Topology, add_topologies, checked_step, dion_on_pieces, gpt
 from megatron_dion import Dion, DionConfig
 from megatron_dion.planning import GptShape
 from megatron_dion.platforms.cpu_adam import CpuAdam
@@ -43,14 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=1)
-    parser.add_argument(
-        "--topologies",
-        type=Topology.parse,
-        nargs="+",
-        default=[Topology(1, 1), Topology(2, 1), Topology(1, 2), Topology(2, 2)],
-        metavar="TPxDP",
-        help="under torchrun those of its number of ranks are measured",
-    )
+    add_topologies(parser, "1x1 2x1 1x2 2x2")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument(

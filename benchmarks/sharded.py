@@ -27,7 +27,7 @@ from benchmarks._common import (
     report,
     summary,
 )
-from benchmarks._models import Topology, checked_step, dion_on_pieces, gpt
+from benchmarks._models import Topology, add_topologies, checked_step, dion_on_pieces, gpt
 from megatron_dion import DionConfig
 from megatron_dion.planning import GptShape
 from megatron_dion.planning.loads import loads
@@ -53,14 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=5)
-    parser.add_argument(
-        "--topologies",
-        type=Topology.parse,
-        nargs="+",
-        default=[Topology(2, 1), Topology(1, 2), Topology(2, 2)],
-        metavar="TPxDP",
-        help="under torchrun those of its number of ranks are measured",
-    )
+    add_topologies(parser, "2x1 1x2 2x2")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--fraction", type=Fraction, default=Fraction(1, 4))
