@@ -22,6 +22,8 @@ class Parameter:
         is_expert: whether it lies on the expert-data-parallel grid.
         is_vocabulary: whether it is the embedding or the output layer.
         is_shared: whether it is tied to its copy on another pipeline stage.
+        sees_part: whether each tensor-parallel rank uses it for a part of the sequence, so that its
+            gradient is a sum over them.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Parameter:
     is_expert: bool = False
     is_vocabulary: bool = False
     is_shared: bool = False
+    sees_part: bool = False
 
     @property
     def numel(self) -> int:
@@ -235,9 +238,9 @@ class GptShape:
             yield Parameter("embedding.position_embeddings.weight", (self.positions, self.hidden))
 
     def _norm(self, name: str) -> Iterator[Parameter]:
-        yield Parameter(f"{name}.weight", (self.hidden,))
+        yield Parameter(f"{name}.weight", (self.hidden,), sees_part=True)
         if self.layer_norm:
-            yield Parameter(f"{name}.bias", (self.hidden,))
+            yield Parameter(f"{name}.bias", (self.hidden,), sees_part=True)
 
     def _layer(
         self, layer: int, size: int, expert_parallel: tuple[int, int]
@@ -256,7 +259,8 @@ class GptShape:
         if self.experts is None or not self.has_experts(layer):
             yield from self._mlp(f"{name}.mlp", self.ffn, size)
             return
-        yield Parameter(f"{name}.mlp.router.weight", (self.experts.count, self.hidden))
+        router = self.experts.count, self.hidden
+        yield Parameter(f"{name}.mlp.router.weight", router, sees_part=True)
         rank, ranks = expert_parallel
         here = self.experts.count // ranks
         for expert in range(rank * here, (rank + 1) * here):
@@ -277,7 +281,9 @@ class GptShape:
         yield Parameter(weight.name, (weight.rows, weight.columns), weight, is_expert)
         if self.biases:
             name = weight.name.replace(".weight", ".bias")
-            yield Parameter(name, (weight.rows,), is_expert=is_expert)
+            # Those of row-parallel layers are added after the sum is scattered.
+            sees_part = weight.partition_dim == 1
+            yield Parameter(name, (weight.rows,), is_expert=is_expert, sees_part=sees_part)
 
     def _qkv_parts(self) -> tuple[Part, ...]:
         """A query group's rows."""

@@ -116,8 +116,9 @@ def activations(stage: Stage, batch: Batch) -> Traffic:
     Of a layer, forward and backward, tensor parallelism with sequence parallelism gathers the input
     of two column-parallel layers, scatters the sums of two row-parallel ones, gathers their
     gradients, gathers the inputs once more, and scatters the sums of the inputs' gradients: five
-    for attention and five for a feed-forward layer or shared experts. The embedding has two, the
-    output layer three. Tokens of routed experts are gathered and scattered once each way.
+    for attention and five for a feed-forward layer or shared experts. The embedding has two, or,
+    with learned positions, a sum and one gather; the output layer three. Tokens of routed experts
+    are gathered and scattered once each way.
     """
     run, topology, shape = stage.run, stage.run.topology, stage.run.shape
     micro_batches, layers = batch.micro_batches(topology), len(stage.layers)
@@ -127,8 +128,10 @@ def activations(stage: Stage, batch: Batch) -> Traffic:
     routed = sum(map(shape.has_experts, stage.layers))
     has_shared = shape.experts is not None and shape.experts.shared_ffn > 0
     blocks = layers + (layers - routed) + routed * has_shared
-    gathers = (5 + 2 * again) * blocks + 2 * stage.is_first + 3 * stage.is_last
-    norms = sum(p.numel for p in stage.parameters if len(p.shape) == 1)
+    is_summed = stage.is_first and shape.positions > 0
+    ends = (2 - is_summed) * stage.is_first + 3 * stage.is_last
+    gathers = (5 + 2 * again) * blocks + ends
+    sums = sum(p.numel for p in stage.parameters if p.sees_part)
     ways = micro_batches * ((not stage.is_first) + (not stage.is_last))
     keys = 2 * shape.query_groups * shape.head // topology.tp * run.weight_bytes * tokens
     hops = 3 * (topology.cp - 1) * layers * micro_batches  # keys and values twice, gradients once
@@ -139,13 +142,19 @@ def activations(stage: Stage, batch: Batch) -> Traffic:
             micro_batches * gathers,
             "layer",
         ),
+        "sums of embeddings": ring(
+            topology.tensor,
+            micro_batches * ring_bytes(hidden, topology.tp) * is_summed,
+            micro_batches * is_summed,
+            "layer",
+        ),
         "tensor-parallel loss": ring(
             topology.tensor,
             micro_batches * 3 * ring_bytes(4 * tokens, topology.tp) * stage.is_last,
             micro_batches * 3 * stage.is_last,
             "layer",
         ),
-        "norms' gradients": ring(topology.tensor, ring_bytes(4 * norms, topology.tp), 1, "step"),
+        "gradients of parts": ring(topology.tensor, ring_bytes(4 * sums, topology.tp), 1, "step"),
         "pipeline sends": to_peers(topology.pipeline, ways * hidden // topology.tp, ways, "layer"),
         "context-parallel keys": ring(
             topology.context, hops * keys, hops, "layer", is_estimate=True
@@ -176,12 +185,13 @@ def _tokens_to_experts(stage: Stage, batch: Batch) -> Traffic:
     both = (4 + 2 * again, hidden), (2 + again, probabilities)
     far = sum(calls * _share(size // topology.tp, topology.ep) for calls, size in both)
     near = sum(calls * _share(size, topology.tp) for calls, size in both)
-    counts = (1 + again) * 8 * experts.count * (topology.ep * topology.tp - 1)
+    counts = 8 * experts.count * (topology.ep * topology.tp - 1)
     calls = times * sum(number for number, _ in both)
+    told = times * (1 + again)
     return {
         "tokens to experts": to_peers(topology.expert, times * far, calls, "layer", True),
         "experts' tensor parallelism": ring(topology.tensor, times * near, calls, "layer", True),
-        "token counts": to_peers(topology.expert, times * counts, times, "layer", True),
+        "token counts": to_peers(topology.expert, told * counts, told, "layer", True),
     }
 
 

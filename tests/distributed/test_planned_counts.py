@@ -42,6 +42,12 @@ SHAPE = GptShape(
     sequence=32,
 )
 
+# With biases, LayerNorm, learned positions and tied embeddings.
+GPT2 = [*(flag for flag in MODEL if flag not in ("--swiglu", "--disable-bias-linear"))]
+GPT2.remove("--untie-embeddings-and-output-weights")
+GPT2 += "--position-embedding-type learned_absolute --normalization LayerNorm".split()
+GPT2_SHAPE = replace(SHAPE, gated=False, tied=True, biases=True, layer_norm=True, positions=32)
+
 
 def train_counted(argv: Sequence[str]) -> dict[str, Any]:
     """On a rank: trains; what it has in the third iteration, and what it sent in the second."""
@@ -197,8 +203,9 @@ KINDS = {
     "weights all-gather": "gather data",
     "instances all-reduce": "all-reduce instances",
     "tensor-parallel activations": "gather and scatter tensor",
+    "sums of embeddings": "all-reduce tensor",
     "tensor-parallel loss": "all-reduce tensor",
-    "norms' gradients": "all-reduce tensor",
+    "gradients of parts": "all-reduce tensor",
     "tied embeddings": "all-reduce pipeline",
     "pipeline sends": "send pipeline",
     "dion tensor rows": "all-reduce tensor",
@@ -252,6 +259,9 @@ CASES: dict[str, tuple[str, Topology, dict[str, Any]]] = {
             )
         },
     ),
+    "gpt2-tp2-dp2": (f"--bf16 {TP2}", Topology(tp=2, dp=2), {}),
+    "gpt2-pp2-dp2": (f"--bf16 {PP2}", Topology(pp=2, dp=2), {}),
+    "gpt2-tp2-pp2": (f"--bf16 {TP2} {PP2}", Topology(tp=2, pp=2), {}),
     "pp2-dp2": (f"--bf16 {PP2} {OVERLAP} 20000", Topology(pp=2, dp=2), {"bucket_size": 20000}),
     "instances": (f"--bf16 {INSTANCES}", Topology(dp=4, instances=2), {}),
     "compressed": (
@@ -308,8 +318,9 @@ def assert_sent(sent: Counter[str], expected: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_memory_and_bytes(nursery: Nursery, tmp_path: Path, name: str) -> None:
     flags, topology, changes = CASES[name]
-    run = Run(SHAPE, topology, **{"optimizer": Optimizer("dion"), "bucket_size": 0, **changes})
-    argv = [*MODEL, *TRAINING, *DION, *flags.split(), "--train-iters", "4"]
+    model, shape = (GPT2, GPT2_SHAPE) if name.startswith("gpt2") else (MODEL, SHAPE)
+    run = Run(shape, topology, **{"optimizer": Optimizer("dion"), "bucket_size": 0, **changes})
+    argv = [*model, *TRAINING, *DION, *flags.split(), "--train-iters", "4"]
     argv += f"--micro-batch-size 1 --log-interval 100 --run-dir {tmp_path}".split()
     records = nursery.run(topology.world, train_counted, argv)
     assert len({record["stage"] for record in records}) == topology.pp
