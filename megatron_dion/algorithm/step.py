@@ -47,7 +47,7 @@ from megatron_dion.algorithm.right_factor import (
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
 
-CACHE_BYTES = 1 << 20
+_CACHE_BYTES = 1 << 20
 """Of the sections of P that a CPU orthonormalizes together: they stay in a core's cache."""
 
 IN_FLIGHT = 2
@@ -355,7 +355,7 @@ def _batches(
         batch = list(alike)
         most = len(batch)
         if exchange.device.type == "cpu":
-            most = max(1, CACHE_BYTES // batch[0].values.nbytes)
+            most = max(1, _CACHE_BYTES // batch[0].values.nbytes)
         for first in range(0, len(batch), most):
             yield batch[first : first + most]
 

@@ -439,6 +439,20 @@ def test_triangles_of_row_parallel_weights(world: World, columns: int, method: s
     compare(results, reference(shapes, config), tolerance=1e-5, states=states)
 
 
+@pytest.mark.parametrize("method", ["rcqr", "qr"])
+@pytest.mark.parametrize(
+    ("world", "count"), [(World(1, 1), 4), (World(4, 1), 4), (World(1, 4), 3)]
+)  # whole, by triangles, and by sums
+def test_more_than_fits_a_cache_is_orthonormalized_in_batches(
+    world: World, count: int, method: str
+) -> None:
+    shapes = tuple(Shape(f"{i}", 96, 64, 1) for i in range(count))
+    config = DionConfig(rank_fraction=0.3, seed=7, orthonormalizer=method)
+    with mock.patch.object(algorithm_step, "_CACHE_BYTES", 1):
+        results = run(world, shapes, config, 5000)
+    compare(results, reference(shapes, config), tolerance=1e-5)
+
+
 def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
     """The same direction in all steps, so that B has rank one."""
     return {name: (v[:, :1] @ v[:1]) * (1 + 1 / step) for name, v in values(shapes, 1).items()}
