@@ -26,12 +26,15 @@ Row = Mapping[str, str | bool | int | float | None]
 """A row of a table, by column; units are in the columns' names."""
 
 
-def make_parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, repeats: int, devices: Sequence[str] = DEVICES
+) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have.
 
     Args:
         description: the program's docstring.
         repeats: default number of measurements of each case.
+        devices: what it can measure, by default the first.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -39,7 +42,7 @@ def make_parser(description: str | None, repeats: int) -> argparse.ArgumentParse
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each case")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where results go, too")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, one process")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=devices, default=devices[0])
     return parser
 
 

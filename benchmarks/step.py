@@ -2,7 +2,8 @@
 
 Two tables. `floor`: Dion's step on many equal matrices against the matrix products that it must do:
 the four of shapes (m, n) and r, timed with the layouts that the step has, and the operations of the
-orthonormalization at the rate of a product (n, r) (r, r). `weights`: AdamW, Megatron's Muon, and
+orthonormalization, `rcqr`'s or the fewest known, Householder QR's, at the rate of a product (n, r)
+(r, r). `weights`: AdamW, Megatron's Muon, and
 Dion with products in float32 and in Muon's precision, on the weights of a GPT.
 """
 
@@ -153,18 +154,22 @@ class _Floor:
     def row(self, timings: Mapping[str, Timing]) -> Row:
         """What was measured, as medians, and the median of each round's ratio."""
         matrix = self._matrix
-        orthonormalizing = operations(matrix, matrix.columns)
-        factor = orthonormalizing / (2 * matrix.columns * matrix.rank**2)
+        n, r = matrix.columns, matrix.rank
         cost = {name: timing.cost(self._device) for name, timing in timings.items()}
         products = cost["products"]
-        orthonormalize = [factor * seconds for seconds in cost["square"]]
-        floor = [a + b for a, b in zip(products, orthonormalize, strict=True)]
-        to_floor = ratio(cost["step"], floor)
+        orthonormalize, fewest = (
+            [count / (2 * n * r**2) * seconds for seconds in cost["square"]]
+            for count in (operations(matrix, n), 4 * n * r**2 - 4 / 3 * r**3)
+        )
+        to_floor, to_fewest = (
+            ratio(cost["step"], [a + b for a, b in zip(products, other, strict=True)])
+            for other in (orthonormalize, fewest)
+        )
         rate = 8 * matrix.rows * matrix.columns * matrix.rank * self._alike.count / 1e9
         return {
             "matrices": f"{self._alike.count} x {self._alike.size}",
             "fraction": str(self._fraction),
-            "rank": matrix.rank,
+            "rank": r,
             "products_ms": 1e3 * summary(products).median,
             "products_gflops": rate / summary(products).median,
             "orthonormalize_ms": 1e3 * summary(orthonormalize).median,
@@ -173,6 +178,7 @@ class _Floor:
             "step_to_floor": to_floor.median,
             "low": to_floor.low,
             "high": to_floor.high,
+            "step_to_fewest": to_fewest.median,
         }
 
 
@@ -206,7 +212,7 @@ def _weight_rows(hidden: int, args: argparse.Namespace, goals: list[Goal]) -> li
         "AdamW, torch": _torch_adamw(shape, args.device),
         "AdamW, Megatron on CPU": _megatron_adamw(shape, args.device),
         _MUON: _muon(shape, args.device),
-        "Muon, Newton-Schulz in fp32": _muon(shape, args.device, precision="highest"),
+        _MUON_FP32: _muon(shape, args.device, precision="highest"),
         **{f"Dion {f}": _dion(shape, f, args.device) for f in reversed(args.fractions)},
         **{
             f"Dion {f}, {_LIKE_MUON}": _dion(shape, f, args.device, precision="medium")
@@ -250,11 +256,11 @@ def _rows_of_dtype(
         for name, optimizer in optimizers.items()
     }
     timings = interleaved(cases, args.repeats)
-    muon = timings[_MUON].cost(args.device)
+    muon, in_fp32 = (timings[name].cost(args.device) for name in (_MUON, _MUON_FP32))
     rows: list[Row] = []
     for name, timing in timings.items():
         cost = timing.cost(args.device)
-        to_muon = ratio(cost, muon)
+        to_muon, to_fp32 = ratio(cost, muon), ratio(cost, in_fp32)
         rows.append(
             {
                 "hidden": shape.hidden,
@@ -266,17 +272,21 @@ def _rows_of_dtype(
                 "to_muon": to_muon.median,
                 "low": to_muon.low,
                 "high": to_muon.high,
+                "to_muon_fp32": to_fp32.median,
             }
         )
-        if name in _TO_MUON:
-            label = f"hidden {shape.hidden}, {dtype} weights: {name} / Muon"
-            goals.append(Goal(label, to_muon.median, _TO_MUON[name]))
+        dion, _, in_bf16 = name.partition(", ")
+        if dion in _TO_MUON:
+            label = f"hidden {shape.hidden}, {dtype} weights: {name} / "
+            goals.append(Goal(label + _MUON, to_muon.median, _TO_MUON[dion]))
+            if not in_bf16:
+                goals.append(Goal(label + _MUON_FP32, to_fp32.median, _TO_MUON[dion]))
     return rows
 
 
-_MUON = "Muon, Megatron"
+_MUON, _MUON_FP32 = "Muon, Megatron", "Muon, Newton-Schulz in fp32"
 _LIKE_MUON = "products in bf16"
-_TO_MUON = {f"Dion 1/4, {_LIKE_MUON}": 1 / 5, f"Dion 1/16, {_LIKE_MUON}": 1 / 10}
+_TO_MUON = {"Dion 1/4": 1 / 5, "Dion 1/16": 1 / 10}
 
 
 def _masters(shape: GptShape, device: str) -> list[Tensor]:

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, repeats=1)
+    parser = make_parser(__doc__, repeats=1, devices=["cpu"])
     by_name = {case.name: case for case in CASES}
     parser.add_argument(
         "--cases", nargs="+", type=by_name.__getitem__, default=CASES, metavar="CASE"
