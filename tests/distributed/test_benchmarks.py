@@ -57,14 +57,15 @@ def test_step(run: Any) -> None:
         ("3 x 16", "1/4", 4),
         ("3 x 16", "1/16", 1),
     ]
-    assert all(row["step_to_floor"] > 0 for row in floor)
+    assert all(row["step_to_fewest"] > row["step_to_floor"] > 0 for row in floor)
     assert Counter(row["weights"] for row in weights) == {"fp32": 8, "bf16": 8}
     names = [row["optimizer"] for row in weights[:8]]
     assert names[2:4] == ["Muon, Megatron", "Muon, Newton-Schulz in fp32"]
     assert names[4:6] == ["Dion 1/16", "Dion 1/4"]
     assert names[6:] == ["Dion 1/16, products in bf16", "Dion 1/4, products in bf16"]
     assert all(row["to_muon"] == 1 for row in weights if row["optimizer"] == "Muon, Megatron")
-    assert len(result["goals"]) == 2 + 4  # each kind of matrices; two ranks, two dtypes
+    # Each kind of matrices; two ranks, two dtypes, three pairs of precisions.
+    assert len(result["goals"]) == 2 + 2 * 2 * 3
 
 
 def test_sharded(run: Any) -> None:
