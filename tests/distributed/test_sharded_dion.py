@@ -18,6 +18,9 @@ from megatron_dion.algorithm import step as algorithm_step
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
+from megatron_dion.planning.compute import dion_operations
+from megatron_dion.planning.stage import DionPart
+from megatron_dion.planning.topology import Group
 from megatron_dion.sharding import (
     Groups,
     Part,
@@ -29,6 +32,7 @@ from megatron_dion.sharding import (
     reducer,
     shared_rows,
 )
+from tests.counted_operations import CountedOperations
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
 
@@ -90,6 +94,7 @@ TRANSFORMER = (
     Shape("fc2", 36, 100, 1),
     Shape("duplicated", 20, 36, None),
 )
+ALONE = (Shape("alone", 72, 200, 0),)
 ODD = (
     Shape("one_row", 1, 60, 1),
     Shape("one_column", 24, 1, 0),
@@ -395,6 +400,35 @@ def test_any_grid_equals_the_reference(world: World, shapes: tuple[Shape, ...]) 
     compare(run(world, shapes, config, 5000), reference(shapes, config), tolerance=1e-5)
 
 
+def count_operations(
+    world: World, shapes: tuple[Shape, ...], config: DionConfig
+) -> tuple[Counter[str], tuple[float, float]]:
+    """On one rank: operations of a step, and those planned for it: products, factorizations."""
+    shards = Shards(world, shapes, config, 5000)
+    shards.set_gradients(values(shapes, 1), 1)
+    shards.optimizer.init_state()
+    with CountedOperations() as counted:
+        shards.optimizer.step()
+    assert not shards.optimizer.fallbacks
+    planner = shards.optimizer.planner()
+    here = dist.get_rank() // world.tp, dist.get_rank() % world.tp
+    part = DionPart(planner, False, Group(world.dp, world.tp, 8), (1,) * len(planner.sets))
+    *products, factorizations = (found[here] for found in dion_operations(part, device="cpu"))
+    return counted.found, (sum(products), factorizations)
+
+
+@pytest.mark.parametrize("world", [World(2, 1), World(4, 1), World(1, 4), World(2, 2)], ids=name_of)
+@pytest.mark.parametrize("method", ["auto", "rcqr", "qr"])
+@pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["transformer", "divided"])
+def test_operations_of_each_rank_are_as_planned(
+    world: World, method: str, shapes: tuple[Shape, ...]
+) -> None:
+    config = DionConfig(rank_fraction=0.3, seed=7, orthonormalizer=method)
+    for counted, planned in gloo_world(world.size, count_operations, world, shapes, config):
+        found = counted["products"], counted["factorizations"]
+        assert found == pytest.approx(planned, rel=1e-12)
+
+
 @pytest.mark.parametrize("fraction", [0.01, 1.0])
 @pytest.mark.parametrize("method", ["rcqr", "cqr", "qr"])
 @pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
@@ -460,9 +494,6 @@ def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
 
 def nothing(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
     return {name: torch.zeros_like(v) for name, v in values(shapes, 1).items()}
-
-
-ALONE = (Shape("alone", 72, 200, 0),)
 
 
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
