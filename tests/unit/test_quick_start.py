@@ -1,6 +1,5 @@
 import io
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import quick_start as tool
 from tests.documentation.pages import blocks_of
+from tests.project import words_from_make
 
 
 @pytest.fixture
@@ -154,18 +154,9 @@ def test_make_train_hands_on_the_flags_of_the_page() -> None:
     """Those in quotes over two lines, too; make only says what it would run."""
     code = "".join(block.code for block in blocks_of("README.md"))
     shown = [word for word in shlex.split(code, comments=True) if word.startswith("ARGS=")]
-    assert [" ".join(words_from_make(setting)) for setting in ("ARGS=", *shown)] == [
-        "",
-        "-- --dion-rank-fraction 0.5",
-        "-- --load RUN_DIR/checkpoints --train-iters 400 --override-opt-param-scheduler"
-        " --tensor-model-parallel-size 1 --micro-batch-size 2",
+    assert [" ".join(words_from_make("train", setting)) for setting in ("ARGS=", *shown)] == [
+        "tools/quick_start.py",
+        "tools/quick_start.py -- --dion-rank-fraction 0.5",
+        "tools/quick_start.py -- --load RUN_DIR/checkpoints --train-iters 400"
+        " --override-opt-param-scheduler --tensor-model-parallel-size 1 --micro-batch-size 2",
     ]
-
-
-def words_from_make(setting: str) -> list[str]:
-    """What `make train` would give its script, word by word."""
-    command = ["make", "--dry-run", "--assume-old=setup", "train", setting]
-    told = subprocess.run(command, cwd=tool.ROOT, capture_output=True, text=True, check=True).stdout
-    _, script, *words = shlex.split(told.replace("\\\n", ""))
-    assert script == "tools/quick_start.py"
-    return words
