@@ -224,7 +224,7 @@ def test_picture_of_the_documentation(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn by its command, with a browser of its own."""
-    words = ["picture", str(page.parent), "--output", str(tmp_path / "report.png")]
+    words = ["tests.browser.picture", str(page.parent), "--output", str(tmp_path / "report.png")]
     monkeypatch.setattr("sys.argv", words)
     picture.main()
     laptop, phone = (round(width * picture.SCALE) for width in picture.WIDTHS.values())

@@ -87,6 +87,14 @@ def run(block: Block, project: Path) -> None:
         ("```bash gpu\nnvidia-smi\n```", None),
         ("<!-- tests in: tests/project.py -->\n```bash tested\nls\n```", None),
         ("<!-- tests in: tests/none.py -->\n```bash tested\nls\n```", "there is no tests/none.py"),
+        (
+            "<!-- tests in: tests/project.py -->\n```bash tested\npython -m benchmarks.step\n```",
+            "tests/project.py does not name 'benchmarks.step'",
+        ),
+        (
+            "<!-- tests in: tests/project.py -->\n```bash tested\nmegatron-dion plan 8B\n```",
+            "tests/project.py does not name 'plan'",
+        ),
         ("<!-- tests in: tests/project.py -->\n```bash gpu\nls\n```", "the mark 'tested' and"),
         ("```bash tested\nls\n```", "the mark 'tested' and"),
         ("```bash later\nls\n```", "the mark 'later' is none of"),
