@@ -177,6 +177,15 @@ def test_started_as_if_by_itself(tmp_path: Path) -> None:
     assert ended.returncode == 7
 
 
+def test_an_interrupt_is_one_word(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    ended = run_alone("-m", "megatron_dion.run", str(script), "--device", "cpu")
+    assert ended.returncode == 130
+    assert ended.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in ended.stderr
+
+
 def refusal(flags: Sequence[str]) -> str:
     """On a rank: why the script does not start."""
     from megatron_dion.training.errors import ConfigurationError
