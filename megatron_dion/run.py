@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from megatron_dion.error_line import exit_interrupted
 from megatron_dion.training.dropin import install
 from megatron_dion.training.errors import ConfigurationError, exit_with
 
@@ -26,8 +27,11 @@ def main() -> None:
     if not sys.flags.safe_path:
         # Where `python -m` puts the working folder, `python SCRIPT` has the script's.
         sys.path[0] = str(script.resolve().parent)
-    install()
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        install()
+        runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        exit_interrupted()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The project as a tree of files, and a Python beside it, for tests that write into them."""
 
+import shlex
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +21,14 @@ def copy_project(folder: Path) -> None:
         return caches | (_MADE if Path(path) == ROOT else set())
 
     shutil.copytree(ROOT, folder, ignore=left_out)
+
+
+def words_from_make(*words: str) -> list[str]:
+    """What make would start Python with for a target, if all was installed; it does not."""
+    command = ["make", "--dry-run", "--assume-old=setup", *words]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    _python, *started = shlex.split(told.replace("\\\n", ""))
+    return started
 
 
 def link_packages(folder: Path, without: Collection[str] = ()) -> None:

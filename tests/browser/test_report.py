@@ -219,8 +219,14 @@ def test_a_script_that_fails_is_noticed(tab: Tab, page: Path, tmp_path: Path) ->
     assert any("querySelectorAl is not a function" in complaint for complaint in tab.complaints)
 
 
-def test_picture_of_the_documentation(tab: Tab, page: Path, tmp_path: Path) -> None:
-    picture.draw(tab, page, tmp_path / "report.png")
+@pytest.mark.usefixtures("tab")
+def test_picture_of_the_documentation(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn by its command, with a browser of its own."""
+    words = ["tests.browser.picture", str(page.parent), "--output", str(tmp_path / "report.png")]
+    monkeypatch.setattr("sys.argv", words)
+    picture.main()
     laptop, phone = (round(width * picture.SCALE) for width in picture.WIDTHS.values())
     drawn, kept = (
         matplotlib.image.imread(path) for path in (tmp_path / "report.png", picture.PICTURE)

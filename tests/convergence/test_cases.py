@@ -4,14 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.project import ROOT, words_from_make
+
+MODULE = ["-m", "megatron_dion", "convergence"]
 
 
 def test_short_cases_and_their_mistakes(tmp_path: Path) -> None:
-    shown = "convergence check --short --controls"
-    assert f"megatron-dion {shown}" in (ROOT / "docs" / "convergence.md").read_text()
-    command = [sys.executable, "-m", "megatron_dion", *shown.split(), "--output", str(tmp_path)]
+    """What `make convergence` does to all cases; then one more look, at the file of the page."""
+    assert words_from_make("convergence") == [*MODULE, "check", "--controls"]
+    run("check", "--short", "--controls", "--output", str(tmp_path))
+    assert (tmp_path / "report.html").exists()
+    run("report", "tests/convergence/topologies.yaml", "--controls", "--output", str(tmp_path))
+
+
+def run(*words: str) -> None:
+    """The command, which finds nothing wrong."""
+    command = [sys.executable, *MODULE, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "report.html").exists()
     assert "NOT NOTICED" not in done.stdout

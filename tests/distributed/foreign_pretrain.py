@@ -1,6 +1,6 @@
 """A GPT pretraining in the manner of Megatron-LM's scripts, which knows nothing of this project.
 
-It has a flag of its own, makes the model by a config or by a provider function, and leaves the loss
+It has flags of its own, makes the model by a config or by a provider function, and leaves the loss
 of each iteration in a file, all digits of it.
 """
 
@@ -25,6 +25,7 @@ def add_script_args(parser):
     group = parser.add_argument_group("script")
     group.add_argument("--losses-file")
     group.add_argument("--model-by", choices=("config", "provider"), default="config")
+    group.add_argument("--loss-name", default="lm loss")
     return parser
 
 
@@ -52,7 +53,7 @@ def loss_func(loss_mask, output):
     tokens = mask.sum().detach().to(torch.int)
     mean = torch.stack([loss.detach(), tokens.float()])
     note_loss(mean)
-    return loss, tokens, {"lm loss": mean}
+    return loss, tokens, {get_args().loss_name: mean}
 
 
 def note_loss(mean):

@@ -1,5 +1,7 @@
 """Scripts that know nothing of this project, with `--optimizer dion`."""
 
+import contextlib
+import io
 import json
 import runpy
 import subprocess
@@ -84,6 +86,23 @@ def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_
     assert (foreign / "routing.tsv").read_text() == (own / "routing.tsv").read_text()
     config = json.loads((foreign / "config.json").read_text())
     assert config["command_line"] == [str(SCRIPT), *flags]
+
+
+def output_of_script(flags: Sequence[str]) -> str:
+    """On a rank: what the script's run says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run_script(flags)
+    return said.getvalue()
+
+
+def test_a_loss_of_another_name_is_left_out(nursery: Nursery, tmp_path: Path) -> None:
+    evaluate = "--eval-iters 1 --eval-interval 2".split()
+    flags = [*FLAGS, *DION, *evaluate, "--train-iters", "2", "--run-dir", str(tmp_path)]
+    [said] = nursery.run(1, output_of_script, [*flags, "--loss-name", "cross entropy"])
+    assert "[dion] done: iteration 2/2 | loss - | " in said
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["lm_loss"]) for line in lines] == [("train", None)] * 2
+    assert all(line["grad_norm"] > 0 for line in lines)
 
 
 def test_runs_without_dion_are_left_alone(nursery: Nursery, tmp_path: Path) -> None:
@@ -175,6 +194,15 @@ def test_started_as_if_by_itself(tmp_path: Path) -> None:
     argv = [str(script), "--device", "cpu", "a b"]
     assert ended.stdout.splitlines()[-1] == f"beside __main__ {script} {argv}"
     assert ended.returncode == 7
+
+
+def test_an_interrupt_is_one_word(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    ended = run_alone("-m", "megatron_dion.run", str(script), "--device", "cpu")
+    assert ended.returncode == 130
+    assert ended.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in ended.stderr
 
 
 def refusal(flags: Sequence[str]) -> str:

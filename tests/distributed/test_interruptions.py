@@ -2,21 +2,30 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_dion.checkpointing.folders import complete_iterations
-from tests.distributed.kills import run_trials
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
 from tests.distributed.test_loading_options import exit_of_rank
+from tests.documentation.pages import blocks_of
+from tests.project import ROOT
 
 RUN = [
     *MODEL, *TRAINING, *DION, "--num-layers", "2", "--seq-length", "16",
     "--max-position-embeddings", "16", "--train-iters", "8", "--save-interval", "100",
 ]  # fmt: skip
 STOP_AFTER = 3
+TRIALS = [
+    line
+    for block in blocks_of("docs/checkpoints.md")
+    if block.module == f"tests/distributed/{Path(__file__).name}"
+    for line in block.code.splitlines()
+]
 
 
 def stop_after(how: str, argv: Sequence[str]) -> tuple[object, str]:
@@ -60,10 +69,11 @@ def test_run_that_is_asked_to_stop_saves_and_goes_on(
     assert losses(stopped) == losses(whole)
 
 
-@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "async"])
-def test_killed_runs_end_as_undisturbed_ones(
-    nursery: Nursery, tmp_path: Path, flags: list[str]
-) -> None:
-    report = run_trials(nursery, 2, 7, tmp_path, flags)
-    assert not report.problems, report
-    assert sum(report.killed.values()) == 2
+@pytest.mark.parametrize("command", TRIALS)
+def test_killed_runs_end_as_undisturbed_ones(command: str) -> None:
+    """By the commands of the page, with fewer trials."""
+    _python, *words = command.replace("--trials 60", "--trials 2").split()
+    assert words[:2] == ["-m", "tests.distributed.kills"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "2 runs killed" in done.stdout

@@ -5,13 +5,15 @@ A comment on the line before a block may change how:
 
     <!-- tests run: COMMAND -->     this in its place: the same thing, smaller
     <!-- tests prepend: FILE -->    after the content of this file, which is beside this module
-    <!-- tests in: FILE -->         by this test module; the block is marked `tested`
+    <!-- tests in: FILE -->         by this test module, which names what the block runs; the block
+                                    is marked `tested`
 """
 
 import re
 import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from markdown_it import MarkdownIt
 
@@ -79,7 +81,25 @@ class Block:
             return "the mark 'tested' and a comment that names the tests go together"
         if self.module and not (ROOT / self.module).is_file():
             return f"there is no {self.module}"
+        return self._fault_of_module() if self.module else None
+
+    def _fault_of_module(self) -> str | None:
+        """What the block runs and the tests of it do not even name."""
+        tests = (ROOT / str(self.module)).read_text(encoding="utf-8")
+        for line in self.code.splitlines():
+            if command := COMMAND.match(line):
+                named = _what_runs(line[command.end() :].split())
+                if not re.search(rf"\b{re.escape(named)}\b", tests):
+                    return f"{self.module} does not name {named!r}"
         return None
+
+
+def _what_runs(words: list[str]) -> str:
+    """The module, script, target or subcommand of what follows a program's name."""
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    scripts = [Path(word).stem for word in words if word.endswith(".py")]
+    return [*scripts, *words, ""][0]
 
 
 def blocks_of(page: str) -> list[Block]:

@@ -1,17 +1,21 @@
-"""What the documentation refers to is there: flags, messages, files, figures."""
+"""What the documentation refers to is there: flags, messages, cases, files, figures."""
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_dion.convergence.case import read_case
 from megatron_dion.training import arguments
+from tests.distributed.nursery import MODEL, TRAINING, Nursery
 from tests.documentation.messages import ANYTHING, OTHER_ERRORS, raised_messages
-from tests.documentation.pages import DOCS, PAGES, links_of
+from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of
 from tests.project import ROOT
+from tests.unit.test_command_line import exit_of
 
 OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError", *OTHER_ERRORS)
 # Letters in a row by which an entry can be searched for.
@@ -45,6 +49,25 @@ def default_of(action: argparse.Action) -> str:
             return f"`{','.join(names)}`"
         case number:
             return str(number)
+
+
+def test_flags_to_start_with_train(nursery: Nursery) -> None:
+    [flags] = [block.code for block in blocks_of("docs/tuning.md") if block.code.startswith("--")]
+    argv = [*MODEL, *TRAINING, "--train-iters", "3", *flags.split()]
+    [(code, said)] = nursery.run(1, exit_of, argv)
+    assert code == 0, said
+
+
+def test_shortened_case_is_a_part_of_the_whole(tmp_path: Path) -> None:
+    [text] = [b.code for b in blocks_of("docs/convergence.md") if b.language == "yaml"]
+    (tmp_path / "topologies.yaml").write_text(text)
+    whole_path = ROOT / "tests" / "convergence" / "topologies.yaml"
+    shutil.copy(whole_path.with_name("tiny.args"), tmp_path)
+    shown, whole = read_case(tmp_path / "topologies.yaml"), read_case(whole_path)
+    assert (shown.vocab_size, shown.seeds) == (whole.vocab_size, whole.seeds)
+    assert shown.runs.items() <= whole.runs.items()
+    assert set(shown.checks) <= set(whole.checks)
+    assert set(shown.controls) <= set(whole.controls)
 
 
 def test_every_refusal_is_explained() -> None:

@@ -7,6 +7,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import quick_start as tool
+from tests.documentation.pages import blocks_of
+from tests.project import words_from_make
 
 
 @pytest.fixture
@@ -146,3 +148,15 @@ def test_recipe_trains_with_dion_and_the_distributed_optimizer() -> None:
     arguments = tool.read_flags(tool.ARGUMENTS)
     assert "--use-distributed-optimizer" in arguments
     assert arguments[arguments.index("--optimizer") + 1] == "dion"
+
+
+def test_make_train_hands_on_the_flags_of_the_page() -> None:
+    """Those in quotes over two lines, too; make only says what it would run."""
+    code = "".join(block.code for block in blocks_of("README.md"))
+    shown = [word for word in shlex.split(code, comments=True) if word.startswith("ARGS=")]
+    assert [" ".join(words_from_make("train", setting)) for setting in ("ARGS=", *shown)] == [
+        "tools/quick_start.py",
+        "tools/quick_start.py -- --dion-rank-fraction 0.5",
+        "tools/quick_start.py -- --load RUN_DIR/checkpoints --train-iters 400"
+        " --override-opt-param-scheduler --tensor-model-parallel-size 1 --micro-batch-size 2",
+    ]

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -460,3 +462,43 @@ def test_mistake_in_a_study_is_told_in_one_line(
     (at_home.folder / "example.yaml").write_text(TEXT + "sedes: [1]\n")
     with pytest.raises(ToolError, match="unknown keys"):
         call(at_home, monkeypatch, "run")
+
+
+TINY = """
+question: Do the commands train?
+arguments: tiny.args
+vocab_size: 1024
+methods:
+  AdamW: {flags: --optimizer adam, lr: 0.004}
+  Dion: {flags: --optimizer dion --use-distributed-optimizer, lr: 0.008}
+baseline: AdamW
+seeds: [1]
+rates: [1]
+"""
+TINY_MODEL = f"""
+--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8
+--micro-batch-size 1 --global-batch-size 1 --train-iters {results_module.SMOOTHED_OVER + 1}
+--eval-interval 10 --eval-iters 1
+"""
+
+
+def test_commands_train_and_report(tmp_path: Path) -> None:
+    """Nothing made up, and nothing of the project's own pages written."""
+    (tmp_path / "tiny.args").write_text(TINY_MODEL)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    study, pool = str(tmp_path / "tiny.yaml"), ("--pool", str(tmp_path / "pool"))
+    results, images = tmp_path / "results", tmp_path / "images"
+    said = megatron_dion("study", "run", study, *pool)
+    assert "tiny: 2 runs" in said
+    where = ("--results", str(results), "--images", str(images))
+    assert "| Dion | 0.008" in megatron_dion("study", "report", study, *pool, *where)
+    assert {path.name for path in results.iterdir()} == {"tiny.json", "tiny.md"}
+    assert any(images.iterdir())
+
+
+def megatron_dion(*words: str) -> str:
+    """What a command says, in the project's folder, where the corpus is."""
+    command = [sys.executable, "-m", "megatron_dion", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
