@@ -212,6 +212,11 @@ def largest(rows: Sequence[Row], column: str) -> float | None:
     return max((float(value) for row in rows if (value := row[column]) is not None), default=None)
 
 
+def _without_folder(word: str) -> str:
+    """Of an absolute path, which is of this machine only, the name."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def report(
     args: argparse.Namespace,
     tables: Mapping[str, Sequence[Row]],
@@ -234,7 +239,7 @@ def report(
         print(f"goal: {goal.name}: {goal.value:.3g}, at most {goal.limit:g}: {verdict}")
     if args.output is not None:
         content = {
-            "command": [Path(sys.argv[0]).stem, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).stem, *map(_without_folder, sys.argv[1:])],
             "options": {key: value for key, value in vars(args).items() if key != "output"},
             "machine": machine(args.device),
             "tables": tables,
