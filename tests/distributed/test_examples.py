@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def test_core_loop_learns_and_goes_on_elsewhere(nursery: Nursery, tmp_path: Path
     assert whole[-1] < whole[0] - 0.5
     with pytest.raises(RankError, match="is there already: name a new folder"):
         core_loop(nursery, 1, f"--save {saved}")
+
+
+def test_core_loop_is_started_by_torchrun() -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, together = (
+        subprocess.run(
+            [sys.executable, *start, str(CORE_LOOP), "--iterations", "1"],
+            capture_output=True,
+            text=True,
+            env={k: v for k, v in os.environ.items() if k != "LOCAL_RANK"},
+        )
+        for start in ([], launcher)
+    )
+    assert (alone.returncode, together.returncode) == (2, 0), together.stderr
+    assert alone.stderr.endswith("error: start it with torchrun\n")
+    assert "iteration 1: loss " in together.stdout
 
 
 def test_core_loop_help_has_its_commands_on_lines(nursery: Nursery) -> None:
