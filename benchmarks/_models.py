@@ -54,14 +54,23 @@ class Topology:
         return Rank(number % self.tp, number // self.tp)
 
 
-def add_topologies(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds `--topologies`, one or more of TPxDP."""
+def add_topologies(
+    parser: argparse.ArgumentParser, default: str, takes_ranks: bool = False
+) -> None:
+    """Adds `--topologies`, one or more of TPxDP.
+
+    Args:
+        parser: of a benchmark.
+        default: what is measured without it.
+        takes_ranks: whether the benchmark takes those of torchrun.
+    """
     parser.add_argument(
         "--topologies",
         type=Topology.parse,
         nargs="+",
         default=[Topology.parse(one) for one in default.split()],
         metavar="TPxDP",
+        help="under torchrun those of its number of ranks are measured" if takes_ranks else None,
     )
 
 

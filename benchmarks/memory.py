@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=1)
-    add_topologies(parser, "1x1 2x1 1x2 2x2")
+    add_topologies(parser, "1x1 2x1 1x2 2x2", takes_ranks=True)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument(

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=5)
-    add_topologies(parser, "2x1 1x2 2x2")
+    add_topologies(parser, "2x1 1x2 2x2", takes_ranks=True)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--fraction", type=Fraction, default=Fraction(1, 4))

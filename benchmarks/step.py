@@ -14,6 +14,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from benchmarks._models import (
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import Matrix
 from megatron_dion.planning import GptShape
+from megatron_dion.planning.compute import orthonormalization
 from megatron_dion.platforms.cpu_adam import CpuAdam
 from megatron_dion.sharding.balance import operations
 
@@ -157,9 +159,12 @@ class _Floor:
         n, r = matrix.columns, matrix.rank
         cost = {name: timing.cost(self._device) for name, timing in timings.items()}
         products = cost["products"]
+        _, householder = orthonormalization(
+            DionConfig(orthonormalizer="qr"), np.array(float(n)), r, is_whole=True
+        )
         orthonormalize, fewest = (
             [count / (2 * n * r**2) * seconds for seconds in cost["square"]]
-            for count in (operations(matrix, n), 4 * n * r**2 - 4 / 3 * r**3)
+            for count in (operations(matrix, n), float(householder))
         )
         to_floor, to_fewest = (
             ratio(cost["step"], [a + b for a, b in zip(products, other, strict=True)])

@@ -43,8 +43,8 @@ SHAPE = GptShape(
 )
 
 # With biases, LayerNorm, learned positions and tied embeddings.
-GPT2 = [*(flag for flag in MODEL if flag not in ("--swiglu", "--disable-bias-linear"))]
-GPT2.remove("--untie-embeddings-and-output-weights")
+LLAMA = ("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights")
+GPT2 = [flag for flag in MODEL if flag not in LLAMA]
 GPT2 += "--position-embedding-type learned_absolute --normalization LayerNorm".split()
 GPT2_SHAPE = replace(SHAPE, gated=False, tied=True, biases=True, layer_norm=True, positions=32)
 
