@@ -12,9 +12,8 @@ compile_headers() {
     local flags=()
     while (($#)); do
         case $1 in
-        -c) shift ;; # the source
         -o | -MF) shift ;;
-        -MMD | -MD) ;;
+        -MMD | -MD | -c | *.cpp) ;; # ninja's commands have -c twice
         *) flags+=("$1") ;;
         esac
         shift
