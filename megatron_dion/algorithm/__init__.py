@@ -7,18 +7,15 @@ from megatron_dion.algorithm.config import (
     SCALE_MODES,
     DionConfig,
 )
+from megatron_dion.algorithm.exchange import Exchange, Matrix, Section, Stack, Steps
+from megatron_dion.algorithm.foreach import copy_all
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.products import PRECISIONS, float32_products_in
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
     NOBODY,
     Block,
-    Exchange,
-    Matrix,
     Observer,
-    Section,
-    Stack,
-    Steps,
     dion_step,
     interleave,
 )
@@ -39,6 +36,7 @@ __all__ = [
     "Section",
     "Stack",
     "Steps",
+    "copy_all",
     "dion_step",
     "float32_products_in",
     "interleave",

@@ -260,7 +260,6 @@ class Dion(torch.optim.Optimizer):
             return (
                 yield from dion_step(
                     chosen.plan.matrices,
-                    chosen.plan.norms.members,
                     [block.tensors for block in chosen.stepped],
                     chosen.exchange,
                     self.config,

@@ -21,7 +21,7 @@ class Load:
         held: elements of weights.
         charges: matrices of whose P it has rows to orthonormalize.
         tensor_sent: bytes that it sends within its tensor-parallel group, for P, what
-            orthonormalizing it needs, and Gram matrices of R.
+            orthonormalizing it needs, and what turns R into Q.
         data_sent: the same between data-parallel ranks.
         summed: numbers that it adds up.
         operations: floating-point operations of its orthonormalizations.
@@ -42,7 +42,7 @@ class Load:
 def loads(planner: Planner) -> dict[Rank, Load]:
     """The load of each rank of the planner's grid."""
     grid, matrices = planner.layout.grid, planner.layout.matrices
-    left, parts, grams = count_hops(planner)
+    left, parts, right = count_hops(planner)
     wire = TORCH_DTYPES[planner.layout.config.comm_dtype].itemsize
     shape = grid.data_parallel_size, grid.tensor_parallel_size
     held = np.zeros(shape, np.int64)
@@ -59,7 +59,7 @@ def loads(planner: Planner) -> dict[Rank, Load]:
         return int(
             sum(
                 size * getattr(hops, kind)[rank.data_parallel, rank.tensor_parallel]
-                for hops, size in ((left, wire), (parts, 4), (grams, 8))
+                for hops, size in ((left, wire), (parts, 4), (right, 8))
             )
         )
 
@@ -71,7 +71,7 @@ def loads(planner: Planner) -> dict[Rank, Load]:
             charges=charges[rank],
             tensor_sent=sent("tensor", rank),
             data_sent=sent("data", rank),
-            summed=int(left.added[place] + parts.added[place] + grams.added[place]),
+            summed=int(left.added[place] + parts.added[place] + right.added[place]),
             operations=operations[rank],
         )
     return found
@@ -80,7 +80,7 @@ def loads(planner: Planner) -> dict[Rank, Load]:
 def count_hops(
     planner: Planner, matrices: Sequence[int] | None = None, data_ranks_per_node: int = 1
 ) -> tuple[Hops, Hops, Hops]:
-    """What sums of P, of what divided P need, and of Gram matrices move.
+    """What sums of P, of what divided P need, and of what turns R into Q move.
 
     Args:
         planner: of the ranks.
@@ -88,7 +88,7 @@ def count_hops(
         data_ranks_per_node: data-parallel ranks of a group that share a node.
     """
     layout, config = planner.layout, planner.layout.config
-    left, parts, grams = (Hops(layout.grid, data_ranks_per_node) for _ in range(3))
+    left, parts, right = (Hops(layout.grid, data_ranks_per_node) for _ in range(3))
     for k in range(len(layout.matrices)) if matrices is None else matrices:
         holders, width = layout.columns_of_holders[k], layout.matrices[k].rank
         charges = Charges.of(planner.charges[k])
@@ -100,10 +100,10 @@ def count_hops(
             those = [charge.rank for charge in planner.charges[k]]
             for rows in summed_rows(config.orthonormalizer, width, config.oversample):
                 parts.add(dict.fromkeys(those, (0, rows)), charges.of_rows(rows), width)
-        if config.right_factor == "orth":
-            everyone = Charges.of(Charge(k, 0, 0, rank) for rank in holders)
-            grams.add(dict.fromkeys(holders, (0, width)), everyone.of_rows(width), width)
-    return left, parts, grams
+        everyone = Charges.of(Charge(k, 0, 0, rank) for rank in planner.holders_in_turn(k))
+        rows = planner.rows_of_right_sum(k)
+        right.add(dict.fromkeys(holders, (0, rows)), everyone.of_rows(rows), width)
+    return left, parts, right
 
 
 def busiest_to_mean(found: Iterable[Load], name: str) -> float:

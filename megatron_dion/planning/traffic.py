@@ -228,6 +228,8 @@ def dion_traffic(part: DionPart, stage: Stage) -> Traffic:
 
     for index in range(len(part.planner.sets)):
         for kind, (sent, in_node) in set_bytes(part, index).items():
+            if not np.any(sent):
+                continue  # nor is there a call
             group = topology.tensor if kind.startswith("tensor") else part.group
             group = topology.replicas if kind == "replicas" else group
             add(kind, group, sent, in_node, _calls(part, index, kind))
@@ -252,7 +254,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     layout, config, grid = planner.layout, planner.layout.config, planner.layout.grid
     wire, kept = (TORCH_DTYPES[t].itemsize for t in (config.comm_dtype, config.factor_dtype))
     members = planner.members(index)
-    left, parts, grams = count_hops(planner, members, part.group.per_node)
+    left, parts, right = count_hops(planner, members, part.group.per_node)
     shape = grid.data_parallel_size, grid.tensor_parallel_size
     rows, partial, gathered = (np.zeros(shape, np.int64) for _ in range(3))
     for holding in holdings(layout, planner.sets[index]):
@@ -265,8 +267,6 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     shared = np.zeros(shape, np.int64)
     for placement in planner.sets[index]:
         shared += shared_row_numbers(layout, placement)
-    norms = planner.norms(index)
-    summed = {"tensor": norms.over_tensor, "data": norms.over_data}
     flags = 4 * len(planner.divided(index))
     most = gathered.max(axis=1, keepdims=True)
     found: dict[str, tuple[Counts, Counts | None]] = {
@@ -280,13 +280,10 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
             None,
         ),
     }
-    for kind, hops, size in (("left", left, wire), ("parts", parts, 4), ("grams", grams, 8)):
+    for kind, hops, size in (("left", left, wire), ("parts", parts, 4), ("right", right, 8)):
         found[f"tensor {kind}"] = size * hops.tensor, None
         found[f"data {kind}"] = size * hops.data, size * hops.data_in_node
     for group, ranks in (("tensor", shape[1]), ("data", shape[0])):
-        which = summed[group]
-        size = 0 if config.right_factor == "orth" else 8 * (which.stop - which.start)
-        found[f"{group} norms"] = _everywhere(ring_bytes(size, ranks), shape), None
         found[f"{group} flags"] = _everywhere(ring_bytes(flags, ranks), shape), None
     return found
 
@@ -300,7 +297,7 @@ def _calls(part: DionPart, index: int, kind: str) -> int:
             planner.members(index)
         )
         return 2 * (phases * bool(planner.divided(index)) + by_triangles)
-    return 2 if kind.endswith(("left", "grams", "replicas")) else 1
+    return 2 if kind.endswith(("left", "right", "replicas")) else 1
 
 
 def _share(numbers: int, ranks: int) -> int:

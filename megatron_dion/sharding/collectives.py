@@ -64,12 +64,6 @@ def larger_than_one(*groups: ProcessGroup | None) -> list[ProcessGroup]:
     return [group for group in groups if group is not None and group.size() > 1]
 
 
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies tensor by tensor; there may be none."""
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
-
-
 def like_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of consecutive parts of a buffer with the shapes of the tensors."""
     sizes = [tensor.numel() for tensor in tensors]

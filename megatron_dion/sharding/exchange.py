@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Section, Stack, Steps
+from megatron_dion.algorithm import Section, Stack, Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
-    copy_all,
     larger_than_one,
     like_views,
     size_of,
@@ -68,15 +67,13 @@ class ShardedExchange:
         self._rows_transit = Buffers(device)
         self._share_of_rows, self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
-        self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
+        sharing = groups.data if plan.has_shared_rows else None
+        self._shared_rows = SharedRows(plan, self.projections, sharing, device, self._wire)
         self.has_parts = bool(plan.part_sums)
-        self._part_sums = [self._reducer(sums, groups) for sums in plan.part_sums]
+        self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
         self.merged = frozenset(plan.merged)
-        # Its triangles stay within tensor-parallel groups.
-        self._merging = self._reducer(plan.merging(plan.merged), Groups(groups.tensor))
-        self._grams = (
-            None if plan.grams is None else self._reducer(plan.grams, groups, torch.float64)
-        )
+        self._merging = self._reducer(plan.merging(plan.merged))
+        self._right = self._reducer(plan.right, torch.float64)
         for buffers in (self._memory, self._left.transit, self._rows_transit):
             buffers.free()
 
@@ -115,9 +112,8 @@ class ShardedExchange:
     def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
         yield from self._part_sums[phase].all_reduce(parts)
 
-    def sum_grams(self, grams: Sequence[tuple[int, Tensor]]) -> Steps:
-        assert self._grams is not None
-        yield from self._grams.all_reduce(grams)
+    def sum_right(self, sums: Sequence[tuple[int, Tensor]]) -> Steps:
+        yield from self._right.all_reduce(sums)
 
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
         divided = self._plan.divided
@@ -139,7 +135,7 @@ class ShardedExchange:
         is_planned = set(matrices) == self.merged
         reducer = self._merging
         if not is_planned:
-            reducer = self._reducer(plan.merging(matrices), self._groups)
+            reducer = self._reducer(plan.merging(matrices))
         with reducer.held.allocated(), reducer.transit.allocated():
             # Of a matrix no rank has two sections.
             tiles = {tile.matrix: view for tile, view in reducer.tile_views}
@@ -165,16 +161,8 @@ class ShardedExchange:
         # Last, so that the copies of a row have the same bits.
         yield from self._shared_rows.sum()
 
-    def sum_norms(self, squares: Tensor) -> Steps:
-        norms, groups = self._plan.norms, self._groups
-        for group, part in ((groups.tensor, norms.over_tensor), (groups.data, norms.over_data)):
-            if size_of(group) > 1 and part.start < part.stop:
-                yield from wait_for(dist.all_reduce(squares[part], group=group, async_op=True))
-
-    def _reducer(
-        self, reduction: Reduction, groups: Groups, dtype: torch.dtype = torch.float32
-    ) -> Reducer:
-        return Reducer(reduction, self._plan.matrices, groups, self.device, dtype, dtype)
+    def _reducer(self, reduction: Reduction, dtype: torch.dtype = torch.float32) -> Reducer:
+        return Reducer(reduction, self._plan.matrices, self._groups, self.device, dtype, dtype)
 
     def _average_sections(self) -> Steps:
         """Averages P in charge over the replicas, all sections together."""

@@ -149,6 +149,11 @@ class Layout:
         first = (start + block.rectangle.offset) // width * width
         return placement.holders(size, first, first + width)
 
+    def has_cut_rows(self, placement: int) -> bool:
+        """Whether columns of any row lie on several data-parallel ranks."""
+        where, size = self.placements[placement], self.grid.data_parallel_size
+        return any(where.piece(d, size)[1] % where.weight.columns for d in where.holders(size))
+
     def share(self, placement: int, numel: int, rank: Rank) -> slice:
         """The part that is a tensor-parallel rank's of something that all of them have."""
         if not self.shares_rows(placement):

@@ -48,14 +48,14 @@ def least_bytes_of_factors(layout: Layout) -> dict[str, int]:
     config = layout.config
     wire = TORCH_DTYPES[config.comm_dtype].itemsize
     found = dict.fromkeys(
-        ("tensor left", "data left", "tensor rows", "data rows", "tensor norms", "data norms"), 0
+        ("tensor left", "data left", "tensor rows", "data rows", "tensor right", "data right"), 0
     )
     for matrix, by_rank in zip(layout.matrices, _blocks(layout), strict=True):
         ranks, groups = list(by_rank.values()), _by_data_rank(by_rank)
         for kind, count, size in (
             ("left", _left_numel, wire),
             ("rows", _rows_numel, wire),
-            ("norms", _norms_numel, _NORM_BYTES),
+            ("right", _norms_numel, _NORM_BYTES),
         ):
             every, far = (2 * size * count(matrix, holders) for holders in (ranks, groups))
             found[f"tensor {kind}"] += every - far

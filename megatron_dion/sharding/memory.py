@@ -32,7 +32,8 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         `left`, what is received and summed of P; `parts` and `fallback`, the most that
         orthonormalizing P together needs at a time, and what it needs where Cholesky factorizations
         of all that are done by sums break down; `rows sent`, the share of R to average over
-        replicas, and copies in the exchange's type; `shared rows` of R; `grams` for Q.
+        replicas, and copies in the exchange's type; `shared rows` of R; `right`, for what turns R
+        into Q.
     """
     grid = plan.layout.grid
     wire, kept = element_sizes(plan.layout.config)
@@ -62,7 +63,7 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         "fallback": sum(_of_reduction(plan, again, _FLOAT, _FLOAT)),
         "rows sent": wire * (share + (0 if wire == _FLOAT else largest)),
         "shared rows": 2 * wire * shared,
-        "grams": sum(_of_reduction(plan, plan.grams, _DOUBLE, _DOUBLE)) if plan.grams else 0,
+        "right": sum(_of_reduction(plan, plan.right, _DOUBLE, _DOUBLE)),
     }
 
 
@@ -84,20 +85,20 @@ def peak(kinds: Mapping[str, Any], largest: Callable[..., Any] = max) -> Any:
         kinds["left"] + largest(kinds["parts"], kinds["fallback"]),
         kinds["rows sent"],
         kinds["shared rows"],
-        kinds["grams"],
+        kinds["right"],
     )
 
 
 def _of_reduction(plan: Plan, reduction: Reduction, size: int, wire: int) -> tuple[int, int]:
     """Bytes of the tiles, and of all that is received, summed or converted."""
     near, far = reduction.tensor_hop, reduction.data_hop
-    grid, rank = plan.layout.grid, plan.rank
+    rank = plan.rank
     tiles = size * _numel(plan, near.sends)
     transit = 0
-    if grid.tensor_parallel_size > 1:
+    if not near.is_silent:
         transit += _of_hop(plan, near, rank.tensor_parallel, size, wire)
         transit += size * _numel(plan, far.sends)
-    if grid.data_parallel_size > 1:
+    if not far.is_silent:
         transit += _of_hop(plan, far, rank.data_parallel, size, wire)
         transit += size * numel_of_tiles(plan, _summed(far, rank.data_parallel))
     return tiles, transit

@@ -27,21 +27,6 @@ class SharedRow:
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Which norms of R's columns are sums over ranks: parts of one vector of all of them.
-
-    Attributes:
-        members: the set's matrices, in the order of the vector.
-        over_tensor: numbers of matrices that several tensor-parallel ranks hold.
-        over_data: numbers of matrices that several data-parallel ranks hold.
-    """
-
-    members: tuple[int, ...]
-    over_tensor: slice
-    over_data: slice
-
-
-@dataclass(frozen=True)
 class Plan:
     """What one rank does in a step of a set of matrices.
 
@@ -55,9 +40,9 @@ class Plan:
         left: sums P.
         part_sums: sums of what orthonormalizing a divided P needs, one after the other; empty if no
             P of the set is divided.
-        norms: of R's columns, for the right factor `colnorm`.
-        grams: sums R^T R for the right factor `orth`, otherwise None.
+        right: sums what turns R into Q: squared norms of its columns, or R^T R.
         shared_rows: for each data-parallel peer the rows of which both hold columns.
+        has_shared_rows: whether there are any on any rank.
     """
 
     rank: Rank
@@ -68,9 +53,9 @@ class Plan:
     owners: Mapping[int, Rank]
     left: Reduction
     part_sums: tuple[Reduction, ...]
-    norms: Norms
-    grams: Reduction | None
+    right: Reduction
     shared_rows: tuple[tuple[SharedRow, ...], ...]
+    has_shared_rows: bool
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -155,7 +140,6 @@ class Planner:
 
     def _plan(self, rank: Rank, index: int) -> Plan:
         layout, members = self.layout, self.members(index)
-        grams = self.gram_sums(index)
         held = [block for placement in self.sets[index] for block in layout.held(placement, rank)]
         return Plan(
             rank=rank,
@@ -166,9 +150,9 @@ class Planner:
             owners=self.owners,
             left=reduction(layout, rank, self.left_sums(index)),
             part_sums=tuple(reduction(layout, rank, sums) for sums in self.part_sums(index)),
-            norms=self.norms(index),
-            grams=reduction(layout, rank, grams) if grams else None,
+            right=reduction(layout, rank, self.right_sums(index)),
             shared_rows=self._shared_rows(rank, held),
+            has_shared_rows=any(map(layout.has_cut_rows, self.sets[index])),
         )
 
     def left_sums(self, index: int) -> dict[int, Sum]:
@@ -199,26 +183,25 @@ class Planner:
             for phase in zip(*heights.values(), strict=True)
         )
 
-    def norms(self, index: int) -> Norms:
-        """Norms of a set's matrices; those that only one rank holds are nobody else's."""
-        shared: dict[tuple[bool, bool], list[int]] = defaultdict(list)
-        for k in self.members(index):
-            holders = self.layout.columns_of_holders[k]
-            over_tensor = len({rank.tensor_parallel for rank in holders}) > 1
-            over_data = len({rank.data_parallel for rank in holders}) > 1
-            shared[over_tensor, over_data].append(k)
-        # In this order both sums are of consecutive numbers.
-        order = [shared[key] for key in ((True, False), (True, True), (False, True))]
-        near, both, far = (sum(self.layout.matrices[k].rank for k in part) for part in order)
-        members = tuple(k for part in (*order, shared[False, False]) for k in part)
-        return Norms(members, slice(0, near + both), slice(near, near + both + far))
+    def right_sums(self, index: int) -> dict[int, Sum]:
+        """What turns R into Q: sums for all who hold any of a set's matrix, if they are several."""
+        return {
+            k: sum_for_all(k, rows, holders)
+            for k in self.members(index)
+            if len(holders := self.holders_in_turn(k)) > 1
+            for rows in [self.rows_of_right_sum(k)]
+        }
 
-    def gram_sums(self, index: int) -> dict[int, Sum]:
-        """R^T R of a set's matrices, for all who hold rows; nothing without `orth`."""
-        if self.layout.config.right_factor != "orth":
-            return {}
-        matrices, holders = self.layout.matrices, self.layout.columns_of_holders
-        return {k: sum_for_all(k, matrices[k].rank, list(holders[k])) for k in self.members(index)}
+    def rows_of_right_sum(self, matrix: int) -> int:
+        """The k of (k, r): one for the norms of R's columns, r for R^T R."""
+        is_gram = self.layout.config.right_factor == "orth"
+        return self.layout.matrices[matrix].rank if is_gram else 1
+
+    def holders_in_turn(self, matrix: int) -> list[Rank]:
+        """The holders of a matrix; the first, who sums norms, is another from one to the next."""
+        holders = list(self.layout.columns_of_holders[matrix])
+        first = matrix % len(holders)
+        return holders[first:] + holders[:first]
 
     def _shared_rows(self, rank: Rank, held: Sequence[Held]) -> tuple[tuple[SharedRow, ...], ...]:
         size = self.layout.grid.data_parallel_size

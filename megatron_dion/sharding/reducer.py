@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Matrix, Steps
+from megatron_dion.algorithm import Matrix, Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Groups, all_to_all, copy_all, rank_in, size_of
+from megatron_dion.sharding.collectives import Groups, all_to_all, rank_in
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
 
@@ -109,7 +109,7 @@ class _Memory:
 class HopBuffers:
     """The memory of a `Hop`. What a rank has for itself stands last and is not sent.
 
-    With a single rank, tiles and sums are one.
+    Where no rank sends anything, tiles and sums are one.
 
     Args:
         hop: what is sent, received and summed.
@@ -133,12 +133,13 @@ class HopBuffers:
         sends, receives = _without(hop.sends, me), _without(hop.receives, me)
         self._send_sizes = [memory.numel(tiles) for tiles in sends]
         self._receive_sizes = [memory.numel(tiles) for tiles in receives]
-        order = sums if sums is not None and size_of(group) == 1 else _own_last(hop.sends, me)
+        self._is_silent = hop.is_silent
+        order = sums if sums is not None and hop.is_silent else _own_last(hop.sends, me)
         if source is None:
             source = memory.held.empty(memory.numel(order), memory.dtype)
         self.tiles = source
         self.tile_views = memory.views(self.tiles, order)
-        if size_of(group) == 1:
+        if hop.is_silent:
             self.sums, self.sum_views = self.tiles, self.tile_views
             return
         self._outgoing = self.tiles[: sum(self._send_sizes)]
@@ -163,7 +164,7 @@ class HopBuffers:
 
     def sum(self) -> Steps:
         """Sends all tiles and adds up what arrives, in the order of the peers."""
-        if size_of(self._group) == 1:
+        if self._is_silent:
             return
         if self._sent is not self._outgoing:
             self._sent.copy_(self._outgoing)
@@ -177,7 +178,7 @@ class HopBuffers:
 
     def spread(self) -> Steps:
         """The way back: overwrites the tiles with the rows of the sums that they contribute to."""
-        if size_of(self._group) == 1:
+        if self._is_silent:
             return
         for arrived, targets in self._arrivals:
             copy_all(arrived, targets)

@@ -1,8 +1,9 @@
 """Sums over a grid, in two packed exchanges: who sends what to whom, and who adds it up."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 from megatron_dion.algorithm import Matrix
 from megatron_dion.sharding.balance import Charge, cut
@@ -39,11 +40,14 @@ class Hop:
         sends: for each peer the tiles that it gets from this rank.
         receives: for each peer the tiles that this rank gets from it.
         sums: what the received tiles add up to.
+        is_silent: whether no rank of the whole grid has anything for another, so that there is
+            nothing to call; the same on all ranks.
     """
 
     sends: tuple[tuple[Tile, ...], ...]
     receives: tuple[tuple[Tile, ...], ...]
     sums: tuple[Tile, ...]
+    is_silent: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,18 @@ class Sum:
         for rank, rows in self.rows_of.items():
             found.setdefault(rank.data_parallel, {})[rank] = rows
         return found
+
+    def stays_with(self, coordinate: Callable[[Rank], int]) -> bool:
+        """Whether a rank contributes to charges of its own data- or tensor-parallel rank only."""
+        hulls: dict[int, tuple[int, int]] = {}
+        for rank, (start, stop) in self.rows_of.items():
+            low, high = hulls.get(coordinate(rank), (start, stop))
+            hulls[coordinate(rank)] = min(low, start), max(high, stop)
+        return all(
+            place == coordinate(charge.rank) or stop <= charge.start or charge.stop <= start
+            for place, (start, stop) in hulls.items()
+            for charge in self.charges
+        )
 
     def tile(self, rank: Rank, index: int) -> Tile | None:
         """What a rank contributes to a charge."""
@@ -134,6 +150,7 @@ def reduction(layout: Layout, rank: Rank, sums: Mapping[int, Sum]) -> Reduction:
             for peer in grid.tensor_group(rank)
         ),
         sums=tuple(tile for _, tile in tensor_sums),
+        is_silent=all(s.stays_with(attrgetter("tensor_parallel")) for s in sums.values()),
     )
     data_hop = Hop(
         sends=_split_by(
@@ -150,6 +167,7 @@ def reduction(layout: Layout, rank: Rank, sums: Mapping[int, Sum]) -> Reduction:
             grid.data_parallel_size,
         ),
         sums=tuple(Tile(charge.matrix, charge.start, charge.stop, i) for charge, i in mine),
+        is_silent=all(s.stays_with(attrgetter("data_parallel")) for s in sums.values()),
     )
     return Reduction(tensor_hop, data_hop)
 

@@ -7,13 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Steps
+from megatron_dion.algorithm import Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
     all_to_all,
-    copy_all,
     like_views,
     size_of,
     wait_for,

@@ -25,8 +25,8 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
 
     Returns:
         Bytes by kind: `left` for P, `rows` for R, `parts` for what P need that several ranks
-        orthonormalize, `flags` of those that failed, `norms` and `grams` for Q, `gather` of its
-        columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
+        orthonormalize, `flags` of those that failed, `right` for what turns R into Q, `gather` of
+        its columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
         within tensor-parallel groups by `tensor `.
     """
     grid, rank = plan.layout.grid, plan.rank
@@ -60,14 +60,10 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
         return sum(_numel_of_hop(plan, getattr(r, f"{group}_hop"), me) for r in reductions)
 
     wire, _ = element_sizes(plan.layout.config)
-    grams = () if plan.grams is None else (plan.grams,)
-    summed = plan.norms.over_tensor if group == "tensor" else plan.norms.over_data
-    norms = 0 if grams else summed.stop - summed.start
     return {
         f"{group} left": wire * numel([plan.left]),
         f"{group} parts": 4 * numel([*plan.part_sums, plan.merging(plan.merged)]),
-        f"{group} grams": 8 * numel(grams),
-        f"{group} norms": ring_bytes(8 * norms, ranks),
+        f"{group} right": 8 * numel([plan.right]),
         f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
     }
 

@@ -212,12 +212,12 @@ KINDS = {
     "dion tensor gather": "gather and scatter tensor",
     "dion tensor left": "all-to-all tensor",
     "dion tensor parts": "all-to-all tensor",
-    "dion tensor norms": "all-reduce tensor",
+    "dion tensor right": "all-to-all tensor",
     "dion tensor flags": "all-reduce tensor",
     "dion data rows": "all-to-all data",
     "dion data left": "all-to-all data",
     "dion data parts": "all-to-all data",
-    "dion data norms": "all-reduce data",
+    "dion data right": "all-to-all data",
     "dion data flags": "all-reduce data",
     "dion replicas": "all-reduce instances",
     "dion gradients": "all-reduce instances",
@@ -360,7 +360,7 @@ def test_memory_and_bytes_of_experts(nursery: Nursery, tmp_path: Path) -> None:
     argv = [*MODEL, *TRAINING, *DION, *MOE_FLAGS.split(), "--bf16", "--train-iters", "4"]
     argv += f"--micro-batch-size 1 --log-interval 100 --run-dir {tmp_path}".split()
     stage = Stage(run, 0)
-    of_data_ranks = {"all-to-all": ("left", "parts", "rows"), "all-reduce": ("norms", "flags")}
+    of_data_ranks = {"all-to-all": ("left", "parts", "rows", "right"), "all-reduce": ("flags",)}
     records = nursery.run(4, train_counted, argv)
     assert_exchange(records, stage)
     for record in records:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import step as algorithm_step
+from megatron_dion.algorithm import left_factor
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
@@ -482,7 +482,7 @@ def test_more_than_fits_a_cache_is_orthonormalized_in_batches(
 ) -> None:
     shapes = tuple(Shape(f"{i}", 96, 64, 1) for i in range(count))
     config = DionConfig(rank_fraction=0.3, seed=7, orthonormalizer=method)
-    with mock.patch.object(algorithm_step, "_CACHE_BYTES", 1):
+    with mock.patch.object(left_factor, "_CACHE_BYTES", 1):
         results = run(world, shapes, config, 5000)
     compare(results, reference(shapes, config), tolerance=1e-5)
 
@@ -651,9 +651,9 @@ BREAKAGES = {
     "lost tiles of P": (reducer.HopBuffers, "sum", lose_tiles),
     "tiles of P counted twice": (reducer.HopBuffers, "sum", double_tiles),
     "P not brought back": (reducer.HopBuffers, "spread", nothing_happens),
-    "triangles not joined": (algorithm_step, "_join", lambda *_: 0),
+    "triangles not joined": (left_factor, "_join", lambda *_: 0),
     "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
-    "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
+    "local norms": (exchange.ShardedExchange, "sum_right", nothing_happens),
     "columns of Q not gathered": (shared_rows.GatheredColumns, "gather", nothing_happens),
     "P of replicas not averaged": (exchange.ShardedExchange, "_average_sections", nothing_happens),
     "R of replicas not averaged": (exchange.ShardedExchange, "_average_rows", nothing_happens),

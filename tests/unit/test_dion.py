@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, SCALE_MODES
-from megatron_dion.algorithm import step as step_module
+from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, SCALE_MODES, left_factor
 from megatron_dion.algorithm.right_factor import DAMPING
 from tests.unit.dion_cases import (
     LR,
@@ -425,13 +424,13 @@ def test_alone_a_comm_dtype_only_rounds_the_left_factor(
         return comparison.copies()
 
     exact, sent = run("fp32"), run("bf16")
-    unbroken = step_module.orthonormalize
+    unbroken = left_factor.orthonormalize
 
     def rounded(*arguments: Any) -> tuple[Tensor, int]:
         p, fallbacks = unbroken(*arguments)
         return p.bfloat16().float(), fallbacks
 
-    monkeypatch.setattr(step_module, "orthonormalize", rounded)
+    monkeypatch.setattr(left_factor, "orthonormalize", rounded)
     assert_bitwise_equal(sent, run("fp32"))
     with pytest.raises(AssertionError):
         assert_bitwise_equal(sent, exact)

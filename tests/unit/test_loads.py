@@ -21,7 +21,7 @@ def test_loads_are_what_the_plans_say(layout: Layout) -> None:
         load = found[rank]
         assert load.held == sum(held.rectangle.numel for plan in plans for held in plan.held)
         for group, found_there in (("tensor", load.tensor_sent), ("data", load.data_sent)):
-            kinds = [f"{group} {kind}" for kind in ("left", "parts", "grams")]
+            kinds = [f"{group} {kind}" for kind in ("left", "parts", "right")]
             assert found_there == sum(bytes_sent(plan)[kind] for plan in plans for kind in kinds)
 
 

@@ -20,7 +20,7 @@ from megatron_dion.sharding.lower_bound import (
 )
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
-KINDS = ("left", "rows", "norms", "gather")
+KINDS = ("left", "rows", "right", "gather")
 LINKS = ("tensor", "data")
 
 
@@ -89,7 +89,7 @@ def test_bounds_of_factors_by_element(layout: Layout) -> None:
             left[name] += 8 * (matrix.rank * surplus(masks, 0, 1) + elsewhere)
             rows[name] += 8 * matrix.rank * surplus(masks, 1, 1)
             norms[name] += 16 * matrix.rank * (len(masks) - 1)
-    for kind, found in (("left", left), ("rows", rows), ("norms", norms)):
+    for kind, found in (("left", left), ("rows", rows), ("right", norms)):
         assert bound[f"tensor {kind}"] + bound[f"data {kind}"] == found["all"]
         assert bound[f"data {kind}"] == found["data"]
 
@@ -149,7 +149,7 @@ def test_a_matrix_cut_by_hand() -> None:
     bound = least_bytes_of_factors(layout)
     assert {kind: size for kind, size in bound.items() if size} == {
         "data left": 4 * 2 * 3 * 12 * 3,
-        "data norms": 8 * 2 * 3 * 3,
+        "data right": 8 * 2 * 3 * 3,
     }
     assert least_bytes_of_any_schedule(layout) == (4 * 2 * 3 * 12 * 3,) * 2
 
@@ -182,4 +182,4 @@ def test_matrices_held_whole_send_nothing() -> None:
     sets = [[0, 2], [1, 3]]
     config = DionConfig(orthonormalizer="qr")  # which is never divided
     assert not any(sent_by_all(Planner(placements, Grid(1, 4), config, sets)).values())
-    assert sent_by_all(Planner(placements, Grid(1, 8), config, sets))["data norms"]
+    assert sent_by_all(Planner(placements, Grid(1, 8), config, sets))["data right"]

@@ -235,22 +235,19 @@ Reductions = dict[Rank, Reduction]
 
 
 def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
-    """All reductions of a set of matrices: of P, of parts, of Gram matrices, of broken P."""
-    found = [{rank: plan.left for rank, plan in plans.items()}]
+    """All reductions of a set of matrices: of P, of parts, of broken P, for Q."""
+    found = [
+        {rank: plan.left for rank, plan in plans.items()},
+        {rank: plan.right for rank, plan in plans.items()},
+    ]
     phases = {len(plan.part_sums) for plan in plans.values()}
     assert len(phases) == 1
     found += [
         {rank: plan.part_sums[i] for rank, plan in plans.items()} for i in range(phases.pop())
     ]
-    if plans[Rank()].layout.config.right_factor == "orth":
-        found.append(grams(plans))
     for chosen in (plans[Rank()].divided, plans[Rank()].merged):
         found.append({rank: plan.merging(chosen) for rank, plan in plans.items()})
     return found
-
-
-def grams(plans: Mapping[Rank, Plan]) -> Reductions:
-    return {rank: plan.grams for rank, plan in plans.items() if plan.grams is not None}
 
 
 @given(layouts())
@@ -417,17 +414,34 @@ def test_sums_of_parts_reach_all_who_have_rows(layout: Layout) -> None:
 
 @given(layouts())
 @for_any_layout
-def test_gram_matrices_reach_all_holders(layout: Layout) -> None:
+def test_norms_and_gram_matrices_reach_all_holders(layout: Layout) -> None:
     holders: dict[int, set[Rank]] = {}
     for rank, held in layout.held():
         holders.setdefault(held.matrix, set()).add(rank)
     for plans in layout.each_set():
-        if layout.config.right_factor != "orth":
-            assert not grams(plans)
-            continue
-        heights = {k: layout.matrices[k].rank for k in plans[Rank()].members}
-        ranks = {k: holders[k] for k in heights}
-        assert_everyone_gets_the_total(grams(plans), layout.grid, heights, ranks)
+        shared = [k for k in plans[Rank()].members if len(holders[k]) > 1]
+        is_gram = layout.config.right_factor == "orth"
+        heights = {k: layout.matrices[k].rank if is_gram else 1 for k in shared}
+        each = {rank: plan.right for rank, plan in plans.items()}
+        ranks = {k: holders[k] for k in shared}
+        assert_everyone_gets_the_total(each, layout.grid, heights, ranks)
+
+
+@given(layouts())
+@for_any_layout
+def test_a_hop_is_silent_where_nobody_sends(layout: Layout) -> None:
+    for plans in layout.each_set():
+        for each in reductions(plans):
+            for name, me in (("tensor_hop", "tensor_parallel"), ("data_hop", "data_parallel")):
+                hops = {rank: getattr(reduction, name) for rank, reduction in each.items()}
+                [is_silent] = {hop.is_silent for hop in hops.values()}
+                sent = any(
+                    tiles
+                    for rank, hop in hops.items()
+                    for peer, tiles in enumerate(hop.sends)
+                    if peer != getattr(rank, me)
+                )
+                assert is_silent != sent
 
 
 @given(layouts())

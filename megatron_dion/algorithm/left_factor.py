@@ -1,0 +1,223 @@
+"""Orthonormalizes P in place: whole, in sections by sums over processes, or by triangles."""
+
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+
+import torch
+from torch import Tensor
+
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.algorithm.counter_random import signs
+from megatron_dion.algorithm.exchange import Exchange, Matrix, Section, Stack
+from megatron_dion.algorithm.foreach import copy_all
+from megatron_dion.algorithm.orthonormalize import (
+    PartialSums,
+    factor,
+    orthonormalize,
+    orthonormalize_part,
+    pack,
+    summed_rows,
+    unpack,
+)
+
+_CACHE_BYTES = 1 << 20
+"""Of the sections of P that a CPU orthonormalizes together: they stay in a core's cache."""
+
+
+def orthonormalize_left(
+    matrices: Sequence[Matrix],
+    sections: Sequence[Section],
+    exchange: Exchange,
+    config: DionConfig,
+    step: int,
+) -> Generator[None, None, int]:
+    """Orthonormalizes sections of P in place, in batches of equal shape.
+
+    Args:
+        matrices: all matrices.
+        sections: of P, summed; those of equal `(merged, whole, shape)` side by side.
+        exchange: connects the processes.
+        config: hyperparameters.
+        step: number of this step, for the random numbers.
+
+    Returns:
+        How often this process fell back to Householder QR.
+    """
+    fallbacks = 0
+    merged: list[list[Section]] = []
+    parts: list[_Part] = []
+    for batch in _batches(matrices, sections, exchange):
+        if batch[0].matrix in exchange.merged:
+            merged.append(batch)
+            continue
+        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
+        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
+        if stacked.shape[1] == matrices[batch[0].matrix].columns:
+            result, failures = orthonormalize(
+                stacked, config.orthonormalizer, sketch, config.oversample
+            )
+            fallbacks += failures
+            _store(batch, result)
+        else:
+            sums = orthonormalize_part(stacked, config.orthonormalizer, sketch, config.oversample)
+            parts.append(_Part(batch, sums))
+    if exchange.has_parts:
+        fallbacks += yield from _orthonormalize_parts(parts, exchange, config, step)
+    if exchange.merged:
+        fallbacks += yield from _merge(exchange.merged, merged, exchange, config, step)
+    return fallbacks
+
+
+def _batches(
+    matrices: Sequence[Matrix], sections: Sequence[Section], exchange: Exchange
+) -> Iterator[list[Section]]:
+    """Sections of equal shape; on a CPU no more of them than stay in its cache."""
+    for _, alike in groupby(sections, key=lambda section: _likeness(matrices, section, exchange)):
+        batch = list(alike)
+        most = len(batch)
+        if exchange.device.type == "cpu":
+            most = max(1, _CACHE_BYTES // batch[0].values.nbytes)
+        for first in range(0, len(batch), most):
+            yield batch[first : first + most]
+
+
+def _merge(
+    members: Collection[int],
+    batches: Sequence[Sequence[Section]],
+    exchange: Exchange,
+    config: DionConfig,
+    step: int,
+) -> Generator[None, None, int]:
+    """Orthonormalizes P in sections (TSQR), in place; returns the number of fallbacks.
+
+    With P_i = Q_i R_i for each section, and the R_i one below the other = S R, P's rows are
+    Q_i S_i. The S_i = R_i R^-1 are upper trapezoidal as the R_i are. So they are where columns are
+    dependent: an elementary reflector, made of column j, has no entry below row j of any S_i.
+
+    Args:
+        members: matrices to which the sections belong, the same on every process.
+        batches: sections of this process, those of a batch of the same shape.
+        exchange: connects the processes.
+        config: hyperparameters.
+        step: number of this step.
+    """
+    fallbacks = 0
+    bases: list[Tensor] = []
+    triangles: list[tuple[int, Tensor]] = []
+    for batch in batches:
+        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
+        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
+        base, triangle, failures = factor(
+            stacked, config.orthonormalizer, sketch, config.oversample
+        )
+        fallbacks += failures
+        bases.append(base)  # (batch, rows, k)
+        triangles += zip((section.matrix for section in batch), pack(triangle), strict=True)
+
+    def join(stacks: Sequence[Stack]) -> int:
+        return _join(stacks, config, step)
+
+    fallbacks += yield from exchange.merge(members, triangles, join)
+    returned = iter(triangles)
+    for batch, base in zip(batches, bases, strict=True):
+        packed = torch.stack([triangle for _, triangle in islice(returned, len(batch))])
+        _store(batch, base @ unpack(packed, base.shape[2]))
+    return fallbacks
+
+
+def _join(stacks: Sequence[Stack], config: DionConfig, step: int) -> int:
+    """Orthonormalizes triangles of sections, in place; returns the number of fallbacks."""
+    fallbacks = 0
+
+    def likeness(stack: Stack) -> tuple[tuple[int, ...], int]:
+        return stack.rows, stack.triangles[0].shape[1]
+
+    for (rows, rank), alike in groupby(sorted(stacks, key=likeness), key=likeness):
+        sections = list(zip(*(stack.triangles for stack in alike), strict=True))
+        heights = [min(count, rank) for count in rows]
+        stacked = torch.cat(
+            [unpack(torch.stack(each), k) for each, k in zip(sections, heights, strict=True)], dim=1
+        )  # (batch, sum of heights, r)
+        sketch = _sketch_of([0] * len(stacked), stacked, config, step)
+        result, failures = orthonormalize(
+            stacked, config.orthonormalizer, sketch, config.oversample
+        )
+        fallbacks += failures
+        for each, part in zip(sections, result.split(heights, dim=1), strict=True):
+            copy_all(each, pack(part).unbind())
+    return fallbacks
+
+
+@dataclass
+class _Part:
+    sections: list[Section]
+    sums: PartialSums
+
+
+def _orthonormalize_parts(
+    parts: Sequence[_Part], exchange: Exchange, config: DionConfig, step: int
+) -> Generator[None, None, int]:
+    """All parts in step with each other, and with all processes, also those without any part."""
+    partial = [next(part.sums) for part in parts]
+    last = len(summed_rows(config.orthonormalizer, 1, config.oversample)) - 1
+    broken: list[list[Section]] = []
+    for phase in range(last + 1):
+        here = [
+            (section.matrix, values)
+            for part, batch in zip(parts, partial, strict=True)
+            for section, values in zip(part.sections, batch, strict=True)
+        ]
+        yield from exchange.sum_parts(phase, here)
+        if phase < last:
+            partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
+    for part, sums in zip(parts, partial, strict=True):
+        result, failed = _result(part.sums, sums)
+        by_failure: tuple[list[Section], list[Section]] = ([], [])
+        for section, has_failed in zip(part.sections, failed.tolist(), strict=True):
+            by_failure[has_failed].append(section)
+        _store(by_failure[False], result[~failed])
+        broken += [by_failure[True]] if by_failure[True] else []
+    mine = [section.matrix for batch in broken for section in batch]
+    agreed = yield from exchange.agree(mine)
+    if agreed:
+        by_householder = replace(config, orthonormalizer="qr")
+        yield from _merge(agreed, broken, exchange, by_householder, step)
+    return len(mine)
+
+
+def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        sums.send(last)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a part asks for more sums than it has phases")
+
+
+def _likeness(
+    matrices: Sequence[Matrix], section: Section, exchange: Exchange
+) -> tuple[bool, bool, torch.Size]:
+    """Sections with the same one are done together; such stand side by side in the list."""
+    whole = section.values.shape[0] == matrices[section.matrix].columns
+    return section.matrix in exchange.merged, whole, section.values.shape
+
+
+def _sketch_of(
+    starts: Sequence[int], stacked: Tensor, config: DionConfig, step: int
+) -> Callable[[int], Tensor]:
+    """For a batch (batch, count, r) of rows from some starts on."""
+
+    def sketch(rows: int) -> Tensor:
+        """The same for all matrices: it has to be independent of P, not of other sketches."""
+        own = torch.arange(stacked.shape[1], device=stacked.device)
+        purpose = f"sketch/{step}"
+        by_start = {s: signs(config.seed, purpose, s + own, rows).T for s in sorted(set(starts))}
+        if len(by_start) == 1:
+            return by_start[starts[0]].unsqueeze(0)  # (1, rows, count)
+        return torch.stack([by_start[start] for start in starts])  # (batch, rows, count)
+
+    return sketch
+
+
+def _store(sections: Sequence[Section], results: Tensor) -> None:
+    copy_all([section.values for section in sections], results.unbind())
