@@ -102,12 +102,25 @@ def gradients_and_weights(stage: Stage) -> Traffic:
         add(name, section.group, gradients * (2 if whole else 1), len(buckets), "backward")
         # A ring, in the mean, where shards are unequal.
         when = "step" if whole else "forward"
-        add("weights all-gather", section.group, weights, len(buckets), when)
+        times = _gathers(stage)
+        add("weights all-gather", section.group, times * weights, times * len(buckets), when)
         if not (stage.run.optimizer.compressed_sync and section.is_matrices):
             replicas = stage.run.topology.replicas
             sent = sum(ring_bytes(4 * bucket // ranks, replicas.size) for bucket in buckets)
             add("instances all-reduce", replicas, sent, len(buckets), "backward")
     return found
+
+
+def _gathers(stage: Stage) -> int:
+    """How often Megatron gathers the weights in a step.
+
+    Each of its distributed optimizers, of dense weights and of experts, gathers those of all
+    (MC/optimizer/distrib_optimizer.py:3185), unless `--overlap-param-gather` does it, which needs
+    overlapped gradients. Dion's chain gathers once.
+    """
+    has_experts = any(section.is_experts for section in stage.sections)
+    overlaps = stage.run.bucket_size != 0
+    return 2 if stage.run.optimizer.kind == "adamw" and has_experts and not overlaps else 1
 
 
 def activations(stage: Stage, batch: Batch) -> Traffic:

@@ -49,6 +49,12 @@ def wait_for(work: dist.Work | None) -> Steps:
     work.wait()
 
 
+def give_way(group: ProcessGroup | None) -> Steps:
+    """In place of a call in which nobody would send anything: as during one, others can compute."""
+    if size_of(group) > 1:
+        yield
+
+
 def size_of(group: ProcessGroup | None) -> int:
     """Number of ranks; None is a group of one."""
     return 1 if group is None else group.size()

@@ -67,8 +67,7 @@ class ShardedExchange:
         self._rows_transit = Buffers(device)
         self._share_of_rows, self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
-        sharing = groups.data if plan.has_shared_rows else None
-        self._shared_rows = SharedRows(plan, self.projections, sharing, device, self._wire)
+        self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
         self.has_parts = bool(plan.part_sums)
         self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
         self.merged = frozenset(plan.merged)

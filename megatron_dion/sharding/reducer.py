@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Matrix, Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Groups, all_to_all, rank_in
+from megatron_dion.sharding.collectives import Groups, all_to_all, give_way, rank_in
 from megatron_dion.sharding.reduction import Hop, Reduction, Tile
 
 
@@ -165,6 +165,7 @@ class HopBuffers:
     def sum(self) -> Steps:
         """Sends all tiles and adds up what arrives, in the order of the peers."""
         if self._is_silent:
+            yield from give_way(self._group)
             return
         if self._sent is not self._outgoing:
             self._sent.copy_(self._outgoing)
@@ -179,6 +180,7 @@ class HopBuffers:
     def spread(self) -> Steps:
         """The way back: overwrites the tiles with the rows of the sums that they contribute to."""
         if self._is_silent:
+            yield from give_way(self._group)
             return
         for arrived, targets in self._arrivals:
             copy_all(arrived, targets)

@@ -13,6 +13,7 @@ from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
     all_to_all,
+    give_way,
     like_views,
     size_of,
     wait_for,
@@ -84,7 +85,8 @@ class SharedRows:
     ) -> None:
         self._group = group
         self.memory = Buffers(device)
-        if size_of(group) == 1:
+        self._is_silent = not plan.has_shared_rows
+        if self._is_silent:
             return
         starts = {
             (held.matrix, held.rectangle.row_start): view
@@ -113,7 +115,8 @@ class SharedRows:
         self.memory.free()
 
     def sum(self) -> Steps:
-        if size_of(self._group) == 1:
+        if self._is_silent:
+            yield from give_way(self._group)
             return
         with self.memory.allocated():
             if self._sent.dtype != torch.float32:

@@ -355,6 +355,25 @@ MOE_FLAGS = (
 )
 
 
+@pytest.mark.parametrize(("flags", "bucket_size"), [("", 0), (f"{OVERLAP} 20000", 20000)])
+def test_adamw_with_experts(
+    nursery: Nursery, tmp_path: Path, flags: str, bucket_size: int
+) -> None:
+    """Without overlap all weights are gathered twice."""
+    run = Run(MOE, Topology(dp=4, ep=2), Optimizer("adamw"), bucket_size)
+    argv = [*MODEL, *TRAINING, *MOE_FLAGS.split(), *flags.split(), "--train-iters", "4"]
+    argv += "--optimizer adam --use-distributed-optimizer --bf16 --micro-batch-size 1".split()
+    argv += f"--log-interval 100 --run-dir {tmp_path}".split()
+    planned_bytes = traffic(Stage(run, 0), Batch(1, 12))
+    for record in nursery.run(4, train_counted, argv):
+        sent = counted(record)
+        for call, name in (
+            ("scatter", "gradients reduce-scatter"),
+            ("gather", "weights all-gather"),
+        ):
+            assert sent[f"{call} data"] + sent[f"{call} experts"] == planned_bytes[name].bytes
+
+
 def test_memory_and_bytes_of_experts(nursery: Nursery, tmp_path: Path) -> None:
     run = Run(MOE, Topology(dp=4, ep=2), Optimizer("dion"), bucket_size=0)
     argv = [*MODEL, *TRAINING, *DION, *MOE_FLAGS.split(), "--bf16", "--train-iters", "4"]
