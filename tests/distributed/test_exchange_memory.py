@@ -1,6 +1,6 @@
 """Buffers of the exchange: as many bytes as planned, while a step needs them, and none after it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import step
 from megatron_dion.local.world import gloo_world
+from megatron_dion.optimizer import dion
 from megatron_dion.sharding import Grid, Planner, sets_within
 from megatron_dion.sharding.memory import buffer_bytes, peak
 from tests.distributed.test_sharded_dion import (
@@ -274,6 +275,33 @@ def test_collectives_are_those_of_a_set_times_the_sets(world: World) -> None:
             assert found.cut_rows or world.dp == 1
             seen.add(found.sets)
     assert len(seen) == 3
+
+
+def count_turns(world: World, config: DionConfig) -> tuple[list[int], list[bool]]:
+    """Of each set: how often its step lets another one compute, and whether nobody sends."""
+    shards = Shards(world, MANY, config, 5000)
+    shards.set_gradients(values(MANY, 1), 1)
+    turns = []
+
+    def one_by_one(steps: Iterable[Generator[None, None, int]]) -> int:
+        turns.extend(sum(1 for _ in step) for step in steps)
+        return 0
+
+    with mock.patch.object(dion, "interleave", one_by_one):
+        shards.optimizer.step()
+    plans = [chosen.plan for chosen in shards.optimizer.step_sets()]
+    return turns, [plan.left.data_hop.is_silent for plan in plans]
+
+
+def test_sets_take_turns_also_where_one_has_nothing_to_send() -> None:
+    """Else the other's calls would have nothing beside them."""
+    world, config = World(1, 2), DionConfig(rank_fraction=0.2, orthonormalizer="qr")
+    limited = replace(config, exchange_buffer_mib=needed(world, MANY, config, 5000))
+    for turns, silent in gloo_world(world.size, count_turns, world, limited):
+        assert True in silent
+        assert False in silent
+        # P there and back, cut rows of R, norms there and back.
+        assert set(turns) == {5}
 
 
 STATE_SHAPES = [(64, 64), (32, 96), (96, 32), (48, 40)]

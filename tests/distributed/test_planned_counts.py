@@ -356,9 +356,7 @@ MOE_FLAGS = (
 
 
 @pytest.mark.parametrize(("flags", "bucket_size"), [("", 0), (f"{OVERLAP} 20000", 20000)])
-def test_adamw_with_experts(
-    nursery: Nursery, tmp_path: Path, flags: str, bucket_size: int
-) -> None:
+def test_adamw_with_experts(nursery: Nursery, tmp_path: Path, flags: str, bucket_size: int) -> None:
     """Without overlap all weights are gathered twice."""
     run = Run(MOE, Topology(dp=4, ep=2), Optimizer("adamw"), bucket_size)
     argv = [*MODEL, *TRAINING, *MOE_FLAGS.split(), *flags.split(), "--train-iters", "4"]
