@@ -7,7 +7,7 @@ from megatron_dion import DionConfig
 from megatron_dion.planning.layout import default_bucket_size, place
 from megatron_dion.planning.loads import Load, busiest_to_mean, describe, loads
 from megatron_dion.planning.models import PRESETS
-from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
+from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight, sets_in_turn
 from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.traffic import bytes_sent
 from tests.unit.test_plan import Layout, for_any_layout, layouts
@@ -54,3 +54,13 @@ def test_table_names_the_busiest() -> None:
     assert lines[1].split()[:4] == ["tp", "0", "dp", "0"]
     assert lines[3] == "... 1 more ranks"
     assert lines[-1].split()[3] == "2.00"  # 2 held by the last rank, 1 in the mean
+
+
+def test_norms_are_summed_by_all_holders_in_turn() -> None:
+    """Each sends no more than in a ring: 2 (4 - 1) / 4 of 8 x 16 numbers in float64."""
+    weights = [Weight(f"w{i}", 16, 64, 0, tensor_parallel_size=4) for i in range(8)]
+    placements = [Placement(weight, i * 1024, 8 * 1024) for i, weight in enumerate(weights)]
+    planner = Planner(placements, Grid(4, 1), DionConfig(rank_fraction=0.25))
+    for rank in planner.layout.grid.ranks():
+        [plan] = planner.plans(rank)
+        assert bytes_sent(plan)["tensor right"] == 8 * 1.5 * 8 * 16
