@@ -13,10 +13,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from benchmarks._common import Goal, Row, make_parser, parse, report
@@ -24,7 +25,11 @@ from megatron_dion import Dion, DionConfig
 from megatron_dion.local.preload import preload
 from megatron_dion.local.world import run_world
 from megatron_dion.planning import PRESETS, default_bucket_size, place
-from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
+from megatron_dion.planning.stage import DionPart
+from megatron_dion.planning.topology import Topology
+from megatron_dion.planning.traffic import set_bytes
+from megatron_dion.sharding import Grid, Placement, Planner, Rank, sets_in_turn
+from megatron_dion.sharding.layout import Layout
 from megatron_dion.sharding.lower_bound import least_bytes_of_any_schedule, least_bytes_of_factors
 from megatron_dion.sharding.traffic import bytes_sent
 
@@ -372,31 +377,44 @@ def _planned(model: str, tp: int, pp: int, dp: int, one_bucket: bool, fraction: 
     weights = shape.weights(shape.stage_layers(pp, pp - 1), tp)
     placements = place(weights, dp, None if one_bucket else default_bucket_size(dp))
     grid = Grid(tp, dp)
-    sets = sets_in_turn(placements, range(len(placements)), grid.size)
-    planner = Planner(placements, grid, DionConfig(rank_fraction=float(fraction)), sets)
-    sent: Counter[str] = Counter()
-    for rank in grid.ranks():
-        for plan in planner.plans(rank):
-            sent.update(bytes_sent(plan))
-    bound = least_bytes_of_factors(planner.layout)
-    _, any_far = least_bytes_of_any_schedule(planner.layout)
+    config = DionConfig(rank_fraction=float(fraction))
+    layout = Layout(placements, grid, config)
+    bound = least_bytes_of_factors(layout)
+    found = {
+        "": _sent_by_all(placements, grid, config),
+        "undivided_": _sent_by_all(placements, grid, replace(config, orthonormalizer="qr")),
+        "bound_": bound,
+    }
+    _, any_far = least_bytes_of_any_schedule(layout)
     numel = sum(p.weight.rows * p.weight.columns for p in placements)
 
-    def megabytes(found: Mapping[str, int], link: str) -> float:
-        return sum(v for k, v in found.items() if k.startswith(link)) / grid.size / 1e6
+    def megabytes(kinds: Mapping[str, int], link: str) -> float:
+        return sum(v for k, v in kinds.items() if k.startswith(link)) / grid.size / 1e6
 
     return {
         "model": model,
         "grid": f"TP{tp} x DP{dp}",
         "buckets": sum(placement.start == 0 for placement in placements),
         "adamw_MB": 6 * numel * (dp - 1) / dp / 1e6,  # gradients in fp32, weights in bf16
-        "tensor_MB": megabytes(sent, "tensor"),
-        "bound_tensor_MB": megabytes(bound, "tensor"),
-        "data_MB": megabytes(sent, "data"),
-        "parts_MB": sum(v for k, v in sent.items() if k.endswith("parts")) / grid.size / 1e6,
-        "bound_data_MB": megabytes(bound, "data"),
+        **{
+            f"{name}{link}_MB": megabytes(kinds, link)
+            for link in ("tensor", "data")
+            for name, kinds in found.items()
+        },
         "any_data_MB": any_far / grid.size / 1e6,
     }
+
+
+def _sent_by_all(placements: Sequence[Placement], grid: Grid, config: DionConfig) -> Counter[str]:
+    """Bytes of all ranks, by kind. With `qr` no P is divided."""
+    sets = sets_in_turn(placements, range(len(placements)), grid.size)
+    planner = Planner(placements, grid, config, sets)
+    group = Topology(tp=grid.tensor_parallel_size, dp=grid.data_parallel_size).data()
+    part = DionPart(planner, is_experts=False, group=group, replicas=(1,) * len(sets))
+    sent: Counter[str] = Counter()
+    for index in range(len(sets)):
+        sent.update({kind: int(np.sum(of)) for kind, (of, _) in set_bytes(part, index).items()})
+    return sent
 
 
 if __name__ == "__main__":

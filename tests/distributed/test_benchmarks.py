@@ -138,6 +138,7 @@ def test_traffic_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 0 < one["data_MB"] < cut["data_MB"]
     for row in (one, cut):
         assert 1 <= row["data_MB"] / row["bound_data_MB"] <= benchmarks.traffic.LIMIT
+        assert row["undivided_data_MB"] == pytest.approx(row["bound_data_MB"])
 
 
 def test_overlap(run: Any) -> None:
