@@ -54,11 +54,14 @@ printf '#include <%s>\n' torch/extension.h torch/torch.h ATen/cuda/CUDAContext.h
     >"$COMPILED_HEADERS"
 compiler="$here/tools/compile_unoptimized.sh"
 
+# nproc heeds OMP_NUM_THREADS, which make sets to 1.
+jobs=${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc)}
+
 echo '3/3 Transformer Engine'
 CC="$compiler" CXX="$compiler" \
     CUDA_HOME="$toolkit" \
     CPLUS_INCLUDE_PATH="$toolkit/include:$toolkit/include/cccl" \
-    MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    MAX_JOBS="$jobs" \
     NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
     python -m pip install --disable-pip-version-check --quiet --no-build-isolation \
     -c "$here/constraints.txt" "transformer-engine[core-cu${cuda%%.*},pytorch]==$VERSION"
