@@ -115,7 +115,5 @@ def test_bytes_of_tokens(nursery: Nursery, name: str) -> None:
         assert sent["gather and scatter tensor"] == layers + of_experts
         summed = sum(planned.get(n, 0) for n in ("tensor-parallel loss", "gradients of parts"))
         assert 0 <= sent["all-reduce tensor"] - summed <= 64  # single numbers besides
-        # Each of the two optimizers, of dense weights and of experts, has all weights gathered.
-        weights = 2 * planned["weights all-gather"]
         gathered = sent["gather data"] + sent["gather other"]
-        assert gathered == weights + planned["token counts"]
+        assert gathered == planned["weights all-gather"] + planned["token counts"]
