@@ -10,7 +10,7 @@ from megatron_dion.algorithm.orthonormalize import summed_rows
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.hops import Charges, Hops
 from megatron_dion.sharding import TORCH_DTYPES, Planner, Rank
-from megatron_dion.sharding.balance import Charge, work
+from megatron_dion.sharding.balance import work
 
 
 @dataclass
@@ -100,9 +100,8 @@ def count_hops(
             those = [charge.rank for charge in planner.charges[k]]
             for rows in summed_rows(config.orthonormalizer, width, config.oversample):
                 parts.add(dict.fromkeys(those, (0, rows)), charges.of_rows(rows), width)
-        everyone = Charges.of(Charge(k, 0, 0, rank) for rank in planner.holders_in_turn(k))
-        rows = planner.rows_of_right_sum(k)
-        right.add(dict.fromkeys(holders, (0, rows)), everyone.of_rows(rows), width)
+        for total in planner.right_sums([k]).values():
+            right.add(total.rows_of, Charges.of(total.charges), width)
     return left, parts, right
 
 

@@ -88,6 +88,7 @@ def traffic(stage: Stage, batch: Batch) -> Traffic:
 def gradients_and_weights(stage: Stage) -> Traffic:
     """Megatron's own: gradients are reduced, updated weights gathered."""
     found: Traffic = {}
+    times = _gathers(stage)
 
     def add(name: str, group: Group, numbers: int, calls: int, when: str) -> None:
         sent = ring(group, numbers, calls, when)
@@ -102,7 +103,6 @@ def gradients_and_weights(stage: Stage) -> Traffic:
         add(name, section.group, gradients * (2 if whole else 1), len(buckets), "backward")
         # A ring, in the mean, where shards are unequal.
         when = "step" if whole else "forward"
-        times = _gathers(stage)
         add("weights all-gather", section.group, times * weights, times * len(buckets), when)
         if not (stage.run.optimizer.compressed_sync and section.is_matrices):
             replicas = stage.run.topology.replicas
@@ -245,7 +245,7 @@ def dion_traffic(part: DionPart, stage: Stage) -> Traffic:
                 continue  # nor is there a call
             group = topology.tensor if kind.startswith("tensor") else part.group
             group = topology.replicas if kind == "replicas" else group
-            add(kind, group, sent, in_node, _calls(part, index, kind))
+            add(kind, group, sent, in_node, calls_of(part, index, kind))
     dense = [i for i in range(len(layout.placements)) if i not in part.averaged]
     if stage.run.optimizer.compressed_sync and dense:
         numbers = sum(holding.elements for holding in holdings(layout, dense))
@@ -301,7 +301,7 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     return found
 
 
-def _calls(part: DionPart, index: int, kind: str) -> int:
+def calls_of(part: DionPart, index: int, kind: str) -> int:
     """Calls of a set's collectives of a kind: the table in docs/design.md."""
     if kind.endswith("parts"):
         planner, config = part.planner, part.planner.layout.config

@@ -48,7 +48,7 @@ def bound_of_buffers(planner: Planner, index: int, replicas: int = 1) -> Tensor:
         + sums.in_charge(left, wire if replicas > 1 else 0),
         "parts": _largest(*parts),
         "fallback": sums.all(planner.merging_sums(divided), _FLOAT),
-        "right": sums.all(planner.right_sums(index), _DOUBLE),
+        "right": sums.all(planner.right_sums(planner.members(index)), _DOUBLE),
     }
     most: Tensor = peak(kinds, _largest)
     return most

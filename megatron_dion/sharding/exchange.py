@@ -18,6 +18,7 @@ from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
+    give_way,
     larger_than_one,
     like_views,
     size_of,
@@ -153,10 +154,12 @@ class ShardedExchange:
 
     def sum_rows(self) -> Steps:
         with self._rows_transit.allocated():
-            if self._replicas == 1:
+            if self._replicas > 1:
+                yield from self._average_rows()
+            elif self._plan.has_partial_rows:
                 yield from self._all_reduce(self._partial_rows, self._groups.tensor)
             else:
-                yield from self._average_rows()
+                yield from give_way(self._groups.tensor)
         # Last, so that the copies of a row have the same bits.
         yield from self._shared_rows.sum()
 
@@ -177,7 +180,7 @@ class ShardedExchange:
 
     def _average_rows(self) -> Steps:
         tensor, replicas = self._groups.tensor, self._groups.replicas
-        if size_of(tensor) > 1:
+        if self._plan.has_partial_rows:
             # Of what they sum, each averages a share: it goes to the replicas once.
             share = self._share_of_rows
             with self._as_sent(self._partial_rows) as sent:
@@ -259,7 +262,7 @@ class ShardedExchange:
         plan = self._plan
         shapes = [(held.rectangle.rows, plan.matrices[held.matrix].rank) for held in plan.held]
         sizes = [rows * rank for rows, rank in shapes]
-        partial = numel_of_rows(plan, filter(plan.has_partial_rows, plan.held))
+        partial = numel_of_rows(plan, filter(plan.is_partial, plan.held))
         unused = -partial % size_of(self._groups.tensor) if self._replicas > 1 else 0
         memory = self._memory.empty(unused + sum(sizes), torch.float32)
         parts = memory[unused:].split(sizes) if sizes else ()

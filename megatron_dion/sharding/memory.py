@@ -37,7 +37,7 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
     """
     grid = plan.layout.grid
     wire, kept = element_sizes(plan.layout.config)
-    partial = [held for held in plan.held if plan.has_partial_rows(held)]
+    partial = [held for held in plan.held if plan.is_partial(held)]
     tiles, left = _of_reduction(plan, plan.left, _FLOAT, wire)
     averaged = numel_of_tiles(plan, plan.left.data_hop.sums) if replicas > 1 else 0
     size = grid.tensor_parallel_size

@@ -43,6 +43,7 @@ class Plan:
         right: sums what turns R into Q: squared norms of its columns, or R^T R.
         shared_rows: for each data-parallel peer the rows of which both hold columns.
         has_shared_rows: whether there are any on any rank.
+        has_partial_rows: whether R of any block on any rank is a sum over tensor-parallel ranks.
     """
 
     rank: Rank
@@ -56,6 +57,7 @@ class Plan:
     right: Reduction
     shared_rows: tuple[tuple[SharedRow, ...], ...]
     has_shared_rows: bool
+    has_partial_rows: bool
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -84,7 +86,7 @@ class Plan:
             if len(several) > 1
         }
 
-    def has_partial_rows(self, held: Held) -> bool:
+    def is_partial(self, held: Held) -> bool:
         """Whether R of a block is a sum over tensor-parallel ranks."""
         return self.layout.shares_rows(held.placement)
 
@@ -150,9 +152,10 @@ class Planner:
             owners=self.owners,
             left=reduction(layout, rank, self.left_sums(index)),
             part_sums=tuple(reduction(layout, rank, sums) for sums in self.part_sums(index)),
-            right=reduction(layout, rank, self.right_sums(index)),
+            right=reduction(layout, rank, self.right_sums(members)),
             shared_rows=self._shared_rows(rank, held),
             has_shared_rows=any(map(layout.has_cut_rows, self.sets[index])),
+            has_partial_rows=any(map(layout.shares_rows, self.sets[index])),
         )
 
     def left_sums(self, index: int) -> dict[int, Sum]:
@@ -183,25 +186,20 @@ class Planner:
             for phase in zip(*heights.values(), strict=True)
         )
 
-    def right_sums(self, index: int) -> dict[int, Sum]:
-        """What turns R into Q: sums for all who hold any of a set's matrix, if they are several."""
-        return {
-            k: sum_for_all(k, rows, holders)
-            for k in self.members(index)
-            if len(holders := self.holders_in_turn(k)) > 1
-            for rows in [self.rows_of_right_sum(k)]
-        }
+    def right_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
+        """What turns R into Q, (k, r): sums for all who hold any of a matrix, if they are several.
 
-    def rows_of_right_sum(self, matrix: int) -> int:
-        """The k of (k, r): one for the norms of R's columns, r for R^T R."""
+        k is one for the norms of R's columns, and r for R^T R. Who sums norms takes turns.
+        """
         is_gram = self.layout.config.right_factor == "orth"
-        return self.layout.matrices[matrix].rank if is_gram else 1
-
-    def holders_in_turn(self, matrix: int) -> list[Rank]:
-        """The holders of a matrix; the first, who sums norms, is another from one to the next."""
-        holders = list(self.layout.columns_of_holders[matrix])
-        first = matrix % len(holders)
-        return holders[first:] + holders[:first]
+        found = {}
+        for k in matrices:
+            holders = list(self.layout.columns_of_holders[k])
+            first = k % len(holders)
+            if len(holders) > 1:
+                rows = self.layout.matrices[k].rank if is_gram else 1
+                found[k] = sum_for_all(k, rows, holders[first:] + holders[:first])
+        return found
 
     def _shared_rows(self, rank: Rank, held: Sequence[Held]) -> tuple[tuple[SharedRow, ...], ...]:
         size = self.layout.grid.data_parallel_size

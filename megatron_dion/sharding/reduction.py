@@ -82,14 +82,12 @@ class Sum:
         return found
 
     def stays_with(self, coordinate: Callable[[Rank], int]) -> bool:
-        """Whether a rank contributes to charges of its own data- or tensor-parallel rank only."""
-        hulls: dict[int, tuple[int, int]] = {}
-        for rank, (start, stop) in self.rows_of.items():
-            low, high = hulls.get(coordinate(rank), (start, stop))
-            hulls[coordinate(rank)] = min(low, start), max(high, stop)
+        """Whether ranks contribute to charges of their own data- or tensor-parallel rank only."""
         return all(
-            place == coordinate(charge.rank) or stop <= charge.start or charge.stop <= start
-            for place, (start, stop) in hulls.items()
+            coordinate(rank) == coordinate(charge.rank)
+            or stop <= charge.start
+            or charge.stop <= start
+            for rank, (start, stop) in self.rows_of.items()
             for charge in self.charges
         )
 

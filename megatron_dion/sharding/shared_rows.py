@@ -15,7 +15,6 @@ from megatron_dion.sharding.collectives import (
     all_to_all,
     give_way,
     like_views,
-    size_of,
     wait_for,
 )
 from megatron_dion.sharding.plan import Plan, SharedRow
@@ -33,12 +32,13 @@ class GatheredColumns:
     ) -> None:
         self._group = groups.tensor
         self.memory = Buffers(device)
-        if size_of(self._group) == 1:
+        self._is_silent = not plan.has_partial_rows
+        if self._is_silent:
             return
         size = plan.layout.grid.tensor_parallel_size
         self._theirs: list[list[Tensor]] = [[] for _ in range(size)]
         for held, view in zip(plan.held, projections, strict=True):
-            if plan.has_partial_rows(held):
+            if plan.is_partial(held):
                 for peer in plan.layout.grid.tensor_group(plan.rank):
                     columns = plan.layout.share(held.placement, view.shape[1], peer)
                     self._theirs[peer.tensor_parallel].append(view[:, columns])
@@ -56,7 +56,8 @@ class GatheredColumns:
         self.memory.free()
 
     def gather(self) -> Steps:
-        if size_of(self._group) == 1:
+        if self._is_silent:
+            yield from give_way(self._group)
             return
         with self.memory.allocated():
             copy_all(self._place, self._mine)

@@ -31,7 +31,7 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
     """
     grid, rank = plan.layout.grid, plan.rank
     wire, kept = element_sizes(plan.layout.config)
-    partial = [held for held in plan.held if plan.has_partial_rows(held)]
+    partial = [held for held in plan.held if plan.is_partial(held)]
     size, partial_rows = grid.tensor_parallel_size, numel_of_rows(plan, partial)
     other_rows = numel_of_rows(plan, plan.held) - partial_rows
     to_sum, share = in_shares(partial_rows, size, replicas)
@@ -54,7 +54,7 @@ def element_sizes(config: DionConfig) -> tuple[int, int]:
 
 
 def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
-    """What is the same for both groups: hops there and back, and all_reduces."""
+    """What is the same for both groups: hops there and back, and the all_reduce of flags."""
 
     def numel(reductions: Iterable[Reduction]) -> int:
         return sum(_numel_of_hop(plan, getattr(r, f"{group}_hop"), me) for r in reductions)

@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,9 @@ from megatron_dion import DionConfig
 from megatron_dion.algorithm import step
 from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer import dion
+from megatron_dion.planning.stage import DionPart
+from megatron_dion.planning.topology import Topology
+from megatron_dion.planning.traffic import calls_of, set_bytes
 from megatron_dion.sharding import Grid, Planner, sets_within
 from megatron_dion.sharding.memory import buffer_bytes, peak
 from tests.distributed.test_sharded_dion import (
@@ -227,14 +231,27 @@ def test_many_sets_equal_the_reference(world: World) -> None:
 
 @dataclass
 class Calls:
-    """Of a step: collectives, its sets, and of them those with something of a kind."""
+    """Of a step: collectives, those planned, its sets, and of them those with something."""
 
     made: int
+    planned: int
     sets: int
+    partial_rows: int
     cut_matrices: int
     cut_rows: int
     merged: int
     unmerged: int
+
+
+def planned_calls(world: World, planner: Planner) -> int:
+    group = Topology(tp=world.tp, dp=world.dp).data()
+    part = DionPart(planner, is_experts=False, group=group, replicas=(1,) * len(planner.sets))
+    return sum(
+        calls_of(part, index, kind)
+        for index in range(len(planner.sets))
+        for kind, (sent, _) in set_bytes(part, index).items()
+        if np.any(sent)
+    )
 
 
 def count_calls(world: World, shapes: tuple[Shape, ...], config: DionConfig) -> Calls:
@@ -250,9 +267,11 @@ def count_calls(world: World, shapes: tuple[Shape, ...], config: DionConfig) -> 
 
     return Calls(
         made=sent.calls,
+        planned=planned_calls(world, shards.optimizer.planner()),
         sets=len(plans),
+        partial_rows=sum(plan.has_partial_rows for plan in plans),
         cut_matrices=sum(any(map(is_cut, plan.members)) for plan in plans),
-        cut_rows=sum(any(block.rectangle.cut for block in plan.held) for plan in plans),
+        cut_rows=sum(plan.has_shared_rows for plan in plans),
         merged=sum(bool(plan.merged) for plan in plans),
         unmerged=sum(len(plan.merged) < len(plan.members) for plan in plans),
     )
@@ -269,8 +288,10 @@ def test_collectives_are_those_of_a_set_times_the_sets(world: World) -> None:
         results = gloo_world(world.size, count_calls, world, MANY, limited)
         for found in results:
             of_cuts = 4 * found.cut_matrices + found.cut_rows
-            of_tensor = 4 * found.sets + 2 * found.unmerged + 2 * found.merged
-            assert found.made == of_cuts + (of_tensor if world.tp > 1 else 0)
+            of_norms = 2 * found.sets if world.tp > 1 else 0
+            of_left = 2 * (found.unmerged + found.merged) if world.tp > 1 else 0
+            of_rows = 2 * found.partial_rows
+            assert found.made == found.planned == of_cuts + of_norms + of_left + of_rows
             assert found.merged or world.tp == 1
             assert found.cut_rows or world.dp == 1
             seen.add(found.sets)

@@ -154,7 +154,7 @@ def test_blocks_are_consecutive_in_memory(layout: Layout) -> None:
 def test_blocks_with_partial_rows_come_first(layout: Layout) -> None:
     for plans in layout.plans.values():
         for plan in plans:
-            partial = [plan.has_partial_rows(held) for held in plan.held]
+            partial = [plan.is_partial(held) for held in plan.held]
             assert partial == sorted(partial, reverse=True)
 
 
@@ -425,6 +425,17 @@ def test_norms_and_gram_matrices_reach_all_holders(layout: Layout) -> None:
         each = {rank: plan.right for rank, plan in plans.items()}
         ranks = {k: holders[k] for k in shared}
         assert_everyone_gets_the_total(each, layout.grid, heights, ranks)
+
+
+@given(layouts())
+@for_any_layout
+def test_all_ranks_know_whether_any_shares_rows(layout: Layout) -> None:
+    """Else some would call and some would not."""
+    for plans in layout.each_set():
+        cut = any(any(plan.shared_rows) for plan in plans.values())
+        assert {plan.has_shared_rows for plan in plans.values()} == {cut}
+        partial = any(plan.is_partial(held) for plan in plans.values() for held in plan.held)
+        assert {plan.has_partial_rows for plan in plans.values()} == {partial}
 
 
 @given(layouts())
