@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import Matrix, step
+from megatron_dion.algorithm import Matrix, left_factor, step
 from megatron_dion.algorithm.step import Block, _ToRight
 from megatron_dion.optimizer import binding
 from megatron_dion.sharding import Weight
@@ -147,7 +147,7 @@ def test_broken_update_is_noticed(
 def test_broken_orthonormalization_is_noticed(
     monkeypatch: pytest.MonkeyPatch, orthonormalize: Callable[..., tuple[Tensor, int]]
 ) -> None:
-    monkeypatch.setattr(step, "orthonormalize", orthonormalize)
+    monkeypatch.setattr(left_factor, "orthonormalize", orthonormalize)
     comparison = Comparison([(SHAPES, {})])
     comparison.run(range(3))
     assert_noticed(comparison)
@@ -183,7 +183,7 @@ def test_unseeded_sketch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.randint(0, 2, (len(rows), columns)).float() * 2 - 1
 
     assert_bitwise_equal(run().copies(), run().copies())
-    monkeypatch.setattr(step, "signs", unseeded)
+    monkeypatch.setattr(left_factor, "signs", unseeded)
     one, other = run(), run()
     with pytest.raises(AssertionError, match=NOTICED):
         assert_bitwise_equal(one.copies(), other.copies())
