@@ -28,8 +28,7 @@ from megatron_dion.planning import PRESETS, default_bucket_size, place
 from megatron_dion.planning.stage import DionPart
 from megatron_dion.planning.topology import Topology
 from megatron_dion.planning.traffic import set_bytes
-from megatron_dion.sharding import Grid, Placement, Planner, Rank, sets_in_turn
-from megatron_dion.sharding.layout import Layout
+from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
 from megatron_dion.sharding.lower_bound import least_bytes_of_any_schedule, least_bytes_of_factors
 from megatron_dion.sharding.traffic import bytes_sent
 
@@ -378,14 +377,16 @@ def _planned(model: str, tp: int, pp: int, dp: int, one_bucket: bool, fraction: 
     placements = place(weights, dp, None if one_bucket else default_bucket_size(dp))
     grid = Grid(tp, dp)
     config = DionConfig(rank_fraction=float(fraction))
-    layout = Layout(placements, grid, config)
-    bound = least_bytes_of_factors(layout)
+    sets = sets_in_turn(placements, range(len(placements)), grid.size)
+    planner = Planner(placements, grid, config, sets)
+    # With `qr` no P is divided.
+    undivided = Planner(placements, grid, replace(config, orthonormalizer="qr"), sets)
     found = {
-        "": _sent_by_all(placements, grid, config),
-        "undivided_": _sent_by_all(placements, grid, replace(config, orthonormalizer="qr")),
-        "bound_": bound,
+        "": _sent_by_all(planner),
+        "undivided_": _sent_by_all(undivided),
+        "bound_": least_bytes_of_factors(planner.layout),
     }
-    _, any_far = least_bytes_of_any_schedule(layout)
+    _, any_far = least_bytes_of_any_schedule(planner.layout)
     numel = sum(p.weight.rows * p.weight.columns for p in placements)
 
     def megabytes(kinds: Mapping[str, int], link: str) -> float:
@@ -405,10 +406,9 @@ def _planned(model: str, tp: int, pp: int, dp: int, one_bucket: bool, fraction: 
     }
 
 
-def _sent_by_all(placements: Sequence[Placement], grid: Grid, config: DionConfig) -> Counter[str]:
-    """Bytes of all ranks, by kind. With `qr` no P is divided."""
-    sets = sets_in_turn(placements, range(len(placements)), grid.size)
-    planner = Planner(placements, grid, config, sets)
+def _sent_by_all(planner: Planner) -> Counter[str]:
+    """Bytes of all ranks, by kind."""
+    grid, sets = planner.layout.grid, planner.sets
     group = Topology(tp=grid.tensor_parallel_size, dp=grid.data_parallel_size).data()
     part = DionPart(planner, is_experts=False, group=group, replicas=(1,) * len(sets))
     sent: Counter[str] = Counter()

@@ -241,11 +241,9 @@ def dion_traffic(part: DionPart, stage: Stage) -> Traffic:
 
     for index in range(len(part.planner.sets)):
         for kind, (sent, in_node) in set_bytes(part, index).items():
-            if not np.any(sent):
-                continue  # nor is there a call
             group = topology.tensor if kind.startswith("tensor") else part.group
             group = topology.replicas if kind == "replicas" else group
-            add(kind, group, sent, in_node, calls_of(part, index, kind))
+            add(kind, group, sent, in_node, calls_of(part, index, kind, sent))
     dense = [i for i in range(len(layout.placements)) if i not in part.averaged]
     if stage.run.optimizer.compressed_sync and dense:
         numbers = sum(holding.elements for holding in holdings(layout, dense))
@@ -301,8 +299,10 @@ def set_bytes(part: DionPart, index: int) -> dict[str, tuple[Counts, Counts | No
     return found
 
 
-def calls_of(part: DionPart, index: int, kind: str) -> int:
-    """Calls of a set's collectives of a kind: the table in docs/design.md."""
+def calls_of(part: DionPart, index: int, kind: str, sent: Counts) -> int:
+    """Calls of a set's collectives of a kind, in which ranks send so much: docs/design.md."""
+    if not np.any(sent):
+        return 0
     if kind.endswith("parts"):
         planner, config = part.planner, part.planner.layout.config
         phases = len(summed_rows(config.orthonormalizer, 1, config.oversample))
