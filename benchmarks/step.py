@@ -159,9 +159,7 @@ class _Floor:
         n, r = matrix.columns, matrix.rank
         cost = {name: timing.cost(self._device) for name, timing in timings.items()}
         products = cost["products"]
-        _, householder = orthonormalization(
-            DionConfig(orthonormalizer="qr"), np.array(float(n)), r, is_whole=True
-        )
+        _, householder = orthonormalization(DionConfig(), np.array(float(n)), r, "qr")
         orthonormalize, fewest = (
             [count / (2 * n * r**2) * seconds for seconds in cost["square"]]
             for count in (operations(matrix, n), float(householder))

@@ -63,8 +63,8 @@ class Exchange(Protocol):
 
     device: torch.device
     """Where the matrices are."""
-    has_parts: bool
-    """Whether the P of any matrix is orthonormalized by sums over several processes."""
+    divided: tuple[int, ...]
+    """Matrices whose P is orthonormalized by sums over several processes, the same on all."""
     merged: frozenset[int]
     """Matrices whose P is orthonormalized by triangles of its sections, on several processes."""
 
@@ -77,8 +77,21 @@ class Exchange(Protocol):
     def sum_left(self) -> Generator[None, None, list[Section]]:
         """Sums P over the processes; returns the sections of which this one is in charge."""
 
-    def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
-        """Sums (matrix, (k, r)) over the processes in charge of its sections, in place."""
+    def sum_parts(
+        self,
+        method: str,
+        phase: int,
+        matrices: Collection[int],
+        parts: Sequence[tuple[int, Tensor]],
+    ) -> Steps:
+        """Sums (matrix, (k, r)) over the processes in charge of its sections, in place.
+
+        Args:
+            method: of orthonormalizing.
+            phase: index of the k among its `summed_rows`.
+            matrices: whose sums, the same on every process.
+            parts: what this process has of them.
+        """
 
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
         """The matrices that any process found to be broken, of those done by sums."""

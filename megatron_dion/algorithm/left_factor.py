@@ -17,8 +17,10 @@ from megatron_dion.algorithm.orthonormalize import (
     orthonormalize,
     orthonormalize_part,
     pack,
+    part_methods,
     summed_rows,
     unpack,
+    usual_part_method,
 )
 
 _CACHE_BYTES = 1 << 20
@@ -36,7 +38,7 @@ def orthonormalize_left(
 
     Args:
         matrices: all matrices.
-        sections: of P, summed; those of equal `(merged, whole, shape)` side by side.
+        sections: of P, summed; those of equal `(merged, columns, shape)` side by side.
         exchange: connects the processes.
         config: hyperparameters.
         step: number of this step, for the random numbers.
@@ -46,24 +48,22 @@ def orthonormalize_left(
     """
     fallbacks = 0
     merged: list[list[Section]] = []
-    parts: list[_Part] = []
+    divided: list[list[Section]] = []
     for batch in _batches(matrices, sections, exchange):
         if batch[0].matrix in exchange.merged:
             merged.append(batch)
             continue
-        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
-        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
-        if stacked.shape[1] == matrices[batch[0].matrix].columns:
-            result, failures = orthonormalize(
-                stacked, config.orthonormalizer, sketch, config.oversample
-            )
-            fallbacks += failures
-            _store(batch, result)
-        else:
-            sums = orthonormalize_part(stacked, config.orthonormalizer, sketch, config.oversample)
-            parts.append(_Part(batch, sums))
-    if exchange.has_parts:
-        fallbacks += yield from _orthonormalize_parts(parts, exchange, config, step)
+        if batch[0].matrix in exchange.divided:
+            divided.append(batch)
+            continue
+        stacked, sketch = _stacked(batch, config, step)
+        result, failures = orthonormalize(
+            stacked, config.orthonormalizer, sketch, config.oversample
+        )
+        fallbacks += failures
+        _store(batch, result)
+    if exchange.divided:
+        fallbacks += yield from _orthonormalize_parts(matrices, divided, exchange, config, step)
     if exchange.merged:
         fallbacks += yield from _merge(exchange.merged, merged, exchange, config, step)
     return fallbacks
@@ -106,8 +106,7 @@ def _merge(
     bases: list[Tensor] = []
     triangles: list[tuple[int, Tensor]] = []
     for batch in batches:
-        stacked = torch.stack([section.values for section in batch])  # (batch, rows, r)
-        sketch = _sketch_of([section.start for section in batch], stacked, config, step)
+        stacked, sketch = _stacked(batch, config, step)
         base, triangle, failures = factor(
             stacked, config.orthonormalizer, sketch, config.oversample
         )
@@ -149,28 +148,78 @@ def _join(stacks: Sequence[Stack], config: DionConfig, step: int) -> int:
     return fallbacks
 
 
+def _orthonormalize_parts(
+    matrices: Sequence[Matrix],
+    batches: Sequence[list[Section]],
+    exchange: Exchange,
+    config: DionConfig,
+    step: int,
+) -> Generator[None, None, int]:
+    """By sums, all in step with each other and with all processes, also those without sections.
+
+    What one method fails to do is left to the next, and in the end to triangles.
+
+    Args:
+        matrices: all matrices.
+        batches: sections of this process, those of a batch alike.
+        exchange: connects the processes.
+        config: hyperparameters.
+        step: number of this step.
+
+    Returns:
+        How many sections were done by Householder QR in the end.
+    """
+
+    def usual(k: int) -> str:
+        return usual_part_method(config.orthonormalizer, matrices[k].columns, matrices[k].rank)
+
+    failed: list[int] = []  # matrices, the same on all processes
+    broken: list[list[Section]] = []  # the sections of them that are here
+    for method in part_methods(config.orthonormalizer):
+        members = [k for k in exchange.divided if k in failed or usual(k) == method]
+        if not members:
+            continue
+        here = broken + [batch for batch in batches if usual(batch[0].matrix) == method]
+        broken = yield from _by_sums(method, members, here, exchange, config, step)
+        failed = yield from exchange.agree([section.matrix for each in broken for section in each])
+    if failed:
+        by_householder = replace(config, orthonormalizer="qr")
+        yield from _merge(failed, broken, exchange, by_householder, step)
+    return sum(map(len, broken))
+
+
 @dataclass
 class _Part:
     sections: list[Section]
     sums: PartialSums
 
 
-def _orthonormalize_parts(
-    parts: Sequence[_Part], exchange: Exchange, config: DionConfig, step: int
-) -> Generator[None, None, int]:
-    """All parts in step with each other, and with all processes, also those without any part."""
+def _by_sums(
+    method: str,
+    members: Collection[int],
+    batches: Sequence[list[Section]],
+    exchange: Exchange,
+    config: DionConfig,
+    step: int,
+) -> Generator[None, None, list[list[Section]]]:
+    """Orthonormalizes sections in place; returns, as they were, those of which that failed."""
+    parts = [
+        _Part(batch, orthonormalize_part(stacked, method, sketch, config.oversample))
+        for batch in batches
+        for stacked, sketch in [_stacked(batch, config, step)]
+    ]
     partial = [next(part.sums) for part in parts]
-    last = len(summed_rows(config.orthonormalizer, 1, config.oversample)) - 1
-    broken: list[list[Section]] = []
+    last = len(summed_rows(method, 1, config.oversample)) - 1
     for phase in range(last + 1):
         here = [
             (section.matrix, values)
             for part, batch in zip(parts, partial, strict=True)
             for section, values in zip(part.sections, batch, strict=True)
         ]
-        yield from exchange.sum_parts(phase, here)
+        yield from exchange.sum_parts(method, phase, members, here)
         if phase < last:
             partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
+    broken: list[list[Section]] = []
     for part, sums in zip(parts, partial, strict=True):
         result, failed = _result(part.sums, sums)
         by_failure: tuple[list[Section], list[Section]] = ([], [])
@@ -178,12 +227,7 @@ def _orthonormalize_parts(
             by_failure[has_failed].append(section)
         _store(by_failure[False], result[~failed])
         broken += [by_failure[True]] if by_failure[True] else []
-    mine = [section.matrix for batch in broken for section in batch]
-    agreed = yield from exchange.agree(mine)
-    if agreed:
-        by_householder = replace(config, orthonormalizer="qr")
-        yield from _merge(agreed, broken, exchange, by_householder, step)
-    return len(mine)
+    return broken
 
 
 def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,10 +240,18 @@ def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
 
 def _likeness(
     matrices: Sequence[Matrix], section: Section, exchange: Exchange
-) -> tuple[bool, bool, torch.Size]:
+) -> tuple[bool, int, torch.Size]:
     """Sections with the same one are done together; such stand side by side in the list."""
-    whole = section.values.shape[0] == matrices[section.matrix].columns
-    return section.matrix in exchange.merged, whole, section.values.shape
+    columns = matrices[section.matrix].columns
+    return section.matrix in exchange.merged, columns, section.values.shape
+
+
+def _stacked(
+    batch: Sequence[Section], config: DionConfig, step: int
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Sections of equal shape (batch, rows, r), and their sketch."""
+    stacked = torch.stack([section.values for section in batch])
+    return stacked, _sketch_of([section.start for section in batch], stacked, config, step)
 
 
 def _sketch_of(

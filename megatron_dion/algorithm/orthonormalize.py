@@ -12,6 +12,7 @@ such), and `orthonormalize_part` asks for each sum by yielding: that leaves leas
 
 import math
 from collections.abc import Callable, Generator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ PartialSums = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
 PROBES = 4
 """Vectors on which a Cholesky method's result is tested."""
 
+ONCE = "once"
+"""One Cholesky QR, which is what `auto` does of columns that are nearly orthogonal."""
+
+_LEAST_SQUARE = 1e-30
+"""Of the norm of a column: what float32 loses of smaller entries' squares does not matter then."""
+
+_GROWTH = 100.0
+"""What the rounding of a Gram matrix may grow by: to some 1e-5 in inner products of the result.
+
+A column of the result is a combination of columns of P. If these have unit norm, an error d of
+their inner products becomes about d times the sum of the squares of its coefficients."""
+
 
 def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
     """Orthonormalizes the columns of each matrix of a batch.
@@ -38,16 +51,19 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
         p: (batch, n, r) float32 with r <= n.
         method: `rcqr`: randomized Cholesky QR: the triangle of a sketch of P preconditions one
             Cholesky QR (Higgins et al., arXiv 2309.05868); `cqr`: Cholesky QR, twice (Yamamoto
-            et al. 2015); `qr`: Householder; `auto`: whichever is fastest on P's device, `qr` on a
-            CPU and `rcqr` elsewhere.
+            et al. 2015); `qr`: Householder; `auto`: one Cholesky QR where the columns are nearly
+            orthogonal already, as power iteration makes them, and else what is fastest on P's
+            device, `qr` on a CPU and `rcqr` elsewhere.
         sketch: the random matrices of `rcqr`.
         oversample: rows of the sketch per column of P.
 
     Returns:
-        (batch, n, r), orthonormal columns, and the number of matrices for which a Cholesky method
+        (batch, n, r), orthonormal columns, and the number of matrices for which `rcqr` or `cqr`
         broke down, so that they were done by Householder QR instead.
     """
-    if is_householder(method, p.device.type):
+    if method == "auto":
+        return _automatic(p, sketch, oversample)
+    if method == "qr":
         return householder(p), 0
     part = orthonormalize_part(p, method, sketch, oversample)
     try:
@@ -63,12 +79,59 @@ def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) ->
     return candidate, broken.numel()
 
 
+def usual_method(method: str, rows: int, rank: int, device: str) -> str:
+    """How P is orthonormalized unless that fails: for `auto` `once`, or the sure method.
+
+    Args:
+        method: as for `orthonormalize`.
+        rows: n. Of nearly square matrices the columns seldom are nearly orthogonal.
+        rank: r.
+        device: type of P's device.
+    """
+    is_tried = method == "auto" and 2 * rank <= rows
+    return ONCE if is_tried else sure_method(method, device)
+
+
+def sure_method(method: str, device: str) -> str:
+    """What a method is for any P."""
+    if method == "auto":
+        return "qr" if device == "cpu" else "rcqr"
+    return method
+
+
+def usual_part_method(method: str, rows: int, rank: int) -> str:
+    """As `usual_method`, of a P whose rows are divided: `once`, `rcqr` or `cqr`."""
+    return usual_method(method, rows, rank, "parts")
+
+
+def part_methods(method: str) -> tuple[str, ...]:
+    """What is tried one after the other of a P whose rows are divided."""
+    return (ONCE, "rcqr") if method == "auto" else (method,)
+
+
+def _automatic(p: Tensor, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
+    device = p.device.type
+    sure = sure_method("auto", device)
+    _, rows, rank = p.shape
+    if usual_method("auto", rows, rank, device) != ONCE:
+        return orthonormalize(p, sure, sketch, oversample)
+    candidate, _, failed = _once(p)
+    # The host waits for the device here, once for each shape.
+    broken = failed.nonzero().flatten()
+    if not broken.numel():
+        return candidate, 0
+    candidate[broken], fallbacks = orthonormalize(
+        p[broken], sure, _sketch_of(sketch, broken), oversample
+    )
+    return candidate, fallbacks
+
+
 def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: float) -> PartialSums:
     """The rows of `orthonormalize`'s result that belong to some rows of P.
 
     Args:
         p: (batch, rows, r) float32, the rows of this part.
-        method: `rcqr`, which is also what `auto` means here, or `cqr`.
+        method: `once`, `rcqr` or `cqr`.
         sketch: gives the columns of the random matrices that belong to these rows.
         oversample: rows of the sketch per column of P.
 
@@ -81,7 +144,11 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
         parts.
     """
     rank = p.shape[2]
-    if method in ("rcqr", "auto"):
+    if method == ONCE:
+        packed = yield pack(p.mT @ p)  # of a symmetric (batch, r, r)
+        to_base, _, failed = _cholesky(unpack(packed, rank))
+        return p @ to_base, failed
+    if method == "rcqr":
         sketched = yield sketch(sketch_rows(rank, oversample)) @ p  # (batch, k, r)
         scale = _column_scale(sketched)
         candidate = yield from _cholesky_qr(_preconditioned(p / scale, sketched / scale))
@@ -93,7 +160,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
         raise ValueError(f"unknown orthonormalizer {method!r}")
     # A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
     # applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
-    probes = signs(0, "probe", torch.arange(rank, device=p.device), PROBES)  # (r, 4)
+    probes = _probes(rank, p.device)  # (r, 4)
     seen = yield (candidate.mT @ (candidate @ probes)).mT.contiguous()  # (batch, 4, r)
     error = (seen - probes.T).abs().amax(dim=(1, 2))  # (batch,)
     return candidate, ~(error < 5e-6 * math.sqrt(rank))
@@ -102,7 +169,9 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
 def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
     """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
     gram = packed_rows(rank, rank)
-    if method in ("rcqr", "auto"):
+    if method == ONCE:
+        return (gram,)
+    if method == "rcqr":
         return sketch_rows(rank, oversample), gram, PROBES
     return 1, gram, gram, PROBES
 
@@ -125,10 +194,38 @@ def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[T
         With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
         of which P is the product, and the number of matrices that were done by Householder QR.
     """
-    if is_householder(method, p.device.type):
+    _, rows, rank = p.shape
+    first = usual_method(method, rows, rank, p.device.type)
+    if first != ONCE:
+        return _surely_factor(p, first, sketch, oversample)
+    q, triangle, failed = _once(p)
+    broken = failed.nonzero().flatten()
+    if not broken.numel():
+        return q, triangle, 0
+    sure = sure_method(method, p.device.type)
+    q[broken], triangle[broken], failures = _surely_factor(
+        p[broken], sure, _sketch_of(sketch, broken), oversample
+    )
+    return q, triangle, failures
+
+
+def _surely_factor(
+    p: Tensor, method: str, sketch: Sketch, oversample: float
+) -> tuple[Tensor, Tensor, int]:
+    if method == "qr":
         return *_householder(p), 0
     q, failures = orthonormalize(p[:, :, : p.shape[1]], method, sketch, oversample)
     return q, (q.mT @ p).triu(), failures
+
+
+def _sketch_of(sketch: Sketch, chosen: Tensor) -> Sketch:
+    """For some matrices of a batch."""
+
+    def of_chosen(rows: int) -> Tensor:
+        drawn = sketch(rows)
+        return drawn if len(drawn) == 1 else drawn[chosen]
+
+    return of_chosen
 
 
 def packed_rows(rows: int, rank: int) -> int:
@@ -169,16 +266,6 @@ def householder(p: Tensor) -> Tensor:
     return _base(*_reflected(scaled))
 
 
-def is_householder(method: str, device: str) -> bool:
-    """Whether a method is Householder QR for rows that one process has all of.
-
-    Args:
-        method: as for `orthonormalize`.
-        device: type of the rows' device.
-    """
-    return method == "qr" or (method == "auto" and device == "cpu")
-
-
 def _householder(p: Tensor) -> tuple[Tensor, Tensor]:
     """With the triangle, and for any number of rows: (batch, n, k) and (batch, k, r)."""
     scale = _column_scale(p)
@@ -204,6 +291,12 @@ def _base(reflectors: Tensor, factors: Tensor, signs: Tensor) -> Tensor:
     return q.mul_(signs.unsqueeze(-2))
 
 
+@lru_cache(maxsize=64)
+def _probes(rank: int, device: torch.device) -> Tensor:
+    """Some vectors of signs (r, 4), the same on every process."""
+    return signs(0, "probe", torch.arange(rank, device=device), PROBES)
+
+
 def _column_scale(p: Tensor) -> Tensor:
     """Largest entries of columns (batch, 1, r), so that squares neither overflow nor vanish.
 
@@ -218,6 +311,30 @@ def _preconditioned(p: Tensor, sketched: Tensor) -> Tensor:
     diagonal = triangle.diagonal(dim1=1, dim2=2)
     triangle = triangle * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-1)
     return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)  # (batch, rows, r)
+
+
+def _once(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One Cholesky QR: (batch, n, r), the triangle (batch, r, r), and what must be done surely."""
+    to_base, triangle, failed = _cholesky(p.mT @ p)
+    return p @ to_base, triangle, failed
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The triangle U of P = Q U from P^T P (batch, r, r), where columns are nearly orthogonal.
+
+    Returns:
+        The inverse of U, U, and where they are not to be used (batch,): squares have left float32,
+        or columns of unit norm are so near each other that rounding grows too much.
+    """
+    squares = gram.diagonal(dim1=1, dim2=2)  # (batch, r)
+    norms = squares.sqrt()
+    unit = gram / norms.unsqueeze(1) / norms.unsqueeze(2)
+    upper, info = torch.linalg.cholesky_ex(unit, upper=True)
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)  # (batch, r, r)
+    growth = inverse.square().sum(dim=1).amax(dim=1)  # (batch,)
+    is_fine = (info == 0) & (growth < _GROWTH) & (squares > _LEAST_SQUARE).all(dim=1)
+    return inverse / norms.unsqueeze(2), upper * norms.unsqueeze(1), ~is_fine
 
 
 def _cholesky_qr(p: Tensor) -> Generator[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.orthonormalize import PROBES, is_householder, sketch_rows
+from megatron_dion.algorithm.orthonormalize import ONCE, PROBES, sketch_rows, usual_method
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.rounding import BYTES_PASSED
@@ -79,7 +79,9 @@ def dion_operations(
 
     Of its products with B, M and W, of those that orthonormalize, and of factorizations.
 
-    With the right factor `orth`, shares of rows that several ranks have are taken as equal.
+    Where `auto` tries one Cholesky QR it is taken to succeed, which it does where the columns of P
+    are nearly orthogonal. With the right factor `orth`, shares of rows that several ranks have are
+    taken as equal.
 
     Args:
         part: the optimizer.
@@ -96,6 +98,9 @@ def dion_operations(
             float32_products += 2 * rank**2 * (holding.rows / shares + holding.rows)
             factorizations += 4 / 3 * rank**3 * (holding.rows > 0)
 
+    def usual(rows: float, rank: int) -> str:
+        return usual_method(config.orthonormalizer, int(rows), rank, device)
+
     def add(ranks: Sequence[Rank], found: tuple[Operations, Operations]) -> None:
         where = tuple(np.array([(rank.data_parallel, rank.tensor_parallel) for rank in ranks]).T)
         np.add.at(float32_products, where, found[0])
@@ -106,35 +111,38 @@ def dion_operations(
         rows = np.array([charge.stop - charge.start for charge in charges], float)
         ranks = [charge.rank for charge in charges]
         if owner is None:
-            add(ranks, orthonormalization(config, rows, rank, len(charges) == 1, device))
+            method = layout.part_method(k) if len(charges) > 1 else usual(rows[0], rank)
+            add(ranks, orthonormalization(config, rows, rank, method))
             continue
-        width = min(int(rows[0]), rank)  # sections are of equal size
-        own, qr = orthonormalization(config, rows, width, True, device)
+        method = usual(rows[0], rank)  # sections are of equal size
+        width = min(int(rows[0]), rank)
+        own, qr = orthonormalization(config, rows, width, method)
         apply = 2 * rows * width * rank
-        if is_householder(config.orthonormalizer, device):
-            add(ranks, (own + apply, qr + 2 * width**2 * (rank - width)))
-        else:  # makes the triangle by a product
-            add(ranks, (own + apply + 2 * rows * width * rank, qr))
+        if method == "qr":
+            qr = qr + 2 * width**2 * (rank - width)
+        elif method != ONCE:  # makes the triangle by a product
+            own = own + 2 * rows * width * rank
+        add(ranks, (own + apply, qr))
         stack = np.array([width * len(charges)], float)
-        add([owner], orthonormalization(config, stack, rank, True, device))
+        add([owner], orthonormalization(config, stack, rank, usual(stack[0], rank)))
     return products, float32_products, factorizations
 
 
 def orthonormalization(
-    config: DionConfig, rows: Operations, rank: int, is_whole: bool, device: str = "cuda"
+    config: DionConfig, rows: Operations, rank: int, method: str
 ) -> tuple[Operations, Operations]:
     """Operations of products and of factorizations to orthonormalize rows of P, (rows, rank).
 
     Args:
-        config: gives the method.
+        config: gives the size of sketches.
         rows: any number of them, each on a rank of its own.
         rank: r.
-        is_whole: whether they are all that is orthonormalized together.
-        device: as for `dion_operations`.
+        method: one of `usual_method`'s.
     """
-    method = config.orthonormalizer
-    if is_whole and is_householder(method, device):
+    if method == "qr":
         return 0 * rows, 4 * rows * rank**2 - 4 / 3 * rank**3
+    if method == ONCE:
+        return 4 * rows * rank**2, 0 * rows + 4 / 3 * rank**3
     probes = 2 * 2 * rows * rank * PROBES
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
     if method == "cqr":

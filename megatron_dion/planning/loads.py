@@ -98,7 +98,7 @@ def count_hops(
             parts.add(triangles.rows_of, Charges.of(triangles.charges), width)
         elif len(planner.charges[k]) > 1:
             those = [charge.rank for charge in planner.charges[k]]
-            for rows in summed_rows(config.orthonormalizer, width, config.oversample):
+            for rows in summed_rows(layout.part_method(k), width, config.oversample):
                 parts.add(dict.fromkeys(those, (0, rows)), charges.of_rows(rows), width)
         for total in planner.right_sums([k]).values():
             right.add(total.rows_of, Charges.of(total.charges), width)

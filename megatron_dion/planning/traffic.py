@@ -305,11 +305,12 @@ def calls_of(part: DionPart, index: int, kind: str, sent: Counts) -> int:
         return 0
     if kind.endswith("parts"):
         planner, config = part.planner, part.planner.layout.config
-        phases = len(summed_rows(config.orthonormalizer, 1, config.oversample))
+        methods = {planner.layout.part_method(k) for k in planner.divided(index)}
+        phases = sum(len(summed_rows(method, 1, config.oversample)) for method in methods)
         by_triangles = kind == "tensor parts" and not planner.owners.keys().isdisjoint(
             planner.members(index)
         )
-        return 2 * (phases * bool(planner.divided(index)) + by_triangles)
+        return 2 * (phases + by_triangles)
     return 2 if kind.endswith(("left", "right", "replicas")) else 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dion.algorithm import Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows
+from megatron_dion.algorithm.orthonormalize import ONCE, packed_rows, summed_rows, usual_part_method
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Layout, Rank
 
@@ -116,8 +116,8 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
 def _candidates(layout: Layout, burden: _Burden, k: int) -> list[Rank]:
     """Who could share a P, those first who should: tensor-parallel groups of holders, or all near.
 
-    Sums of g tensor-parallel groups send 2 (g - 1) 1.75 r^2 numbers over the network, and P's own
-    sum of h such groups 2 (h - 1) n r: there are as many groups as keep the former small.
+    Sums of g tensor-parallel groups send 2 (g - 1) times their numbers over the network, and P's
+    own sum of h such groups 2 (h - 1) n r: there are as many groups as keep the former small.
     """
     matrix, data_ranks = layout.matrices[k], _data_ranks(layout, k)
     if layout.grid.tensor_parallel_size == 1:
@@ -125,10 +125,16 @@ def _candidates(layout: Layout, burden: _Burden, k: int) -> list[Rank]:
         return sorted(near, key=lambda r: (r.data_parallel not in data_ranks, _order(r, burden)))
     groups = [layout.grid.tensor_group(Rank(0, d)) for d in data_ranks]
     groups.sort(key=lambda group: max(_order(rank, burden) for rank in group))
-    own = (len(data_ranks) - 1) * matrix.columns
-    count = 1 + int(_NETWORK_SHARE * own / (1.75 * matrix.rank))
+    own = (len(data_ranks) - 1) * matrix.columns * matrix.rank
+    count = 1 + int(_NETWORK_SHARE * own / _summed_numbers(layout, k))
     ranks = [rank for group in groups[:count] for rank in group]
     return sorted(ranks, key=lambda rank: _order(rank, burden))
+
+
+def _summed_numbers(layout: Layout, k: int) -> int:
+    """What the ranks that divide a P sum of it: a Gram matrix, and perhaps a sketch."""
+    rank = layout.matrices[k].rank
+    return rank * sum(summed_rows(layout.part_method(k), rank, layout.config.oversample))
 
 
 def _order(rank: Rank, burden: _Burden) -> tuple[float, int, int]:
@@ -155,12 +161,15 @@ def _sections_of_tensor_ranks(layout: Layout, matrix: int) -> list[tuple[int, in
 
 
 def operations(matrix: Matrix, rows: int) -> float:
-    """Floating-point operations of `rcqr` for some rows (rows, r) of P.
+    """Floating-point operations of what `auto` usually does for some rows (rows, r) of P.
 
-    Each row costs 2.5 r^2 for its sketch, r^2 for each of two triangular solves and 2 r^2 for the
-    Gram matrix. The triangles of the sketch (1.25 r, r), 1.83 r^3, and of the Gram matrix, r^3 / 3,
-    are computed by everyone who has rows.
+    One Cholesky QR costs each row 2 r^2 for the Gram matrix and as much for the result; the
+    triangle and its inverse, 4/3 r^3, are computed by everyone who has rows. `rcqr` costs each row
+    2.5 r^2 for its sketch, r^2 for each of two triangular solves and 2 r^2 for the Gram matrix; the
+    triangles of the sketch (1.25 r, r), 1.83 r^3, and of the Gram matrix, r^3 / 3, are everyone's.
     """
+    if usual_part_method("auto", matrix.columns, matrix.rank) == ONCE:
+        return 4 * rows * matrix.rank**2 + 4 / 3 * matrix.rank**3
     return 6.5 * rows * matrix.rank**2 + 2.17 * matrix.rank**3
 
 
@@ -175,10 +184,10 @@ def _height(matrix: Matrix, sections: Sequence[tuple[int, int]]) -> int:
 def work(
     matrix: Matrix, charges: Sequence[Charge], owner: Rank | None
 ) -> Iterator[tuple[Rank, float]]:
-    """Operations of each rank that helps to orthonormalize a P, in `rcqr`'s.
+    """Operations of each rank that helps to orthonormalize a P, in those of `auto`.
 
-    Where triangles are brought together, each section has a QR of its own, two products to make its
-    triangle and to apply what comes back, and the owner has the stack of the triangles.
+    Where triangles are brought together, each section has a QR of its own and a product to apply
+    what comes back, and the owner has the stack of the triangles.
     """
     for charge in charges:
         rows = charge.stop - charge.start
@@ -186,11 +195,12 @@ def work(
             yield charge.rank, operations(matrix, rows)
         else:
             width = min(rows, matrix.rank)
-            own = operations(replace(matrix, rank=width), rows)
-            yield charge.rank, own + 4 * rows * width * matrix.rank
+            own = operations(replace(matrix, columns=rows, rank=width), rows)
+            yield charge.rank, own + 2 * rows * width * matrix.rank
     if owner is not None:
         sections = [(charge.start, charge.stop) for charge in charges]
-        yield owner, operations(matrix, _height(matrix, sections))
+        height = _height(matrix, sections)
+        yield owner, operations(replace(matrix, columns=height), height)
 
 
 def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[int]:
@@ -217,7 +227,8 @@ def _number_of_charges(layout: Layout, matrix: Matrix, height: int, mean: float,
         most: the most charges.
     """
     # Sums are of Gram matrices, which `qr` has none of.
-    if operations(matrix, height) <= mean or layout.config.orthonormalizer == "qr":
+    alone = operations(replace(matrix, columns=height), height)
+    if alone <= mean or layout.config.orthonormalizer == "qr":
         return 1
     fixed = operations(matrix, 0)
     divisible = operations(matrix, matrix.columns) - fixed
@@ -249,8 +260,7 @@ def _add(
             small = packed_rows(rows, matrix.rank) * matrix.rank
             burden.add("sent", owner, sign * small)
         elif len(charges) > 1:
-            # Sketches (1.25 r, r) and Gram matrices of divided P are summed, there and back.
-            small = 1.75 * matrix.rank**2
+            small = _summed_numbers(layout, k)  # there and back
             burden.add("summed", charge.rank, sign * small)
             burden.add("sent", charge.rank, sign * small)
         burden.add("summed", charge.rank, sign * moved)

@@ -38,16 +38,15 @@ def bound_of_buffers(planner: Planner, index: int, replicas: int = 1) -> Tensor:
     left, divided = planner.left_sums(index), planner.divided(index)
     merged = [k for k in left if k in planner.owners]
     sums = _Sums(planner)
-    small = (*planner.part_sums(index), planner.merging_sums(merged))
-    parts = [sums.all(part, _FLOAT) for part in small]
+    usual = [phase for phases in planner.part_sums(index).values() for phase in phases]
     kinds = {
         **_of_rows(planner, index, replicas),
         "tiles": sums.tiles(left, _FLOAT),
         "assembled": sums.tiles({k: left[k] for k in divided}, _FLOAT),
         "left": sums.transit(left, _FLOAT, wire)
         + sums.in_charge(left, wire if replicas > 1 else 0),
-        "parts": _largest(*parts),
-        "fallback": sums.all(planner.merging_sums(divided), _FLOAT),
+        "parts": _largest(*(sums.all(s, _FLOAT) for s in (*usual, planner.merging_sums(merged)))),
+        "fallback": _largest(*(sums.all(s, _FLOAT) for s in planner.fallback_sums(index))),
         "right": sums.all(planner.right_sums(planner.members(index)), _DOUBLE),
     }
     most: Tensor = peak(kinds, _largest)

@@ -43,7 +43,7 @@ class ShardedExchange:
 
     Attributes:
         device: where the matrices are.
-        has_parts: whether the P of any matrix is orthonormalized by sums over several ranks.
+        divided: matrices whose P is orthonormalized by sums over several ranks.
         merged: matrices whose P is orthonormalized by triangles of its sections.
         lefts: for each block of the plan the rows of P, (columns, r), that belong to its columns.
         projections: for each block of the plan its rows of R, (rows, r).
@@ -69,8 +69,11 @@ class ShardedExchange:
         self._share_of_rows, self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
-        self.has_parts = bool(plan.part_sums)
-        self._part_sums = [self._reducer(sums) for sums in plan.part_sums]
+        self.divided = tuple(plan.divided)
+        self._part_sums = {
+            method: [self._reducer(sums) for sums in phases]
+            for method, phases in plan.part_sums.items()
+        }
         self.merged = frozenset(plan.merged)
         self._merging = self._reducer(plan.merging(plan.merged))
         self._right = self._reducer(plan.right, torch.float64)
@@ -109,21 +112,33 @@ class ShardedExchange:
         self._left.transit.free()
         self._left.take(self._assembled)
 
-    def sum_parts(self, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
-        yield from self._part_sums[phase].all_reduce(parts)
+    def sum_parts(
+        self,
+        method: str,
+        phase: int,
+        matrices: Collection[int],
+        parts: Sequence[tuple[int, Tensor]],
+    ) -> Steps:
+        usual = [k for k in self.divided if self._plan.layout.part_method(k) == method]
+        if list(matrices) == usual:
+            reducer = self._part_sums[method][phase]
+        else:
+            reducer = self._reducer(self._plan.parts(method, matrices)[phase])
+        yield from reducer.all_reduce(parts)
 
     def sum_right(self, sums: Sequence[tuple[int, Tensor]]) -> Steps:
         yield from self._right.all_reduce(sums)
 
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
-        divided = self._plan.divided
-        flags = torch.tensor([k in broken for k in divided], dtype=torch.int32, device=self.device)
+        flags = torch.tensor(
+            [k in broken for k in self.divided], dtype=torch.int32, device=self.device
+        )
         # All ranks, so that all make the same calls in the same order, also those of other sets.
         for group in larger_than_one(self._groups.tensor, self._groups.data):
             yield from wait_for(
                 dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
             )
-        return [k for k, flag in zip(divided, flags.tolist(), strict=True) if flag]
+        return [k for k, flag in zip(self.divided, flags.tolist(), strict=True) if flag]
 
     def merge(
         self,

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import product
 
 from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.algorithm.orthonormalize import usual_part_method
 from megatron_dion.sharding.blocks import Rectangle, rectangles
 from megatron_dion.sharding.matrices import Weight
 
@@ -116,6 +117,11 @@ class Layout:
     def placement(self, matrix: int) -> Placement:
         """The placement of a matrix's weight."""
         return self.placements[self._placement_of[matrix]]
+
+    def part_method(self, matrix: int) -> str:
+        """How P is usually orthonormalized if its rows are divided over ranks."""
+        shape = self.matrices[matrix]
+        return usual_part_method(self.config.orthonormalizer, shape.columns, shape.rank)
 
     def shares_rows(self, placement: int) -> bool:
         """Whether tensor-parallel ranks hold the same rows: other columns of them, or copies."""

@@ -29,12 +29,15 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
     Returns:
         Bytes by kind. For the whole step: `rows` of R; `tiles` of P, as they are sent;
         `assembled` P of which several tiles are sent. For a part of it: `gathered` columns of Q;
-        `left`, what is received and summed of P; `parts` and `fallback`, the most that
-        orthonormalizing P together needs at a time, and what it needs where Cholesky factorizations
-        of all that are done by sums break down; `rows sent`, the share of R to average over
-        replicas, and copies in the exchange's type; `shared rows` of R; `right`, for what turns R
-        into Q.
+        `left`, what is received and summed of P; `parts`, the most that orthonormalizing P together
+        usually needs at a time, and `fallback`, where the usual method fails for all that are done
+        by sums; `rows sent`, the share of R to average over replicas, and copies in the exchange's
+        type; `shared rows` of R; `right`, for what turns R into Q.
     """
+
+    def most(several: Sequence[Reduction]) -> int:
+        return max(sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in several)
+
     grid = plan.layout.grid
     wire, kept = element_sizes(plan.layout.config)
     partial = [held for held in plan.held if plan.is_partial(held)]
@@ -45,7 +48,6 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
     other_rows = numel_of_rows(plan, plan.held) - partial_rows
     partial_rows, share = in_shares(partial_rows, size, replicas)
     largest = max(partial_rows, other_rows) if replicas > 1 else partial_rows
-    merging, again = plan.merging(plan.merged), plan.merging(plan.divided)
     shared = sum(plan.matrices[row.matrix].rank for rows in plan.shared_rows for row in rows)
     assembled = sum(
         (stop - start) * plan.matrices[k].rank for k, (start, stop) in plan.assembled.items()
@@ -57,10 +59,8 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         "assembled": _FLOAT * assembled,
         "gathered": kept * sent * (grid.tensor_parallel_size + 1),
         "left": left + wire * averaged,
-        "parts": max(
-            sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in (*plan.part_sums, merging)
-        ),
-        "fallback": sum(_of_reduction(plan, again, _FLOAT, _FLOAT)),
+        "parts": most((*plan.usual_part_sums, plan.merging(plan.merged))),
+        "fallback": most(plan.fallback),
         "rows sent": wire * (share + (0 if wire == _FLOAT else largest)),
         "shared rows": 2 * wire * shared,
         "right": sum(_of_reduction(plan, plan.right, _DOUBLE, _DOUBLE)),

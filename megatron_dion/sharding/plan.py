@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, part_methods, summed_rows
 from megatron_dion.sharding.balance import Charge, Charges, divide
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.reduction import Reduction, Sum, Tile, reduction, sum_for_all
@@ -38,8 +38,8 @@ class Plan:
         charges: who is in charge of their P, the same on every rank.
         owners: who brings the triangles of sections of P together, the same on every rank.
         left: sums P.
-        part_sums: sums of what orthonormalizing a divided P needs, one after the other; empty if no
-            P of the set is divided.
+        part_sums: by method the sums that orthonormalizing divided P so needs, one after the other,
+            of those that usually are done so; empty if no P of the set is divided.
         right: sums what turns R into Q: squared norms of its columns, or R^T R.
         shared_rows: for each data-parallel peer the rows of which both hold columns.
         has_shared_rows: whether there are any on any rank.
@@ -53,7 +53,7 @@ class Plan:
     charges: Charges
     owners: Mapping[int, Rank]
     left: Reduction
-    part_sums: tuple[Reduction, ...]
+    part_sums: Mapping[str, tuple[Reduction, ...]]
     right: Reduction
     shared_rows: tuple[tuple[SharedRow, ...], ...]
     has_shared_rows: bool
@@ -89,6 +89,22 @@ class Plan:
     def is_partial(self, held: Held) -> bool:
         """Whether R of a block is a sum over tensor-parallel ranks."""
         return self.layout.shares_rows(held.placement)
+
+    @property
+    def usual_part_sums(self) -> list[Reduction]:
+        """Of all methods."""
+        return [each for phases in self.part_sums.values() for each in phases]
+
+    @property
+    def fallback(self) -> list[Reduction]:
+        """What divided P need where the usual method fails for all of them."""
+        sums = _fallback_sums(self.layout, self.charges, self.owners, self.divided)
+        return [reduction(self.layout, self.rank, each) for each in sums]
+
+    def parts(self, method: str, matrices: Iterable[int]) -> tuple[Reduction, ...]:
+        """What orthonormalizing some divided P by a method needs, one after the other."""
+        phases = part_sums(self.layout, self.charges, method, matrices)
+        return tuple(reduction(self.layout, self.rank, sums) for sums in phases)
 
     def merging(self, matrices: Iterable[int]) -> Reduction:
         """Brings the packed triangles of the sections of some P together on one rank each."""
@@ -151,7 +167,10 @@ class Planner:
             charges=self.charges,
             owners=self.owners,
             left=reduction(layout, rank, self.left_sums(index)),
-            part_sums=tuple(reduction(layout, rank, sums) for sums in self.part_sums(index)),
+            part_sums={
+                method: tuple(reduction(layout, rank, sums) for sums in phases)
+                for method, phases in self.part_sums(index).items()
+            },
             right=reduction(layout, rank, self.right_sums(members)),
             shared_rows=self._shared_rows(rank, held),
             has_shared_rows=any(map(layout.has_cut_rows, self.sets[index])),
@@ -171,20 +190,19 @@ class Planner:
         """The triangles of sections of some P, for those who bring them together."""
         return merging_sums(self.layout, self.charges, self.owners, matrices)
 
-    def part_sums(self, index: int) -> tuple[dict[int, Sum], ...]:
-        """What orthonormalizing the divided P of a set needs: sums for all who have rows of it."""
-        config, matrices = self.layout.config, self.layout.matrices
-        heights = {
-            k: summed_rows(config.orthonormalizer, matrices[k].rank, config.oversample)
-            for k in self.divided(index)
+    def part_sums(self, index: int) -> dict[str, tuple[dict[int, Sum], ...]]:
+        """What the divided P of a set usually need, by method: sums for all who have rows of it."""
+        by_method: defaultdict[str, list[int]] = defaultdict(list)
+        for k in self.divided(index):
+            by_method[self.layout.part_method(k)].append(k)
+        return {
+            method: part_sums(self.layout, self.charges, method, those)
+            for method, those in by_method.items()
         }
-        return tuple(
-            {
-                k: sum_for_all(k, rows, [charge.rank for charge in self.charges[k]])
-                for k, rows in zip(heights, phase, strict=True)
-            }
-            for phase in zip(*heights.values(), strict=True)
-        )
+
+    def fallback_sums(self, index: int) -> list[dict[int, Sum]]:
+        """What the divided P of a set need where the usual method fails for all of them."""
+        return _fallback_sums(self.layout, self.charges, self.owners, self.divided(index))
 
     def right_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
         """What turns R into Q, (k, r): sums for all who hold any of a matrix, if they are several.
@@ -213,6 +231,34 @@ class Planner:
 
 def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank]) -> list[int]:
     return [k for k in members if len(charges[k]) > 1 and k not in owners]
+
+
+def part_sums(
+    layout: Layout, charges: Charges, method: str, matrices: Iterable[int]
+) -> tuple[dict[int, Sum], ...]:
+    """What orthonormalizing some divided P by a method needs: sums for all who have rows of it."""
+    heights = {
+        k: summed_rows(method, layout.matrices[k].rank, layout.config.oversample) for k in matrices
+    }
+    return tuple(
+        {
+            k: sum_for_all(k, rows, [charge.rank for charge in charges[k]])
+            for k, rows in zip(heights, phase, strict=True)
+        }
+        for phase in zip(*heights.values(), strict=True)
+    )
+
+
+def _fallback_sums(
+    layout: Layout, charges: Charges, owners: Mapping[int, Rank], divided: Sequence[int]
+) -> list[dict[int, Sum]]:
+    """Of all methods that are tried, and of the triangles in the end."""
+    sums = [
+        phase
+        for method in part_methods(layout.config.orthonormalizer)
+        for phase in part_sums(layout, charges, method, divided)
+    ]
+    return [*sums, merging_sums(layout, charges, owners, divided)]
 
 
 def merging_sums(

@@ -16,8 +16,8 @@ def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
     """Bytes that a rank hands to collectives for other ranks in a step of the plan's matrices.
 
     An all_reduce of N bytes in a group of k counts as 2 N (k - 1) / k and an all_gather of N bytes
-    from each rank as N (k - 1), what a ring sends. What is needed only where a Cholesky
-    factorization breaks down is left out.
+    from each rank as N (k - 1), what a ring sends. What is needed only where the usual method of
+    orthonormalizing fails is left out.
 
     Args:
         plan: of the rank.
@@ -62,7 +62,7 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     wire, _ = element_sizes(plan.layout.config)
     return {
         f"{group} left": wire * numel([plan.left]),
-        f"{group} parts": 4 * numel([*plan.part_sums, plan.merging(plan.merged)]),
+        f"{group} parts": 4 * numel([*plan.usual_part_sums, plan.merging(plan.merged)]),
         f"{group} right": 8 * numel([plan.right]),
         f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
     }

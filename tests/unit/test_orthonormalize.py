@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from megatron_dion.algorithm import ORTHONORMALIZERS, orthonormalize
 from megatron_dion.algorithm.counter_random import signs
 from megatron_dion.algorithm.orthonormalize import (
+    ONCE,
     Sketch,
     factor,
     orthonormalize_part,
@@ -205,10 +207,10 @@ def test_zero_column_is_completed(column: int, method: str) -> None:
 @every_method
 @pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
 def test_size_does_not_matter(factor: float, method: str) -> None:
-    """Entries of about 1e30 and 1e-30."""
+    """Entries of about 1e30 and 1e-30, whose squares float32 does not hold."""
     p = well_conditioned(3, 20, 5)
     q = orthonormal(p * factor, method, fallbacks=0)
-    assert torch.equal(q, orthonormal(p, method))
+    assert torch.equal(q, orthonormal(p, "qr" if method == "auto" else method))
 
 
 @every_method
@@ -283,16 +285,89 @@ def test_sketch_has_the_oversampled_rows_and_some_more_for_few_columns(
     assert asked == [rows]
 
 
-def test_auto_is_householder_for_a_whole_matrix_and_rcqr_for_parts() -> None:
+def test_auto_is_one_cholesky_qr_where_columns_are_nearly_orthogonal() -> None:
+    p = torch.cat([well_conditioned(1, 40, 8), conditioned(1, 40, 8, 1e3), gaussian(1, 40, 8)])
+    q, householder = orthonormal(p, "auto"), orthonormal(p, "qr")
+    [whole], [failed], _ = one_by_one(p, ONCE)
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(q[~failed], whole[~failed])
+    assert not torch.equal(q[~failed], householder[~failed])
+    assert torch.equal(q[failed], householder[failed])
+    square = well_conditioned(2, 15, 8)
+    assert torch.equal(orthonormal(square, "auto"), orthonormal(square, "qr"))
+
+
+def test_elsewhere_auto_is_surely_rcqr_with_the_sketch_of_each_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[factor.__module__], "sure_method", lambda *_: "rcqr")
+    p = conditioned(3, 40, 8, 1e3)
+    p[1] = well_conditioned(1, 40, 8)
+    broken = [0, 2]
+    sketches = sign_sketch(3, 40)
+    q, _ = orthonormalize(p, "auto", sketches, OVERSAMPLE)
+    ours = orthonormalize(p[broken], "rcqr", lambda k: sketches(k)[broken], OVERSAMPLE)
+    assert torch.equal(q[broken], ours[0])
+    shared, _ = orthonormalize(p, "auto", lambda k: sketches(k)[:1], OVERSAMPLE)
+    theirs = orthonormalize(p[broken], "rcqr", lambda k: sketches(k)[:1], OVERSAMPLE)
+    assert torch.equal(shared[broken], theirs[0])
+
+
+every_spectrum = pytest.mark.parametrize("spectrum", ["even", "one small", "half small"])
+
+
+@every_spectrum
+@pytest.mark.parametrize(("n", "r"), [(40, 8), (256, 64), (1024, 64), (600, 300)])
+def test_one_cholesky_qr_is_exact_or_reported(n: int, r: int, spectrum: str) -> None:
+    conditions = [1, 3, 10, 15, 20, 30, 50, 100, 1e3, 1e5, 1e8]
+    p = torch.cat([with_spectrum(n, r, condition, spectrum) for condition in conditions])
+    [q], [failed], asked = one_by_one(p, ONCE)
+    assert tuple(asked) == summed_rows(ONCE, r, OVERSAMPLE)
+    assert not failed[:2].any()
+    assert failed[-3:].all()
+    fine = q[~failed].double()
+    assert_orthonormal(q[~failed], tolerance=2e-5)
+    assert (fine - positive_qr(p[~failed])).norm(dim=1).max().item() < 2e-5
+    triangles = factor(p[~failed], "auto", sign_sketch(len(fine), n), OVERSAMPLE)[1]
+    assert (fine @ triangles.double() - p[~failed]).abs().max().item() < 1e-5
+
+
+def with_spectrum(n: int, r: int, condition: float, spectrum: str) -> Tensor:
+    """(1, n, r): singular values from one to 1 / condition."""
+    values = torch.ones(r, dtype=torch.float64)
+    if spectrum == "even":
+        return conditioned(1, n, r, condition)
+    values[-1 if spectrum == "one small" else r // 2 :] = 1 / condition
+    left = torch.linalg.qr(gaussian(1, n, r, 1).double()).Q
+    right = torch.linalg.qr(gaussian(1, r, r, 2).double()).Q
+    return (left * values @ right.mT).float()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-22, 1e-18, 1e20, 1e30])
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(0, 8)])
+def test_one_cholesky_qr_reports_squares_that_float32_does_not_hold(
+    size: float, columns: slice
+) -> None:
     p = well_conditioned(2, 40, 8)
-    assert torch.equal(orthonormal(p, "auto"), orthonormal(p, "qr"))
-    for ours, theirs in zip(
-        in_parts(p, "auto", [0, 9, 40]), in_parts(p, "rcqr", [0, 9, 40]), strict=True
-    ):
-        assert all(
-            torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-            for a, b in zip(ours, theirs, strict=True)
-        )
+    p[1, :, columns] *= size
+    _, [failed], _ = one_by_one(p, ONCE)
+    assert failed.tolist() == [False, True]
+
+
+def one_by_one(p: Tensor, method: str) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """All rows as one part."""
+    q, failed, asked = in_parts(p, method, [0, p.shape[1]])
+    return [q], failed, asked
+
+
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 20, 40], [0, 1, 2, 39, 40]])
+def test_parts_by_one_cholesky_qr_give_the_rows_of_the_whole(bounds: list[int]) -> None:
+    p = well_conditioned(3, 40, 8)
+    p[1] = conditioned(1, 40, 8, 1e3)
+    q, failed, _ = in_parts(p, ONCE, bounds)
+    for report in failed:
+        assert report.tolist() == [False, True, False]
+    assert (q - positive_qr(p))[[0, 2]].abs().max().item() < 1e-5
 
 
 def test_unknown_method_is_refused() -> None:
@@ -414,6 +489,7 @@ def test_summed_rows_are_small_and_known_beforehand(rank: int, rows: int) -> Non
     triangle = math.ceil((rank + 1) / 2)
     assert summed_rows("rcqr", rank, OVERSAMPLE) == (rows, triangle, 4)
     assert summed_rows("cqr", rank, OVERSAMPLE) == (1, triangle, triangle, 4)
+    assert summed_rows(ONCE, rank, OVERSAMPLE) == (triangle,)
 
 
 @pytest.mark.parametrize(("height", "rank"), [(1, 1), (1, 7), (3, 7), (7, 7), (8, 8), (5, 8)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, part_methods, summed_rows
 from megatron_dion.sharding import (
     Grid,
     Held,
@@ -240,13 +240,11 @@ def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
         {rank: plan.left for rank, plan in plans.items()},
         {rank: plan.right for rank, plan in plans.items()},
     ]
-    phases = {len(plan.part_sums) for plan in plans.values()}
-    assert len(phases) == 1
-    found += [
-        {rank: plan.part_sums[i] for rank, plan in plans.items()} for i in range(phases.pop())
-    ]
-    for chosen in (plans[Rank()].divided, plans[Rank()].merged):
-        found.append({rank: plan.merging(chosen) for rank, plan in plans.items()})
+    merged = plans[Rank()].merged
+    found.append({rank: plan.merging(merged) for rank, plan in plans.items()})
+    for kind in ("usual_part_sums", "fallback"):
+        each = [getattr(plan, kind) for plan in plans.values()]
+        found += [dict(zip(plans, phase, strict=True)) for phase in zip(*each, strict=True)]
     return found
 
 
@@ -399,17 +397,23 @@ def test_sums_of_parts_reach_all_who_have_rows(layout: Layout) -> None:
     for plans in layout.each_set():
         divided = plans[Rank()].divided
         ranks = {k: {charge.rank for charge in charges[k]} for k in divided}
-        heights = {
-            k: summed_rows(config.orthonormalizer, layout.matrices[k].rank, config.oversample)
-            for k in divided
+        assert {method for plan in plans.values() for method in plan.part_sums} == {
+            plans[Rank()].layout.part_method(k) for k in divided
         }
-        phases = len(heights[divided[0]]) if divided else 0
-        for plan in plans.values():
-            assert len(plan.part_sums) == phases
-        for i in range(phases):
-            each = {rank: plan.part_sums[i] for rank, plan in plans.items()}
-            of_phase = {k: heights[k][i] for k in divided}
-            assert_everyone_gets_the_total(each, layout.grid, of_phase, ranks)
+        for method in part_methods(config.orthonormalizer):
+            usual = [k for k in divided if plans[Rank()].layout.part_method(k) == method]
+            for members in (usual, divided):
+                heights = [
+                    summed_rows(method, layout.matrices[k].rank, config.oversample) for k in members
+                ]
+                of_phases = list(zip(*heights, strict=True))
+                parts = {rank: plan.parts(method, members) for rank, plan in plans.items()}
+                if members == usual:
+                    assert parts == {r: p.part_sums.get(method, ()) for r, p in plans.items()}
+                for i, rows in enumerate(of_phases):
+                    each = {rank: phases[i] for rank, phases in parts.items()}
+                    of_phase = dict(zip(members, rows, strict=True))
+                    assert_everyone_gets_the_total(each, layout.grid, of_phase, ranks)
 
 
 @given(layouts())

@@ -79,7 +79,7 @@ def test_a_part_of_a_divided_matrix(method: str) -> None:
             values = sums.send(values)
         with pytest.raises(StopIteration):
             sums.send(values)
-    each = orthonormalization(config, torch.tensor([rows] * 3).double().numpy(), rank, False)
+    each = orthonormalization(config, torch.tensor([rows] * 3).double().numpy(), rank, method)
     assert counted.found["products"] == each[0].sum()
     assert counted.found["factorizations"] == pytest.approx(each[1].sum(), rel=1e-12)
 
