@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dion.algorithm import Matrix
@@ -45,7 +45,7 @@ _EVEN_SHARE = 0.9
 
 # With tensor parallelism, these sums send at most this share of what P's own sum sends over the
 # network.
-_NETWORK_SHARE = 0.05
+_NETWORK_SHARE = 0.015
 
 
 class _Burden:
@@ -65,14 +65,13 @@ class _Burden:
 
 
 def divide(layout: Layout) -> Division:
-    """Divides the P of all matrices over ranks at or near those that hold the matrices.
+    """Divides the P of all matrices over ranks that hold the matrices.
 
     The most expensive come first. One that is less than an even share of the work goes to its least
     burdened holder. If he holds all of it, nothing is sent; if he holds some of its columns only,
     so that his tensor-parallel group has the others, each of them keeps its own rows of P and sends
-    him their triangle. Others go to as many ranks as bring them down to such a share: ranks of few
-    tensor-parallel groups, so that little of it goes over the network; without tensor parallelism
-    holders and their neighbours, since every holder sends its P away in any case.
+    him their triangle. Others go to as many of their holders as bring them down to such a share:
+    with tensor parallelism ranks of few groups, so that little of it goes over the network.
     """
     shapes = layout.matrices
     cost = [operations(matrix, matrix.columns) for matrix in shapes]
@@ -95,8 +94,12 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
     matrix, holders = layout.matrices[k], layout.columns_of_holders[k]
     sections = _sections_of_tensor_ranks(layout, k)
     candidates = _candidates(layout, burden, k)
-    most = min(len(candidates), _most(len(holders)), matrix.columns)
+    most = min(len(candidates), matrix.columns)
     count = _number_of_charges(layout, matrix, _height(matrix, sections), mean, most)
+    if count > 1 and _is_row_parallel(layout, k):
+        # Whole tensor-parallel groups, so that its rows of P are at home.
+        size = layout.grid.tensor_parallel_size
+        count = min(most, math.ceil(count / size) * size)
     division.owners.pop(k, None)
     if count > 1:
         # In the order of tensor-parallel ranks a row-parallel weight's rows of P are at home.
@@ -114,20 +117,21 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
 
 
 def _candidates(layout: Layout, burden: _Burden, k: int) -> list[Rank]:
-    """Who could share a P, those first who should: tensor-parallel groups of holders, or all near.
+    """The holders who could share a P, those first who should; of few tensor-parallel groups.
 
     Sums of g tensor-parallel groups send 2 (g - 1) times their numbers over the network, and P's
     own sum of h such groups 2 (h - 1) n r: there are as many groups as keep the former small.
     """
     matrix, data_ranks = layout.matrices[k], _data_ranks(layout, k)
     if layout.grid.tensor_parallel_size == 1:
-        near = [Rank(0, d) for d in _neighbourhood(layout, data_ranks)]
-        return sorted(near, key=lambda r: (r.data_parallel not in data_ranks, _order(r, burden)))
+        return sorted(layout.columns_of_holders[k], key=lambda rank: _order(rank, burden))
     groups = [layout.grid.tensor_group(Rank(0, d)) for d in data_ranks]
     groups.sort(key=lambda group: max(_order(rank, burden) for rank in group))
     own = (len(data_ranks) - 1) * matrix.columns * matrix.rank
     count = 1 + int(_NETWORK_SHARE * own / _summed_numbers(layout, k))
     ranks = [rank for group in groups[:count] for rank in group]
+    if _is_row_parallel(layout, k):
+        return ranks
     return sorted(ranks, key=lambda rank: _order(rank, burden))
 
 
@@ -144,6 +148,13 @@ def _order(rank: Rank, burden: _Burden) -> tuple[float, int, int]:
 def _data_ranks(layout: Layout, matrix: int) -> set[int]:
     """The data-parallel ranks of a matrix's holders."""
     return {rank.data_parallel for rank in layout.columns_of_holders[matrix]}
+
+
+def _is_row_parallel(layout: Layout, matrix: int) -> bool:
+    """Whether tensor-parallel ranks have different columns of W, so different rows of P."""
+    return (
+        layout.grid.tensor_parallel_size > 1 and layout.placement(matrix).weight.partition_dim == 1
+    )
 
 
 def _sections_of_tensor_ranks(layout: Layout, matrix: int) -> list[tuple[int, int]]:
@@ -201,19 +212,6 @@ def work(
         sections = [(charge.start, charge.stop) for charge in charges]
         height = _height(matrix, sections)
         yield owner, operations(replace(matrix, columns=height), height)
-
-
-def _neighbourhood(layout: Layout, data_ranks: Collection[int]) -> list[int]:
-    """Some data-parallel ranks, and half as many before and after them."""
-    more = (len(data_ranks) + 1) // 2
-    first = max(0, min(data_ranks) - more)
-    last = min(layout.grid.data_parallel_size - 1, max(data_ranks) + more)
-    return list(range(first, last + 1))
-
-
-def _most(holders: int) -> int:
-    """More charges than holders make the work more even, and the sums of divided P longer."""
-    return holders * 8 // 5
 
 
 def _number_of_charges(layout: Layout, matrix: Matrix, height: int, mean: float, most: int) -> int:
