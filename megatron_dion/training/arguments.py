@@ -229,7 +229,7 @@ def _add_dion_arguments(parser: argparse.ArgumentParser) -> None:
         "--dion-orthonormalizer",
         choices=ORTHONORMALIZERS,
         default=defaults.orthonormalizer,
-        help="randomized Cholesky QR, Cholesky QR, or Householder QR; auto is the fastest one for P",
+        help="randomized Cholesky QR, Cholesky QR, or Householder QR; auto is the fastest for P",
     )
     group.add_argument(
         "--dion-oversample",
