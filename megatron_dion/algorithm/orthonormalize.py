@@ -31,6 +31,9 @@ PROBES = 4
 ONCE = "once"
 """One Cholesky QR, which is what `auto` does of columns that are nearly orthogonal."""
 
+INVERTED_AT_ONCE = 32
+"""Size of triangles that a CPU inverts by a solve."""
+
 _LEAST_SQUARE = 1e-30
 """Of the norm of a column: what float32 loses of smaller entries' squares does not matter then."""
 
@@ -115,7 +118,8 @@ def _automatic(p: Tensor, sketch: Sketch, oversample: float) -> tuple[Tensor, in
     _, rows, rank = p.shape
     if usual_method("auto", rows, rank, device) != ONCE:
         return orthonormalize(p, sure, sketch, oversample)
-    candidate, _, failed = _once(p)
+    to_base, failed = _cholesky(p.mT @ p)
+    candidate = p @ to_base
     # The host waits for the device here, once for each shape.
     broken = failed.nonzero().flatten()
     if not broken.numel():
@@ -146,7 +150,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
     rank = p.shape[2]
     if method == ONCE:
         packed = yield pack(p.mT @ p)  # of a symmetric (batch, r, r)
-        to_base, _, failed = _cholesky(unpack(packed, rank))
+        to_base, failed = _cholesky(unpack(packed, rank))
         return p @ to_base, failed
     if method == "rcqr":
         sketched = yield sketch(sketch_rows(rank, oversample)) @ p  # (batch, k, r)
@@ -194,27 +198,10 @@ def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[T
         With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
         of which P is the product, and the number of matrices that were done by Householder QR.
     """
-    _, rows, rank = p.shape
-    first = usual_method(method, rows, rank, p.device.type)
-    if first != ONCE:
-        return _surely_factor(p, first, sketch, oversample)
-    q, triangle, failed = _once(p)
-    broken = failed.nonzero().flatten()
-    if not broken.numel():
-        return q, triangle, 0
     sure = sure_method(method, p.device.type)
-    q[broken], triangle[broken], failures = _surely_factor(
-        p[broken], sure, _sketch_of(sketch, broken), oversample
-    )
-    return q, triangle, failures
-
-
-def _surely_factor(
-    p: Tensor, method: str, sketch: Sketch, oversample: float
-) -> tuple[Tensor, Tensor, int]:
-    if method == "qr":
+    if sure == "qr":
         return *_householder(p), 0
-    q, failures = orthonormalize(p[:, :, : p.shape[1]], method, sketch, oversample)
+    q, failures = orthonormalize(p[:, :, : p.shape[1]], sure, sketch, oversample)
     return q, (q.mT @ p).triu(), failures
 
 
@@ -313,28 +300,35 @@ def _preconditioned(p: Tensor, sketched: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)  # (batch, rows, r)
 
 
-def _once(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One Cholesky QR: (batch, n, r), the triangle (batch, r, r), and what must be done surely."""
-    to_base, triangle, failed = _cholesky(p.mT @ p)
-    return p @ to_base, triangle, failed
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes P orthonormal from the right, (batch, r, r), of its Gram matrix P^T P.
 
-
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The triangle U of P = Q U from P^T P (batch, r, r), where columns are nearly orthogonal.
-
-    Returns:
-        The inverse of U, U, and where they are not to be used (batch,): squares have left float32,
-        or columns of unit norm are so near each other that rounding grows too much.
+    Also where it is not to be used (batch,): squares have left float32, or columns of unit norm are
+    so near each other that rounding grows too much.
     """
     squares = gram.diagonal(dim1=1, dim2=2)  # (batch, r)
     norms = squares.sqrt()
     unit = gram / norms.unsqueeze(1) / norms.unsqueeze(2)
     upper, info = torch.linalg.cholesky_ex(unit, upper=True)
-    identity = torch.eye(gram.shape[1], device=gram.device)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)  # (batch, r, r)
+    inverse = _inverse(upper)
     growth = inverse.square().sum(dim=1).amax(dim=1)  # (batch,)
     is_fine = (info == 0) & (growth < _GROWTH) & (squares > _LEAST_SQUARE).all(dim=1)
-    return inverse / norms.unsqueeze(2), upper * norms.unsqueeze(1), ~is_fine
+    return inverse / norms.unsqueeze(2), ~is_fine
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of upper triangles (batch, r, r); on a CPU by halves, since products are faster there."""
+    size = upper.shape[1]
+    if size <= INVERTED_AT_ONCE or upper.device.type != "cpu":
+        identity = torch.eye(size, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = size // 2
+    first, last = _inverse(upper[:, :half, :half]), _inverse(upper[:, half:, half:])
+    inverse = torch.zeros_like(upper)
+    inverse[:, :half, :half] = first
+    inverse[:, half:, half:] = last
+    inverse[:, :half, half:] = -(first @ upper[:, :half, half:] @ last)
+    return inverse
 
 
 def _cholesky_qr(p: Tensor) -> Generator[Tensor, Tensor, Tensor]:

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.orthonormalize import ONCE, PROBES, sketch_rows, usual_method
+from megatron_dion.algorithm.orthonormalize import (
+    INVERTED_AT_ONCE,
+    ONCE,
+    PROBES,
+    sketch_rows,
+    sure_method,
+    usual_method,
+)
 from megatron_dion.planning.holdings import holdings
 from megatron_dion.planning.models import Parameter
 from megatron_dion.planning.rounding import BYTES_PASSED
@@ -112,24 +119,24 @@ def dion_operations(
         ranks = [charge.rank for charge in charges]
         if owner is None:
             method = layout.part_method(k) if len(charges) > 1 else usual(rows[0], rank)
-            add(ranks, orthonormalization(config, rows, rank, method))
+            add(ranks, orthonormalization(config, rows, rank, method, device))
             continue
-        method = usual(rows[0], rank)  # sections are of equal size
-        width = min(int(rows[0]), rank)
-        own, qr = orthonormalization(config, rows, width, method)
+        method = sure_method(config.orthonormalizer, device)
+        width = min(int(rows[0]), rank)  # sections are of equal size
+        own, qr = orthonormalization(config, rows, width, method, device)
         apply = 2 * rows * width * rank
         if method == "qr":
             qr = qr + 2 * width**2 * (rank - width)
-        elif method != ONCE:  # makes the triangle by a product
+        else:  # makes the triangle by a product
             own = own + 2 * rows * width * rank
         add(ranks, (own + apply, qr))
         stack = np.array([width * len(charges)], float)
-        add([owner], orthonormalization(config, stack, rank, usual(stack[0], rank)))
+        add([owner], orthonormalization(config, stack, rank, usual(stack[0], rank), device))
     return products, float32_products, factorizations
 
 
 def orthonormalization(
-    config: DionConfig, rows: Operations, rank: int, method: str
+    config: DionConfig, rows: Operations, rank: int, method: str, device: str = "cuda"
 ) -> tuple[Operations, Operations]:
     """Operations of products and of factorizations to orthonormalize rows of P, (rows, rank).
 
@@ -138,11 +145,13 @@ def orthonormalization(
         rows: any number of them, each on a rank of its own.
         rank: r.
         method: one of `usual_method`'s.
+        device: as for `dion_operations`.
     """
     if method == "qr":
         return 0 * rows, 4 * rows * rank**2 - 4 / 3 * rank**3
     if method == ONCE:
-        return 4 * rows * rank**2, 0 * rows + 4 / 3 * rank**3
+        by_products, by_solves = _inverse(rank, device)
+        return 4 * rows * rank**2 + by_products, 0 * rows + rank**3 / 3 + by_solves
     probes = 2 * 2 * rows * rank * PROBES
     gram, solve, cholesky = 2 * rows * rank**2, rows * rank**2, rank**3 / 3
     if method == "cqr":
@@ -151,6 +160,15 @@ def orthonormalization(
     triangle = 2 * sketch * rank**2 - 2 / 3 * rank**3
     products = 2 * sketch * rows * rank + gram + probes
     return products, triangle + cholesky + 2 * solve
+
+
+def _inverse(size: int, device: str) -> tuple[int, int]:
+    """Operations of products and of solves to invert a triangle."""
+    if size <= INVERTED_AT_ONCE or device != "cpu":
+        return 0, size**3
+    half, rest = size // 2, size - size // 2
+    (first, one), (last, other) = _inverse(half, device), _inverse(rest, device)
+    return first + last + 2 * half * rest * size, one + other
 
 
 def newton_schulz(rows: int, columns: int, steps: int) -> int:

@@ -95,8 +95,10 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
     sections = _sections_of_tensor_ranks(layout, k)
     candidates = _candidates(layout, burden, k)
     most = min(len(candidates), matrix.columns)
-    count = _number_of_charges(layout, matrix, _height(matrix, sections), mean, most)
-    if count > 1 and _is_row_parallel(layout, k):
+    by_sums = _send_no_more_by_sums(layout, k, sections)
+    height = sections[0][1] - sections[0][0] if by_sums else _height(matrix, sections)
+    count = _number_of_charges(layout, matrix, height, mean, most)
+    if by_sums or (count > 1 and _is_row_parallel(layout, k)):
         # Whole tensor-parallel groups, so that its rows of P are at home.
         size = layout.grid.tensor_parallel_size
         count = min(most, math.ceil(count / size) * size)
@@ -169,6 +171,16 @@ def _sections_of_tensor_ranks(layout: Layout, matrix: int) -> list[tuple[int, in
         return [(0, shape.columns)]
     firsts = [weight.first_column(t) for t in range(layout.grid.tensor_parallel_size)]
     return [(first, first + weight.columns) for first in firsts]
+
+
+def _send_no_more_by_sums(layout: Layout, matrix: int, sections: Sequence[tuple[int, int]]) -> bool:
+    """Whether sums of a row-parallel weight's P send no more than the triangles of its sections.
+
+    They leave less to compute: nobody has the stack of the triangles.
+    """
+    start, stop = sections[0]
+    is_tall = stop - start >= layout.matrices[matrix].rank
+    return len(sections) > 1 and layout.part_method(matrix) == ONCE and is_tall
 
 
 def operations(matrix: Matrix, rows: int) -> float:

@@ -328,8 +328,6 @@ def test_one_cholesky_qr_is_exact_or_reported(n: int, r: int, spectrum: str) -> 
     fine = q[~failed].double()
     assert_orthonormal(q[~failed], tolerance=2e-5)
     assert (fine - positive_qr(p[~failed])).norm(dim=1).max().item() < 2e-5
-    triangles = factor(p[~failed], "auto", sign_sketch(len(fine), n), OVERSAMPLE)[1]
-    assert (fine @ triangles.double() - p[~failed]).abs().max().item() < 1e-5
 
 
 def with_spectrum(n: int, r: int, condition: float, spectrum: str) -> Tensor:

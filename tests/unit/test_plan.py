@@ -544,13 +544,41 @@ def squares(count: int, side: int, **options: int) -> list[Weight]:
 @pytest.mark.parametrize("grid", [Grid(1, 4), Grid(2, 2), Grid(4, 1)])
 @pytest.mark.parametrize("count", [4, 8, 12])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_small_equal_matrices_are_not_divided(grid: Grid, count: int, dim: int) -> None:
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_small_equal_matrices_stay_within_tensor_parallel_groups(
+    grid: Grid, count: int, dim: int, fraction: float
+) -> None:
+    """Each is one rank's, or the rows of P stay where they are, by sums or by triangles."""
     tp = grid.tensor_parallel_size
     rows, columns = (64 // tp, 64) if dim == 0 else (64, 64 // tp)
     weights = [Weight(f"w{i}", rows, columns, dim, tp) for i in range(count)]
-    planner = Planner(in_one_bucket(weights, grid), grid, DionConfig())
-    assert planner.divided(0) == []
-    assert len(planner.owners) == (count if dim == 1 and tp > 1 else 0)
+    config = DionConfig(rank_fraction=fraction)
+    planner = Planner(in_one_bucket(weights, grid), grid, config)
+    in_sections = list(range(count)) if dim == 1 and tp > 1 else []
+    by_sums = in_sections if fraction < 1 else []
+    assert planner.divided(0) == by_sums
+    assert sorted(planner.owners) == [k for k in in_sections if k not in by_sums]
+    for k, charges in planner.charges.items():
+        ranks = [charge.rank for charge in charges]
+        expected = grid.tensor_group(ranks[0]) if k in in_sections else ranks[:1]
+        assert ranks == expected
+        assert [charge.stop for charge in charges][-1] == 64
+
+
+def test_a_divided_row_parallel_matrix_has_its_rows_at_home() -> None:
+    """It is divided over whole groups, also where fewer ranks would do."""
+    grid = Grid(4, 2)
+    weights = [Weight("big", 96, 64 // 4, 1, 4), *squares(20, 24, partition_dim=0)]
+    weights[1:] = [replace(w, rows=6, tensor_parallel_size=4) for w in weights[1:]]
+    for fraction in (0.25, 0.5, 1.0):
+        config = DionConfig(rank_fraction=fraction, orthonormalizer="rcqr")
+        planner = Planner(in_one_bucket(weights, grid), grid, config)
+        charges = planner.charges[0]
+        assert 0 not in planner.owners
+        assert len(charges) % 4 == 0
+        for charge in charges:
+            home = range(16 * charge.rank.tensor_parallel, 16 * (charge.rank.tensor_parallel + 1))
+            assert set(range(charge.start, charge.stop)) <= set(home)
 
 
 @pytest.mark.parametrize("orthonormalizer", ["rcqr", "cqr"])
@@ -568,9 +596,8 @@ def test_more_than_an_even_share_is_divided_as_far_as_needed(
     assert costs[0] > even
     holders = layout.placements[0].holders(grid.data_parallel_size)
     count = len(charges[0])
-    assert 1 < count <= grid.size
-    assert count >= len(holders) or fraction < 1
-    if count < grid.size:
+    assert 1 < count <= len(holders)
+    if count < len(holders):
         # Rounding to whole rows is at most one row.
         assert operations(big, math.floor(big.columns / count)) <= 0.9 * even
     assert operations(big, math.ceil(big.columns / (count - 1))) > 0.9 * even

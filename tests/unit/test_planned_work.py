@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import PRECISIONS
 from megatron_dion.algorithm.orthonormalize import (
+    ONCE,
     factor,
     orthonormalize,
     orthonormalize_part,
@@ -68,9 +69,10 @@ def test_a_step_of_whole_matrices(fraction: float, method: str, right_factor: st
     assert counted.found["factorizations"] > 0
 
 
-@pytest.mark.parametrize("method", ["rcqr", "cqr"])
-def test_a_part_of_a_divided_matrix(method: str) -> None:
-    config, rows, rank = DionConfig(orthonormalizer=method), 20, 8
+@pytest.mark.parametrize("method", [ONCE, "rcqr", "cqr"])
+@pytest.mark.parametrize("rank", [8, 33, 70])
+def test_a_part_of_a_divided_matrix(method: str, rank: int) -> None:
+    config, rows = DionConfig(), 200
     part = torch.randn(3, rows, rank)
     with CountedOperations() as counted:
         sums = orthonormalize_part(part, method, lambda k: torch.randn(1, k, rows), 1.25)
@@ -79,38 +81,46 @@ def test_a_part_of_a_divided_matrix(method: str) -> None:
             values = sums.send(values)
         with pytest.raises(StopIteration):
             sums.send(values)
-    each = orthonormalization(config, torch.tensor([rows] * 3).double().numpy(), rank, method)
+    each = orthonormalization(
+        config, torch.tensor([rows] * 3).double().numpy(), rank, method, "cpu"
+    )
     assert counted.found["products"] == each[0].sum()
     assert counted.found["factorizations"] == pytest.approx(each[1].sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["auto", "rcqr", "cqr", "qr"])
-@pytest.mark.parametrize(("columns", "fraction"), [(40, 1 / 4), (24, 1)])
-def test_triangles_of_a_row_parallel_matrix(method: str, columns: int, fraction: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "size", "fraction"),
+    [
+        *((method, 2, 1 / 4) for method in ("rcqr", "cqr", "qr")),
+        *((method, 4, 1 / 2) for method in ("auto", "rcqr", "cqr", "qr")),
+        ("auto", 4, 1),
+    ],
+)
+def test_triangles_of_a_row_parallel_matrix(method: str, size: int, fraction: float) -> None:
     """Sections of more rows than r, and of fewer."""
-    config = DionConfig(orthonormalizer=method, rank_fraction=fraction)
-    weights = [Weight("row", 24, columns // 2, 1, 2), Weight("other", 60, 120, 0, 2)]
+    config, columns = DionConfig(orthonormalizer=method, rank_fraction=fraction), 40
+    weights = [Weight("row", 24, columns // size, 1, size), Weight("other", 60, 120, 0, size)]
     placements = [Placement(w, 0, w.rows * w.columns) for w in weights]
-    planner = Planner(placements, Grid(2, 1), config)
+    planner = Planner(placements, Grid(size, 1), config)
     assert list(planner.owners) == [0]
-    both = DionPart(planner, False, Group(1, 2, 8), (1,))
-    other = DionPart(Planner(placements[1:], Grid(2, 1), config), False, Group(1, 2, 8), (1,))
+    both = DionPart(planner, False, Group(1, size, 8), (1,))
+    other = DionPart(Planner(placements[1:], Grid(size, 1), config), False, Group(1, size, 8), (1,))
     products, float32_products, factorizations = (
         a.sum() - b.sum()
         for a, b in zip(dion_operations(both, "cpu"), dion_operations(other, "cpu"), strict=True)
     )
     rank = planner.layout.matrices[0].rank
     torch.manual_seed(0)
-    sections = torch.randn(1, columns, rank).chunk(2, dim=1)
+    sections = torch.randn(1, columns, rank).chunk(size, dim=1)
 
     def sketch(rows: int) -> Callable[[int], Tensor]:
         return lambda k: torch.randn(1, k, rows)
 
     with CountedOperations() as counted:
-        found = [factor(p, method, sketch(columns // 2), 1.25) for p in sections]
+        found = [factor(p, method, sketch(columns // size), 1.25) for p in sections]
         stack = torch.cat([triangle for _, triangle, _ in found], dim=1)
         joined, _ = orthonormalize(stack, method, sketch(stack.shape[1]), 1.25)
-        for (base, _, _), part in zip(found, joined.chunk(2, dim=1), strict=True):
+        for (base, _, _), part in zip(found, joined.chunk(size, dim=1), strict=True):
             base @ part
     assert products == 8 * 24 * columns * rank
     assert counted.found["products"] == float32_products
