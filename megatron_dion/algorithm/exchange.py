@@ -77,20 +77,10 @@ class Exchange(Protocol):
     def sum_left(self) -> Generator[None, None, list[Section]]:
         """Sums P over the processes; returns the sections of which this one is in charge."""
 
-    def sum_parts(
-        self,
-        method: str,
-        phase: int,
-        matrices: Collection[int],
-        parts: Sequence[tuple[int, Tensor]],
-    ) -> Steps:
+    def sum_parts(self, method: str, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
         """Sums (matrix, (k, r)) over the processes in charge of its sections, in place.
 
-        Args:
-            method: of orthonormalizing.
-            phase: index of the k among its `summed_rows`.
-            matrices: whose sums, the same on every process.
-            parts: what this process has of them.
+        They are those whose usual method it is; the phase is the index of k in its `summed_rows`.
         """
 
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:

@@ -1,7 +1,7 @@
 """Orthonormalizes P in place: whole, in sections by sums over processes, or by triangles."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 
 import torch
@@ -17,7 +17,6 @@ from megatron_dion.algorithm.orthonormalize import (
     orthonormalize,
     orthonormalize_part,
     pack,
-    part_methods,
     summed_rows,
     unpack,
     usual_part_method,
@@ -157,7 +156,7 @@ def _orthonormalize_parts(
 ) -> Generator[None, None, int]:
     """By sums, all in step with each other and with all processes, also those without sections.
 
-    What one method fails to do is left to the next, and in the end to triangles.
+    What that fails to do is done by triangles.
 
     Args:
         matrices: all matrices.
@@ -167,25 +166,20 @@ def _orthonormalize_parts(
         step: number of this step.
 
     Returns:
-        How many sections were done by Householder QR in the end.
+        The number of fallbacks.
     """
 
     def usual(k: int) -> str:
         return usual_part_method(config.orthonormalizer, matrices[k].columns, matrices[k].rank)
 
-    failed: list[int] = []  # matrices, the same on all processes
-    broken: list[list[Section]] = []  # the sections of them that are here
-    for method in part_methods(config.orthonormalizer):
-        members = [k for k in exchange.divided if k in failed or usual(k) == method]
-        if not members:
-            continue
-        here = broken + [batch for batch in batches if usual(batch[0].matrix) == method]
-        broken = yield from _by_sums(method, members, here, exchange, config, step)
-        failed = yield from exchange.agree([section.matrix for each in broken for section in each])
-    if failed:
-        by_householder = replace(config, orthonormalizer="qr")
-        yield from _merge(failed, broken, exchange, by_householder, step)
-    return sum(map(len, broken))
+    failed: list[list[Section]] = []
+    for method in sorted({usual(k) for k in exchange.divided}):
+        here = [batch for batch in batches if usual(batch[0].matrix) == method]
+        failed += yield from _by_sums(method, here, exchange, config, step)
+    agreed = yield from exchange.agree([section.matrix for batch in failed for section in batch])
+    if not agreed:
+        return 0
+    return (yield from _merge(agreed, failed, exchange, config, step))
 
 
 @dataclass
@@ -196,7 +190,6 @@ class _Part:
 
 def _by_sums(
     method: str,
-    members: Collection[int],
     batches: Sequence[list[Section]],
     exchange: Exchange,
     config: DionConfig,
@@ -216,7 +209,7 @@ def _by_sums(
             for part, batch in zip(parts, partial, strict=True)
             for section, values in zip(part.sections, batch, strict=True)
         ]
-        yield from exchange.sum_parts(method, phase, members, here)
+        yield from exchange.sum_parts(method, phase, here)
         if phase < last:
             partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
     broken: list[list[Section]] = []

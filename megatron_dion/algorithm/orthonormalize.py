@@ -37,8 +37,8 @@ INVERTED_AT_ONCE = 32
 _LEAST_SQUARE = 1e-30
 """Of the norm of a column: what float32 loses of smaller entries' squares does not matter then."""
 
-_GROWTH = 100.0
-"""What the rounding of a Gram matrix may grow by: to some 1e-5 in inner products of the result.
+_GROWTH = 50.0
+"""What the rounding of a Gram matrix may grow by: to some 5e-6 in inner products of the result.
 
 A column of the result is a combination of columns of P. If these have unit norm, an error d of
 their inner products becomes about d times the sum of the squares of its coefficients."""
@@ -105,11 +105,6 @@ def sure_method(method: str, device: str) -> str:
 def usual_part_method(method: str, rows: int, rank: int) -> str:
     """As `usual_method`, of a P whose rows are divided: `once`, `rcqr` or `cqr`."""
     return usual_method(method, rows, rank, "parts")
-
-
-def part_methods(method: str) -> tuple[str, ...]:
-    """What is tried one after the other of a P whose rows are divided."""
-    return (ONCE, "rcqr") if method == "auto" else (method,)
 
 
 def _automatic(p: Tensor, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:

@@ -46,7 +46,7 @@ def bound_of_buffers(planner: Planner, index: int, replicas: int = 1) -> Tensor:
         "left": sums.transit(left, _FLOAT, wire)
         + sums.in_charge(left, wire if replicas > 1 else 0),
         "parts": _largest(*(sums.all(s, _FLOAT) for s in (*usual, planner.merging_sums(merged)))),
-        "fallback": _largest(*(sums.all(s, _FLOAT) for s in planner.fallback_sums(index))),
+        "fallback": sums.all(planner.merging_sums(divided), _FLOAT),
         "right": sums.all(planner.right_sums(planner.members(index)), _DOUBLE),
     }
     most: Tensor = peak(kinds, _largest)

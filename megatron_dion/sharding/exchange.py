@@ -112,19 +112,8 @@ class ShardedExchange:
         self._left.transit.free()
         self._left.take(self._assembled)
 
-    def sum_parts(
-        self,
-        method: str,
-        phase: int,
-        matrices: Collection[int],
-        parts: Sequence[tuple[int, Tensor]],
-    ) -> Steps:
-        usual = [k for k in self.divided if self._plan.layout.part_method(k) == method]
-        if list(matrices) == usual:
-            reducer = self._part_sums[method][phase]
-        else:
-            reducer = self._reducer(self._plan.parts(method, matrices)[phase])
-        yield from reducer.all_reduce(parts)
+    def sum_parts(self, method: str, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
+        yield from self._part_sums[method][phase].all_reduce(parts)
 
     def sum_right(self, sums: Sequence[tuple[int, Tensor]]) -> Steps:
         yield from self._right.all_reduce(sums)

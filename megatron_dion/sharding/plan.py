@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows, part_methods, summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
 from megatron_dion.sharding.balance import Charge, Charges, divide
 from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
 from megatron_dion.sharding.reduction import Reduction, Sum, Tile, reduction, sum_for_all
@@ -91,20 +91,9 @@ class Plan:
         return self.layout.shares_rows(held.placement)
 
     @property
-    def usual_part_sums(self) -> list[Reduction]:
+    def part_reductions(self) -> list[Reduction]:
         """Of all methods."""
         return [each for phases in self.part_sums.values() for each in phases]
-
-    @property
-    def fallback(self) -> list[Reduction]:
-        """What divided P need where the usual method fails for all of them."""
-        sums = _fallback_sums(self.layout, self.charges, self.owners, self.divided)
-        return [reduction(self.layout, self.rank, each) for each in sums]
-
-    def parts(self, method: str, matrices: Iterable[int]) -> tuple[Reduction, ...]:
-        """What orthonormalizing some divided P by a method needs, one after the other."""
-        phases = part_sums(self.layout, self.charges, method, matrices)
-        return tuple(reduction(self.layout, self.rank, sums) for sums in phases)
 
     def merging(self, matrices: Iterable[int]) -> Reduction:
         """Brings the packed triangles of the sections of some P together on one rank each."""
@@ -192,17 +181,24 @@ class Planner:
 
     def part_sums(self, index: int) -> dict[str, tuple[dict[int, Sum], ...]]:
         """What the divided P of a set usually need, by method: sums for all who have rows of it."""
+        layout = self.layout
         by_method: defaultdict[str, list[int]] = defaultdict(list)
         for k in self.divided(index):
-            by_method[self.layout.part_method(k)].append(k)
-        return {
-            method: part_sums(self.layout, self.charges, method, those)
-            for method, those in by_method.items()
-        }
-
-    def fallback_sums(self, index: int) -> list[dict[int, Sum]]:
-        """What the divided P of a set need where the usual method fails for all of them."""
-        return _fallback_sums(self.layout, self.charges, self.owners, self.divided(index))
+            by_method[layout.part_method(k)].append(k)
+        found = {}
+        for method, members in by_method.items():
+            heights = [
+                summed_rows(method, layout.matrices[k].rank, layout.config.oversample)
+                for k in members
+            ]
+            found[method] = tuple(
+                {
+                    k: sum_for_all(k, rows, [charge.rank for charge in self.charges[k]])
+                    for k, rows in zip(members, phase, strict=True)
+                }
+                for phase in zip(*heights, strict=True)
+            )
+        return found
 
     def right_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
         """What turns R into Q, (k, r): sums for all who hold any of a matrix, if they are several.
@@ -231,34 +227,6 @@ class Planner:
 
 def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank]) -> list[int]:
     return [k for k in members if len(charges[k]) > 1 and k not in owners]
-
-
-def part_sums(
-    layout: Layout, charges: Charges, method: str, matrices: Iterable[int]
-) -> tuple[dict[int, Sum], ...]:
-    """What orthonormalizing some divided P by a method needs: sums for all who have rows of it."""
-    heights = {
-        k: summed_rows(method, layout.matrices[k].rank, layout.config.oversample) for k in matrices
-    }
-    return tuple(
-        {
-            k: sum_for_all(k, rows, [charge.rank for charge in charges[k]])
-            for k, rows in zip(heights, phase, strict=True)
-        }
-        for phase in zip(*heights.values(), strict=True)
-    )
-
-
-def _fallback_sums(
-    layout: Layout, charges: Charges, owners: Mapping[int, Rank], divided: Sequence[int]
-) -> list[dict[int, Sum]]:
-    """Of all methods that are tried, and of the triangles in the end."""
-    sums = [
-        phase
-        for method in part_methods(layout.config.orthonormalizer)
-        for phase in part_sums(layout, charges, method, divided)
-    ]
-    return [*sums, merging_sums(layout, charges, owners, divided)]
 
 
 def merging_sums(

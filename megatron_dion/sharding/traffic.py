@@ -62,7 +62,7 @@ def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
     wire, _ = element_sizes(plan.layout.config)
     return {
         f"{group} left": wire * numel([plan.left]),
-        f"{group} parts": 4 * numel([*plan.usual_part_sums, plan.merging(plan.merged)]),
+        f"{group} parts": 4 * numel([*plan.part_reductions, plan.merging(plan.merged)]),
         f"{group} right": 8 * numel([plan.right]),
         f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
     }

@@ -1,6 +1,7 @@
 """Dion on shards of any grid of ranks against the dense float64 reference. Without Megatron."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import left_factor
+from megatron_dion.algorithm import left_factor, orthonormalize
 from megatron_dion.algorithm.reference import ReferenceMatrix
 from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
@@ -502,11 +503,10 @@ def test_no_gradient_is_no_step(shapes: tuple[Shape, ...], right_factor: str) ->
     """P is zero, so that every Cholesky factorization fails."""
     config = DionConfig(rank_fraction=0.2, right_factor=right_factor, orthonormalizer="rcqr")
     results = gloo_world(4, train_shards, World(2, 2), shapes, config, 10**9, nothing)
-    # Each section falls back, and the stack of triangles too where there is one.
-    charges, merged = results[0].charges, results[0].merged
-    assert sum(result.fallbacks for result in results) == STEPS * (
-        sum(charges.values()) + len(merged)
-    )
+    # Each section falls back, and the stack of triangles where there are several.
+    charges = results[0].charges
+    stacks = sum(count > 1 for count in charges.values())
+    assert sum(result.fallbacks for result in results) == STEPS * (sum(charges.values()) + stacks)
     compare(results, reference(shapes, config, nothing), tolerance=1e-6)
 
 
@@ -519,9 +519,33 @@ def test_fallback_of_one_set_keeps_the_order_of_all_calls() -> None:
     shapes = (Shape("zero", 72, 200, 0), Shape("full", 72, 200, 0))
     config = DionConfig(rank_fraction=0.2, orthonormalizer="rcqr")
     results = gloo_world(4, train_shards, World(2, 2), shapes, config, 1, one_is_zero)
-    assert [result.fallbacks for result in results].count(STEPS) == 2
+    # Two sections, and the stack of their triangles.
+    assert sorted(result.fallbacks for result in results) == [0, 0, STEPS, 2 * STEPS]
     assert results[0].charges == {"zero": 2, "full": 2}
     compare(results, reference(shapes, config, one_is_zero), tolerance=1e-5)
+
+
+def every_second(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
+    """Gradients of rank one, nearly, of every second matrix: far from orthogonal columns of P."""
+    return {
+        name: v + (30 * v[:, :1] @ v[:1] if i % 2 else 0)
+        for i, (name, v) in enumerate(values(shapes, step).items())
+    }
+
+
+@pytest.mark.parametrize("world", [World(2, 1), World(2, 2), World(4, 1), World(1, 4)], ids=name_of)
+@pytest.mark.parametrize("growth", [0.0, 50.0])
+def test_what_one_cholesky_qr_leaves_is_done_by_triangles(
+    monkeypatch: pytest.MonkeyPatch, world: World, growth: float
+) -> None:
+    """All of it, or what is ill-conditioned; it is the same run, and no fallback."""
+    monkeypatch.setattr(sys.modules[orthonormalize.__module__], "_GROWTH", growth)
+    shapes = (*TRANSFORMER, *ALONE)
+    config = DionConfig(rank_fraction=0.3, seed=7)
+    results = gloo_world(world.size, train_shards, world, shapes, config, 5000, every_second)
+    assert any(count > 1 for count in results[0].charges.values())
+    assert not any(result.fallbacks for result in results)
+    compare(results, reference(shapes, config, every_second), tolerance=1e-4, states=False)
 
 
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "divided"])
@@ -651,6 +675,7 @@ BREAKAGES = {
     "lost tiles of P": (reducer.HopBuffers, "sum", lose_tiles),
     "tiles of P counted twice": (reducer.HopBuffers, "sum", double_tiles),
     "P not brought back": (reducer.HopBuffers, "spread", nothing_happens),
+    "sums of parts not made": (exchange.ShardedExchange, "sum_parts", nothing_happens),
     "triangles not joined": (left_factor, "_join", lambda *_: 0),
     "rows of R not summed": (exchange.ShardedExchange, "sum_rows", nothing_happens),
     "local norms": (exchange.ShardedExchange, "sum_right", nothing_happens),
@@ -664,7 +689,9 @@ BREAKAGES = {
 def test_broken_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch, breakage: str) -> None:
     owner, name, broken = BREAKAGES[breakage]
     monkeypatch.setattr(owner, name, broken)
-    config = DionConfig(rank_fraction=0.3)
+    # Sections have sums, unless that is no way.
+    method = "qr" if "triangles" in breakage else "auto"
+    config = DionConfig(rank_fraction=0.3, orthonormalizer=method)
     world = World(2, 1, 2) if "replicas" in breakage else World(2, 2)
     results = gloo_world(world.size, train_shards, world, TRANSFORMER, config, 5000)
     with pytest.raises(AssertionError):

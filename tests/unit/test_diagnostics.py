@@ -69,7 +69,7 @@ def test_equal_the_dense_ones(right_factor: str, fraction: float, factor: float)
             assert (matrix.rows, matrix.columns) == SHAPES[name]
             assert matrix.rank == optimizer.config.rank(*SHAPES[name])
             assert matrix.orthonormality_error is not None
-            assert matrix.orthonormality_error < 1e-5
+            assert matrix.orthonormality_error < 3e-5
             assert matrix.owner_seconds
             expected[name].check(matrix, tolerance=1e-3)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows, part_methods, summed_rows
+from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows, usual_part_method
 from megatron_dion.sharding import (
     Grid,
     Held,
@@ -240,11 +240,10 @@ def reductions(plans: Mapping[Rank, Plan]) -> list[Reductions]:
         {rank: plan.left for rank, plan in plans.items()},
         {rank: plan.right for rank, plan in plans.items()},
     ]
-    merged = plans[Rank()].merged
-    found.append({rank: plan.merging(merged) for rank, plan in plans.items()})
-    for kind in ("usual_part_sums", "fallback"):
-        each = [getattr(plan, kind) for plan in plans.values()]
-        found += [dict(zip(plans, phase, strict=True)) for phase in zip(*each, strict=True)]
+    phases = zip(*(plan.part_reductions for plan in plans.values()), strict=True)
+    found += [dict(zip(plans, phase, strict=True)) for phase in phases]
+    for chosen in (plans[Rank()].divided, plans[Rank()].merged):
+        found.append({rank: plan.merging(chosen) for rank, plan in plans.items()})
     return found
 
 
@@ -397,23 +396,22 @@ def test_sums_of_parts_reach_all_who_have_rows(layout: Layout) -> None:
     for plans in layout.each_set():
         divided = plans[Rank()].divided
         ranks = {k: {charge.rank for charge in charges[k]} for k in divided}
-        assert {method for plan in plans.values() for method in plan.part_sums} == {
-            plans[Rank()].layout.part_method(k) for k in divided
-        }
-        for method in part_methods(config.orthonormalizer):
-            usual = [k for k in divided if plans[Rank()].layout.part_method(k) == method]
-            for members in (usual, divided):
-                heights = [
-                    summed_rows(method, layout.matrices[k].rank, config.oversample) for k in members
-                ]
-                of_phases = list(zip(*heights, strict=True))
-                parts = {rank: plan.parts(method, members) for rank, plan in plans.items()}
-                if members == usual:
-                    assert parts == {r: p.part_sums.get(method, ()) for r, p in plans.items()}
-                for i, rows in enumerate(of_phases):
-                    each = {rank: phases[i] for rank, phases in parts.items()}
-                    of_phase = dict(zip(members, rows, strict=True))
-                    assert_everyone_gets_the_total(each, layout.grid, of_phase, ranks)
+        by_method: dict[str, list[int]] = {}
+        for k in divided:
+            matrix = layout.matrices[k]
+            method = usual_part_method(config.orthonormalizer, matrix.columns, matrix.rank)
+            by_method.setdefault(method, []).append(k)
+        assert all(plan.part_sums.keys() == by_method.keys() for plan in plans.values())
+        for method, members in by_method.items():
+            heights = [
+                summed_rows(method, layout.matrices[k].rank, config.oversample) for k in members
+            ]
+            phases = zip(*heights, strict=True)
+            for i, rows in enumerate(phases):
+                each = {rank: plan.part_sums[method][i] for rank, plan in plans.items()}
+                of_phase = dict(zip(members, rows, strict=True))
+                assert_everyone_gets_the_total(each, layout.grid, of_phase, ranks)
+            assert all(len(plan.part_sums[method]) == i + 1 for plan in plans.values())
 
 
 @given(layouts())
