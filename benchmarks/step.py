@@ -2,7 +2,7 @@
 
 Two tables. `floor`: Dion's step on many equal matrices against the matrix products that it must do:
 the four of shapes (m, n) and r, timed with the layouts that the step has, and the operations of the
-orthonormalization, `rcqr`'s or the fewest known, Householder QR's, at the rate of a product (n, r)
+orthonormalization, those of `auto`, or Householder QR's, at the rate of a product (n, r)
 (r, r). `weights`: AdamW, Megatron's Muon, and
 Dion with products in float32 and in Muon's precision, on the weights of a GPT.
 """

@@ -2,7 +2,7 @@
 
 Iterations of Megatron in worlds of forked ranks (gloo). Every collective of gradient sync,
 optimizer step and weight gather is counted where torch.distributed is called, as a ring sends it;
-bytes and calls are those of the last of three iterations, bytes of all ranks together. `--large`
+bytes and calls are those of the last of twenty iterations, bytes of all ranks together. `--large`
 plans models of which nothing is run.
 """
 
@@ -40,7 +40,7 @@ MODEL = (
     " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
     " --untie-embeddings-and-output-weights --mock-data --tokenizer-type NullTokenizer"
     " --vocab-size 250 --make-vocab-size-divisible-by 8 --padded-vocab-size 256"
-    " --micro-batch-size 1 --global-batch-size 12 --lr 1e-3 --train-iters 3 --log-interval 10"
+    " --micro-batch-size 1 --global-batch-size 12 --lr 1e-3 --train-iters 20 --log-interval 10"
     " --eval-iters 0 --eval-interval 1000 --use-distributed-optimizer --bf16 --device cpu"
 ).split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
