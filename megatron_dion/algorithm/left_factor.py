@@ -1,7 +1,7 @@
 """Orthonormalizes P in place: whole, in sections by sums over processes, or by triangles."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 import torch
@@ -12,6 +12,7 @@ from megatron_dion.algorithm.counter_random import signs
 from megatron_dion.algorithm.exchange import Exchange, Matrix, Section, Stack
 from megatron_dion.algorithm.foreach import copy_all
 from megatron_dion.algorithm.orthonormalize import (
+    ONCE,
     PartialSums,
     factor,
     orthonormalize,
@@ -166,20 +167,35 @@ def _orthonormalize_parts(
         step: number of this step.
 
     Returns:
-        The number of fallbacks.
+        How often this process fell back to Householder QR.
     """
 
     def usual(k: int) -> str:
         return usual_part_method(config.orthonormalizer, matrices[k].columns, matrices[k].rank)
 
-    failed: list[list[Section]] = []
+    done: list[tuple[list[Section], Tensor]] = []
+    failed: list[int] = []
     for method in sorted({usual(k) for k in exchange.divided}):
         here = [batch for batch in batches if usual(batch[0].matrix) == method]
-        failed += yield from _by_sums(method, here, exchange, config, step)
-    agreed = yield from exchange.agree([section.matrix for batch in failed for section in batch])
+        results, those = yield from _by_sums(method, here, exchange, config, step)
+        done += results
+        failed += those
+    # Rounding may let processes come to other verdicts of the same sums: nothing is stored before
+    # all have agreed.
+    agreed = set((yield from exchange.agree(failed)))
+    broken: list[list[Section]] = []
+    for batch, result in done:
+        kept = [i for i, section in enumerate(batch) if section.matrix not in agreed]
+        if kept:
+            _store([batch[i] for i in kept], result[kept])
+        if left := [section for section in batch if section.matrix in agreed]:
+            broken.append(left)
     if not agreed:
         return 0
-    return (yield from _merge(agreed, failed, exchange, config, step))
+    sure = config if config.orthonormalizer == "auto" else replace(config, orthonormalizer="qr")
+    fallbacks = yield from _merge(sorted(agreed), broken, exchange, sure, step)
+    mine = [section.matrix for batch in broken for section in batch]
+    return fallbacks + sum(usual(k) != ONCE for k in mine)
 
 
 @dataclass
@@ -194,8 +210,8 @@ def _by_sums(
     exchange: Exchange,
     config: DionConfig,
     step: int,
-) -> Generator[None, None, list[list[Section]]]:
-    """Orthonormalizes sections in place; returns, as they were, those of which that failed."""
+) -> Generator[None, None, tuple[list[tuple[list[Section], Tensor]], list[int]]]:
+    """Returns what sections become, batch by batch, and the matrices for which that is no use."""
     parts = [
         _Part(batch, orthonormalize_part(stacked, method, sketch, config.oversample))
         for batch in batches
@@ -212,15 +228,14 @@ def _by_sums(
         yield from exchange.sum_parts(method, phase, here)
         if phase < last:
             partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
-    broken: list[list[Section]] = []
+    done: list[tuple[list[Section], Tensor]] = []
+    failed: list[int] = []
     for part, sums in zip(parts, partial, strict=True):
-        result, failed = _result(part.sums, sums)
-        by_failure: tuple[list[Section], list[Section]] = ([], [])
-        for section, has_failed in zip(part.sections, failed.tolist(), strict=True):
-            by_failure[has_failed].append(section)
-        _store(by_failure[False], result[~failed])
-        broken += [by_failure[True]] if by_failure[True] else []
-    return broken
+        result, has_failed = _result(part.sums, sums)
+        done.append((part.sections, result))
+        pairs = zip(part.sections, has_failed.tolist(), strict=True)
+        failed += [section.matrix for section, broken in pairs if broken]
+    return done, failed
 
 
 def _result(sums: PartialSums, last: Tensor) -> tuple[Tensor, Tensor]:
