@@ -1,6 +1,6 @@
 """What a step says to other processes: the matrices, what is summed of them, and by whom."""
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,8 +63,9 @@ class Exchange(Protocol):
 
     device: torch.device
     """Where the matrices are."""
-    divided: tuple[int, ...]
-    """Matrices whose P is orthonormalized by sums over several processes, the same on all."""
+    divided: Mapping[int, str]
+    """Matrices whose P is orthonormalized by sums over several processes, the same on all, and the
+    method."""
     merged: frozenset[int]
     """Matrices whose P is orthonormalized by triangles of its sections, on several processes."""
 
@@ -80,7 +81,7 @@ class Exchange(Protocol):
     def sum_parts(self, method: str, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
         """Sums (matrix, (k, r)) over the processes in charge of its sections, in place.
 
-        They are those whose usual method it is; the phase is the index of k in its `summed_rows`.
+        They are those of this method; the phase is the index of k in its `summed_rows`.
         """
 
     def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:

@@ -20,11 +20,13 @@ from megatron_dion.algorithm.orthonormalize import (
     pack,
     summed_rows,
     unpack,
-    usual_part_method,
 )
 
 _CACHE_BYTES = 1 << 20
 """Of the sections of P that a CPU orthonormalizes together: they stay in a core's cache."""
+
+_Done = tuple[list[Section], Tensor]
+"""A batch of sections, and what they become (batch, rows, r)."""
 
 
 def orthonormalize_left(
@@ -63,7 +65,7 @@ def orthonormalize_left(
         fallbacks += failures
         _store(batch, result)
     if exchange.divided:
-        fallbacks += yield from _orthonormalize_parts(matrices, divided, exchange, config, step)
+        fallbacks += yield from _orthonormalize_parts(divided, exchange, config, step)
     if exchange.merged:
         fallbacks += yield from _merge(exchange.merged, merged, exchange, config, step)
     return fallbacks
@@ -149,18 +151,13 @@ def _join(stacks: Sequence[Stack], config: DionConfig, step: int) -> int:
 
 
 def _orthonormalize_parts(
-    matrices: Sequence[Matrix],
-    batches: Sequence[list[Section]],
-    exchange: Exchange,
-    config: DionConfig,
-    step: int,
+    batches: Sequence[list[Section]], exchange: Exchange, config: DionConfig, step: int
 ) -> Generator[None, None, int]:
     """By sums, all in step with each other and with all processes, also those without sections.
 
     What that fails to do is done by triangles.
 
     Args:
-        matrices: all matrices.
         batches: sections of this process, those of a batch alike.
         exchange: connects the processes.
         config: hyperparameters.
@@ -169,33 +166,35 @@ def _orthonormalize_parts(
     Returns:
         How often this process fell back to Householder QR.
     """
-
-    def usual(k: int) -> str:
-        return usual_part_method(config.orthonormalizer, matrices[k].columns, matrices[k].rank)
-
-    done: list[tuple[list[Section], Tensor]] = []
+    method_of = exchange.divided
+    done: list[_Done] = []
     failed: list[int] = []
-    for method in sorted({usual(k) for k in exchange.divided}):
-        here = [batch for batch in batches if usual(batch[0].matrix) == method]
+    for method in sorted(set(method_of.values())):
+        here = [batch for batch in batches if method_of[batch[0].matrix] == method]
         results, those = yield from _by_sums(method, here, exchange, config, step)
         done += results
         failed += those
     # Rounding may let processes come to other verdicts of the same sums: nothing is stored before
     # all have agreed.
-    agreed = set((yield from exchange.agree(failed)))
-    broken: list[list[Section]] = []
-    for batch, result in done:
-        kept = [i for i, section in enumerate(batch) if section.matrix not in agreed]
-        if kept:
-            _store([batch[i] for i in kept], result[kept])
-        if left := [section for section in batch if section.matrix in agreed]:
-            broken.append(left)
+    agreed = yield from exchange.agree(failed)
+    broken = _store_all_but(agreed, done)
     if not agreed:
         return 0
     sure = config if config.orthonormalizer == "auto" else replace(config, orthonormalizer="qr")
-    fallbacks = yield from _merge(sorted(agreed), broken, exchange, sure, step)
-    mine = [section.matrix for batch in broken for section in batch]
-    return fallbacks + sum(usual(k) != ONCE for k in mine)
+    fallbacks = yield from _merge(agreed, broken, exchange, sure, step)
+    return fallbacks + sum(method_of[s.matrix] != ONCE for batch in broken for s in batch)
+
+
+def _store_all_but(matrices: Collection[int], done: Sequence[_Done]) -> list[list[Section]]:
+    """Stores what sections became; returns those of some matrices, as they were."""
+    others: list[list[Section]] = []
+    for batch, result in done:
+        kept = [i for i, section in enumerate(batch) if section.matrix not in matrices]
+        if kept:
+            _store([batch[i] for i in kept], result[kept])
+        if left := [section for section in batch if section.matrix in matrices]:
+            others.append(left)
+    return others
 
 
 @dataclass
@@ -210,7 +209,7 @@ def _by_sums(
     exchange: Exchange,
     config: DionConfig,
     step: int,
-) -> Generator[None, None, tuple[list[tuple[list[Section], Tensor]], list[int]]]:
+) -> Generator[None, None, tuple[list[_Done], list[int]]]:
     """Returns what sections become, batch by batch, and the matrices for which that is no use."""
     parts = [
         _Part(batch, orthonormalize_part(stacked, method, sketch, config.oversample))
@@ -228,7 +227,7 @@ def _by_sums(
         yield from exchange.sum_parts(method, phase, here)
         if phase < last:
             partial = [part.sums.send(sums) for part, sums in zip(parts, partial, strict=True)]
-    done: list[tuple[list[Section], Tensor]] = []
+    done: list[_Done] = []
     failed: list[int] = []
     for part, sums in zip(parts, partial, strict=True):
         result, has_failed = _result(part.sums, sums)

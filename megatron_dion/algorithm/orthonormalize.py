@@ -140,7 +140,7 @@ def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: floa
 
     Returns:
         (batch, rows, r), and which matrices of the batch broke down (batch,), the same for all
-        parts.
+        parts up to rounding: they must agree before any of them uses it.
     """
     rank = p.shape[2]
     if method == ONCE:

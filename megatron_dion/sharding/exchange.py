@@ -5,7 +5,7 @@ them. Each is started, then the step yields, then it waits.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ class ShardedExchange:
 
     Attributes:
         device: where the matrices are.
-        divided: matrices whose P is orthonormalized by sums over several ranks.
+        divided: matrices whose P is orthonormalized by sums over several ranks, and the method.
         merged: matrices whose P is orthonormalized by triangles of its sections.
         lefts: for each block of the plan the rows of P, (columns, r), that belong to its columns.
         projections: for each block of the plan its rows of R, (rows, r).
@@ -69,7 +69,7 @@ class ShardedExchange:
         self._share_of_rows, self._rows_sent = self._rows_in_transit()
         self._gathered = GatheredColumns(plan, self.projections, groups, device)
         self._shared_rows = SharedRows(plan, self.projections, groups.data, device, self._wire)
-        self.divided = tuple(plan.divided)
+        self.divided: Mapping[int, str] = {k: plan.layout.part_method(k) for k in plan.divided}
         self._part_sums = {
             method: [self._reducer(sums) for sums in phases]
             for method, phases in plan.part_sums.items()

@@ -34,10 +34,6 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         by sums; `rows sent`, the share of R to average over replicas, and copies in the exchange's
         type; `shared rows` of R; `right`, for what turns R into Q.
     """
-
-    def most(several: Sequence[Reduction]) -> int:
-        return max(sum(_of_reduction(plan, part, _FLOAT, _FLOAT)) for part in several)
-
     grid = plan.layout.grid
     wire, kept = element_sizes(plan.layout.config)
     partial = [held for held in plan.held if plan.is_partial(held)]
@@ -59,8 +55,11 @@ def buffer_bytes(plan: Plan, replicas: int = 1) -> dict[str, int]:
         "assembled": _FLOAT * assembled,
         "gathered": kept * sent * (grid.tensor_parallel_size + 1),
         "left": left + wire * averaged,
-        "parts": most((*plan.part_reductions, plan.merging(plan.merged))),
-        "fallback": most([plan.merging(plan.divided)]),
+        "parts": max(
+            sum(_of_reduction(plan, part, _FLOAT, _FLOAT))
+            for part in (*plan.part_reductions, plan.merging(plan.merged))
+        ),
+        "fallback": sum(_of_reduction(plan, plan.merging(plan.divided), _FLOAT, _FLOAT)),
         "rows sent": wire * (share + (0 if wire == _FLOAT else largest)),
         "shared rows": 2 * wire * shared,
         "right": sum(_of_reduction(plan, plan.right, _DOUBLE, _DOUBLE)),

@@ -83,9 +83,14 @@ def well_conditioned(batch: int, n: int, r: int) -> Tensor:
 
 def conditioned(batch: int, n: int, r: int, condition: float) -> Tensor:
     """Singular values in geometric progression, in no relation to the columns."""
+    return with_values(batch, n, torch.logspace(0, -math.log10(condition), r, dtype=torch.float64))
+
+
+def with_values(batch: int, n: int, values: Tensor) -> Tensor:
+    """(batch, n, r) with the given singular values (r,)."""
+    r = len(values)
     left = torch.linalg.qr(gaussian(batch, n, r, 1).double()).Q
     right = torch.linalg.qr(gaussian(batch, r, r, 2).double()).Q
-    values = torch.logspace(0, -math.log10(condition), r, dtype=torch.float64)
     return (left * values @ right.mT).float()
 
 
@@ -288,7 +293,7 @@ def test_sketch_has_the_oversampled_rows_and_some_more_for_few_columns(
 def test_auto_is_one_cholesky_qr_where_columns_are_nearly_orthogonal() -> None:
     p = torch.cat([well_conditioned(1, 40, 8), conditioned(1, 40, 8, 1e3), gaussian(1, 40, 8)])
     q, householder = orthonormal(p, "auto"), orthonormal(p, "qr")
-    [whole], [failed], _ = one_by_one(p, ONCE)
+    whole, [failed], _ = in_parts(p, ONCE, [0, 40])
     assert failed.tolist() == [False, True, False]
     assert torch.equal(q[~failed], whole[~failed])
     assert not torch.equal(q[~failed], householder[~failed])
@@ -321,7 +326,7 @@ every_spectrum = pytest.mark.parametrize("spectrum", ["even", "one small", "half
 def test_one_cholesky_qr_is_exact_or_reported(n: int, r: int, spectrum: str) -> None:
     conditions = [1, 3, 10, 15, 20, 30, 50, 100, 1e3, 1e5, 1e8]
     p = torch.cat([with_spectrum(n, r, condition, spectrum) for condition in conditions])
-    [q], [failed], asked = one_by_one(p, ONCE)
+    q, [failed], asked = in_parts(p, ONCE, [0, n])
     assert tuple(asked) == summed_rows(ONCE, r, OVERSAMPLE)
     assert not failed[:2].any()
     assert failed[-3:].all()
@@ -336,9 +341,7 @@ def with_spectrum(n: int, r: int, condition: float, spectrum: str) -> Tensor:
     if spectrum == "even":
         return conditioned(1, n, r, condition)
     values[-1 if spectrum == "one small" else r // 2 :] = 1 / condition
-    left = torch.linalg.qr(gaussian(1, n, r, 1).double()).Q
-    right = torch.linalg.qr(gaussian(1, r, r, 2).double()).Q
-    return (left * values @ right.mT).float()
+    return with_values(1, n, values)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-22, 1e-18, 1e20, 1e30])
@@ -348,14 +351,8 @@ def test_one_cholesky_qr_reports_squares_that_float32_does_not_hold(
 ) -> None:
     p = well_conditioned(2, 40, 8)
     p[1, :, columns] *= size
-    _, [failed], _ = one_by_one(p, ONCE)
+    _, [failed], _ = in_parts(p, ONCE, [0, 40])
     assert failed.tolist() == [False, True]
-
-
-def one_by_one(p: Tensor, method: str) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """All rows as one part."""
-    q, failed, asked = in_parts(p, method, [0, p.shape[1]])
-    return [q], failed, asked
 
 
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 20, 40], [0, 1, 2, 39, 40]])
