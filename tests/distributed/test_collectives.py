@@ -18,7 +18,7 @@ COLLECTIVES = (
     "barrier",
     "batch_isend_irecv",
 )
-TP2_DP2 = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 3".split()
+TP2_DP2 = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 8".split()
 
 
 def count_calls(layers: int) -> Counter[str]:
@@ -51,10 +51,11 @@ def counting(name: str, function: Any, calls: Counter[str]) -> Any:
 
 def test_number_of_collectives_does_not_grow_with_layers(nursery: Nursery) -> None:
     one, few, many = (nursery.run(4, count_calls, layers) for layers in (1, 4, 6))
-    # Two sets of matrices, each: columns of Q over TP; P, triangles of P in sections, and norms
-    # over TP and back, and nothing over DP, since no matrix is cut; R over TP. One all-reduce is
-    # Megatron's norm of the gradient.
-    expected = {"all_gather_into_tensor": 2, "all_to_all_single": 2 * 6, "all_reduce": 2 + 1}
+    # Two sets of matrices, each: columns of Q over TP; P, Gram matrices of P in sections, and norms
+    # over TP and back, and nothing over DP, since no matrix is cut; R over TP; and whether these
+    # Gram matrices were enough, over TP and over DP, which they are from the fourth step on. One
+    # all-reduce is Megatron's norm of the gradient.
+    expected = {"all_gather_into_tensor": 2, "all_to_all_single": 2 * 6, "all_reduce": 2 * 3 + 1}
     assert few == many == [expected] * 4
     # With so few matrices one is cut over DP: its set has P and norms over DP and back, too.
     assert one == [expected | {"all_to_all_single": 2 * 6 + 4}] * 4
