@@ -303,15 +303,26 @@ def calls_of(part: DionPart, index: int, kind: str, sent: Counts) -> int:
     """Calls of a set's collectives of a kind, in which ranks send so much: docs/design.md."""
     if not np.any(sent):
         return 0
-    if kind.endswith("parts"):
-        planner, config = part.planner, part.planner.layout.config
-        methods = {planner.layout.part_method(k) for k in planner.divided(index)}
-        phases = sum(len(summed_rows(method, 1, config.oversample)) for method in methods)
-        by_triangles = kind == "tensor parts" and not planner.owners.keys().isdisjoint(
-            planner.members(index)
-        )
-        return 2 * (phases + by_triangles)
+    if kind == "tensor parts":
+        by_triangles = not part.planner.owners.keys().isdisjoint(part.planner.members(index))
+        return 2 * (_phases(part, index, "tensor_parallel") + by_triangles)
+    if kind == "data parts":
+        return 2 * _phases(part, index, "data_parallel")
     return 2 if kind.endswith(("left", "right", "replicas")) else 1
+
+
+def _phases(part: DionPart, index: int, coordinate: str) -> int:
+    """Sums that a set's divided P need between ranks of different coordinates."""
+    planner, oversample = part.planner, part.planner.layout.config.oversample
+
+    def crosses(matrix: int) -> bool:
+        return len({getattr(charge.rank, coordinate) for charge in planner.charges[matrix]}) > 1
+
+    return sum(
+        len(summed_rows(method, 1, oversample))
+        for method, matrices in planner.divided_by_method(index).items()
+        if any(map(crosses, matrices))
+    )
 
 
 def _share(numbers: int, ranks: int) -> int:

@@ -175,6 +175,13 @@ class Planner:
         """The matrices of a set whose P several ranks orthonormalize together, by sums."""
         return _divided(self.members(index), self.charges, self.owners)
 
+    def divided_by_method(self, index: int) -> dict[str, list[int]]:
+        """The same, by how they usually are done."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for k in self.divided(index):
+            found[self.layout.part_method(k)].append(k)
+        return found
+
     def merging_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
         """The triangles of sections of some P, for those who bring them together."""
         return merging_sums(self.layout, self.charges, self.owners, matrices)
@@ -182,11 +189,8 @@ class Planner:
     def part_sums(self, index: int) -> dict[str, tuple[dict[int, Sum], ...]]:
         """What the divided P of a set usually need, by method: sums for all who have rows of it."""
         layout = self.layout
-        by_method: defaultdict[str, list[int]] = defaultdict(list)
-        for k in self.divided(index):
-            by_method[layout.part_method(k)].append(k)
         found = {}
-        for method, members in by_method.items():
+        for method, members in self.divided_by_method(index).items():
             heights = [
                 summed_rows(method, layout.matrices[k].rank, layout.config.oversample)
                 for k in members

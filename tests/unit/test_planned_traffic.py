@@ -1,15 +1,16 @@
 """What the planner counts for all ranks at once is what each rank's own plan says."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 
+from megatron_dion import DionConfig
 from megatron_dion.planning.memory import dion_state
 from megatron_dion.planning.stage import DionPart
 from megatron_dion.planning.topology import Group
-from megatron_dion.planning.traffic import set_bytes
-from megatron_dion.sharding import Plan, Rank
+from megatron_dion.planning.traffic import calls_of, set_bytes
+from megatron_dion.sharding import Grid, Plan, Rank, Weight
 from megatron_dion.sharding.traffic import bytes_sent
-from tests.unit.test_plan import Layout, for_any_layout, layouts
+from tests.unit.test_plan import Layout, for_any_layout, in_one_bucket, layouts
 
 REPLICAS = 3
 PER_NODE = 2
@@ -30,6 +31,30 @@ def test_bytes_of_every_kind_on_every_rank(layout: Layout) -> None:
             place = rank.data_parallel, rank.tensor_parallel
             planned = bytes_sent(plans[index], REPLICAS)
             assert {kind: int(sent[place]) for kind, (sent, _) in found.items()} == planned
+
+
+def of_two_methods() -> Layout:
+    """One P divided over all ranks by its Gram matrix, one within a tensor group by `rcqr`."""
+    grid = Grid(2, 4)
+    weights = [Weight("flat", 16, 4096, 0, 2), Weight("square", 50, 100, 0, 2)]
+    placements = in_one_bucket(weights, grid)
+    return Layout(placements, grid, DionConfig(rank_fraction=1.0), [[0, 1]])
+
+
+@given(layouts())
+@example(of_two_methods())
+@for_any_layout
+def test_calls_for_what_divided_p_need(layout: Layout) -> None:
+    part = part_of(layout)
+    [plans, *_] = layout.plans.values()
+    for index, plan in enumerate(plans):
+        found = set_bytes(part, index)
+        reductions = [*plan.part_reductions, plan.merging(plan.merged)]
+        for group in ("tensor", "data"):
+            hops = [getattr(each, f"{group}_hop") for each in reductions]
+            sent, _ = found[f"{group} parts"]
+            expected = 2 * sum(not hop.is_silent for hop in hops)
+            assert calls_of(part, index, f"{group} parts", sent) == expected
 
 
 def sent_in_node(plan: Plan) -> int:
