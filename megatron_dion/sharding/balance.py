@@ -96,8 +96,8 @@ def _divide_one(division: Division, layout: Layout, burden: _Burden, k: int, mea
     candidates = _candidates(layout, burden, k)
     most = min(len(candidates), matrix.columns)
     by_sums = _send_no_more_by_sums(layout, k, sections)
-    height = sections[0][1] - sections[0][0] if by_sums else _height(matrix, sections)
-    count = _number_of_charges(layout, matrix, height, mean, most)
+    undivided = _undivided(matrix, sections, by_sums)
+    count = _number_of_charges(layout, matrix, undivided, mean, most)
     if by_sums or (count > 1 and _is_row_parallel(layout, k)):
         # Whole tensor-parallel groups, so that its rows of P are at home.
         size = layout.grid.tensor_parallel_size
@@ -226,19 +226,28 @@ def work(
         yield owner, operations(replace(matrix, columns=height), height)
 
 
-def _number_of_charges(layout: Layout, matrix: Matrix, height: int, mean: float, most: int) -> int:
+def _undivided(matrix: Matrix, sections: Sequence[tuple[int, int]], by_sums: bool) -> float:
+    """Work of the busiest rank if as few ranks as possible share a P."""
+    if by_sums:
+        return operations(matrix, matrix.columns // len(sections))
+    height = _height(matrix, sections)
+    return operations(replace(matrix, columns=height), height)
+
+
+def _number_of_charges(
+    layout: Layout, matrix: Matrix, undivided: float, mean: float, most: int
+) -> int:
     """One, unless that is more than a rank's mean work; then what brings it down well below.
 
     Args:
         layout: of all matrices.
         matrix: one of them.
-        height: rows of what a single rank would orthonormalize.
+        undivided: work of the busiest rank if as few ranks as possible share its P.
         mean: a rank's work.
         most: the most charges.
     """
     # Sums are of Gram matrices, which `qr` has none of.
-    alone = operations(replace(matrix, columns=height), height)
-    if alone <= mean or layout.config.orthonormalizer == "qr":
+    if undivided <= mean or layout.config.orthonormalizer == "qr":
         return 1
     fixed = operations(matrix, 0)
     divisible = operations(matrix, matrix.columns) - fixed
@@ -275,7 +284,8 @@ def _add(
             burden.add("sent", charge.rank, sign * small)
         burden.add("summed", charge.rank, sign * moved)
         burden.add("sent", charge.rank, sign * (moved + small))
-    if owner is not None:
+    is_at_home = _is_row_parallel(layout, k) and len(charges) % size == 0
+    if owner is not None or is_at_home:
         return  # nobody sums within tensor-parallel groups
     for t, rows in rows_for.items():
         moved = rows * matrix.rank * tiles

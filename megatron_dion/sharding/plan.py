@@ -236,14 +236,15 @@ def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank
 def merging_sums(
     layout: Layout, charges: Charges, owners: Mapping[int, Rank], matrices: Iterable[int]
 ) -> dict[int, Sum]:
-    """Brings the packed triangles of sections of some P to the owners, or the first in charge.
+    """Brings the packed triangles of sections of some P to owners, or to those in charge by turns.
 
     Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
     triangles, which may lie far apart.
     """
     found = {}
-    for k in matrices:
-        width, owner = layout.matrices[k].rank, owners.get(k, charges[k][0].rank)
+    for turn, k in enumerate(matrices):
+        in_turn = charges[k][turn % len(charges[k])].rank
+        width, owner = layout.matrices[k].rank, owners.get(k, in_turn)
         heights = (packed_rows(charge.stop - charge.start, width) for charge in charges[k])
         bounds = list(pairwise(accumulate(heights, initial=0)))
         found[k] = Sum(
