@@ -5,7 +5,6 @@ from types import TracebackType
 
 from megatron_dion.training import environment
 from megatron_dion.training.errors import TOLD_IN_ONE_LINE, exit_with
-from megatron_dion.training.launch import prepare
 
 _installed = False
 
@@ -27,7 +26,7 @@ def install() -> None:
         return
     _tell_mistakes_in_one_line()
     environment.check_megatron_is_to_come()
-    device = prepare(sys.argv[1:])
+    device = environment.prepare(sys.argv[1:])
     environment.check_imported_version()
 
     # Only now: importing megatron binds names of torch.cuda.

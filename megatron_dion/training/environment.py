@@ -1,14 +1,15 @@
-"""What must hold before megatron can be imported."""
+"""What must hold, and be done, before megatron can be imported."""
 
 import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.ports import free_port
 from megatron_dion.training.errors import ConfigurationError
 
@@ -73,6 +74,29 @@ def check_device(device: str) -> None:
 
 
 CHECKS: tuple[Callable[[], None], ...] = (check_megatron_version, check_apex)
+
+
+def prepare(argv: Sequence[str]) -> str:
+    """Do all that must happen before megatron is imported, on CPU together with its import.
+
+    Args:
+        argv: The command line, of which `--device` counts.
+
+    Returns:
+        The device, `cuda` or `cpu`.
+
+    Raises:
+        ConfigurationError: There is another megatron-core, or not the device that was asked for.
+    """
+    for check in CHECKS:
+        check()
+    requested = requested_device(argv)
+    device = resolve_device(requested)
+    check_device(device)
+    if device == "cpu":
+        cpu.install(hide_gpus=requested == "cpu")
+        cpu.install_megatron_patches()
+    return device
 
 
 def describe_single_process() -> None:
