@@ -241,9 +241,11 @@ def merging_sums(
     Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
     triangles, which may lie far apart.
     """
+    # Whatever else is brought together, so that nothing needs more than its parts do.
+    turns = {k: turn for turn, k in enumerate(_divided(sorted(charges), charges, owners))}
     found = {}
-    for turn, k in enumerate(matrices):
-        in_turn = charges[k][turn % len(charges[k])].rank
+    for k in matrices:
+        in_turn = charges[k][turns.get(k, 0) % len(charges[k])].rank
         width, owner = layout.matrices[k].rank, owners.get(k, in_turn)
         heights = (packed_rows(charge.stop - charge.start, width) for charge in charges[k])
         bounds = list(pairwise(accumulate(heights, initial=0)))
