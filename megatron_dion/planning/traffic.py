@@ -308,7 +308,12 @@ def calls_of(part: DionPart, index: int, kind: str, sent: Counts) -> int:
         return 2 * (_phases(part, index, "tensor_parallel") + by_triangles)
     if kind == "data parts":
         return 2 * _phases(part, index, "data_parallel")
-    return 2 if kind.endswith(("left", "right", "replicas")) else 1
+    has_shares = any(map(part.planner.layout.shares_rows, part.planner.sets[index]))
+    if kind == "replicas":
+        return 2 + has_shares  # P, R, and R that tensor-parallel ranks sum in shares
+    if kind == "tensor rows":
+        return 1 if part.replicas[index] == 1 else 2
+    return 2 if kind.endswith(("left", "right")) else 1
 
 
 def _phases(part: DionPart, index: int, coordinate: str) -> int:

@@ -242,14 +242,16 @@ class Calls:
     unmerged: int
 
 
-def planned_calls(world: World, planner: Planner) -> int:
+def planned_calls(world: World, planner: Planner, replicas: tuple[int, ...]) -> int:
     group = Topology(tp=world.tp, dp=world.dp).data()
-    part = DionPart(planner, is_experts=False, group=group, replicas=(1,) * len(planner.sets))
-    return sum(
+    part = DionPart(planner, is_experts=False, group=group, replicas=replicas)
+    calls = sum(
         calls_of(part, index, kind, sent)
         for index in range(len(planner.sets))
         for kind, (sent, _) in set_bytes(part, index).items()
     )
+    # The gradients of those that do not average P and R.
+    return calls + (world.replicas > 1 and 1 in replicas)
 
 
 def count_calls(world: World, shapes: tuple[Shape, ...], config: DionConfig) -> Calls:
@@ -257,7 +259,9 @@ def count_calls(world: World, shapes: tuple[Shape, ...], config: DionConfig) -> 
     shards.set_gradients(values(shapes, 1), 1)
     with counted_bytes() as sent:
         shards.optimizer.step()
-    plans = [chosen.plan for chosen in shards.optimizer.step_sets()]
+    sets = shards.optimizer.step_sets()
+    plans = [chosen.plan for chosen in sets]
+    replicas = tuple(chosen.replicas for chosen in sets)
     holders = plans[0].layout.columns_of_holders
 
     def is_cut(matrix: int) -> bool:
@@ -265,7 +269,7 @@ def count_calls(world: World, shapes: tuple[Shape, ...], config: DionConfig) -> 
 
     return Calls(
         made=sent.calls,
-        planned=planned_calls(world, shards.optimizer.planner()),
+        planned=planned_calls(world, shards.optimizer.planner(), replicas),
         sets=len(plans),
         partial_rows=sum(plan.has_partial_rows for plan in plans),
         cut_matrices=sum(any(map(is_cut, plan.members)) for plan in plans),
@@ -294,6 +298,14 @@ def test_collectives_are_those_of_a_set_times_the_sets(world: World) -> None:
             assert found.cut_rows or world.dp == 1
             seen.add(found.sets)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("world", [World(2, 1, 2), World(1, 2, 2)], ids=name_of)
+def test_collectives_of_replicas_are_planned(world: World) -> None:
+    config = DionConfig(rank_fraction=0.2, orthonormalizer="qr")
+    for found in gloo_world(world.size, count_calls, world, MANY, config):
+        assert found.made == found.planned
+        assert found.partial_rows or world.tp == 1
 
 
 def count_turns(world: World, config: DionConfig) -> tuple[list[int], list[bool]]:
