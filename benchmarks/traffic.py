@@ -29,7 +29,11 @@ from megatron_dion.planning.stage import DionPart
 from megatron_dion.planning.topology import Topology
 from megatron_dion.planning.traffic import set_bytes
 from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
-from megatron_dion.sharding.lower_bound import least_bytes_of_any_schedule, least_bytes_of_factors
+from megatron_dion.sharding.lower_bound import (
+    least_bytes_of_any_schedule,
+    least_bytes_of_factors,
+    least_bytes_of_sharing,
+)
 from megatron_dion.sharding.traffic import bytes_sent
 
 LIMIT = 1.05
@@ -98,6 +102,7 @@ CASES = (
     Case("2 instances x DP2", 4, f"--num-layers 3 {INSTANCES}", ("compressed",)),
     Case("2 instances x TP2", 4, f"--num-layers 4 {INSTANCES} {TP2}", ("compressed",)),
 )
+LINKS = ("tensor", "data")
 LARGE = (("8B", 1, 1, (8, 64, 256)), ("70B", 8, 4, (8, 64, 256)), ("405B", 8, 14, (8, 64)))
 
 
@@ -113,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for dp in sizes
             for one_bucket in (True, False)
         ]
+        goals = [goal for row in tables["planned"] for goal in _goals_of_links(row)]
     else:
         preload()
         found = [_compare(case, args.fraction) for case in args.cases]
@@ -385,12 +391,17 @@ def _planned(model: str, tp: int, pp: int, dp: int, one_bucket: bool, fraction: 
         "": _sent_by_all(planner),
         "undivided_": _sent_by_all(undivided),
         "bound_": least_bytes_of_factors(planner.layout),
+        "sharing_": least_bytes_of_sharing(planner.layout, planner.charges),
     }
     _, any_far = least_bytes_of_any_schedule(planner.layout)
     numel = sum(p.weight.rows * p.weight.columns for p in placements)
 
     def megabytes(kinds: Mapping[str, int], link: str) -> float:
         return sum(v for k, v in kinds.items() if k.startswith(link)) / grid.size / 1e6
+
+    def to_bound(link: str) -> float | None:
+        bound = megabytes(found["bound_"], link) + megabytes(found["sharing_"], link)
+        return megabytes(found[""], link) / bound if bound else None
 
     return {
         "model": model,
@@ -399,11 +410,20 @@ def _planned(model: str, tp: int, pp: int, dp: int, one_bucket: bool, fraction: 
         "adamw_MB": 6 * numel * (dp - 1) / dp / 1e6,  # gradients in fp32, weights in bf16
         **{
             f"{name}{link}_MB": megabytes(kinds, link)
-            for link in ("tensor", "data")
+            for link in LINKS
             for name, kinds in found.items()
         },
+        **{f"{link}_to_bound": to_bound(link) for link in LINKS},
         "any_data_MB": any_far / grid.size / 1e6,
     }
+
+
+def _goals_of_links(row: Row) -> Iterator[Goal]:
+    for link in LINKS:
+        ratio = row[f"{link}_to_bound"]
+        if isinstance(ratio, float):
+            name = f"{row['model']}, {row['grid']}, {row['buckets']} buckets: {link} bytes / bound"
+            yield Goal(name, ratio, LIMIT)
 
 
 def _sent_by_all(planner: Planner) -> Counter[str]:

@@ -69,6 +69,7 @@ def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]
 def _collect(ends: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(ends):
+        failed = []
         for end in wait([end for rank, end in enumerate(ends) if rank not in results]):
             rank = ends.index(end)  # type: ignore[arg-type]
             try:
@@ -76,9 +77,13 @@ def _collect(ends: list[Connection]) -> list[Any]:
             except EOFError:
                 raise RankError(f"rank {rank} died") from None
             ok, value = torch.load(io.BytesIO(message), weights_only=False)
-            if not ok:
-                raise RankError(f"rank {rank}:\n{value}")
-            results[rank] = value
+            if ok:
+                results[rank] = value
+            else:
+                failed.append(f"rank {rank}:\n{value}")
+        # All: the first may only have lost its connection to the one that went wrong.
+        if failed:
+            raise RankError("\n".join(failed))
     return [results[rank] for rank in range(len(ends))]
 
 

@@ -1,14 +1,15 @@
 """Bytes that each rank of a pipeline stage keeps, by what they are."""
 
-from collections import Counter
-
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_dion.algorithm import IN_FLIGHT
 from megatron_dion.planning.holdings import Counts, holdings
 from megatron_dion.planning.rounding import copied_bytes
 from megatron_dion.planning.stage import DionPart, Stage, of_all
 from megatron_dion.sharding import TORCH_DTYPES, Rank
+from megatron_dion.sharding.bounds import bound_of_buffers
 from megatron_dion.sharding.memory import peak_bytes
 
 KINDS = (
@@ -80,20 +81,30 @@ def bf16_copies(part: DionPart) -> Counts:
 
 
 def exchange(part: DionPart, most: int = 8) -> int:
-    """Bytes of Dion's exchange buffers at their peak, the most that a rank has of those looked at.
+    """Bytes of Dion's exchange buffers at their peak, the most that a rank has.
 
     Args:
         part: the optimizer.
-        most: looks at all ranks of a grid that has no more, and else at the one that is in charge
-            of most of P: planning every rank of a large grid would take too long.
+        most: ranks that are planned, those of which a bound is largest: planning every rank of a
+            large grid would take too long. Of others, what is returned may be less than they have,
+            but by no more than their bound is above it.
     """
-    layout, grid = part.planner.layout, part.planner.layout.grid
-    if grid.size <= most:
-        return max(_exchange_on(part, rank) for rank in grid.ranks())
-    numbers: Counter[Rank] = Counter()
-    for charge in (charge for found in part.planner.charges.values() for charge in found):
-        numbers[charge.rank] += (charge.stop - charge.start) * layout.matrices[charge.matrix].rank
-    return _exchange_on(part, max(numbers, key=lambda rank: numbers[rank]))
+    size = part.planner.layout.grid.tensor_parallel_size
+    bounds = _bounds(part).flatten()
+    found = 0
+    for place in bounds.argsort(descending=True)[:most].tolist():
+        if bounds[place] <= found:
+            break
+        found = max(found, _exchange_on(part, Rank(place % size, place // size)))
+    return found
+
+
+def _bounds(part: DionPart) -> Tensor:
+    """What the buffers of no rank exceed (D, T)."""
+    planner = part.planner
+    sets = [bound_of_buffers(planner, i, replicas) for i, replicas in enumerate(part.replicas)]
+    under_way = min(len(sets), IN_FLIGHT)
+    return torch.stack(sets).topk(under_way, dim=0).values.sum(dim=0)
 
 
 def _exchange_on(part: DionPart, rank: Rank) -> int:

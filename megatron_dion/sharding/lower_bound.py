@@ -1,11 +1,13 @@
 """The least that a step must send, over all ranks of a grid: docs/traffic.md derives it."""
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from megatron_dion.algorithm import Matrix
+from megatron_dion.sharding.balance import Charges
 from megatron_dion.sharding.blocks import Rectangle
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Layout, Rank
@@ -13,7 +15,7 @@ from megatron_dion.sharding.layout import Layout, Rank
 _Holders = Sequence[Sequence[Rectangle]]
 """For each holder of a matrix its blocks."""
 
-_NORM_BYTES = 8
+_NORM_BYTES, _TRIANGLE_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,40 @@ def least_bytes_of_factors(layout: Layout) -> dict[str, int]:
             found[f"tensor {kind}"] += every - far
             found[f"data {kind}"] += far
     return found | {"tensor gather": _gathered_numel(layout) * _factor_bytes(layout)}
+
+
+def least_bytes_of_sharing(layout: Layout, charges: Charges) -> dict[str, int]:
+    """What must be sent besides where several ranks orthonormalize a P, some of its rows each.
+
+    All of them but one must say how their rows lie to each other, and be told how all do: their
+    triangle each way. Within a tensor-parallel group that is counted already where nobody has all
+    rows of P.
+
+    Args:
+        layout: of all weights.
+        charges: for each matrix who orthonormalizes which rows.
+
+    Returns:
+        Bytes that all ranks together send, by the kinds of `traffic.bytes_sent`.
+    """
+    near = far = 0
+    for k, found in charges.items():
+        matrix, size = layout.matrices[k], layout.grid.tensor_parallel_size
+        rows: Counter[int] = Counter()
+        for charge in found:
+            rows[charge.rank.data_parallel] += charge.stop - charge.start
+        every = _all_but_largest(_triangle(matrix, c.stop - c.start) for c in found)
+        of_groups = _all_but_largest(_triangle(matrix, count) for count in rows.values())
+        is_cut = layout.placement(k).weight.partition_dim == 1
+        counted = (size - 1) * _triangle(matrix, matrix.columns // size) if is_cut else 0
+        far += of_groups
+        near += max(every - of_groups - counted, 0)
+    return {"tensor parts": 2 * _TRIANGLE_BYTES * near, "data parts": 2 * _TRIANGLE_BYTES * far}
+
+
+def _all_but_largest(numbers: Iterable[int]) -> int:
+    *others, _ = sorted(numbers)
+    return sum(others)
 
 
 def least_bytes_of_any_schedule(layout: Layout) -> tuple[int, int]:

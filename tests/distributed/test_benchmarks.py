@@ -131,7 +131,9 @@ def test_traffic_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(benchmarks.traffic, "LARGE", (("8B", 1, 4, (16,)),))
     output = tmp_path / "result.json"
     benchmarks.traffic.main(["--large", "--device", "cpu", "--output", str(output)])
-    one, cut = json.loads(output.read_text())["tables"]["planned"]
+    result = json.loads(output.read_text())
+    one, cut = result["tables"]["planned"]
+    assert [goal["is_met"] for goal in result["goals"]] == [True, True]
     assert (one["buckets"], one["grid"]) == (1, "TP1 x DP16")
     assert cut["buckets"] > 1
     assert one["adamw_MB"] == cut["adamw_MB"]

@@ -1,6 +1,7 @@
 """The bounds are what a count of single elements says, and no plan sends less."""
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from unittest import mock
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from megatron_dion import DionConfig
 from megatron_dion.planning import PRESETS, default_bucket_size, place
 from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight, traffic
+from megatron_dion.sharding.balance import cut
 from megatron_dion.sharding.layout import Layout as ShardedLayout
 from megatron_dion.sharding.lower_bound import (
     least_bytes_of_any_schedule,
     least_bytes_of_factors,
+    least_bytes_of_sharing,
 )
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
@@ -122,8 +125,11 @@ def test_no_plan_sends_less(layout: Layout) -> None:
     sent = sent_by_all(layout.planner)
     bound = least_bytes_of_factors(layout.planner.layout)
     every, far = least_bytes_of_any_schedule(layout.planner.layout)
-    assert far <= every <= sum(bound.values()) <= sum(sent.values())
-    assert far <= of_link(bound, "data") <= of_link(sent, "data")
+    sharing = least_bytes_of_sharing(layout.planner.layout, layout.planner.charges)
+    assert far <= every <= sum(bound.values())
+    assert far <= of_link(bound, "data")
+    assert sum(bound.values()) + sum(sharing.values()) <= sum(sent.values())
+    assert of_link(bound, "data") + sharing["data parts"] <= of_link(sent, "data")
     for kind in KINDS:
         assert sum(bound.get(f"{link} {kind}", 0) for link in LINKS) <= sum(
             sent.get(f"{link} {kind}", 0) + (kind == "left") * sent.get(f"{link} parts", 0)
@@ -152,6 +158,30 @@ def test_a_matrix_cut_by_hand() -> None:
         "data right": 8 * 2 * 3 * 3,
     }
     assert least_bytes_of_any_schedule(layout) == (4 * 2 * 3 * 12 * 3,) * 2
+
+
+def test_shared_p_by_hand() -> None:
+    """A triangle of rank 8 has 36 numbers, which all ranks but one send and get back."""
+    grid = Grid(2, 3)
+    placement = Placement(Weight("w", 32, 120, 0, 2), 0, 32 * 120)
+    config = DionConfig(rank_fraction=1 / 8)
+    layout = ShardedLayout([placement], grid, config)
+    triangle = 4 * 2 * 36
+
+    def sharing(layout: ShardedLayout, ranks: list[Rank]) -> tuple[int, int]:
+        found = least_bytes_of_sharing(layout, {0: cut(0, 120, ranks)})
+        return found["tensor parts"], found["data parts"]
+
+    assert layout.matrices[0].rank == 8
+    assert sharing(layout, [Rank()]) == (0, 0)
+    assert sharing(layout, grid.tensor_group(Rank())) == (triangle, 0)
+    assert sharing(layout, sorted(grid.ranks())) == (3 * triangle, 2 * triangle)
+    assert sharing(layout, [Rank(0, 0), Rank(1, 1)]) == (0, triangle)
+    # Of a row-parallel weight a tensor-parallel group's triangles belong to the factors' bound.
+    rows = replace(placement, weight=Weight("w", 64, 60, 1, 2))
+    layout = ShardedLayout([rows], grid, config)
+    assert sharing(layout, grid.tensor_group(Rank())) == (0, 0)
+    assert sharing(layout, sorted(grid.ranks())) == (2 * triangle, 2 * triangle)
 
 
 def test_slivers_cost_no_more_than_their_rows() -> None:
