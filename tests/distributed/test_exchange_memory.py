@@ -191,11 +191,12 @@ def test_two_sets_in_flight_stay_below_the_limit(world: World, options: str) -> 
 @pytest.mark.parametrize("world", SHARDED, ids=name_of)
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 @pytest.mark.parametrize("gradients", [values, nothing], ids=["divided", "fallback"])
+@pytest.mark.parametrize("orthonormalizer", ["auto", "rcqr"])
 def test_no_tensor_is_as_large_as_a_sharded_matrix(
-    world: World, fraction: float, gradients: Any
+    world: World, fraction: float, gradients: Any, orthonormalizer: str
 ) -> None:
     """Neither a buffer, where it holds one matrix, nor what any operation of the step makes."""
-    config = DionConfig(rank_fraction=fraction, orthonormalizer="rcqr")
+    config = DionConfig(rank_fraction=fraction, orthonormalizer=orthonormalizer)
     shapes = (Shape("column", 200, 96, 0), Shape("row", 96, 200, 1))
     for seen in gloo_world(world.size, one_step, world, shapes, config, 10**9, gradients):
         assert any(kinds["parts"] for kinds in seen.kinds) == (world != World(1, 2))
