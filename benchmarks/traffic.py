@@ -269,8 +269,10 @@ class Comparison:
 
 def _compare(case: Case, fraction: Fraction) -> Comparison:
     def argv(method: str) -> list[str]:
-        rank = ["--dion-rank-fraction", str(float(fraction))]
-        return [*MODEL, *rank, *case.flags.split(), *METHODS[method].split()]
+        flags = METHODS[method]
+        if "--optimizer dion" in flags:
+            flags += f" --dion-rank-fraction {float(fraction)}"
+        return [*MODEL, *case.flags.split(), *flags.split()]
 
     return Comparison(case, {m: run_world(case.ranks, measure, argv(m)) for m in case.methods})
 

@@ -113,7 +113,7 @@ def test_memory(run: Any) -> None:
 
 def test_traffic(run: Any) -> None:
     """Three methods train: what Dion sends is what it plans, close to the least."""
-    result = run(benchmarks.traffic, "--cases DP2")
+    result = run(benchmarks.traffic, "--cases DP2 --fraction 1/2")
     [row] = result["tables"]["bytes"]
     assert row["case"] == "DP2"
     # Beside the exchange a step has single numbers: whether gradients are finite.
