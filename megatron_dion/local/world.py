@@ -75,13 +75,14 @@ def _collect(ends: list[Connection]) -> list[Any]:
             try:
                 message = end.recv_bytes()  # type: ignore[union-attr]
             except EOFError:
-                raise RankError(f"rank {rank} died") from None
+                failed.append(f"rank {rank} died")
+                continue
             ok, value = torch.load(io.BytesIO(message), weights_only=False)
             if ok:
                 results[rank] = value
             else:
                 failed.append(f"rank {rank}:\n{value}")
-        # All: the first may only have lost its connection to the one that went wrong.
+        # All so far: the first may only have lost its connection to the one that went wrong.
         if failed:
             raise RankError("\n".join(failed))
     return [results[rank] for rank in range(len(ends))]
