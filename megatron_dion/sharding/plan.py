@@ -37,6 +37,7 @@ class Plan:
         held: this rank's blocks; first those whose rows other tensor-parallel ranks have too.
         charges: who is in charge of their P, the same on every rank.
         owners: who brings the triangles of sections of P together, the same on every rank.
+        joiners: the same of all P with several charges, should sums be no use.
         left: sums P.
         part_sums: by method the sums that orthonormalizing divided P so needs, one after the other,
             of those that usually are done so; empty if no P of the set is divided.
@@ -52,6 +53,7 @@ class Plan:
     held: tuple[Held, ...]
     charges: Charges
     owners: Mapping[int, Rank]
+    joiners: Mapping[int, Rank]
     left: Reduction
     part_sums: Mapping[str, tuple[Reduction, ...]]
     right: Reduction
@@ -97,7 +99,7 @@ class Plan:
 
     def merging(self, matrices: Iterable[int]) -> Reduction:
         """Brings the packed triangles of the sections of some P together on one rank each."""
-        sums = merging_sums(self.layout, self.charges, self.owners, matrices)
+        sums = merging_sums(self.layout, self.charges, self.joiners, matrices)
         return reduction(self.layout, self.rank, sums)
 
 
@@ -124,6 +126,7 @@ class Planner:
         division = divide(self.layout)
         self.charges: Charges = division.charges
         self.owners = division.owners
+        self.joiners = _joiners(self.charges, self.owners)
 
     def in_sets(self, sets: Sequence[Sequence[int]]) -> "Planner":
         """The same with other sets; who is in charge of what does not depend on them."""
@@ -155,6 +158,7 @@ class Planner:
             held=tuple(sorted(held, key=lambda block: not layout.shares_rows(block.placement))),
             charges=self.charges,
             owners=self.owners,
+            joiners=self.joiners,
             left=reduction(layout, rank, self.left_sums(index)),
             part_sums={
                 method: tuple(reduction(layout, rank, sums) for sums in phases)
@@ -184,7 +188,7 @@ class Planner:
 
     def merging_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
         """The triangles of sections of some P, for those who bring them together."""
-        return merging_sums(self.layout, self.charges, self.owners, matrices)
+        return merging_sums(self.layout, self.charges, self.joiners, matrices)
 
     def part_sums(self, index: int) -> dict[str, tuple[dict[int, Sum], ...]]:
         """What the divided P of a set usually need, by method: sums for all who have rows of it."""
@@ -233,24 +237,33 @@ def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank
     return [k for k in members if len(charges[k]) > 1 and k not in owners]
 
 
+def _joiners(charges: Charges, owners: Mapping[int, Rank]) -> dict[int, Rank]:
+    """Who joins the triangles of a P with several charges: its owner, or one in charge by turns.
+
+    The same whatever else is joined, so that nothing needs more buffers than its parts do.
+    """
+    by_turns = {
+        k: charges[k][turn % len(charges[k])].rank
+        for turn, k in enumerate(_divided(sorted(charges), charges, owners))
+    }
+    return by_turns | dict(owners)
+
+
 def merging_sums(
-    layout: Layout, charges: Charges, owners: Mapping[int, Rank], matrices: Iterable[int]
+    layout: Layout, charges: Charges, joiners: Mapping[int, Rank], matrices: Iterable[int]
 ) -> dict[int, Sum]:
-    """Brings the packed triangles of sections of some P to owners, or to those in charge by turns.
+    """Brings the packed triangles of sections of some P to those who join them.
 
     Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
     triangles, which may lie far apart.
     """
-    # Whatever else is brought together, so that nothing needs more than its parts do.
-    turns = {k: turn for turn, k in enumerate(_divided(sorted(charges), charges, owners))}
     found = {}
     for k in matrices:
-        in_turn = charges[k][turns.get(k, 0) % len(charges[k])].rank
-        width, owner = layout.matrices[k].rank, owners.get(k, in_turn)
+        width, joiner = layout.matrices[k].rank, joiners[k]
         heights = (packed_rows(charge.stop - charge.start, width) for charge in charges[k])
         bounds = list(pairwise(accumulate(heights, initial=0)))
         found[k] = Sum(
             {charge.rank: rows for charge, rows in zip(charges[k], bounds, strict=True)},
-            tuple(Charge(k, *rows, owner) for rows in bounds),
+            tuple(Charge(k, *rows, joiner) for rows in bounds),
         )
     return found
