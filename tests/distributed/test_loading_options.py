@@ -270,13 +270,13 @@ def test_pretrained_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> 
     """As --finetune, until the run has a checkpoint of its own."""
     folder = tmp_path / "own"
     argv = [*DION, "--bf16", "--pretrained-checkpoint", str(dion), "--load", str(folder)]
-    # Outside of the folder, which another rank would else make before this one looks.
-    first = tmp_path / "first"
-    said = run(nursery, "dp2", *argv, *save(folder), "--run-dir", str(first))
-    assert f"--load {folder} does not exist: starting from iteration 0" in said
-    assert read_metrics(first)[0]["iteration"] == 1
+    # A rank makes the folder for what it will save, perhaps before another looks.
+    folder.mkdir()
+    said = run(nursery, "dp2", *argv, *save(folder))
+    assert f"--load {folder} holds no checkpoint: starting from iteration 0" in said
+    assert read_metrics(folder / "run")[0]["iteration"] == 1
     run(nursery, "dp2", *argv, "--ckpt-step", "4", "--run-dir", str(tmp_path / "resumed"))
-    assert losses(tmp_path / "resumed") == losses(first)[4:]
+    assert losses(tmp_path / "resumed") == losses(folder / "run")[4:]
 
 
 def test_arguments_of_the_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
