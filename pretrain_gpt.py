@@ -3,7 +3,7 @@
 torchrun --nproc-per-node N pretrain_gpt.py <Megatron flags>
 """
 
-from megatron_dion.training import main
+from megatron_dion.megatron import main
 
 if __name__ == "__main__":
     main()

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dion.convergence.environment import describe
-from megatron_dion.local.world import gloo_world
 from megatron_dion.platforms import DEVICES, resolve_device
+from megatron_dion_tools.convergence.environment import describe
+from megatron_dion_tools.local.world import gloo_world
 
 Row = Mapping[str, str | bool | int | float | None]
 """A row of a table, by column; units are in the columns' names."""
@@ -169,7 +169,7 @@ def in_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any] |
 
 def preload_megatron() -> None:
     """On a CPU, make this process able to import Megatron, and a parent of ranks that train."""
-    from megatron_dion.local.preload import preload
+    from megatron_dion_tools.local.preload import preload
 
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():

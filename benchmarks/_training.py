@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from benchmarks._common import preload_megatron
 from benchmarks._models import Topology, gpt
-from megatron_dion.local.runs import Run, execute
-from megatron_dion.planning import GptShape
+from megatron_dion_tools.local.runs import Run, execute
+from megatron_dion_tools.plan import GptShape
 
 _DISTRIBUTED = "--use-distributed-optimizer"
 _DION = ("--optimizer", "dion", _DISTRIBUTED, "--dion-rank-fraction")

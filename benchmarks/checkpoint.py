@@ -25,7 +25,7 @@ from benchmarks._training import (
     shape_of,
     train,
 )
-from megatron_dion.local.runs import Run
+from megatron_dion_tools.local.runs import Run
 
 # In the layout that it saves by default, 0.19.2 cannot load the state of float32 weights.
 _ADAMW = (*OPTIMIZERS["AdamW"], "--dist-ckpt-optim-fully-reshardable")

@@ -32,8 +32,8 @@ from benchmarks._training import (
     prepare,
     train,
 )
-from megatron_dion.local.runs import Run
-from megatron_dion.training.run_directory import Record, read_metrics
+from megatron_dion.megatron.run_directory import Record, read_metrics
+from megatron_dion_tools.local.runs import Run
 
 WARM_UP = 2
 

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks._common import Goal, Row, in_world, largest, make_parser, parse, report
 from benchmarks._models import LR, Topology, add_topologies, checked_step, dion_on_pieces, gpt
 from megatron_dion import Dion, DionConfig
-from megatron_dion.planning import GptShape
 from megatron_dion.platforms.cpu_adam import CpuAdam
+from megatron_dion_tools.plan import GptShape
 
 MB = 1e6
 _BYTES = 4  # of a number of weights

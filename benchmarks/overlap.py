@@ -34,8 +34,8 @@ from benchmarks._common import (
 )
 from benchmarks._models import Topology, dion_on_pieces, gpt
 from megatron_dion import Dion, DionConfig
-from megatron_dion.planning import GptShape
 from megatron_dion.sharding import sets
+from megatron_dion_tools.plan import GptShape
 
 LIMIT = 1.0
 

@@ -29,8 +29,8 @@ from benchmarks._common import (
 )
 from benchmarks._models import Topology, add_topologies, checked_step, dion_on_pieces, gpt
 from megatron_dion import DionConfig
-from megatron_dion.planning import GptShape
-from megatron_dion.planning.loads import loads
+from megatron_dion_tools.plan import GptShape
+from megatron_dion_tools.plan.loads import loads
 
 LIMIT = 1.25
 

@@ -16,13 +16,13 @@ from functools import partial
 from benchmarks._common import Case, Row, interleaved, make_parser, parse, ratio, report, summary
 from benchmarks._models import Topology, checked_step, dion_on_pieces, gpt
 from megatron_dion import Dion, DionConfig
-from megatron_dion.planning import PRESETS, default_bucket_size, place
 from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
+from megatron_dion_tools.plan import PRESETS, default_bucket_size, place
 
 IMPORTS = {
     "torch": "import torch",
     "megatron_dion": "import megatron_dion",
-    "Megatron's training, on CPU": "from megatron_dion.local.preload import preload; preload()",
+    "Megatron's training, on CPU": "from megatron_dion_tools.local import preload; preload.preload()",
 }
 COMMANDS = ("plan 405B --tp 8 --pp 16 --dp 800 --optimizer adamw muon dion:1/4",)
 _FIRST_RANK = Rank()

@@ -43,10 +43,10 @@ from benchmarks._models import (
 )
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import Matrix
-from megatron_dion.planning import GptShape
-from megatron_dion.planning.compute import orthonormalization
 from megatron_dion.platforms.cpu_adam import CpuAdam
 from megatron_dion.sharding.balance import operations
+from megatron_dion_tools.plan import GptShape
+from megatron_dion_tools.plan.compute import orthonormalization
 
 FRACTIONS = tuple(Fraction(1, k) for k in (16, 8, 4, 2, 1))
 

@@ -22,12 +22,6 @@ import torch.distributed as dist
 
 from benchmarks._common import Goal, Row, make_parser, parse, report
 from megatron_dion import Dion, DionConfig
-from megatron_dion.local.preload import preload
-from megatron_dion.local.world import run_world
-from megatron_dion.planning import PRESETS, default_bucket_size, place
-from megatron_dion.planning.stage import DionPart
-from megatron_dion.planning.topology import Topology
-from megatron_dion.planning.traffic import set_bytes
 from megatron_dion.sharding import Grid, Planner, Rank, sets_in_turn
 from megatron_dion.sharding.lower_bound import (
     least_bytes_of_any_schedule,
@@ -35,6 +29,12 @@ from megatron_dion.sharding.lower_bound import (
     least_bytes_of_sharing,
 )
 from megatron_dion.sharding.traffic import bytes_sent
+from megatron_dion_tools.local.preload import preload
+from megatron_dion_tools.local.world import run_world
+from megatron_dion_tools.plan import PRESETS, default_bucket_size, place
+from megatron_dion_tools.plan.stage import DionPart
+from megatron_dion_tools.plan.topology import Topology
+from megatron_dion_tools.plan.traffic import set_bytes
 
 LIMIT = 1.05
 SKETCH_BYTES = 65536  # the norm's count sketch, which two instances average
@@ -279,7 +279,7 @@ def _compare(case: Case, fraction: Fraction) -> Comparison:
 
 def measure(argv: Sequence[str]) -> Sent:
     """On a rank: trains and counts."""
-    from megatron_dion.training.launch import train
+    from megatron_dion.megatron.launch import train
 
     sent = Sent()
     found: list[tuple[Dion, Rank]] = []

@@ -82,4 +82,4 @@ fi
 
 "$python" -W ignore -c 'import torch, megatron.core, megatron_dion'
 # Which optional kernels there are. What fails on the machine that builds may be right on another.
-"$python" -W ignore -m megatron_dion doctor --no-collectives || true
+"$python" -W ignore -m megatron_dion_tools doctor --no-collectives || true

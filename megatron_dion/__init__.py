@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_dion.algorithm import DionConfig
+    from megatron_dion.megatron.dropin import install
     from megatron_dion.optimizer.dion import Dion
-    from megatron_dion.training.dropin import install
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __all__ = ["Dion", "DionConfig", "__version__", "install"]
 _HOMES = {
     "Dion": "megatron_dion.optimizer.dion",
     "DionConfig": "megatron_dion.algorithm",
-    "install": "megatron_dion.training.dropin",
+    "install": "megatron_dion.megatron.dropin",
 }
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from megatron_dion.error_line import exit_interrupted
-from megatron_dion.training.dropin import install
-from megatron_dion.training.errors import ConfigurationError, exit_with
+from megatron_dion.megatron.dropin import install
+from megatron_dion.megatron.errors import ConfigurationError, exit_with
 
 _USAGE = "usage: python -m megatron_dion.run SCRIPT [FLAG of the script ...]"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dion.megatron.arguments import DION_DEFAULTS
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot, to_record
-from megatron_dion.training.arguments import DION_DEFAULTS
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 160, 512
 ITERATIONS, RESUMED_AFTER, TOKENS = 200, 120, 2048

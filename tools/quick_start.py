@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megatron_dion.commands.data.prepared import Data, data_flags, prepare
-from megatron_dion.commands.errors import ToolError, run_tool
 from megatron_dion.error_line import PREFIX
-from megatron_dion.local.flags import read_flags
+from megatron_dion_tools.data.prepared import Data, data_flags, prepare
+from megatron_dion_tools.errors import ToolError, run_tool
+from megatron_dion_tools.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "examples" / "quick_start.args"

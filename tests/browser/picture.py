@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from megatron_dion.report.folder import read_folder
-from megatron_dion.report.page import render
+from megatron_dion_tools.report.folder import read_folder
+from megatron_dion_tools.report.page import render
 from tests.browser import chromium
 from tests.project import ROOT
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_dion.report.charts import COLOURS, Chart, Scale, Series, x_scale, y_scale
-from megatron_dion.report.folder import read_folder
-from megatron_dion.report.page import render
+from megatron_dion_tools.report.charts import COLOURS, Chart, Scale, Series, x_scale, y_scale
+from megatron_dion_tools.report.folder import read_folder
+from megatron_dion_tools.report.page import render
 from tests.browser import picture
 from tests.browser.chromium import Box, Tab
 from tests.run_folders import (

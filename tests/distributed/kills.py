@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from megatron_dion.checkpointing import folders
-from megatron_dion.local.preload import start_queues_by
-from megatron_dion.local.world import end, environment_of
-from megatron_dion.ports import free_port
+from megatron_dion.platforms.ports import free_port
+from megatron_dion_tools.local.preload import start_queues_by
+from megatron_dion_tools.local.world import end, environment_of
 from tests.distributed.nursery import (
     DION,
     MODEL,

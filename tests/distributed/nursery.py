@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_dion.local.preload import preload
-from megatron_dion.local.world import RankError, run_world
+from megatron_dion_tools.local.preload import preload
+from megatron_dion_tools.local.world import RankError, run_world
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -67,7 +67,7 @@ class Nursery:
 
 def train(argv: Sequence[str]) -> None:
     """On a rank: trains as pretrain_gpt.py would."""
-    from megatron_dion.training.launch import train as launch
+    from megatron_dion.megatron.launch import train as launch
 
     launch(argv)
 

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.local.world import gloo_world
+from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
-from megatron_dion.training.run_directory import read_metrics
+from megatron_dion_tools.local.world import gloo_world
 from tests.dense_diagnostics import DenseDiagnostics, step_and_measure
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
@@ -230,7 +230,7 @@ class FakeWandb:
 
 def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
     """On a rank: what W&B was told of Dion."""
-    from megatron_dion.training import diagnostics
+    from megatron_dion.megatron import diagnostics
 
     wandb = FakeWandb()
     diagnostics.get_wandb_writer = lambda: wandb

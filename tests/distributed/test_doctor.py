@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dion.health import doctor, links
-from megatron_dion.health.doctor import Options, run
-from megatron_dion.health.findings import Check, Finding
-from megatron_dion.health.world import World
-from megatron_dion.local.world import run_world
+from megatron_dion_tools.doctor import doctor, links
+from megatron_dion_tools.doctor.doctor import Options, run
+from megatron_dion_tools.doctor.findings import Check, Finding
+from megatron_dion_tools.doctor.world import World
+from megatron_dion_tools.local.world import run_world
 
 Illness = Callable[[], None]
 LARGE = 2**16

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.hashes import MANIFEST
+from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import read_diagnostics
-from megatron_dion.training.run_directory import read_metrics
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 
 SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
@@ -33,7 +33,7 @@ STOCK_ON_CPU = (
 
 def run_script(flags: Sequence[str]) -> None:
     """On a rank: what `python -m megatron_dion.run` does, where megatron is there already."""
-    from megatron_dion.training.join import Join
+    from megatron_dion.megatron.join import Join
 
     Join("cpu", script_is_ours=False).install()
     start_script(flags)
@@ -41,7 +41,7 @@ def run_script(flags: Sequence[str]) -> None:
 
 def run_stock(flags: Sequence[str]) -> None:
     """On a rank: the script alone."""
-    from megatron_dion.training import patches
+    from megatron_dion.megatron import patches
 
     patches.use_packaged_dataset_helpers()
     start_script(flags)
@@ -208,7 +208,7 @@ def test_an_interrupt_is_one_word(tmp_path: Path) -> None:
 
 def refusal(flags: Sequence[str]) -> str:
     """On a rank: why the script does not start."""
-    from megatron_dion.training.errors import ConfigurationError
+    from megatron_dion.megatron.errors import ConfigurationError
 
     try:
         run_script(flags)
@@ -237,8 +237,8 @@ def refusal_of_imported(version: str) -> str:
     """On a rank: what is said of a checkout of Megatron-LM that is imported."""
     import megatron.core
 
-    from megatron_dion.training import environment
-    from megatron_dion.training.errors import ConfigurationError
+    from megatron_dion.megatron import environment
+    from megatron_dion.megatron.errors import ConfigurationError
 
     megatron.core.__version__ = version
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.local.world import RankError
+from megatron_dion_tools.local.world import RankError
 from tests.distributed.nursery import Nursery
 
 CORE_LOOP = Path(__file__).parents[2] / "examples" / "core_loop.py"

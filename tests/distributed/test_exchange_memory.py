@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import step
-from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer import dion
-from megatron_dion.planning.stage import DionPart
-from megatron_dion.planning.topology import Topology
-from megatron_dion.planning.traffic import calls_of, set_bytes
 from megatron_dion.sharding import Grid, Planner, sets_within
 from megatron_dion.sharding.memory import buffer_bytes, peak
+from megatron_dion_tools.local.world import gloo_world
+from megatron_dion_tools.plan.stage import DionPart
+from megatron_dion_tools.plan.topology import Topology
+from megatron_dion_tools.plan.traffic import calls_of, set_bytes
 from tests.distributed.test_sharded_dion import (
     ALONE,
     ODD,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dion import Dion
-from megatron_dion.local.world import RankError
+from megatron_dion_tools.local.world import RankError
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics, train
 
 BROKEN_STEP = 3

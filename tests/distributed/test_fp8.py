@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion.local.world import RankError
+from megatron_dion_tools.local.world import RankError
 from tests.distributed.fp8_weights import (
     RECIPES,
     cast,

@@ -41,7 +41,7 @@ def run(nursery: Nursery, grid: str, *flags: str, code: int = 0) -> str:
 
 def exit_of_rank(argv: Sequence[str]) -> tuple[object, str]:
     """On a rank: its exit code and all that it says; none waits for a launcher to end it."""
-    from megatron_dion.training import errors
+    from megatron_dion.megatron import errors
 
     errors._LAUNCHER_GRACE_SECONDS = 0.0
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -353,7 +353,7 @@ def test_experts_change_the_number_of_optimizers(nursery: Nursery, tmp_path: Pat
 
 def exit_without_the_join(argv: Sequence[str]) -> tuple[object, str]:
     """On a rank: as in a script that uses the optimizer, but not this project's training."""
-    from megatron_dion.training import checkpoints
+    from megatron_dion.megatron import checkpoints
 
     checkpoints.use = lambda choice, args: None
     return exit_of_rank(argv)

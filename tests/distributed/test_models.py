@@ -122,7 +122,7 @@ class Runs:
 
 def train_without_latent_check(argv: Sequence[str]) -> dict[str, Any]:
     """On a rank: trains even where Megatron is known to lose gradients; Dion is given the rest."""
-    from megatron_dion.training import validation
+    from megatron_dion.megatron import validation
 
     checks = [check for check in validation.CHECKS if check != validation.check_latent_attention]
     validation.CHECKS = tuple(checks)

@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import IN_FLIGHT
-from megatron_dion.planning.hardware import PRESETS
-from megatron_dion.planning.memory import memory
-from megatron_dion.planning.models import Experts, GptShape
-from megatron_dion.planning.prediction import predict
-from megatron_dion.planning.stage import Optimizer, Run, Stage
-from megatron_dion.planning.topology import Batch, Topology
-from megatron_dion.planning.traffic import traffic
-from megatron_dion.report.folder import read_folder
-from megatron_dion.report.page import render
-from megatron_dion.report.plan import planned_run
 from megatron_dion.sharding.memory import peak_bytes
+from megatron_dion_tools.plan.hardware import PRESETS
+from megatron_dion_tools.plan.memory import memory
+from megatron_dion_tools.plan.models import Experts, GptShape
+from megatron_dion_tools.plan.prediction import predict
+from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
+from megatron_dion_tools.plan.topology import Batch, Topology
+from megatron_dion_tools.plan.traffic import traffic
+from megatron_dion_tools.report.folder import read_folder
+from megatron_dion_tools.report.page import render
+from megatron_dion_tools.report.plan import planned_run
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.pages import Page
 

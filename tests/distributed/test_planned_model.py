@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dion.planning.compute import model_work
-from megatron_dion.planning.models import GptShape
-from megatron_dion.planning.stage import Optimizer, Run, Stage
-from megatron_dion.planning.topology import Batch, Topology
-from megatron_dion.planning.traffic import traffic
+from megatron_dion_tools.plan.compute import model_work
+from megatron_dion_tools.plan.models import GptShape
+from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
+from megatron_dion_tools.plan.topology import Batch, Topology
+from megatron_dion_tools.plan.traffic import traffic
 from tests.distributed.nursery import MODEL, TRAINING, Nursery, train
 from tests.distributed.test_planned_counts import (
     MOE,

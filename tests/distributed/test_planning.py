@@ -11,9 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_dion import Dion
 from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.planning import PRESETS, GptShape, default_bucket_size, place
-from megatron_dion.planning.layout import layer_wise_buffer
 from megatron_dion.sharding import Placement
+from megatron_dion_tools.plan import PRESETS, GptShape, default_bucket_size, place
+from megatron_dion_tools.plan.layout import layer_wise_buffer
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 
 # What MODEL says.

@@ -17,11 +17,7 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import left_factor, orthonormalize
 from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.local.world import gloo_world
 from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.planning.compute import dion_operations
-from megatron_dion.planning.stage import DionPart
-from megatron_dion.planning.topology import Group
 from megatron_dion.sharding import (
     Groups,
     Part,
@@ -33,6 +29,10 @@ from megatron_dion.sharding import (
     reducer,
     shared_rows,
 )
+from megatron_dion_tools.local.world import gloo_world
+from megatron_dion_tools.plan.compute import dion_operations
+from megatron_dion_tools.plan.stage import DionPart
+from megatron_dion_tools.plan.topology import Group
 from tests.counted_operations import CountedOperations
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10

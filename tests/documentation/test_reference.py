@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.convergence.case import read_case
-from megatron_dion.training import arguments
+from megatron_dion.megatron import arguments
+from megatron_dion_tools.convergence.case import read_case
 from tests.distributed.nursery import MODEL, TRAINING, Nursery
 from tests.documentation.messages import ANYTHING, OTHER_ERRORS, raised_messages
 from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dion.ports import free_port
+from megatron_dion.platforms.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "examples" / "slurm"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion.local.world import gloo_world
+from megatron_dion_tools.local.world import gloo_world
 from tests.distributed.fp8_weights import check_forms, masters_of
 from tests.distributed.nursery import Nursery
 from tests.transformer_engine.test_weights import kept_now

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dion.local.world import gloo_world
+from megatron_dion_tools.local.world import gloo_world
 from tests.distributed.nursery import Nursery
 
 CLASSES = {

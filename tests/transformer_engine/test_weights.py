@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dion.local.world import gloo_world
+from megatron_dion_tools.local.world import gloo_world
 from tests.distributed.fp8_weights import Kept, check_forms, masters_of, weights_of
 from tests.distributed.nursery import Nursery
 

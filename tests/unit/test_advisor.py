@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.cli import call
-from megatron_dion.commands.errors import ToolError
-from megatron_dion.diagnostics.advisor import Need, advise, describe, need_of, read_run
+from megatron_dion.megatron.run_directory import MetricsFile
 from megatron_dion.optimizer.diagnostics import (
     ENERGY_LEVELS,
     MatrixDiagnostics,
     Snapshot,
     to_record,
 )
-from megatron_dion.training.run_directory import MetricsFile
+from megatron_dion_tools.cli import call
+from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.report.advisor import Need, advise, describe, need_of, read_run
 
 
 def with_energies(energies: Tensor, seed: int) -> Tensor:

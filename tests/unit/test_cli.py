@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion import cli
-from megatron_dion.commands.errors import ToolError, run_tool
+from megatron_dion_tools import cli
+from megatron_dion_tools.errors import ToolError, run_tool
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +18,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_list_of_subcommands_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom megatron_dion import cli\n"
+        "import sys\nfrom megatron_dion_tools import cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -116,7 +116,7 @@ def test_mistakes_of_the_command_line_are_one_line(words: str, said: str) -> Non
 
 @pytest.mark.parametrize("main", ["print('x' * 10**6)", "[print('help'), exit(0)]"])
 def test_reader_that_ends_first_is_no_error(main: str) -> None:
-    code = f"from megatron_dion.commands import errors; errors.run_tool(lambda: {main})"
+    code = f"from megatron_dion_tools import errors; errors.run_tool(lambda: {main})"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

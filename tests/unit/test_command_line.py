@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_dion.training import launch
-from megatron_dion.training.errors import ConfigurationError, exit_with
+from megatron_dion.megatron import launch
+from megatron_dion.megatron.errors import ConfigurationError, exit_with
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
@@ -17,7 +17,7 @@ RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
 
 def exit_of(argv: list[str]) -> tuple[object, str]:
     """On a rank: the exit code of pretrain_gpt.py's main and what it says on stderr."""
-    from megatron_dion.training.launch import main
+    from megatron_dion.megatron.launch import main
 
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
@@ -121,7 +121,7 @@ def test_missing_and_corrupt_data(nursery: Nursery, tmp_path: Path) -> None:
 
 
 def exit_with_other_megatron(argv: list[str]) -> tuple[object, str]:
-    from megatron_dion.training import environment
+    from megatron_dion.megatron import environment
 
     environment.TESTED_MEGATRON_CORE = "0.18.0"
     return exit_of(argv)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion import cli
+from megatron_dion_tools import cli
 from tests.project import link_packages
 
 ROOT = Path(__file__).parents[2]

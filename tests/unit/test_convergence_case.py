@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dion.convergence.case import Band, Below, Case, Control, Exact, RunSpec, read_case
-from megatron_dion.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.case import (
+    Band,
+    Below,
+    Case,
+    Control,
+    Exact,
+    RunSpec,
+    read_case,
+)
+from megatron_dion_tools.convergence.errors import ConvergenceError
 
 BOTH = ("lm_loss", "grad_norm")
 SMALL: dict[str, Any] = {

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_dion.convergence.checks import Verdict, band, below, exact
-from megatron_dion.convergence.curves import Curve, Curves
-from megatron_dion.convergence.errors import ConvergenceError
-from megatron_dion.convergence.noise import estimate, seed_noise, smoothed, window_of
+from megatron_dion_tools.convergence.checks import Verdict, band, below, exact
+from megatron_dion_tools.convergence.curves import Curve, Curves
+from megatron_dion_tools.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.noise import estimate, seed_noise, smoothed, window_of
 
 NEXT_TO_A_THIRD = math.nextafter(1 / 3, 1)
 

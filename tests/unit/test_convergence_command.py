@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion import cli
-from megatron_dion.commands import convergence as tool
-from megatron_dion.commands.errors import ToolError
-from megatron_dion.convergence import trainer
-from megatron_dion.local.runs import Run
+from megatron_dion_tools import cli
+from megatron_dion_tools.convergence import command as tool
+from megatron_dion_tools.convergence import trainer
+from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.local.runs import Run
 
 STEPS = 40
 CASE = """

@@ -10,10 +10,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_dion.convergence.comparison import compare
-from megatron_dion.convergence.curves import Curve, Curves, read_curves
-from megatron_dion.convergence.errors import ConvergenceError
-from megatron_dion.convergence.pictures import draw_comparison, png
+from megatron_dion_tools.convergence.comparison import compare
+from megatron_dion_tools.convergence.curves import Curve, Curves, read_curves
+from megatron_dion_tools.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.pictures import draw_comparison, png
 
 TAGS = {
     "lm_loss": "lm loss",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dion.convergence.curves import Curves, read_curves
-from megatron_dion.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.curves import Curves, read_curves
+from megatron_dion_tools.convergence.errors import ConvergenceError
 
 
 def train(iteration: int, loss: float, **more: Any) -> dict[str, Any]:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.convergence import environment
-from megatron_dion.convergence.curves import Curve, Curves
-from megatron_dion.convergence.environment import (
+from megatron_dion_tools.convergence import environment
+from megatron_dion_tools.convergence.curves import Curve, Curves
+from megatron_dion_tools.convergence.environment import (
     describe,
     different_data,
     same_arithmetic,
 )
-from megatron_dion.convergence.errors import ConvergenceError
-from megatron_dion.convergence.golden import (
+from megatron_dion_tools.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.golden import (
     Golden,
     difference,
     read_golden,

@@ -4,12 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dion.convergence import page, pictures
-from megatron_dion.convergence.case import Case
-from megatron_dion.convergence.checks import Verdict
-from megatron_dion.convergence.curves import Curve
-from megatron_dion.convergence.evaluation import Outcome
-from megatron_dion.convergence.page import Section
+from megatron_dion_tools.convergence import page, pictures
+from megatron_dion_tools.convergence.case import Case
+from megatron_dion_tools.convergence.checks import Verdict
+from megatron_dion_tools.convergence.curves import Curve
+from megatron_dion_tools.convergence.evaluation import Outcome
+from megatron_dion_tools.convergence.page import Section
 from tests.pages import Page
 
 ITERATIONS = range(1, 41)

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from megatron_dion.convergence import trainer as trainer_module
-from megatron_dion.convergence.case import Band, Below, Case, Control, Exact, RunSpec
-from megatron_dion.convergence.checks import Verdict
-from megatron_dion.convergence.errors import ConvergenceError
-from megatron_dion.convergence.evaluation import (
+from megatron_dion_tools.convergence import trainer as trainer_module
+from megatron_dion_tools.convergence.case import Band, Below, Case, Control, Exact, RunSpec
+from megatron_dion_tools.convergence.checks import Verdict
+from megatron_dion_tools.convergence.errors import ConvergenceError
+from megatron_dion_tools.convergence.evaluation import (
     Outcome,
     evaluate,
     wanted_by_checks,
     wanted_by_golden,
 )
-from megatron_dion.convergence.golden import Golden
-from megatron_dion.convergence.trainer import Trainer, Wanted
-from megatron_dion.local.runs import Run
+from megatron_dion_tools.convergence.golden import Golden
+from megatron_dion_tools.convergence.trainer import Trainer, Wanted
+from megatron_dion_tools.local.runs import Run
 
 SEEDS = (3, 4, 5)
 LENGTH = 60

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dion.local.world import run_world
+from megatron_dion.megatron.arguments import CPU_DEFAULTS, describe_processes, extra_args_provider
+from megatron_dion.megatron.errors import ConfigurationError
 from megatron_dion.platforms import cpu, requested_device, resolve_device
-from megatron_dion.training.arguments import CPU_DEFAULTS, describe_processes, extra_args_provider
-from megatron_dion.training.errors import ConfigurationError
+from megatron_dion_tools.local.world import run_world
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 from tests.project import ROOT
 
@@ -340,7 +340,7 @@ def test_stock_muon_trains(options: str, nursery: Nursery, tmp_path: Path) -> No
 
 
 def train_and_exit_code(*argv: str) -> object:
-    from megatron_dion.training import main
+    from megatron_dion.megatron import main
 
     with contextlib.redirect_stderr(io.StringIO()) as output:
         try:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.commands.data.files import is_current, read_documents, staged_output
-from megatron_dion.commands.errors import ToolError
+from megatron_dion_tools.data.files import is_current, read_documents, staged_output
+from megatron_dion_tools.errors import ToolError
 
 RECIPE = {"size": 3, "names": ["a", "b"]}
 

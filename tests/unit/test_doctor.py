@@ -12,10 +12,11 @@ from types import ModuleType
 
 import pytest
 
-from megatron_dion import cli
-from megatron_dion.commands import doctor as command
-from megatron_dion.health import (
+from megatron_dion.megatron import environment
+from megatron_dion_tools import cli
+from megatron_dion_tools.doctor import (
     clocks,
+    command,
     doctor,
     gpus,
     links,
@@ -25,11 +26,10 @@ from megatron_dion.health import (
     software,
     world,
 )
-from megatron_dion.health.findings import Finding, Verdict, examine, failed, ok, warning
-from megatron_dion.health.links import Link
-from megatron_dion.health.ranks import in_words
-from megatron_dion.health.report import RankReport
-from megatron_dion.training import environment
+from megatron_dion_tools.doctor.findings import Finding, Verdict, examine, failed, ok, warning
+from megatron_dion_tools.doctor.links import Link
+from megatron_dion_tools.doctor.ranks import in_words
+from megatron_dion_tools.doctor.report import RankReport
 
 OK, WARNING, FAILED = Verdict
 GIB = 2**30

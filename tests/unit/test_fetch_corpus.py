@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.commands.data import corpus as tool
-from megatron_dion.commands.data.files import sha256_of_file
-from megatron_dion.commands.errors import ToolError
+from megatron_dion_tools.data import corpus as tool
+from megatron_dion_tools.data.files import sha256_of_file
+from megatron_dion_tools.errors import ToolError
 
 DOCUMENTS = {f"docs/part{i % 3}/page{i}.txt": f"Page {i}: café\n    indented\n" for i in range(60)}
 OTHERS = {"docs/conf.py": "x = 1\n", "tests/docs/no.txt": "no\n", "README.txt": "no\n"}

@@ -22,7 +22,7 @@ def inspect(nursery: Nursery, folder: Path, *flags: str) -> tuple[int, str]:
 
 def exit_of_tool(argv: list[str]) -> tuple[int, str]:
     """In a process that has imported Megatron already."""
-    from megatron_dion import cli
+    from megatron_dion_tools import cli
 
     with (
         contextlib.redirect_stdout(io.StringIO()) as said,

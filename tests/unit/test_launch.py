@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.commands import launch
-from megatron_dion.commands.errors import ToolError
-from megatron_dion.commands.launch import Recipe
+from megatron_dion_tools import launch
+from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.launch import Recipe
 from tests.distributed.nursery import Nursery
 
 RECIPES = sorted(Path("examples", "recipes").glob("*.yaml"))
@@ -20,8 +20,8 @@ DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 
 def complaint_about(flags: Sequence[str], gpus: int) -> str:
     """On a rank: what the run would be refused with, or nothing."""
-    from megatron_dion.training.errors import ConfigurationError
-    from megatron_dion.training.pretrain import check_arguments
+    from megatron_dion.megatron.errors import ConfigurationError
+    from megatron_dion.megatron.pretrain import check_arguments
 
     with contextlib.redirect_stdout(None):
         try:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dion.local import runs as runs_module
-from megatron_dion.local.flags import effective, read_flags, split_flags
-from megatron_dion.local.runs import Run, RunFailed, execute, train
+from megatron_dion_tools.local import runs as runs_module
+from megatron_dion_tools.local.flags import effective, read_flags, split_flags
+from megatron_dion_tools.local.runs import Run, RunFailed, execute, train
 
 FORK = multiprocessing.get_context("fork")
 TOO_LONG = 60  # seconds, after which a test that hangs fails
@@ -265,10 +265,10 @@ def test_never_more_processes_than_jobs_unless_a_run_alone_has_more(
 def test_a_mistake_is_made_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[object] = []
     launch = SimpleNamespace(train=lambda flags: done.append(flags), done=done)
-    monkeypatch.setitem(sys.modules, "megatron_dion.training.launch", launch)
+    monkeypatch.setitem(sys.modules, "megatron_dion.megatron.launch", launch)
     mistakes = tmp_path / "mistakes.py"
     mistakes.write_text(
-        "from megatron_dion.training.launch import done\ndef make(): done.append('mistake')\n"
+        "from megatron_dion.megatron.launch import done\ndef make(): done.append('mistake')\n"
     )
     train(["--lr", "1"], None)
     train(["--lr", "2"], f"{mistakes}:make")

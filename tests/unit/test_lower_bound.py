@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.planning import PRESETS, default_bucket_size, place
 from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight, traffic
 from megatron_dion.sharding.balance import cut
 from megatron_dion.sharding.layout import Layout as ShardedLayout
@@ -21,6 +20,7 @@ from megatron_dion.sharding.lower_bound import (
     least_bytes_of_factors,
     least_bytes_of_sharing,
 )
+from megatron_dion_tools.plan import PRESETS, default_bucket_size, place
 from tests.unit.test_plan import Layout, for_any_layout, layouts
 
 KINDS = ("left", "rows", "right", "gather")

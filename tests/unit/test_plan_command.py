@@ -11,17 +11,17 @@ import matplotlib
 import pytest
 
 from megatron_dion import DionConfig
-from megatron_dion.cli import call
-from megatron_dion.commands.errors import ToolError
-from megatron_dion.local.flags import read_flags
-from megatron_dion.planning.flags import shape_from_flags
-from megatron_dion.planning.hardware import hardware
-from megatron_dion.planning.models import PRESETS, Experts, GptShape
-from megatron_dion.planning.pictures import plot
-from megatron_dion.planning.prediction import predict
-from megatron_dion.planning.search import search
-from megatron_dion.planning.stage import Optimizer, Run
-from megatron_dion.planning.topology import Batch, Topology
+from megatron_dion_tools.cli import call
+from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.local.flags import read_flags
+from megatron_dion_tools.plan.flags import shape_from_flags
+from megatron_dion_tools.plan.hardware import hardware
+from megatron_dion_tools.plan.models import PRESETS, Experts, GptShape
+from megatron_dion_tools.plan.pictures import plot
+from megatron_dion_tools.plan.prediction import predict
+from megatron_dion_tools.plan.search import search
+from megatron_dion_tools.plan.stage import Optimizer, Run
+from megatron_dion_tools.plan.topology import Batch, Topology
 
 TINY = GptShape(6, 512, 1024, 8, 4, vocab=1000, sequence=256)
 H100 = hardware("h100")

@@ -4,12 +4,12 @@ import numpy as np
 from hypothesis import example, given
 
 from megatron_dion import DionConfig
-from megatron_dion.planning.memory import dion_state
-from megatron_dion.planning.stage import DionPart
-from megatron_dion.planning.topology import Group
-from megatron_dion.planning.traffic import calls_of, set_bytes
 from megatron_dion.sharding import Grid, Plan, Rank, Weight
 from megatron_dion.sharding.traffic import bytes_sent
+from megatron_dion_tools.plan.memory import dion_state
+from megatron_dion_tools.plan.stage import DionPart
+from megatron_dion_tools.plan.topology import Group
+from megatron_dion_tools.plan.traffic import calls_of, set_bytes
 from tests.unit.test_plan import Layout, for_any_layout, in_one_bucket, layouts
 
 REPLICAS = 3

@@ -21,18 +21,18 @@ from megatron_dion.algorithm.orthonormalize import (
     summed_rows,
 )
 from megatron_dion.algorithm.products import products_in
-from megatron_dion.planning.compute import (
+from megatron_dion.sharding import Grid, Placement, Planner, Weight
+from megatron_dion_tools.plan.compute import (
     dion_operations,
     newton_schulz,
     optimizer_work,
     orthonormalization,
 )
-from megatron_dion.planning.memory import memory
-from megatron_dion.planning.models import GptShape
-from megatron_dion.planning.rounding import copied_bytes
-from megatron_dion.planning.stage import DionPart, Optimizer, Run, Stage
-from megatron_dion.planning.topology import Group, Topology
-from megatron_dion.sharding import Grid, Placement, Planner, Weight
+from megatron_dion_tools.plan.memory import memory
+from megatron_dion_tools.plan.models import GptShape
+from megatron_dion_tools.plan.rounding import copied_bytes
+from megatron_dion_tools.plan.stage import DionPart, Optimizer, Run, Stage
+from megatron_dion_tools.plan.topology import Group, Topology
 from tests.counted_operations import CountedOperations
 
 SHAPES = ((40, 24), (24, 40), (16, 16))

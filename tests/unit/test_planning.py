@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dion import DionConfig
-from megatron_dion.planning import PRESETS, GptShape, default_bucket_size, place
 from megatron_dion.sharding import Placement, Weight
+from megatron_dion_tools.plan import PRESETS, GptShape, default_bucket_size, place
 
 TINY = GptShape(layers=6, hidden=24, ffn=40, heads=8, query_groups=4)
 sizes = st.integers(1, 40)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dion.commands.data import preprocess as tool
-from megatron_dion.commands.data.files import sha256_of_file
-from megatron_dion.commands.data.tokenizer import train_tokenizer
-from megatron_dion.commands.errors import ToolError
+from megatron_dion_tools.data import preprocess as tool
+from megatron_dion_tools.data.files import sha256_of_file
+from megatron_dion_tools.data.tokenizer import train_tokenizer
+from megatron_dion_tools.errors import ToolError
 
 TEXTS = [f"Document {i}\n  has the number {i * i}.\n" * (i % 5 + 1) for i in range(40)]
 VOCAB_SIZE = 300

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dion.cli import main
-from megatron_dion.report.folder import read_folder
-from megatron_dion.report.page import render
-from megatron_dion.training.progress import human_count
-from megatron_dion.training.run_directory import read_metrics
+from megatron_dion.megatron.progress import human_count
+from megatron_dion.megatron.run_directory import read_metrics
+from megatron_dion_tools.cli import main
+from megatron_dion_tools.report.folder import read_folder
+from megatron_dion_tools.report.page import render
 from tests.pages import Page
 from tests.run_folders import (
     ITERATIONS,
@@ -304,7 +304,7 @@ def test_config_without_defaults(tmp_path: Path) -> None:
 
 
 def test_report_imports_neither_megatron_nor_matplotlib() -> None:
-    code = "import sys, megatron_dion.report.command; print(*sys.modules)"
+    code = "import sys, megatron_dion_tools.report.command; print(*sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = {name.split(".")[0] for name in said.stdout.split()}
     assert "torch" in imported

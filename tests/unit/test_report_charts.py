@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_dion.report.charts import (
+from megatron_dion_tools.report.charts import (
     Chart,
     Scale,
     Series,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dion.optimizer.stopwatch import Stopwatch
-from megatron_dion.training.progress import human_count, human_duration, progress_line
-from megatron_dion.training.run_directory import (
+from megatron_dion.megatron.progress import human_count, human_duration, progress_line
+from megatron_dion.megatron.run_directory import (
     MetricsFile,
     Record,
     git_revision,
@@ -17,6 +16,7 @@ from megatron_dion.training.run_directory import (
     write_config,
     write_routing,
 )
+from megatron_dion.optimizer.stopwatch import Stopwatch
 
 
 def record(iteration: int, kind: str = "train") -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_routing_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entropy", [None, 6.5])
 def test_loss_is_drawn(tmp_path: Path, entropy: float | None) -> None:
-    from megatron_dion.training.plot import draw_loss
+    from megatron_dion.megatron.plot import draw_loss
 
     path = tmp_path / "loss.png"
     draw_loss([], path, entropy)

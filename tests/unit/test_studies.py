@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron_dion import cli
-from megatron_dion.commands import study as tool
-from megatron_dion.commands.data.prepared import Data
-from megatron_dion.commands.errors import ToolError
-from megatron_dion.local.runs import Run
-from megatron_dion.studies import results as results_module
-from megatron_dion.studies import study as study_module
-from megatron_dion.studies.pictures import draw_all
-from megatron_dion.studies.results import (
+from megatron_dion_tools import cli
+from megatron_dion_tools.data.prepared import Data
+from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.local.runs import Run
+from megatron_dion_tools.studies import command as tool
+from megatron_dion_tools.studies import results as results_module
+from megatron_dion_tools.studies import study as study_module
+from megatron_dion_tools.studies.pictures import draw_all
+from megatron_dion_tools.studies.results import (
     StudyUnfinished,
     collect,
     paired_differences,
@@ -25,8 +25,16 @@ from megatron_dion.studies.results import (
     to_json,
     trailing_means,
 )
-from megatron_dion.studies.study import Cell, FileError, Study, Trial, Trials, conduct, read_study
-from megatron_dion.studies.tables import page
+from megatron_dion_tools.studies.study import (
+    Cell,
+    FileError,
+    Study,
+    Trial,
+    Trials,
+    conduct,
+    read_study,
+)
+from megatron_dion_tools.studies.tables import page
 
 ROOT = Path(__file__).parents[2]
 STEPS = 48

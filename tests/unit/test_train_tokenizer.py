@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_dion.commands.data import tokenizer as tool
-from megatron_dion.commands.errors import ToolError
+from megatron_dion_tools.data import tokenizer as tool
+from megatron_dion_tools.errors import ToolError
 
 TEXT = "".join(
     f"def function_{i}(value):\n    return value + {i}  # the {word} of the matter\n\n"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dion.training import environment, validation
-from megatron_dion.training.arguments import DION_DEFAULTS, dion_config_from_args
-from megatron_dion.training.errors import ConfigurationError
-from megatron_dion.training.indexed_data import open_indexed_data
+from megatron_dion.megatron import environment, validation
+from megatron_dion.megatron.arguments import DION_DEFAULTS, dion_config_from_args
+from megatron_dion.megatron.errors import ConfigurationError
+from megatron_dion.megatron.indexed_data import open_indexed_data
 from tests.distributed.nursery import Nursery
 
 

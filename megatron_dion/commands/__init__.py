@@ -1,1 +1,0 @@
-"""Subcommands of `megatron-dion`; `megatron_dion.cli` has their table."""

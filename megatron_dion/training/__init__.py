@@ -1,5 +1,0 @@
-"""The join with megatron.training: arguments, checks, patches, and what a run leaves behind."""
-
-from megatron_dion.training.launch import main
-
-__all__ = ["main"]

@@ -1,0 +1,53 @@
+"""Examine this machine or, started on all ranks by torchrun or srun, all of them.
+
+What is between them is examined as well. Exit code 0: fit to train, perhaps with warnings.
+"""
+
+import argparse
+import faulthandler
+import os
+import sys
+from pathlib import Path
+
+# The doctor's time as a multiple of what it waits for a rank; it has about ten such waits.
+_LONGEST = 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    add = parser.add_argument
+    add("--shared-folder", type=Path, metavar="DIR", help="which all ranks should see")
+    add("--json", type=Path, metavar="FILE", help="write the findings to a file as well")
+    add("--no-collectives", action="store_true", help="this process alone, no talk between ranks")
+    add("--run-dir", type=Path, default=Path(), metavar="DIR", help="is there enough free disk?")
+    add("--expect-gpus", type=int, metavar="N", help="GPUs that each machine must have")
+    add("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait for ranks (60)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Examine, and end the process with the verdict."""
+    # Only now: it imports torch's distributed part and what the doctor looks at.
+    from megatron_dion_tools.doctor import doctor
+
+    # For what no other limit covers, such as a name server that does not answer.
+    faulthandler.dump_traceback_later(_LONGEST * args.timeout, exit=True)
+    options = doctor.Options(
+        shared_folder=args.shared_folder,
+        json=args.json,
+        run_dir=args.run_dir,
+        expect_gpus=args.expect_gpus,
+        collectives=not args.no_collectives,
+        patience=args.timeout,
+    )
+    code = doctor.run(options)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not `sys.exit`: a thread that hangs in a library could hold up the interpreter's end.
+    os._exit(code)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
