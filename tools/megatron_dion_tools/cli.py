@@ -41,10 +41,10 @@ COMMANDS = {
     "convergence": Command("megatron_dion_tools.convergence.command", "do runs converge alike?"),
     "report": Command("megatron_dion_tools.report.command", "make a page about a run"),
     "advise": Command("megatron_dion_tools.report.advisor", "which rank would have been enough"),
-    "study": Command(
-        "megatron_dion_tools.studies.command", "run and report comparisons of optimizers"
-    ),
 }
+
+REMOVED = {"study": "megatron-dion convergence sweep"}
+"""Subcommands that are gone, and what to use in their place."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,6 +85,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], argv[end + 1 :]
     parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
+    if own and own[0] in REMOVED:
+        raise ToolError(f"{own[0]} was removed: use {REMOVED[own[0]]}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
