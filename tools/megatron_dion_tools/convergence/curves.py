@@ -86,7 +86,7 @@ def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield names and numbers; those of a validation get the prefix `validation_`."""
     kind = record.get("kind", "train")
     for name, value in record.items():
-        if type(value) in (int, float):
+        if type(value) in (int, float) and name != "iteration":
             full_name = name if kind == "train" else f"{kind}_{name.removeprefix('lm_')}"
             yield full_name, float(value)
 

@@ -34,7 +34,7 @@ def draw_verdicts(title: str, verdicts: Sequence[Verdict]) -> Figure:
     wrong.
     """
     quantities = list(dict.fromkeys(verdict.quantity for verdict in verdicts))
-    figure = Figure(figsize=(12, 1 + 4 * len(quantities)), layout="constrained")
+    figure = Figure(figsize=(14, 1 + 4 * len(quantities)), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(len(quantities), 2, squeeze=False)
     for quantity, (left, right) in zip(quantities, panels, strict=True):
@@ -70,7 +70,7 @@ def draw_study(result: Result) -> Figure:
     settings = list(dict.fromkeys(cell["setting"] for cell in result["cells"]))
     has_axis = len(settings) > 1 and all(map(_is_number, settings))
     rows = max(1, len(settings) + has_axis)
-    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    figure = Figure(figsize=(14, 4 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False)
     for setting, (left, right) in zip(settings, panels, strict=False):
         for cell in (cell for cell in result["cells"] if cell["setting"] == setting):
@@ -106,7 +106,7 @@ def _plot(axes: Any, points: Mapping[Any, float], **style: Any) -> None:
 def _finish(axes: Any, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _is_number(name: str) -> bool:

@@ -100,7 +100,8 @@ def to_json(result: Result) -> str:
 def to_markdown(result: Result) -> str:
     """Write the question, a table for each setting, and what the columns mean."""
     parts = [f"# {result['name']}", result["question"]]
-    titles = ["method", "best `--lr`", "validation loss", f"minus {result['baseline']}"]
+    titles = ["method", "best `--lr`", "validation loss"]
+    titles += [f"minus {result['baseline']}" if result["baseline"] else "gap"]
     titles += ["optimizer ms", "iteration ms", "validation loss by `--lr`, first seed"]
     for setting in result["settings"]:
         cells = [cell for cell in result["cells"] if cell["setting"] == setting]
