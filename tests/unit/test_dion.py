@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
+from megatron_dion.algorithm import matmul_precision
 from megatron_dion.algorithm import step as algorithm_step
 from tests.unit.dion_cases import (
     LR,
@@ -43,15 +44,13 @@ def test_ten_steps_follow_the_reference(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_precision_of_products_is_set_for_a_step_alone(
-    monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+def test_the_precision_of_products_is_set_for_a_step_alone(precision: str) -> None:
     """A step goes where a user has set torch's switches, and leaves them as they were."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     comparison = Comparison([(SHAPES, {})], fp32_matmul_prec=precision)
-    comparison.run(STEPS)
+    with matmul_precision("high"):
+        comparison.run(STEPS)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     comparison.assert_equal({"weight": 3e-3, "momentum": 3e-2, "right_factor": 0.3})
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def test_full_rank_follows_the_reference() -> None:
