@@ -197,13 +197,8 @@ def snapshot(iteration: int) -> Snapshot:
                 columns=columns,
                 rank=rank,
                 captured=0.5 + 0.1 * layer + 0.01 * kind,
-                stable_rank=3.0 + kind,
-                orthonormality_error=1e-6,
-                update_rms=1e-3,
                 update_norm=0.02,
                 momentum_norm=0.5,
-                owner_seconds=1e-4,
-                energy_ranks=(2, 6, None, None, None),
             )
             for layer in range(LAYERS)
             for kind, (name, rows, columns, rank) in enumerate(matrices_of(layer))
