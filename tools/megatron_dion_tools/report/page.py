@@ -170,8 +170,8 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     # The first iteration of each start sets things up, so that its time tells nothing.
     settled = [iteration for session in run.sessions for iteration in session.settled]
     records = [record for record, _ in settled]
-    rates = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
-    yield Chart("Tokens per second", "all ranks", _with_mean("rate", rates), from_zero=True)
+    speeds = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
+    yield Chart("Tokens per second", "all ranks", _with_mean("rate", speeds), from_zero=True)
     iteration = Curve("iteration", _points(records, "iteration_seconds"))
     step = Curve("optimizer’s step", _points(records, "optimizer_seconds"), colour=1)
     yield Chart("Time", "seconds", [iteration, step])
