@@ -20,14 +20,8 @@ MATRICES = {
 }
 DEFAULTS = {"optimizer": "adam", "lr": None, "seed": 1234, "dion_rank_fraction": 0.25}
 ARGUMENTS = DEFAULTS | {"optimizer": "dion", "lr": 0.008, "train_iters": ITERATIONS}
-SIZES = {
-    "world_size": 4,
-    "tensor_model_parallel_size": 2,
-    "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "data_parallel_size": 2,
-}
+SIZES = {"world_size": 4, "tensor_model_parallel_size": 2, "data_parallel_size": 2}
+SIZES |= {f"{name}_parallel_size": 1 for name in ("pipeline_model", "context", "expert_model")}
 
 
 def write_run(

@@ -9,28 +9,14 @@ import pytest
 from bs4 import BeautifulSoup
 
 from megatron_dion.megatron.run_directory import sessions
-from megatron_dion.optimizer.diagnostics import (
-    MatrixDiagnostics,
-    Snapshot,
-    by_kind,
-    read_diagnostics,
-    to_record,
-)
+from megatron_dion.optimizer import diagnostics
+from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot
 from megatron_dion_tools.cli import call
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.report.charts import Chart, Curve
 from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import render
-from tests.run_folders import (
-    ITERATIONS,
-    LAYERS,
-    MATRICES,
-    RESUMED_AFTER,
-    TOKENS,
-    loss_at,
-    train_record,
-    write_run,
-)
+from tests import run_folders as run
 
 REASON = "<script>linear</script> layer"
 
@@ -53,14 +39,14 @@ class Page:
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return Page(write_run(tmp_path_factory.mktemp("runs") / "large & <new>", reason=REASON))
+    return Page(run.write_run(tmp_path_factory.mktemp("runs") / "large & <new>", reason=REASON))
 
 
 def test_head_tells_what_became_of_the_run(complete: Page) -> None:
     assert complete.texts("h1") == ["Run large & <new>"]
-    assert f"Finished: iteration {ITERATIONS} of {ITERATIONS}." in complete.said
-    assert f"The run was resumed after iteration {RESUMED_AFTER}." in complete.said
-    last = [loss_at(i) for i in range(ITERATIONS - 9, ITERATIONS + 1)]
+    assert f"Finished: iteration {run.ITERATIONS} of {run.ITERATIONS}." in complete.said
+    assert f"The run was resumed after iteration {run.RESUMED_AFTER}." in complete.said
+    last = [run.loss_at(i) for i in range(run.ITERATIONS - 9, run.ITERATIONS + 1)]
     assert complete.facts == {
         "optimizer": "dion, rank fraction 0.25",
         "training loss, mean of 10": f"{sum(last) / 10:.4g}",
@@ -95,33 +81,32 @@ def test_colours_can_be_told_from_what_is_behind_them(complete: Page) -> None:
     schemes = complete.soup.style.text.split("prefers-color-scheme: dark")
     light, dark = (dict(re.findall(r"(--\w+): (#\w{6});", scheme)) for scheme in schemes)
     assert light.keys() == dark.keys()
-    curves = [(f"--c{number}", "--page", 3) for number in range(1, 8)]
-    texts = [("--text", shade, 4.5) for shade in ("--page", "--warn", "--heat", "--shade")]
-    faint = [("--faint", shade, 4.5) for shade in ("--page", "--shade")]
+    pairs = [("--text", shade, 4.5) for shade in ("--page", "--warn", "--heat", "--shade")]
+    pairs += [("--faint", shade, 4.5) for shade in ("--page", "--shade")]
+    pairs += [(f"--c{number}", "--page", 3) for number in range(1, 8)]
     for scheme in (light, dark):
-        for one, other, least in (*curves, *texts, *faint):
+        for one, other, least in pairs:
             low, high = sorted((luminance(scheme[one]), luminance(scheme[other])))
             assert (high + 0.05) / (low + 0.05) > least, (one, other)
 
 
 def test_charts_have_titles_and_last_values(complete: Page) -> None:
-    charts = {
-        figure.b.text: [item.text.strip() for item in figure.find_all("li")]
-        for figure in complete.soup.find_all("figure")
-    }
+    figures = complete.soup.find_all("figure")
+    charts = {f.b.text: [item.text.strip() for item in f.find_all("li")] for f in figures}
     assert charts["Loss"][0] == "training 4"
     assert charts["Loss"][2:] == ["validation 4.5", "unigram entropy 6.5", "resumed"]
     assert charts["Learning rate"] == ["rate 0.008", "resumed"]
     assert charts["Time"] == ["iteration 0.5", "optimizer’s step 0.05", "resumed"]
     assert charts["Update"][0] == "mlp.linear_fc1[gate] 4"
     assert charts["Captured share"][2] == "mlp.linear_fc2 0.62"  # the median over three layers
-    assert list(charts)[-2:] == ["Update", "Momentum"]
+    # The loss is there twice: for narrow and for wide screens.
+    assert [len(figure.find_all("svg")) for figure in figures] == [2, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_tables_have_sums_kinds_layers_and_all(complete: Page) -> None:
-    per_layer = sum(rows * columns for rows, columns in MATRICES.values())
-    share = LAYERS * per_layer / (LAYERS * (per_layer + 64) + 512 * 64)
-    assert ["dion", "12", "15", f"{LAYERS * per_layer:,}", f"{share:.1%}"] in complete.rows
+    per_layer = sum(rows * columns for rows, columns in run.MATRICES.values())
+    share = run.LAYERS * per_layer / (run.LAYERS * (per_layer + 64) + 512 * 64)
+    assert ["dion", "12", "15", f"{run.LAYERS * per_layer:,}", f"{share:.1%}"] in complete.rows
     kind = "decoder.layers.*.self_attention.linear_qkv.weight[key]"
     assert [kind, "32 × 64", "8", "dion", REASON, "3", "6,144"] in complete.rows
     norm = ["decoder.layers.*.input_layernorm.weight", "64", "–", "adam", "1-D", "3", "192"]
@@ -134,7 +119,14 @@ def test_tables_have_sums_kinds_layers_and_all(complete: Page) -> None:
 
 def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
     assert ["git revision", "not in a git repository"] in complete.rows
-    start = [str(RESUMED_AFTER), "2026-11-24 20:55:02 UTC", "4: TP2 × DP2", "80", "164k", "4.10k"]
+    start = [
+        str(run.RESUMED_AFTER),
+        "2026-11-24 20:55:02 UTC",
+        "4: TP2 × DP2",
+        "80",
+        "164k",
+        "4.10k",
+    ]
     assert start in complete.rows
     first, second = (i for i, row in enumerate(complete.rows) if row[0] == "argument")
     assert ["lr", "0.008", "none"] in complete.rows[first:second]
@@ -144,10 +136,10 @@ def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
 
 
 def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
-    losses = [math.nan if 30 <= i < 36 else loss_at(i) for i in range(1, 101)]
-    records = [train_record(i, loss) for i, loss in enumerate(losses, start=1)]
+    losses = [math.nan if 30 <= i < 36 else run.loss_at(i) for i in range(1, 101)]
+    records = [run.train_record(i, loss) for i, loss in enumerate(losses, start=1)]
     records[59] |= {"lm_loss": None, "skipped": True}
-    page = Page(write_run(tmp_path, records))
+    page = Page(run.write_run(tmp_path, records))
     assert "Unfinished: iteration 100 of 200." in page.said
     assert (
         "The training loss is not finite in iterations 30, 31, 32, 33, 34 and 1 more." in page.said
@@ -159,7 +151,7 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-7])
     assert "The last line of metrics.jsonl is cut off" in Page(tmp_path).said
 
-    page = Page(write_run(tmp_path, [train_record(7, math.nan)]))
+    page = Page(run.write_run(tmp_path, [run.train_record(7, math.nan)]))
     assert "Curves begin at iteration 7" in page.said
     assert page.facts["training loss, mean of 1"] == "nan"
     assert page.said.count("No finite value was recorded.") == 3  # nor were there times
@@ -171,7 +163,7 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     assert "There is no routing.tsv" in page.said
     assert page.said.count("No finite value was recorded.") == 5
 
-    page = Page(write_run(tmp_path, [], optimizer="muon"))
+    page = Page(run.write_run(tmp_path, [], optimizer="muon"))
     assert "Only runs with Dion have a routing; this one has --optimizer muon." in page.said
     assert "Only Dion has diagnostics." in page.said
     assert page.facts == {"optimizer": "muon"}
@@ -179,15 +171,18 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
 
 def test_each_start_has_its_own_tokens() -> None:
     """The second went on from a model that had seen other tokens, on a faster machine."""
-    training = [train_record(i, loss_at(i)) for i in range(1, ITERATIONS + 1)]
-    for record in training[RESUMED_AFTER:]:
+    training = [run.train_record(i, run.loss_at(i)) for i in range(1, run.ITERATIONS + 1)]
+    for record in training[run.RESUMED_AFTER :]:
         record["tokens"] += 10**9
         record["iteration_seconds"] /= 2
-    tokens = {0: 0, RESUMED_AFTER: RESUMED_AFTER * TOKENS + 10**9}
+    tokens = {0: 0, run.RESUMED_AFTER: run.RESUMED_AFTER * run.TOKENS + 10**9}
     starts = [{"iteration": done, "tokens": seen} for done, seen in tokens.items()]
     first, second = sessions(training, starts)
-    assert (first.tokens, second.tokens) == (120 * TOKENS, 80 * TOKENS)
-    assert (first.tokens_per_second, second.tokens_per_second) == (TOKENS / 0.5, TOKENS / 0.25)
+    assert (first.tokens, second.tokens) == (120 * run.TOKENS, 80 * run.TOKENS)
+    assert (first.tokens_per_second, second.tokens_per_second) == (
+        run.TOKENS / 0.5,
+        run.TOKENS / 0.25,
+    )
 
 
 def test_axes_are_logarithmic_where_values_differ_in_magnitude() -> None:
@@ -208,20 +203,23 @@ def test_diagnostics_are_read_as_they_were_written() -> None:
         MatrixDiagnostics(names[1], 8, 6, 2, 0.5, 3.0, 1.0),
         MatrixDiagnostics(names[2], 8, 6, 2, None, 0.0, 0.0),
     )
-    written = json.dumps(to_record(Snapshot(20, (first, *others))), allow_nan=False)
-    record = json.loads(written)
-    [snapshot] = read_diagnostics([{"kind": "train", "iteration": 20}, record])
+    snapshot = Snapshot(20, (first, *others))
+    record = json.loads(json.dumps(diagnostics.to_record(snapshot), allow_nan=False))
+    [snapshot] = diagnostics.read_diagnostics([{"kind": "train", "iteration": 20}, record])
     rounded = MatrixDiagnostics(names[0], 8, 6, 2, 0.33333, 2.0, None)
     assert snapshot == Snapshot(20, (rounded, *others))
     kind = "layers.*.experts.*.fc1[up]"
-    assert by_kind([first, *others], "captured") == {kind: [1 / 3, 0.5]}
-    assert by_kind([first, *others], "momentum_norm") == {kind: [1.0], "layers.*.fc1[up]": [0.0]}
+    assert diagnostics.by_kind([first, *others], "captured") == {kind: [1 / 3, 0.5]}
+    assert diagnostics.by_kind([first, *others], "momentum_norm") == {
+        kind: [1.0],
+        "layers.*.fc1[up]": [0.0],
+    }
     with pytest.raises(ValueError, match="the fields of its diagnostics are not rows, columns"):
-        read_diagnostics([record | {"fields": ["rows"]}])
+        diagnostics.read_diagnostics([record | {"fields": ["rows"]}])
 
 
 def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = write_run(tmp_path / "run", [])
+    run_dir = run.write_run(tmp_path / "run", [])
     for options, path in (
         ([], run_dir / "report.html"),
         (["--output", str(tmp_path / "page.html")], tmp_path / "page.html"),
