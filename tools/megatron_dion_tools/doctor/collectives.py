@@ -12,36 +12,40 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from megatron_dion_tools.doctor.findings import FAILED, OK, WARNING, Finding
+from megatron_dion_tools.doctor.mailbox import Mailbox
 from megatron_dion_tools.doctor.report import ranges
-from megatron_dion_tools.doctor.world import World
 
 COUNT = 4096
 SMALL, LARGE = 8, {"cpu": 2**23, "cuda": 2**26}  # bytes of a message
 SUSPECT = "take the node out and try again without it: a GPU or a link corrupts data"
 
 
-def open_group(world: World) -> Finding:
-    """Make the process group that the other checks use, of NCCL or gloo."""
+def open_group(mailbox: Mailbox, seconds: float) -> Finding:
+    """Make the process group that the other checks use, of NCCL or gloo.
+
+    Args:
+        mailbox: Of all ranks; they call this together.
+        seconds: How long a check of this process group may take.
+    """
     backend = "nccl" if _device().type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=PrefixStore("group", world.connect()),
-        rank=world.rank,
-        world_size=world.size,
-        # Longer than a check may take: NCCL ends the process when this is over.
-        timeout=timedelta(seconds=3 * world.patience),
+        store=PrefixStore("group", mailbox.connect()),
+        rank=mailbox.rank,
+        world_size=mailbox.size,
+        timeout=timedelta(seconds=3 * seconds),  # after it NCCL ends the process
     )
     return Finding(OK, f"{backend} on {_device().type}", same=True)
 
 
-def all_reduce(world: World) -> Finding:
+def all_reduce(rank: int, size: int) -> Finding:
     """Sum integers of all ranks, so that there is one right answer."""
-    sums = _piece(world.rank)
+    sums = _piece(rank)
     dist.all_reduce(sums)
-    wrong = int((sums != _piece(0) * (world.size * (world.size + 1) // 2)).sum())
+    wrong = int((sums != _piece(0) * (size * (size + 1) // 2)).sum())
     if wrong:
         return Finding(FAILED, f"{wrong} of {COUNT} sums are wrong here", SUSPECT)
-    return Finding(OK, f"right sums over {world.size} ranks")
+    return Finding(OK, f"right sums over {size} ranks")
 
 
 def _device() -> torch.device:
@@ -73,22 +77,23 @@ def ring(size: int) -> list[tuple[int, int]]:
     return chain[0::2] + chain[1::2] + ([(size - 1, 0)] if size > 2 else [])
 
 
-def messages(world: World, links: list[Link]) -> Finding:
+def messages(rank: int, size: int, links: list[Link]) -> Finding:
     """Send messages to both neighbours in a ring and back.
 
     Args:
-        world: All ranks; they call this together.
+        rank: This rank.
+        size: The number of ranks; they call this together.
         links: Gets the links of which this rank is the first.
     """
     wrong = set()
-    for first, second in ring(world.size):
-        if world.rank not in (first, second):
+    for first, second in ring(size):
+        if rank not in (first, second):
             continue
-        leads = world.rank == first
+        leads = rank == first
         peer = second if leads else first
         seconds = []
         for count, turns in ((SMALL, 30), (LARGE[_device().type], 5)):
-            sent, expected = _message(world.rank, count), _message(peer, count)
+            sent, expected = _message(rank, count), _message(peer, count)
             received = torch.zeros_like(expected)
             # The shortest of several turns; the first one makes the connection.
             seconds.append(min(_turn(leads, peer, sent, received) for _ in range(turns)) / 2)
@@ -98,7 +103,7 @@ def messages(world: World, links: list[Link]) -> Finding:
             links.append(Link(first, second, seconds[0], LARGE[_device().type] / seconds[1]))
     if wrong:
         return Finding(FAILED, f"messages from rank {ranges(wrong)} arrive corrupted", SUSPECT)
-    return Finding(OK, "messages arrive as they were sent" if world.size > 1 else "one rank, none")
+    return Finding(OK, "messages arrive as they were sent" if size > 1 else "one rank, none")
 
 
 def _message(sender: int, count: int) -> torch.Tensor:

@@ -61,4 +61,4 @@ def _answer(check: Check, answer: queue.SimpleQueue[Finding]) -> None:
         answer.put(check())
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        answer.put(Finding(FAILED, text, "see the log of that rank", ended=False))
+        answer.put(Finding(FAILED, text, ended=False))

@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import importlib.util
 import platform
-from collections.abc import Callable
 from importlib.metadata import distributions
 
 import torch
@@ -34,15 +33,16 @@ def pytorch() -> Finding:
     return Finding(OK, f"{text}, built for CPU", same=True)
 
 
-def megatron_core() -> Finding:
-    """Only the version that the project was tested with will do."""
-    return _verdict_of(environment.check_megatron_version, environment.TESTED_MEGATRON_CORE)
-
-
-def apex() -> Finding:
-    """NVIDIA's apex will do, and none; the package index has an unrelated project of that name."""
-    installed = importlib.util.find_spec("apex") is not None
-    return _verdict_of(environment.check_apex, "NVIDIA's" if installed else "not installed")
+def megatron() -> Finding:
+    """Megatron-core must be the tested version, and apex, if there is one, NVIDIA's."""
+    try:
+        environment.check_megatron_version()
+        environment.check_apex()
+    except ConfigurationError as error:
+        what, _, fix = str(error).rpartition(": ")
+        return Finding(FAILED, what, fix)
+    apex = "NVIDIA's" if importlib.util.find_spec("apex") else "no"
+    return Finding(OK, f"megatron-core {environment.TESTED_MEGATRON_CORE}, {apex} apex")
 
 
 def transformer_engine() -> Finding:
@@ -61,13 +61,3 @@ def transformer_engine() -> Finding:
         text = "without a CUDA device megatron-core takes layers and an Adam that need one"
         return Finding(WARNING, text, "to train on CPU, use an environment without it")
     return Finding(OK, "installed")
-
-
-def _verdict_of(check: Callable[[], None], text: str) -> Finding:
-    """Return the verdict of a check of the training script, whose errors end in `: fix`."""
-    try:
-        check()
-    except ConfigurationError as error:
-        what, _, fix = str(error).rpartition(": ")
-        return Finding(FAILED, what, fix)
-    return Finding(OK, text)
