@@ -23,28 +23,23 @@ def write_config(
     """Write config.json: what was asked for, what it resolved to, and with which software.
 
     Args:
-        run_dir: Where it goes.
+        run_dir: Its folder, which is there.
         args: Every argument as resolved.
         argv: The command line.
-        defaults: Every argument as nobody sets it.
+        defaults: What every argument is when nobody sets it.
     """
+    installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     config = {
         "command_line": [sys.argv[0], *argv],
         "platform": args.device,
         "world_size": args.world_size,
-        "versions": _versions(),
+        "versions": installed
+        | {"megatron_dion": megatron_dion.__version__, "python": platform.python_version()},
         "git_revision": git_revision(Path(megatron_dion.__file__).parent),
         "arguments": vars(args),
         "defaults": dict(defaults),
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=_plain) + "\n")
-
-
-def write_routing(run_dir: Path, table: str) -> None:
-    """Write routing.tsv: which optimizer each parameter went to, and why."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "routing.tsv", table)
 
 
 def git_revision(folder: Path) -> str | None:
@@ -64,14 +59,6 @@ def replace_file(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
-
-def _versions() -> dict[str, str]:
-    installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-    return installed | {
-        "megatron_dion": megatron_dion.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _plain(value: Any) -> Any:
@@ -95,10 +82,10 @@ class MetricsFile:
     def __init__(self, path: Path, iterations_done: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_metrics(path)
-        kept = [record for record in found if record["iteration"] <= iterations_done]
-        replace_file(path, "".join(_line(record) for record in kept))
-        self.dropped = len(found) - len(kept)
+        records = read_metrics(path)
+        earlier = [record for record in records if record["iteration"] <= iterations_done]
+        replace_file(path, "".join(_line(record) for record in earlier))
+        self.dropped = len(records) - len(earlier)
 
     def append(self, record: Record) -> None:
         """Add one line; it is on disk when the call returns."""

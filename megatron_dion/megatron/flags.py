@@ -1,0 +1,277 @@
+"""The flags that this project adds to Megatron's command line, made from dataclasses.
+
+Each field is a flag: its type, its default and the docstring below it are the flag's. The flags of
+`DionConfig` and `DionOptions` begin with `--dion-`.
+"""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NoReturn
+
+from megatron_dion.algorithm import DionConfig
+from megatron_dion.megatron.errors import ConfigurationError, refuse
+from megatron_dion.misspelt import with_suggestion
+from megatron_dion.optimizer.rules import SPLITS, RoutingRules
+
+# What Megatron's defaults have to become on CPU.
+CPU_DEFAULTS: dict[str, Any] = {
+    "distributed_backend": "gloo",  # nccl moves CUDA memory only
+    "transformer_impl": "local",  # Transformer Engine needs CUDA, and so do fused kernels
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "use_cpu_initialization": True,  # weights then do not depend on the tensor-parallel size
+    "async_strategy": "mcore",  # the default needs nvidia-resiliency-ext, which needs CUDA
+    "num_workers": 0,  # worker processes compete with the training for the same cores
+}
+
+# The same on a CUDA machine without Transformer Engine, which brings these fusions.
+PLAIN_TORCH_DEFAULTS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+# Flags that earlier versions had, and what to do instead.
+REMOVED = {
+    "--dion-orthonormalizer": "Dion has one orthonormalizer: leave the flag out",
+    "--dion-oversample": "Dion has one orthonormalizer, without a sketch: leave the flag out",
+    "--dion-right-factor": "the columns of right factors are normalized (colnorm): leave the flag "
+    "out, and add --dion-reinit-factors once where a checkpoint has orth",
+    "--fp8-emulation": "FP8 needs a GPU with Transformer Engine: leave the flag out",
+}
+
+
+def _split(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    unknown = sorted(set(names) - set(SPLITS))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{','.join(unknown)!r} is not one of {', '.join(SPLITS)}, none"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class DionOptions:
+    """What a run chooses about Dion beside the hyperparameters in `config`.
+
+    Raises:
+        ValueError: a value is outside of its range.
+    """
+
+    config: DionConfig = field(default_factory=DionConfig)
+
+    split: list[str] = field(
+        default_factory=lambda: ["qkv", "gate"],
+        metadata={
+            "argparse_meta": {"type": _split, "nargs": None, "metavar": f"{','.join(SPLITS)}|none"}
+        },
+    )
+    """fused weights whose matrices are updated one by one: query, key and value; gate and up
+    projection; each attention head"""
+
+    include: list[str] = field(default_factory=list)
+    """name patterns, as of file names, of 2-D parameters that Dion updates in any case"""
+
+    exclude: list[str] = field(default_factory=list)
+    """name patterns of parameters that the scalar optimizer updates in any case"""
+
+    scalar_optimizer: Literal["adam", "lion"] = "adam"
+    """optimizer of the parameters that are not matrices of linear layers"""
+
+    scalar_lr_mult: float = 1.0
+    """learning rate of the scalar optimizer, as a multiple of --lr"""
+
+    compressed_sync: bool = False
+    """average low-rank factors in place of gradients over the instances of
+    --num-distributed-optimizer-instances, where they are smaller"""
+
+    recenter_interval: int | None = None
+    """with --dion-compressed-sync, iterations after which the instances' momenta are replaced by
+    their mean"""
+
+    print_plan: bool = False
+    """print the plan of Dion's step on the first pipeline stage"""
+
+    log_interval: int | None = None
+    """log the diagnostics of the step of every N-th iteration, matrix by matrix"""
+
+    reinit_factors: bool = False
+    """load the momenta of a checkpoint, also with another rank or split, and begin the right
+    factors anew"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scalar_lr_mult < math.inf:
+            raise ValueError(
+                f"scalar_lr_mult must be positive and finite, not {self.scalar_lr_mult}"
+            )
+        for name in ("recenter_interval", "log_interval"):
+            interval = getattr(self, name)
+            if interval is not None and interval < 1:
+                raise ValueError(f"{name} must be at least 1 iteration, not {interval}")
+
+    @property
+    def rules(self) -> RoutingRules:
+        """Which parameters go to Dion, and as which matrices."""
+        return RoutingRules(frozenset(self.split), tuple(self.include), tuple(self.exclude))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run with any optimizer chooses."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """what to train on; auto is cuda where there is a CUDA device, else cpu"""
+
+    run_dir: str | None = None
+    """folder for config.json, routing.tsv, metrics.jsonl and loss.png"""
+
+    switch_optimizer: bool = False
+    """load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
+    optimizer's state begins anew"""
+
+    no_checkpoint_hashes: bool = False
+    """neither write nor compare the SHA-256 of checkpoint files"""
+
+
+# Of `DionConfig` and `DionOptions`, what has no flag here: --seed is Megatron's.
+_WITHOUT_FLAG = ("seed", "config", "orthonormalizer", "oversample", "right_factor")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the project's flags. Megatron must have been prepared for the device."""
+    for kind, prefix in ((DionConfig, "dion-"), (DionOptions, "dion-"), (RunOptions, "")):
+        _add_group(parser, kind, prefix)
+    for flag in REMOVED:
+        parser.add_argument(
+            flag, action=_Removed, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def extra_args_provider(
+    device: str,
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """Make the function that megatron.training calls with its parser.
+
+    Args:
+        device: `cuda` or `cpu`; on CPU, defaults change that have no meaning there.
+    """
+
+    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        _raise_instead_of_printing_usage(parser)
+        actions = {action.dest: action for action in parser._actions}
+        missing = {"optimizer", *CPU_DEFAULTS} - set(actions)
+        refuse(
+            f"this megatron-core has no argument {', '.join(sorted(missing))}: it is not the tested"
+            " version",
+            when=missing,
+        )
+        actions["optimizer"].choices = [*(actions["optimizer"].choices or ()), "dion"]
+        add_flags(parser)
+        _repair_help(parser)
+        has_engine = importlib.util.find_spec("transformer_engine") is not None
+        if device == "cpu" or not has_engine:
+            parser.set_defaults(**(CPU_DEFAULTS if device == "cpu" else PLAIN_TORCH_DEFAULTS))
+        return parser
+
+    return extend
+
+
+def default_arguments(device: str) -> dict[str, Any]:
+    """What each argument is when nobody sets it, before Megatron derives others from it."""
+    # Only now: importing it needs a platform, and the rest of this module none.
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return vars(extra_args_provider(device)(parser).parse_args([]))
+
+
+def dion_options(args: argparse.Namespace) -> DionOptions:
+    """Read what the parsed command line says of Dion.
+
+    Raises:
+        ConfigurationError: a value is outside of its range.
+    """
+    values = {
+        kind: {f.name: getattr(args, _dest(f.name)) for f in fields(kind) if _has_flag(f.name)}
+        for kind in (DionConfig, DionOptions)
+    }
+    try:
+        config = DionConfig(seed=args.seed, **values[DionConfig])
+        return DionOptions(config, **values[DionOptions])
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
+
+
+def given_dion_flags(args: argparse.Namespace) -> Iterator[str]:
+    """The flags of Dion that are not at their defaults, with their values."""
+    for defaults in (DionConfig(), DionOptions()):
+        for name in (f.name for f in fields(defaults) if _has_flag(f.name)):
+            value = getattr(args, _dest(name))
+            if value != getattr(defaults, name):
+                yield as_flag(_dest(name), value)
+
+
+def as_flag(name: str, value: object) -> str:
+    """An argument as it stands on the command line."""
+    flag = "--" + name.replace("_", "-")
+    return flag if value is True else f"{flag} {value}"
+
+
+def _has_flag(name: str) -> bool:
+    return name not in _WITHOUT_FLAG
+
+
+def _dest(name: str) -> str:
+    return f"dion_{name}"
+
+
+def _add_group(parser: argparse.ArgumentParser, kind: type[Any], prefix: str) -> None:
+    # Only now: importing megatron needs a platform.
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    factory = ArgumentGroupFactory(kind)
+    group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
+    for attribute in filter(lambda attribute: _has_flag(attribute.name), fields(kind)):
+        keywords = factory._build_argparse_kwargs_from_field(attribute)
+        [flag] = keywords.pop("arg_names")
+        keywords["dest"] = prefix.replace("-", "_") + attribute.name
+        group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
+
+
+class _Removed(argparse.Action):
+    """Refuses a flag that earlier versions had."""
+
+    def __call__(self, *args: Any, **options: Any) -> NoReturn:
+        [flag] = self.option_strings
+        raise ConfigurationError(f"{flag} was removed: {REMOVED[flag]}")
+
+
+def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
+    """Megatron's usage is hundreds of lines, and every process would print them."""
+
+    def error(message: str) -> NoReturn:
+        raise ConfigurationError(f"{with_suggestion(message, parser)} (see --help)")
+
+    setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Some of Megatron's help texts have a bare percent sign, on which --help breaks off."""
+    formatter = parser._get_formatter()
+    for action in (action for action in parser._actions if "%" in (action.help or "")):
+        try:
+            formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
