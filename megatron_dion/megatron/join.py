@@ -50,11 +50,11 @@ class Join:
 
     def install(self) -> None:
         """Stand between a script and the functions of megatron.training that it will call."""
-        patches.parse_args_with(self._parse)
-        patches.load_args_with(self._load_args)
-        patches.validate_args_with(self._validate)
-        patches.pretrain_with(self._pretrain)
-        patches.build_dion_with(self._build)
+        patches.wrap("parse_args", self._parse)
+        patches.wrap("load_args_from_checkpoint", self._load_args)
+        patches.wrap("validate_args", self._validate)
+        patches.wrap("pretrain", self._pretrain)
+        patches.wrap("get_megatron_optimizer", self._build)
         patches.use_packaged_dataset_helpers()
         patches.give_fault_tolerance_the_parsed_arguments()
 
@@ -144,10 +144,18 @@ class Join:
         with in_one_line("the model does not fit --dion-split, --dion-include"):
             return tag_matrices(model_chunks, self._options.rules)
 
-    def _build(self, config: Any, model_chunks: Any, **others: Any) -> Any:
-        """As megatron.training.training.get_megatron_optimizer, for Dion."""
+    def _build(
+        self, stock: Callable[..., Any], config: Any, model_chunks: Any, **others: Any
+    ) -> Any:
+        """As megatron.training.training.get_megatron_optimizer."""
         from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 
+        if config.optimizer != "dion":
+            return stock(config, model_chunks, **others)
+        refuse(
+            "--dump-param-to-param-group-map is not supported by --optimizer dion: leave it out",
+            when=others.pop("dump_param_to_param_group_map", None) is not None,
+        )
         args, options = get_args(), self._options
         with in_one_line("Dion refuses this run"):
             optimizer = get_megatron_dion_optimizer(
