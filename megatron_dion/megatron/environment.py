@@ -18,14 +18,15 @@ TESTED_MEGATRON_CORE = "0.19.2"
 
 def check_megatron_version() -> None:
     """The join with Megatron rests on details of one version."""
-    tested = f"megatron-core=={TESTED_MEGATRON_CORE}"
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigurationError(f"megatron-core is not installed: pip install {tested}") from error
+        raise ConfigurationError(
+            f"megatron-core is not installed: pip install megatron-core=={TESTED_MEGATRON_CORE}"
+        ) from error
     refuse(
         f"megatron-core {version} is installed, tested is {TESTED_MEGATRON_CORE}: pip install"
-        f" {tested}",
+        f" megatron-core=={TESTED_MEGATRON_CORE}",
         when=version != TESTED_MEGATRON_CORE,
     )
 

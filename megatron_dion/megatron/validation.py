@@ -135,10 +135,9 @@ def check_schedule(args: argparse.Namespace) -> None:
     )
     iterations = args.lr_decay_iters or args.train_iters
     refuse(
-        f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {iterations} "
-        "iterations of --lr-decay-iters or --train-iters: give fewer than those for"
-        " --lr-warmup-iters",
-        when=args.lr_warmup_fraction is None and iterations and args.lr_warmup_iters >= iterations,
+        f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of {iterations} iterations: give"
+        " fewer",
+        when=iterations and not args.lr_warmup_fraction and args.lr_warmup_iters >= iterations,
     )
     refuse(
         f"--eval-interval must be a number of iterations, not {args.eval_interval}: "
