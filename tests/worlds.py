@@ -17,7 +17,6 @@ All ranks are forked by the host, a process that has installed the CPU platform 
 for the whole process) and imported Megatron. The host is started by the first call.
 """
 
-import atexit
 import multiprocessing
 import os
 import pickle
@@ -92,7 +91,10 @@ def in_host(function: Function, *args: Any) -> Any:
 
 
 class _Host:
-    """The process that forks the ranks, as seen by the process of the tests."""
+    """The process that forks the ranks, as seen by the process of the tests.
+
+    It ends when its pipe closes; amid a call, the guardian of the tests ends it and the ranks.
+    """
 
     def __init__(self) -> None:
         self._end, other_end = multiprocessing.Pipe()
@@ -117,17 +119,10 @@ class _Host:
             raise RankError(value)
         return value
 
-    def close(self) -> None:
-        """End the host and, through it, all ranks."""
-        self._end.close()
-        self._process.wait()
-
 
 @cache
 def _host() -> _Host:
-    host = _Host()
-    atexit.register(host.close)
-    return host
+    return _Host()
 
 
 # --- in the host ------------------------------------------------------------------------------
@@ -265,6 +260,7 @@ def _leave_groups() -> None:
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
+        dist.barrier()  # a rank that left earlier would break the connections of the others
         dist.destroy_process_group()
 
 
