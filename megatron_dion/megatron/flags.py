@@ -144,10 +144,6 @@ class RunOptions:
     """neither write nor compare the SHA-256 of checkpoint files"""
 
 
-# Of `DionConfig` and `DionOptions`, what has no flag here: --seed is Megatron's.
-_WITHOUT_FLAG = ("seed", "config", "orthonormalizer", "oversample", "right_factor")
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the project's flags. Megatron must have been prepared for the device."""
     for kind, prefix in ((DionConfig, "dion-"), (DionOptions, "dion-"), (RunOptions, "")):
@@ -202,25 +198,25 @@ def dion_options(args: argparse.Namespace) -> DionOptions:
     Raises:
         ConfigurationError: a value is outside of its range.
     """
-    values = {
-        kind: {f.name: getattr(args, _dest(f.name)) for f in fields(kind) if _has_flag(f.name)}
-        for kind in (DionConfig, DionOptions)
-    }
     try:
-        config = DionConfig(seed=args.seed, **values[DionConfig])
-        return DionOptions(config, **values[DionOptions])
+        config = DionConfig(seed=args.seed, **_values(DionConfig, args))
+        return DionOptions(config, **_values(DionOptions, args))
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
 
 
+def _values(kind: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    names = [attribute.name for attribute in fields(kind)]
+    return {name: getattr(args, f"dion_{name}") for name in names if hasattr(args, f"dion_{name}")}
+
+
 def given_dion_flags(args: argparse.Namespace) -> Iterator[str]:
     """The flags of Dion that are not at their defaults, with their values."""
-    for defaults in (DionConfig(), DionOptions()):
-        for name in (f.name for f in fields(defaults) if _has_flag(f.name)):
-            value = getattr(args, _dest(name))
-            if value != getattr(defaults, name):
-                yield as_flag(_dest(name), value)
+    for kind in (DionConfig, DionOptions):
+        for name, value in _values(kind, args).items():
+            if value != getattr(kind(), name):
+                yield as_flag(f"dion_{name}", value)
 
 
 def as_flag(name: str, value: object) -> str:
@@ -229,21 +225,15 @@ def as_flag(name: str, value: object) -> str:
     return flag if value is True else f"{flag} {value}"
 
 
-def _has_flag(name: str) -> bool:
-    return name not in _WITHOUT_FLAG
-
-
-def _dest(name: str) -> str:
-    return f"dion_{name}"
-
-
 def _add_group(parser: argparse.ArgumentParser, kind: type[Any], prefix: str) -> None:
     # Only now: importing megatron needs a platform.
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     factory = ArgumentGroupFactory(kind)
     group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
-    for attribute in filter(lambda attribute: _has_flag(attribute.name), fields(kind)):
+    for attribute in fields(kind):
+        if attribute.name in ("seed", "config", "orthonormalizer", "oversample", "right_factor"):
+            continue  # --seed is Megatron's; `config` is a dataclass of its own
         keywords = factory._build_argparse_kwargs_from_field(attribute)
         [flag] = keywords.pop("arg_names")
         keywords["dest"] = prefix.replace("-", "_") + attribute.name

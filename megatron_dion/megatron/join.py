@@ -213,8 +213,9 @@ def validate_as_megatron(
 
 def _prepare_folders(args: argparse.Namespace) -> None:
     """Here, and not when the first checkpoint is due: that would cost the training before it."""
-    for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
-        if folder is None or args.enable_msc or args.rank not in (0, args.world_size - 1):
+    save = None if args.enable_msc else args.save  # the name of a place in an object store
+    for flag, folder in (("--save", save), ("--run-dir", args.run_dir)):
+        if folder is None or args.rank not in (0, args.world_size - 1):
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
