@@ -163,6 +163,7 @@ class Join:
             if args.run_dir is not None:
                 replace_file(Path(args.run_dir) / "routing.tsv", table.to_tsv())
             if options.print_plan:
+                say("plan of Dion's step on the first pipeline stage:")
                 say("\n".join(map(describe_plan, optimizer.layouts())))
         return optimizer
 

@@ -140,7 +140,9 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 
 def test_tracker_without_its_checkpoint_is_a_mistake(tmp_path: Path) -> None:
     track(tmp_path, "100")
-    with pytest.raises(CheckpointError, match="no checkpoint of format torch_dist beside it") as refusal:
+    with pytest.raises(
+        CheckpointError, match="no checkpoint of format torch_dist beside"
+    ) as refusal:
         folders.choose(tmp_path)
     assert not isinstance(refusal.value, NothingToLoad)
 
