@@ -56,13 +56,13 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
     return norms
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_error_names_the_parameter(nursery: Nursery, value: float) -> None:
     with pytest.raises(RankError, match=r"gradient is not finite: decoder\.layers\.\d+\."):
         nursery.run(4, train_with_fault, value, [*GRIDS["tp2-dp2"], NO_CHECK])
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", ["instances", pytest.param("tp2-dp2", marks=pytest.mark.slow)])
 def test_loss_scaler_skips_the_step(nursery: Nursery, tmp_path: Path, grid: str) -> None:
     argv = [*GRIDS[grid], *FP16]
     found = [*argv, "--run-dir", str(tmp_path / "found")]
