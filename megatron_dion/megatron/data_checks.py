@@ -135,11 +135,9 @@ def read_notes(prefix: str) -> dict[str, Any]:
     """
     path = Path(f"{prefix}.json")
     try:
-        notes = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON ({error}): {_HOW_TO_REMAKE}") from error
-    refuse(f"{path} is not a JSON object: {_HOW_TO_REMAKE}", when=not isinstance(notes, dict))
-    return dict(notes)
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is not a JSON object: {_HOW_TO_REMAKE}") from error
 
 
 def unigram_entropy(args: argparse.Namespace) -> float | None:

@@ -56,7 +56,6 @@ class Join:
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
         patches.use_packaged_dataset_helpers()
-        patches.give_fault_tolerance_the_parsed_arguments()
 
     def _parse(
         self, stock: Stock, extra_args: ParserHook | None = None, ignore_unknown_args: bool = False

@@ -9,13 +9,13 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import megatron.training
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
-from megatron.training import arguments, checkpointing, ft_integration, get_args, training
+from megatron.training import arguments, checkpointing, training
 
 from megatron_dion.megatron.errors import refuse
 
@@ -132,11 +132,3 @@ def use_packaged_dataset_helpers() -> None:
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
-
-
-def give_fault_tolerance_the_parsed_arguments() -> None:
-    """Keep Megatron from parsing the command line a second time, without the project's flags.
-
-    ft_integration.py:78 calls its own parser, before anything else in pretrain.
-    """
-    ft_integration.arguments = SimpleNamespace(parse_args=lambda ignore_unknown_args: get_args())
