@@ -103,6 +103,7 @@ class Join:
         """Once for each namespace: choosing changes it, and scripts may parse more than once."""
         if self._cares_for(args) and self._args_of_choice is not args:
             self._args_of_choice = args
+            validation.check_checkpoint_flags(args)
             self._choice = checkpoints.choose(args)
 
     def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
