@@ -25,8 +25,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "metadata.json"
 RELEASE = "release"
 
-_CHECKPOINT = re.compile(r"iter_(\d{7,})")
-_LEFTOVER = re.compile(r"(?:partial|replaced)_iter_(\d{7,})\.[0-9a-f]+")
+_NAME = re.compile(r"iter_(\d{7,})|(?:partial|replaced)_iter_(\d{7,})\.[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,9 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """The iteration that the name of a checkpoint has, complete or not; None if none."""
-    match = _CHECKPOINT.fullmatch(folder.name) or _LEFTOVER.fullmatch(folder.name)
-    return int(match[1]) if match else None
+    """The iteration in the name of a checkpoint, complete or not; None in any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1] or match[2]) if match else None
 
 
 def is_complete(folder: Path) -> bool:
@@ -77,9 +76,8 @@ def is_complete(folder: Path) -> bool:
 
 def complete_iterations(root: Path) -> list[int]:
     """The iterations of complete checkpoints, the latest first."""
-    names = (_CHECKPOINT.fullmatch(path.name) for path in root.iterdir())
-    iterations = sorted((int(match[1]) for match in names if match), reverse=True)
-    return [iteration for iteration in iterations if is_complete(folder_of(root, iteration))]
+    iterations = {n for path in root.iterdir() if (n := iteration_of(path)) is not None}
+    return sorted((n for n in iterations if is_complete(folder_of(root, n))), reverse=True)
 
 
 def unfinished(root: Path) -> list[Path]:
@@ -91,7 +89,11 @@ def unfinished(root: Path) -> list[Path]:
 
 def leftovers(root: Path) -> Iterator[Path]:
     """Folders that only a save in progress may have."""
-    return (path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name))
+    return (
+        path
+        for path in root.iterdir()
+        if _NAME.fullmatch(path.name) and not path.name.startswith("iter")
+    )
 
 
 def settle(root: Path) -> None:

@@ -11,19 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.agreement import gather, on_first_rank
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError, one_line
-
-# What a checkpoint has beside its tensors: an estimate, and nothing beside a large model.
-_OVERHEAD_BYTES = 1 << 20
 
 
 class Saver:
@@ -34,7 +27,7 @@ class Saver:
     Args:
         with_hashes: whether a checkpoint gets a manifest with the SHA-256 of its files.
         when_saved: called on rank 0 when a checkpoint is complete, with its folder, the bytes of
-            its tensors, and the seconds since the save began. A checkpoint that is written in the
+            its files, and the seconds since the save began. A checkpoint that is written in the
             background is noticed to be complete at the end of an iteration.
     """
 
@@ -65,7 +58,6 @@ class Saver:
         with _explained(target):
             partial = target.with_name(f"partial_{target.name}.{self._prepare(target.parent)}")
             on_first_rank(lambda: partial.mkdir(parents=True))
-            size = _check_space(state, partial)
             request = stock(
                 state,
                 str(partial),
@@ -78,6 +70,7 @@ class Saver:
 
             def finish() -> None:
                 _rename(partial, target)
+                size = sum(path.stat().st_size for path in target.iterdir())
                 self._when_saved(target, size, time.monotonic() - start)
 
             *steps, write_marker = request.finalize_fns
@@ -158,27 +151,6 @@ def _rename(partial: Path, target: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes a folder in which a process that outlived its run may still write."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_space(state: dict[str, Any], folder: Path) -> int:
-    """The bytes of all tensors; CheckpointError where the disk has no room for them."""
-    mine = sum(
-        value.data.numel() * value.data.element_size()
-        for value in nested_values(state)
-        if isinstance(value, ShardedTensor | ShardedTensorFactory)
-        and value.data is not None
-        and is_main_replica(value.replica_id)
-    )
-    total = torch.tensor([mine], device=torch.cuda.current_device())
-    dist.all_reduce(total)
-    needed = int(total.item()) + _OVERHEAD_BYTES
-
-    def check() -> None:
-        if shutil.disk_usage(folder).free < needed:
-            raise CheckpointError(f"it takes {needed / 1e6:.0f} MB")
-
-    on_first_rank(check)
-    return int(total.item())
 
 
 def _run(target: Path, step: Callable[[], None]) -> None:

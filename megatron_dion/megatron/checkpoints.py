@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.training import get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
@@ -21,11 +20,15 @@ from megatron_dion.megatron import patches
 from megatron_dion.megatron.progress import say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
-from megatron_dion.optimizer.record import Difference, Record
+from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.stored import record_of
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 _MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
+_ERRORS_OF_LOADING = (
+    *(AssertionError, KeyError, OSError, RuntimeError),
+    *(CheckpointException, CheckpointingException),
+)
 
 
 def choose(args: argparse.Namespace) -> Choice | None:
@@ -38,7 +41,7 @@ def choose(args: argparse.Namespace) -> Choice | None:
     Raises:
         CheckpointError: there is no complete checkpoint where there has to be one.
     """
-    if args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve():
+    if _saves_into(args, args.load):
         folders.settle(Path(args.load))
     choice = _look_for(args, "--load", args.load)
     if choice is None:
@@ -48,7 +51,9 @@ def choose(args: argparse.Namespace) -> Choice | None:
     args.pretrained_checkpoint = None
     if choice is not None:
         args.ckpt_step = choice.iteration
-        patches.read_tracker_with(choice.read_tracker)
+        patches.wrap(
+            "read_metadata", lambda stock, tracker: choice.read_tracker(tracker) or stock(tracker)
+        )
     return choice
 
 
@@ -58,8 +63,7 @@ def _look_for(args: argparse.Namespace, flag: str, root: str | None) -> Choice |
     try:
         choice = folders.choose(Path(root), args.ckpt_step)
     except NothingToLoad as error:
-        is_to_be_filled = args.save and Path(args.save).resolve() == Path(root).resolve()
-        if args.exit_on_missing_checkpoint or not is_to_be_filled:
+        if args.exit_on_missing_checkpoint or not _saves_into(args, root):
             raise CheckpointError(
                 f"{flag} {error}: correct the path, or leave {flag} out to start from random"
                 " weights"
@@ -69,6 +73,10 @@ def _look_for(args: argparse.Namespace, flag: str, root: str | None) -> Choice |
     for remark in choice.remarks:
         _say(args, f"{flag}: {remark}")
     return choice
+
+
+def _saves_into(args: argparse.Namespace, root: str | None) -> bool:
+    return bool(args.save and root) and Path(args.save).resolve() == Path(root or "").resolve()
 
 
 def use(choice: Choice | None, args: argparse.Namespace) -> None:
@@ -83,18 +91,14 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
                 " a filesystem that all of them share, and is another run saving into it?"
             )
 
-    def load(stock: Callable[..., Any], *positional: Any, **options: Any) -> Any:
-        assert choice is not None
-        return Loader(choice).load(stock, *positional, **options)
-
-    def saved(folder: Path, size: int, seconds: float) -> None:
+    def report(folder: Path, size: int, seconds: float) -> None:
         iteration = folders.iteration_of(folder)
         say(f"{folder}: saved iteration {iteration}, {size / 1e6:.1f} MB in {seconds:.1f} s")
 
     patches.when_optimizer_is_built(agree)
     if choice is not None:
-        patches.load_checkpoint_with(load)
-    patches.save_checkpoint_with(Saver(not args.no_checkpoint_hashes, saved).save)
+        patches.wrap("load_checkpoint", Loader(choice, args).load)
+    patches.wrap("save", Saver(not args.no_checkpoint_hashes, report).save)
 
 
 class Facts(NamedTuple):
@@ -108,38 +112,11 @@ class Facts(NamedTuple):
     hashes: hashes.Hashes | None  # of its files
 
 
-def _read_facts(folder: Path) -> Facts:
-    try:
-        contents = Contents(folder)
-        if damage := contents.damaged_files():
-            raise CheckpointError("; ".join(damage[:5]))
-        common = contents.common
-        scheduler = common.get("opt_param_scheduler")
-        return Facts(
-            optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-            record=record_of(common),
-            has_state="optimizer" in common,
-            sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
-            learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
-            hashes=hashes.read_manifest(folder),
-        )
-    except CheckpointError as error:
-        raise _unusable(folder, str(error)) from error
-
-
-def _unusable(folder: Path, reason: str) -> CheckpointError:
-    """Says what is wrong with a checkpoint, and which one is older."""
-    here = folders.iteration_of(folder) or 0
-    older = [number for number in folders.complete_iterations(folder.parent) if number < here]
-    advice = f"--ckpt-step {older[0]} takes an older one" if older else "there is no older one"
-    return CheckpointError(f"{folder} cannot be used: {reason}: {advice}")
-
-
 class Loader:
     """Stands before Megatron's `load_checkpoint`: looks at the checkpoint, then lets it load."""
 
-    def __init__(self, choice: Choice) -> None:
-        self._args = get_args()
+    def __init__(self, choice: Choice, args: argparse.Namespace) -> None:
+        self._args = args
         self._choice = choice
         self._folder = choice.folder
 
@@ -151,14 +128,43 @@ class Loader:
         Raises:
             CheckpointError: on all ranks, before anything has been loaded where it can be known.
         """
-        facts = on_first_rank(lambda: _read_facts(self._folder))
+        facts = on_first_rank(self._read_facts)
         self._verify(facts)
-        if optimizer is not None and self._takes_optimizer():
-            optimizer = self._prepared(optimizer, facts)
+        args = self._args
+        if optimizer is not None and not args.finetune and self._choice.iteration is not None:
+            if args.no_load_optim:
+                self._say("--no-load-optim: all optimizer state begins anew")
+            else:
+                optimizer = self._prepare(optimizer, facts)
         with explained(self._folder):
             result = stock(model, optimizer, *others, **options)
         self._say("loaded")
         return result
+
+    def _read_facts(self) -> Facts:
+        try:
+            contents = Contents(self._folder)
+            if damage := contents.damaged_files():
+                raise CheckpointError("; ".join(damage[:5]))
+            common = contents.common
+            scheduler = common.get("opt_param_scheduler")
+            return Facts(
+                optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
+                record=record_of(common),
+                has_state="optimizer" in common,
+                sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
+                learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
+                hashes=hashes.read_manifest(self._folder),
+            )
+        except CheckpointError as error:
+            raise self._unusable(str(error)) from error
+
+    def _unusable(self, reason: str) -> CheckpointError:
+        """Says what is wrong with the checkpoint, and which one is older."""
+        complete = folders.complete_iterations(self._choice.root)
+        older = [number for number in complete if number < (self._choice.iteration or 0)]
+        advice = f"--ckpt-step {older[0]} takes an older one" if older else "there is no older one"
+        return CheckpointError(f"{self._folder} cannot be used: {reason}: {advice}")
 
     def _verify(self, facts: Facts) -> None:
         """Compares the files with their hashes; each rank takes some."""
@@ -169,17 +175,10 @@ class Loader:
         names = sorted(facts.hashes)[dist.get_rank() :: dist.get_world_size()]
         mine = hashes.damage(self._folder, {name: facts.hashes[name] for name in names})
         if damage := gather(mine):
-            raise _unusable(self._folder, "; ".join(damage[:5]))
+            raise self._unusable("; ".join(damage[:5]))
 
-    def _takes_optimizer(self) -> bool:
-        if self._args.finetune or self._choice.iteration is None:
-            return False
-        if self._args.no_load_optim:
-            self._say("--no-load-optim: all optimizer state begins anew")
-        return not self._args.no_load_optim
-
-    def _prepared(self, optimizer: Any, facts: Facts) -> Any:
-        """The optimizer, told what the checkpoint has for it.
+    def _prepare(self, optimizer: Any, facts: Facts) -> Any:
+        """Tells the optimizer what the checkpoint has for it; returns the optimizer to load into.
 
         Raises:
             CheckpointError: the checkpoint is of a run that cannot go on as this one.
@@ -193,48 +192,64 @@ class Loader:
             if facts.record is None:
                 return optimizer  # Megatron's own affair
             try:
-                return MastersOnly(optimizer, self._switched(facts, keeps_scalars=False))
+                return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
             except ValueError as error:
                 raise CheckpointError(f"--switch-optimizer: {error}") from error
-        if facts.record is None:
-            keeps_scalars = optimizer.record.scalar_optimizer == facts.optimizer
-            optimizer.load_from(self._switched(facts, keeps_scalars))
+        if facts.record is not None:
+            source = self._go_on(optimizer.record, facts.record)
         else:
-            optimizer.load_from(self._same_optimizer(optimizer.record, facts.record))
+            source = self._switch(facts, optimizer.record.scalar_optimizer == facts.optimizer)
+        optimizer.load_from(source)
         return optimizer
 
-    def _same_optimizer(self, here: Record, saved: Record) -> Source:
-        differences, reinit = saved.differences(here), self._args.dion_reinit_factors
-        if differences.routes:
+    def _check_learning_rates(self, facts: Facts) -> None:
+        """Megatron would take those of the command line in spite of the flag."""
+        here, saved = (self._args.lr, self._args.min_lr), facts.learning_rates
+        if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
             raise CheckpointError(
-                f"{self._folder}: {_listed(differences.routes)}: with other routes the state has"
-                " another owner; use the saved values"
+                f"--use-checkpoint-opt-param-scheduler: {self._folder} has --lr {saved[0]} --min-lr"
+                f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
+                " --override-opt-param-scheduler"
             )
-        if differences.factors and not reinit:
+
+    def _go_on(self, here: Record, saved: Record) -> Source:
+        """What a run of Dion takes from a checkpoint of Dion's."""
+        differences, begins_anew = saved.differences(here), self._args.dion_reinit_factors
+        routes, factors, scalars, free = (
+            "; ".join(map(str, kind))
+            for kind in (
+                *(differences.routes, differences.factors),
+                *(differences.scalars, differences.free),
+            )
+        )
+        if routes:
             raise CheckpointError(
-                f"{self._folder}: {_listed(differences.factors)}: use the saved values, or"
-                " --dion-reinit-factors to keep momenta and begin the right factors anew"
+                f"{self._folder}: {routes}: with other routes the state has another owner; use the"
+                " saved values"
             )
-        if differences.scalars and not self._args.switch_optimizer:
+        if factors and not begins_anew:
             raise CheckpointError(
-                f"{self._folder}: {_listed(differences.scalars)}: use the saved one, or"
-                " --switch-optimizer to begin the state of these parameters anew"
+                f"{self._folder}: {factors}: use the saved values, or --dion-reinit-factors to keep"
+                " momenta and begin the right factors anew"
             )
-        if reinit:
-            cause = _listed(differences.factors) or "same hyperparameters"
+        if scalars and not self._args.switch_optimizer:
+            raise CheckpointError(
+                f"{self._folder}: {scalars}: use the saved one, or --switch-optimizer to begin the"
+                " state of these parameters anew"
+            )
+        if begins_anew:
+            cause = factors or "same hyperparameters"
             self._say(f"right factors begin anew, momenta are kept: {cause}")
-        if differences.scalars:
-            self._say(f"state of scalar parameters begins anew: {_listed(differences.scalars)}")
-        if differences.free:
-            self._say(f"changed since it was saved: {_listed(differences.free)}")
+        if scalars:
+            self._say(f"state of scalar parameters begins anew: {scalars}")
+        if free:
+            self._say(f"changed since it was saved: {free}")
         return Source(
-            saved.rules,
-            momentum=True,
-            right_factors=not reinit,
-            scalars=not differences.scalars,
+            saved.rules, momentum=True, right_factors=not begins_anew, scalars=not scalars
         )
 
-    def _switched(self, facts: Facts, keeps_scalars: bool) -> Source:
+    def _switch(self, facts: Facts, keeps_scalars: bool) -> Source:
+        """What a run takes from a checkpoint of the other optimizer."""
         here, saved = self._args.optimizer, "dion" if facts.record else facts.optimizer
         if not self._args.switch_optimizer:
             raise CheckpointError(
@@ -260,16 +275,6 @@ class Loader:
         rules = facts.record.rules if facts.record else None
         return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
 
-    def _check_learning_rates(self, facts: Facts) -> None:
-        """Megatron would take those of the command line in spite of the flag."""
-        here, saved = (self._args.lr, self._args.min_lr), facts.learning_rates
-        if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
-            raise CheckpointError(
-                f"--use-checkpoint-opt-param-scheduler: {self._folder} has --lr {saved[0]} --min-lr"
-                f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
-                " --override-opt-param-scheduler"
-            )
-
     def _say(self, line: str) -> None:
         _say(self._args, f"{self._folder}: {line}")
 
@@ -284,20 +289,12 @@ def explained(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while Megatron loads into one line."""
     try:
         yield
-    except (
-        *(AssertionError, CheckpointException, CheckpointingException),
-        *(KeyError, OSError, RuntimeError),
-    ) as error:
+    except _ERRORS_OF_LOADING as error:
         hint = (
             ": --override-opt-param-scheduler takes the command line's, "
             "--use-checkpoint-opt-param-scheduler the checkpoint's"
-            if "OptimizerParamScheduler" in str(error)
-            else ""
         )
         raise CheckpointError(
-            f"{folder} cannot be loaded into this run: {one_line(error)}{hint}"
+            f"{folder} cannot be loaded into this run: {one_line(error)}"
+            f"{hint if 'OptimizerParamScheduler' in str(error) else ''}"
         ) from error
-
-
-def _listed(differences: tuple[Difference, ...]) -> str:
-    return "; ".join(map(str, differences))

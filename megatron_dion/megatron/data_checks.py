@@ -9,45 +9,28 @@ from typing import Any
 import numpy as np
 
 from megatron_dion.checkpointing.hashes import hash_file
-from megatron_dion.megatron.errors import ConfigurationError, refuse
+from megatron_dion.megatron.errors import ConfigurationError, in_one_line, refuse
 
 _HOW_TO_REMAKE = "write the data again with megatron-dion data preprocess"
-_TOKENIZERS_FROM_A_FILE = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "TikTokenizer",
-)
 _SPLITS = ("training", "validation", "test")
 # Of each dataset; more would delay the start of a run.
 _TOKENS_CHECKED = 2**27
 
 
-def check_tokenizer(args: argparse.Namespace) -> None:
-    """The tokenizer is named, and its model is a file."""
-    refuse(
-        "--tokenizer-type is missing: name the tokenizer that made the data, for example "
-        "SentencePieceTokenizer with --tokenizer-model FILE",
-        when=args.tokenizer_type is None,
-    )
-    has_file = args.tokenizer_model is not None and Path(args.tokenizer_model).is_file()
-    refuse(
-        f"--tokenizer-model {args.tokenizer_model} is not a file, which --tokenizer-type "
-        f"{args.tokenizer_type} needs: give the path of the tokenizer's model",
-        when=args.tokenizer_type in _TOKENIZERS_FROM_A_FILE and not has_file,
-    )
-
-
 def check_data(args: argparse.Namespace) -> None:
     """There are data, their files are whole, and the tokenizer is the one that made them."""
     prefixes = data_prefixes(args)
-    if args.mock_data:
-        refuse(
-            f"--mock-data does not go with the data {', '.join(prefixes)}: leave out one of them",
-            when=prefixes,
-        )
-        return
-    refuse("no data: give --data-path PREFIX, or --mock-data to try things", when=not prefixes)
+    refuse(
+        f"--mock-data does not go with the data {', '.join(prefixes)}: leave out one of them",
+        when=args.mock_data and prefixes,
+    )
+    refuse(
+        "no data: give --data-path PREFIX, or --mock-data to try things",
+        when=not (args.mock_data or prefixes),
+    )
+    refuse(
+        "--tokenizer-type is missing: name the one that made the data", when=not args.tokenizer_type
+    )
     for prefix in prefixes:
         open_data(prefix)
         check_made_with_this_tokenizer(args, prefix)
@@ -62,11 +45,11 @@ def check_made_with_this_tokenizer(args: argparse.Namespace, prefix: str) -> Non
         f"{made_with}: use that, or make the data again",
         when=made_with != args.tokenizer_type,
     )
-    noted = notes.get("tokenizer_model_sha256")
+    noted, model = notes.get("tokenizer_model_sha256"), Path(args.tokenizer_model or "")
     refuse(
         f"--tokenizer-model {args.tokenizer_model} is not the tokenizer with which the data "
         f"{prefix} were made (its sha256 is not {noted}): use that one, or make the data again",
-        when=noted and args.tokenizer_model and hash_file(Path(args.tokenizer_model)) != noted,
+        when=noted and model.is_file() and hash_file(model) != noted,
     )
 
 
@@ -152,11 +135,9 @@ def read_notes(prefix: str) -> dict[str, Any]:
     """
     path = Path(f"{prefix}.json")
     try:
-        notes = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON ({error}): {_HOW_TO_REMAKE}") from error
-    refuse(f"{path} is not a JSON object: {_HOW_TO_REMAKE}", when=not isinstance(notes, dict))
-    return dict(notes)
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is not a JSON object: {_HOW_TO_REMAKE}") from error
 
 
 def unigram_entropy(args: argparse.Namespace) -> float | None:
@@ -175,11 +156,6 @@ def _blends(args: argparse.Namespace) -> list[list[str]]:
     """The datasets' paths: of training first, then of what has data of its own."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    for name in ("data_args_path", "per_split_data_args_path"):
-        path = getattr(args, name)
-        refuse(
-            f"--{name.replace('_', '-')} {path} is not a file: give the path of the list",
-            when=path is not None and not Path(path).is_file(),
-        )
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    with in_one_line("--data-args-path, --per-split-data-args-path"):
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
     return [one[0] if one else [] for one in blend_per_split or [blend]]

@@ -25,8 +25,8 @@ def check_megatron_version() -> None:
             f"megatron-core is not installed: pip install megatron-core=={TESTED_MEGATRON_CORE}"
         ) from error
     refuse(
-        f"megatron-core {version} is installed, tested is {TESTED_MEGATRON_CORE}: "
-        f"pip install megatron-core=={TESTED_MEGATRON_CORE}",
+        f"megatron-core {version} is installed, tested is {TESTED_MEGATRON_CORE}: pip install"
+        f" megatron-core=={TESTED_MEGATRON_CORE}",
         when=version != TESTED_MEGATRON_CORE,
     )
 
@@ -35,11 +35,10 @@ def check_apex() -> None:
     """A web toolkit of the same name as NVIDIA's apex makes Megatron fail in odd places."""
     spec = importlib.util.find_spec("apex")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
-    is_nvidias = any((folder / "multi_tensor_apply").is_dir() for folder in folders)
     refuse(
         "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
         "pip uninstall apex",
-        when=spec is not None and not is_nvidias,
+        when=spec and not any((folder / "multi_tensor_apply").is_dir() for folder in folders),
     )
 
 
@@ -58,11 +57,10 @@ def check_imported_version() -> None:
 
 def check_megatron_is_not_imported() -> None:
     """Names that a script has imported from megatron cannot be replaced in it any more."""
-    early = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
     refuse(
-        f"{' and '.join(early)} has been imported already: call megatron_dion.install() before the "
-        "first import of megatron, or start the script by `python -m megatron_dion.run`",
-        when=early,
+        "megatron has been imported already: call megatron_dion.install() before the first import "
+        "of megatron, or start the script by `python -m megatron_dion.run`",
+        when=sys.modules.keys() & {"megatron.core", "megatron.training"},
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
 from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import check_fields, checked
 from megatron_dion.megatron.errors import ConfigurationError, refuse
 from megatron_dion.misspelt import with_suggestion
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
@@ -61,6 +62,10 @@ def _split(text: str) -> list[str]:
     return names
 
 
+def _is_interval(iterations: int | None) -> bool:
+    return iterations is None or iterations >= 1
+
+
 @dataclass(frozen=True)
 class DionOptions:
     """What a run chooses about Dion beside the hyperparameters in `config`.
@@ -77,48 +82,41 @@ class DionOptions:
             "argparse_meta": {"type": _split, "nargs": None, "metavar": f"{','.join(SPLITS)}|none"}
         },
     )
-    """fused weights whose matrices are updated one by one: query, key and value; gate and up
-    projection; each attention head"""
+    """Update the matrices of these fused weights one by one: query, key and value; gate and up
+    projection; each attention head."""
 
     include: list[str] = field(default_factory=list)
-    """name patterns, as of file names, of 2-D parameters that Dion updates in any case"""
+    """Name patterns, as of file names, of 2-D parameters that Dion updates in any case."""
 
     exclude: list[str] = field(default_factory=list)
-    """name patterns of parameters that the scalar optimizer updates in any case"""
+    """Name patterns of parameters that the scalar optimizer updates in any case."""
 
     scalar_optimizer: Literal["adam", "lion"] = "adam"
-    """optimizer of the parameters that are not matrices of linear layers"""
+    """Optimizer of the parameters that are not matrices of linear layers."""
 
-    scalar_lr_mult: float = 1.0
-    """learning rate of the scalar optimizer, as a multiple of --lr"""
+    scalar_lr_mult: float = checked(1.0, lambda x: 0 < x < math.inf, "positive and finite")
+    """Learning rate of the scalar optimizer, as a multiple of --lr."""
 
     compressed_sync: bool = False
-    """average low-rank factors in place of gradients over the instances of
-    --num-distributed-optimizer-instances, where they are smaller"""
+    """Average low-rank factors in place of gradients over the instances of
+    --num-distributed-optimizer-instances, where the factors are smaller."""
 
-    recenter_interval: int | None = None
-    """with --dion-compressed-sync, iterations after which the instances' momenta are replaced by
-    their mean"""
+    recenter_interval: int | None = checked(None, _is_interval, "at least 1")
+    """With --dion-compressed-sync, replace momenta by their mean over the instances every N
+    iterations."""
 
     print_plan: bool = False
-    """print the plan of Dion's step on the first pipeline stage"""
+    """Print the plan of Dion's step on the first pipeline stage."""
 
-    log_interval: int | None = None
-    """log the diagnostics of the step of every N-th iteration, matrix by matrix"""
+    log_interval: int | None = checked(None, _is_interval, "at least 1")
+    """Log the diagnostics of the step of every N-th iteration, matrix by matrix."""
 
     reinit_factors: bool = False
-    """load the momenta of a checkpoint, also with another rank or split, and begin the right
-    factors anew"""
+    """Load the momenta of a checkpoint, also with another rank or split, and begin the right
+    factors anew."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scalar_lr_mult < math.inf:
-            raise ValueError(
-                f"scalar_lr_mult must be positive and finite, not {self.scalar_lr_mult}"
-            )
-        for name in ("recenter_interval", "log_interval"):
-            interval = getattr(self, name)
-            if interval is not None and interval < 1:
-                raise ValueError(f"{name} must be at least 1 iteration, not {interval}")
+        check_fields(self)
 
     @property
     def rules(self) -> RoutingRules:
@@ -131,21 +129,17 @@ class RunOptions:
     """What a run with any optimizer chooses."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """what to train on; auto is cuda where there is a CUDA device, else cpu"""
+    """What to train on; auto is cuda where there is a CUDA device, else cpu."""
 
     run_dir: str | None = None
-    """folder for config.json, routing.tsv, metrics.jsonl and loss.png"""
+    """Folder for config.json, routing.tsv, metrics.jsonl and loss.png."""
 
     switch_optimizer: bool = False
-    """load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
-    optimizer's state begins anew"""
+    """Load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
+    optimizer's state begins anew."""
 
     no_checkpoint_hashes: bool = False
-    """neither write nor compare the SHA-256 of checkpoint files"""
-
-
-# Of `DionConfig` and `DionOptions`, what has no flag here: --seed is Megatron's.
-_WITHOUT_FLAG = ("seed", "config", "orthonormalizer", "oversample", "right_factor")
+    """Neither write nor compare the SHA-256 of checkpoint files."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -202,25 +196,25 @@ def dion_options(args: argparse.Namespace) -> DionOptions:
     Raises:
         ConfigurationError: a value is outside of its range.
     """
-    values = {
-        kind: {f.name: getattr(args, _dest(f.name)) for f in fields(kind) if _has_flag(f.name)}
-        for kind in (DionConfig, DionOptions)
-    }
     try:
-        config = DionConfig(seed=args.seed, **values[DionConfig])
-        return DionOptions(config, **values[DionOptions])
+        config = DionConfig(seed=args.seed, **_values(DionConfig, args))
+        return DionOptions(config, **_values(DionOptions, args))
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
 
 
+def _values(kind: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    names = [attribute.name for attribute in fields(kind)]
+    return {name: getattr(args, f"dion_{name}") for name in names if hasattr(args, f"dion_{name}")}
+
+
 def given_dion_flags(args: argparse.Namespace) -> Iterator[str]:
     """The flags of Dion that are not at their defaults, with their values."""
-    for defaults in (DionConfig(), DionOptions()):
-        for name in (f.name for f in fields(defaults) if _has_flag(f.name)):
-            value = getattr(args, _dest(name))
-            if value != getattr(defaults, name):
-                yield as_flag(_dest(name), value)
+    for kind in (DionConfig, DionOptions):
+        for name, value in _values(kind, args).items():
+            if value != getattr(kind(), name):
+                yield as_flag(f"dion_{name}", value)
 
 
 def as_flag(name: str, value: object) -> str:
@@ -229,21 +223,15 @@ def as_flag(name: str, value: object) -> str:
     return flag if value is True else f"{flag} {value}"
 
 
-def _has_flag(name: str) -> bool:
-    return name not in _WITHOUT_FLAG
-
-
-def _dest(name: str) -> str:
-    return f"dion_{name}"
-
-
 def _add_group(parser: argparse.ArgumentParser, kind: type[Any], prefix: str) -> None:
     # Only now: importing megatron needs a platform.
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     factory = ArgumentGroupFactory(kind)
     group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
-    for attribute in filter(lambda attribute: _has_flag(attribute.name), fields(kind)):
+    for attribute in fields(kind):
+        if attribute.name in ("seed", "config"):
+            continue  # --seed is Megatron's; `config` is a dataclass of its own
         keywords = factory._build_argparse_kwargs_from_field(attribute)
         [flag] = keywords.pop("arg_names")
         keywords["dest"] = prefix.replace("-", "_") + attribute.name

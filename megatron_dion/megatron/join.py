@@ -27,7 +27,7 @@ from megatron_dion.megatron.recorder import Recorder
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.sharding import describe_plan
 
-Hook = Callable[[Any], Any]
+Stock = patches.Stock
 ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
@@ -50,23 +50,19 @@ class Join:
 
     def install(self) -> None:
         """Stand between a script and the functions of megatron.training that it will call."""
-        patches.parse_args_with(self._parse)
-        patches.load_args_with(self._load_args)
-        patches.validate_args_with(self._validate)
-        patches.pretrain_with(self._pretrain)
-        patches.build_dion_with(self._build)
+        patches.wrap("parse_args", self._parse)
+        patches.wrap("load_args_from_checkpoint", self._load_args)
+        patches.wrap("validate_args", self._validate)
+        patches.wrap("pretrain", self._pretrain)
+        patches.wrap("get_megatron_optimizer", self._build)
         patches.use_packaged_dataset_helpers()
-        patches.give_fault_tolerance_the_parsed_arguments()
 
     def _parse(
-        self,
-        stock: Callable[..., argparse.Namespace],
-        extra_args: ParserHook | None = None,
-        ignore_unknown_args: bool = False,
+        self, stock: Stock, extra_args: ParserHook | None = None, ignore_unknown_args: bool = False
     ) -> argparse.Namespace:
         """As megatron.training.arguments.parse_args, with our flags beside the script's own."""
         extend = extra_args_provider(self._device)
-        args = stock(
+        args: argparse.Namespace = stock(
             lambda parser: extend(extra_args(parser) if extra_args else parser), ignore_unknown_args
         )
         refuse(
@@ -77,22 +73,17 @@ class Join:
         args.device = self._device
         return args
 
-    def _load_args(
-        self, stock: Callable[..., Any], args: argparse.Namespace, *others: Any, **options: Any
-    ) -> Any:
+    def _load_args(self, stock: Stock, args: argparse.Namespace, *more: Any, **options: Any) -> Any:
         """As megatron.training.checkpointing.load_args_from_checkpoint."""
         self._choose_checkpoint(args)
         if not self._cares_for(args):
-            return stock(args, *others, **options)
+            return stock(args, *more, **options)
         with checkpoints.explained(self._choice.folder if self._choice else Path(args.load or ".")):
-            return stock(args, *others, **options)
+            return stock(args, *more, **options)
 
     def _validate(
-        self,
-        stock: Callable[..., argparse.Namespace],
-        args: argparse.Namespace,
-        defaults: dict[str, Any] | None = None,
-    ) -> argparse.Namespace:
+        self, stock: Stock, args: argparse.Namespace, defaults: dict[str, Any] | None = None
+    ) -> Any:
         """As megatron.training.arguments.validate_args, with our checks around it."""
         self._choose_checkpoint(args)
         given = {name: value for name, value in vars(args).items() if value is not None}
@@ -112,11 +103,10 @@ class Join:
         """Once for each namespace: choosing changes it, and scripts may parse more than once."""
         if self._cares_for(args) and self._args_of_choice is not args:
             self._args_of_choice = args
+            validation.check_checkpoint_flags(args)
             self._choice = checkpoints.choose(args)
 
-    def _pretrain(
-        self, stock: Callable[..., Any], config: Any, *others: Any, **options: Any
-    ) -> Any:
+    def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
         """As megatron.training.pretrain."""
         refuse("pretrain is called a second time in this process", when=self._has_begun)
         self._has_begun = True
@@ -128,10 +118,9 @@ class Join:
         if args.optimizer == "dion":
             if config.model is not None:
                 config.model.pre_wrap_hooks.append(self._tag)
-            if call.arguments.get("model_provider") is not None:  # by position or by name
-                call.arguments["model_provider"] = _hooked(
-                    call.arguments["model_provider"], self._tag
-                )
+            provider = call.arguments.get("model_provider")  # given by position or by name
+            if provider is not None:
+                call.arguments["model_provider"] = _hooked(provider, self._tag)
         if self._cares_for(args):
             checkpoints.use(self._choice, args)
         with self._recording(args):
@@ -144,10 +133,16 @@ class Join:
         with in_one_line("the model does not fit --dion-split, --dion-include"):
             return tag_matrices(model_chunks, self._options.rules)
 
-    def _build(self, config: Any, model_chunks: Any, **others: Any) -> Any:
-        """As megatron.training.training.get_megatron_optimizer, for Dion."""
+    def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
+        """As megatron.training.training.get_megatron_optimizer."""
         from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 
+        if config.optimizer != "dion":
+            return stock(config, model_chunks, **others)
+        refuse(
+            "--dump-param-to-param-group-map is not supported by --optimizer dion: leave it out",
+            when=others.pop("dump_param_to_param_group_map", None) is not None,
+        )
         args, options = get_args(), self._options
         with in_one_line("Dion refuses this run"):
             optimizer = get_megatron_dion_optimizer(
@@ -168,6 +163,7 @@ class Join:
             if args.run_dir is not None:
                 replace_file(Path(args.run_dir) / "routing.tsv", table.to_tsv())
             if options.print_plan:
+                say("plan of Dion's step on the first pipeline stage:")
                 say("\n".join(map(describe_plan, optimizer.layouts())))
         return optimizer
 
@@ -205,8 +201,9 @@ def validate_as_megatron(
 
 def _prepare_folders(args: argparse.Namespace) -> None:
     """Here, and not when the first checkpoint is due: that would cost the training before it."""
-    for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
-        if folder is None or args.enable_msc or args.rank not in (0, args.world_size - 1):
+    save = None if args.enable_msc else args.save  # the name of a place in an object store
+    for flag, folder in (("--save", save), ("--run-dir", args.run_dir)):
+        if folder is None or args.rank not in (0, args.world_size - 1):
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -224,7 +221,7 @@ def _prepare_folders(args: argparse.Namespace) -> None:
             write_config(Path(args.run_dir), args, sys.argv[1:], default_arguments(args.device))
 
 
-def _hooked(model_provider: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def _hooked(model_provider: Callable[..., Any], hook: Callable[[Any], Any]) -> Callable[..., Any]:
     """A model provider has no hooks; what it returns is one chunk."""
 
     @wraps(model_provider)

@@ -4,7 +4,6 @@ import argparse
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,24 +41,6 @@ _SIZES = (
 )
 
 
-@dataclass
-class _Speed:
-    """Tokens, and seconds of training steps alone, without evaluations and checkpoints."""
-
-    iterations: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self.iterations += 1
-        self.tokens += tokens
-        self.seconds += seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
 class Recorder:
     """Listens to megatron's training loop through `patches`, and writes what it hears."""
 
@@ -72,7 +53,9 @@ class Recorder:
         self._optimizer_time = Stopwatch()
         self._start_time = self._picture_time = time.monotonic()
         self._tokens_before_step = 0
-        self._whole, self._interval = _Speed(), _Speed()
+        # Tokens, and seconds of training steps alone, without evaluations and checkpoints.
+        self._recent: deque[tuple[int, float]] = deque(maxlen=args.log_interval)
+        self._iterations = 0  # of this start of the run
         self._training: Record | None = None
         self._validation: Record | None = None
         self._last_losses: deque[float] = deque(maxlen=_ITERATIONS_OF_FINAL_LOSS)
@@ -106,7 +89,7 @@ class Recorder:
         optimizer.step = timed_step
 
     def _time_step(self, step: Callable[[], Any]) -> Any:
-        if self._whole.iterations == 0:
+        if self._iterations == 0:
             self._start_time = time.monotonic()
         self._tokens_before_step = _tokens_so_far()
         with self._step_time.running():
@@ -129,16 +112,19 @@ class Recorder:
         self._append(record, iterations_done=iteration - 1)
         if record["lm_loss"] is not None:
             self._last_losses.append(record["lm_loss"])
-        for speed in (self._whole, self._interval):
-            speed.add(record["tokens"] - self._tokens_before_step, record["iteration_seconds"])
+        tokens = record["tokens"] - self._tokens_before_step
+        self._recent.append((tokens, record["iteration_seconds"]))
+        self._iterations += 1
         if iteration % self._log_interval == 0:
             # A run whose length is given in samples learns its iterations after its start.
             train_iters = get_args().train_iters
-            seconds = (time.monotonic() - self._start_time) / self._whole.iterations
-            left = seconds * (train_iters - iteration)
-            rate = self._interval.tokens_per_second
-            say(progress_line(record, train_iters, self._validation, rate, left))
-            self._interval = _Speed()
+            seconds = (time.monotonic() - self._start_time) / self._iterations
+            left, speed = seconds * (train_iters - iteration), self._tokens_per_second()
+            say(progress_line(record, train_iters, self._validation, speed, left))
+
+    def _tokens_per_second(self) -> float:
+        tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
+        return tokens / seconds if seconds else 0.0
 
     def _on_evaluation(self, prefix: str, iteration: int, losses: dict[str, Any]) -> None:
         if LOSS_NAME not in losses:
@@ -200,7 +186,7 @@ class Recorder:
             f"loss {mean}",
             describe_validation(self._validation),
             f"{human_count(last['tokens'])} tokens",
-            f"{human_count(self._whole.tokens_per_second)} tokens/s",
+            f"{human_count(self._tokens_per_second())} tokens/s",
             human_duration(time.monotonic() - self._start_time),
             "" if entropy is None else f"unigram entropy of the corpus {entropy:.4f}",
             "" if self._run_dir is None else f"run directory {self._run_dir}",

@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 
-from megatron_dion.megatron.data_checks import check_data, check_splits, check_tokenizer
+from megatron_dion.megatron.data_checks import check_data, check_splits
 from megatron_dion.megatron.errors import refuse
 from megatron_dion.megatron.flags import as_flag, dion_options, given_dion_flags
 
@@ -103,43 +103,26 @@ def check_diagnostics(args: argparse.Namespace) -> None:
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
-    """Megatron's plain-torch layers know multi-latent attention in part only.
+    """Megatron's plain-torch multi-latent attention loses gradients with tensor parallelism.
 
-    Its DotProductAttention does not take values of another width than keys; the CPU platform helps.
-    With tensor parallelism, the rows of `linear_kv_down_proj` that make the rotary key get the
-    gradient of one rank's heads (core/transformer/multi_latent_attention.py:739 gathers them and
-    its backward pass sums nothing).
+    Rows of `linear_kv_down_proj` that make the rotary key get the gradient of one rank's heads
+    (core/transformer/multi_latent_attention.py:739 gathers them; its backward pass sums nothing).
     """
-    if not args.multi_latent_attention or args.transformer_impl != "local":
-        return
-    refuse(
-        "--multi-latent-attention does not go with --transformer-impl local: "
-        "use transformer_engine, which has to be installed",
-        when=args.device != "cpu",
-    )
     refuse(
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} does not go with "
         "--multi-latent-attention and --transformer-impl local, which loses gradients: use 1",
-        when=args.tensor_model_parallel_size > 1,
+        when=args.multi_latent_attention
+        and args.transformer_impl == "local"
+        and args.tensor_model_parallel_size > 1,
     )
 
 
 def check_fp8(args: argparse.Namespace) -> None:
-    """FP8 that something computes, and weights in FP8 that Megatron can gather."""
+    """Megatron's plain-torch layers compute nothing in FP8, without a word."""
     refuse(
         f"--fp8-format {args.fp8} has no effect with --transformer-impl local: use "
         "transformer_engine, which has to be installed",
         when=args.fp8 and args.transformer_impl == "local",
-    )
-    refuse(
-        "--fp8-param-gather keeps weights in FP8 that are bf16 otherwise: add --bf16",
-        when=args.fp8_param_gather and not (args.bf16 or args.fp16),
-    )
-    refuse(
-        "--reuse-grad-buf-for-mxfp8-param-ag is for --fp8-param-gather with --fp8-recipe mxfp8 "
-        f"(it is {args.fp8_recipe}): leave it out",
-        when=args.reuse_grad_buf_for_mxfp8_param_ag
-        and not (args.fp8_param_gather and args.fp8_recipe == "mxfp8"),
     )
 
 
@@ -152,32 +135,14 @@ def check_schedule(args: argparse.Namespace) -> None:
     )
     iterations = args.lr_decay_iters or args.train_iters
     refuse(
-        f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {iterations} "
-        "iterations of --lr-decay-iters or --train-iters: give fewer than those for"
-        " --lr-warmup-iters",
-        when=args.lr_warmup_fraction is None and iterations and args.lr_warmup_iters >= iterations,
+        f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of {iterations} iterations: give"
+        " fewer",
+        when=iterations and not args.lr_warmup_fraction and args.lr_warmup_iters >= iterations,
     )
     refuse(
         f"--eval-interval must be a number of iterations, not {args.eval_interval}: "
         "give one, and --eval-iters 0 to evaluate nothing",
         when=not args.eval_interval,
-    )
-
-
-def check_batches(args: argparse.Namespace) -> None:
-    """Every data-parallel rank gets whole micro-batches. Megatron names no flag, and late."""
-    model_ranks = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    ranks = args.world_size // model_ranks or 1  # Megatron refuses too few ranks
-    is_fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
-    sizes = (args.global_batch_size, args.micro_batch_size)
-    refuse(
-        f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
-        f"{args.micro_batch_size} times {ranks} data-parallel ranks: change one of them",
-        when=is_fixed and all(sizes) and sizes[0] % (sizes[1] * ranks),
     )
 
 
@@ -241,13 +206,12 @@ OF_ALL_SCRIPTS: tuple[Check, ...] = (
     check_latent_attention,
     check_fp8,
     check_schedule,
-    check_batches,
     check_checkpoint_flags,
     check_packages,
 )
 
 # What pretrain_gpt.py adds, since another script may read its data in another way.
-OF_DATA: tuple[Check, ...] = (check_data_mode, check_tokenizer, check_data, check_splits)
+OF_DATA: tuple[Check, ...] = (check_data_mode, check_data, check_splits)
 
 # What holds for a run without Dion in a script that is not ours.
 OF_OUR_FLAGS: tuple[Check, ...] = (
@@ -258,7 +222,7 @@ OF_OUR_FLAGS: tuple[Check, ...] = (
 )
 
 # Those that look at this machine's packages and files.
-OF_FILES: tuple[Check, ...] = (check_packages, check_tokenizer, check_data, check_splits)
+OF_FILES: tuple[Check, ...] = (check_packages, check_data, check_splits)
 
 
 def restore_distributed_optimizer(args: argparse.Namespace) -> None:
