@@ -23,8 +23,7 @@ from megatron_dion.megatron.recorder import say
 from megatron_dion.megatron.validation import check_checkpoint_exists
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
-from megatron_dion.optimizer.record import Difference, Record
-from megatron_dion.optimizer.stored import record_of
+from megatron_dion.optimizer.record import Record
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 _MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
@@ -157,7 +156,7 @@ def _facts(folder: Path) -> Facts:
     scheduler = common.get("opt_param_scheduler")
     return Facts(
         optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-        record=record_of(common),
+        record=Record.of_checkpoint(common),
         has_state="optimizer" in common,
         sharding=metadata.get("distrib_optim_sharding_type"),
         learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
@@ -367,5 +366,5 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _listed(differences: tuple[Difference, ...]) -> str:
-    return "; ".join(map(str, differences))
+def _listed(differences: tuple[str, ...]) -> str:
+    return "; ".join(differences)

@@ -1,12 +1,12 @@
-"""Where a rank's flat pieces of parameters lie in the tensors of a checkpoint.
+"""Where the elements that a rank holds of a parameter lie in the tensors of a checkpoint.
 
-A distributed optimizer holds a contiguous piece of each flattened parameter. A checkpoint holds
-whole tensors: Dion's logical matrices, or the tensors of Megatron's model. A piece is a few boxes
-in either, each contiguous in memory, so it is written as it lies and any other piece can be read.
+A distributed optimizer holds some contiguous elements of each flattened parameter. A checkpoint
+holds whole tensors: Dion's logical matrices, or the tensors of Megatron's model. The elements are a
+few boxes in either, each contiguous in memory, so they are written as they lie, and a rank of any
+topology reads those that it holds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -19,115 +19,109 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_dion.optimizer.keys import DION_PREFIX, MASTER, PREFIX, WEIGHT
+from megatron_dion.optimizer.record import DION_PREFIX, PREFIX, WEIGHT
 from megatron_dion.optimizer.routing import tensor_parallel_rank
 from megatron_dion.sharding import Weight, boxes, rectangles
 
-Requests = dict[str, ShardedTensor]
+MASTER = "param"  # Megatron's name for master weights (MC/optimizer/distrib_optimizer.py:1113)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What a rank holds of a parameter.
+def flat_states(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, int, str, Tensor]]:
+    """All that a rank's distributed optimizer holds.
 
-    Attributes:
-        parameter: of the model.
-        start: first element of the flattened parameter that the rank holds.
-        stop: one past the last.
-        tensors: by kind (`param` for the master weight), 1-D, stop - start elements each.
+    Yields:
+        A parameter of the model, the first element of the flattened parameter that the rank holds,
+        the kind of state (`param` for the master weight), and the 1-D state of those elements.
     """
-
-    parameter: Parameter
-    start: int
-    stop: int
-    tensors: dict[str, Tensor]
-
-
-def pieces(optimizer: DistributedOptimizer) -> Iterator[Piece]:
-    """All pieces that a distributed optimizer holds, with their states."""
-    if optimizer.is_stub_optimizer:
-        return
-    for ranges in optimizer.gbuf_ranges:
-        for buckets in ranges.values():
-            for bucket in buckets:
-                for parameter, place in bucket["param_map"].items():
-                    start, stop = place["param"].start, place["param"].end
-                    tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-                    flat = {kind: tensor for kind, tensor in tensors.items() if tensor.dim() == 1}
-                    yield Piece(parameter, start, stop, flat)
+    buckets = (
+        b for ranges in optimizer.gbuf_ranges for of_type in ranges.values() for b in of_type
+    )
+    for bucket in buckets:
+        for parameter, place in bucket["param_map"].items():
+            states = optimizer._get_main_param_and_optimizer_states(parameter)
+            for kind, state in states.items():
+                if state.dim() == 1:
+                    yield parameter, place["param"].start, kind, state
 
 
-class StateSpace:
-    """Places pieces of parameters in a checkpoint.
+def sharded_states(
+    optimizer: DistributedOptimizer,
+    kinds: Collection[str] | None,
+    weights: Mapping[Parameter, Weight],
+    model_state: dict[str, Any],
+) -> Iterator[ShardedTensor]:
+    """The state of a distributed optimizer, as views with their places in a checkpoint.
 
     Args:
-        weights: the parameters that lie in the space of logical matrices, and how.
+        optimizer: the optimizer; the first instance's copy is saved.
+        kinds: of state; None for all.
+        weights: the parameters that lie in the checkpoint as logical matrices.
         model_state: sharded state of the model, which tells where all others lie.
-        instance: of the distributed optimizer; the first one's copy is saved.
     """
+    bases, _ = extract_sharded_tensors_and_factories(model_state)
+    by_parameter = {id(base.data): base for base in nested_values(bases)}
+    instance = optimizer.distributed_optimizer_instance_id
+    for parameter, start, kind, flat in flat_states(optimizer):
+        if kinds is not None and kind not in kinds:
+            continue
+        if parameter in weights:
+            rank = tensor_parallel_rank(parameter)
+            yield from _in_matrices(weights[parameter], rank, start, kind, flat, instance)
+        else:
+            yield from _in_model(by_parameter[id(parameter)], start, kind, flat, instance)
 
-    def __init__(
-        self, weights: Mapping[Parameter, Weight], model_state: dict[str, Any], instance: int
-    ) -> None:
-        self._weights = weights
-        self._instance = instance
-        bases, _ = extract_sharded_tensors_and_factories(model_state)
-        self._bases = {id(base.data): base for base in nested_values(bases)}
 
-    def place(self, piece: Piece, kinds: Sequence[str] | None = None) -> Requests:
-        """The tensors of a piece with their places, by names of their own.
+def _in_matrices(
+    weight: Weight, rank: int, start: int, kind: str, flat: Tensor, instance: int
+) -> Iterator[ShardedTensor]:
+    shapes = weight.shapes()
+    copy = rank if weight.partition_dim is None else 0  # all tensor-parallel ranks have it
+    for box in rectangles(weight, rank, start, start + flat.numel()):
+        name, rows, columns = shapes[box.part]
+        yield box_of_tensor(
+            f"{DION_PREFIX}.{WEIGHT if kind == MASTER else kind}.{name}",
+            flat[box.offset : box.offset + box.numel].view(box.rows, box.columns),
+            (rows, columns),
+            (box.row_start, box.column_start),
+            (instance, copy),
+        )
 
-        Args:
-            piece: what is placed.
-            kinds: of its tensors; all by default.
-        """
-        chosen = piece.tensors if kinds is None else {k: piece.tensors[k] for k in kinds}
-        found: Requests = {}
-        for kind, flat in chosen.items():
-            weight = self._weights.get(piece.parameter)
-            placed = (
-                self._in_model(piece, kind, flat)
-                if weight is None
-                else self._in_matrices(weight, piece, kind, flat)
-            )
-            found |= {f"{tensor.key}@{tensor.global_offset}": tensor for tensor in placed}
-        return found
 
-    def _in_matrices(
-        self, weight: Weight, piece: Piece, kind: str, flat: Tensor
-    ) -> Iterator[ShardedTensor]:
-        rank = tensor_parallel_rank(piece.parameter)
-        shapes = weight.shapes()
-        copy = rank if weight.partition_dim is None else 0  # all tensor-parallel ranks have it
-        for box in rectangles(weight, rank, piece.start, piece.stop):
-            name, rows, columns = shapes[box.part]
+def _in_model(
+    base: ShardedTensor | ShardedTensorFactory, start: int, kind: str, flat: Tensor, instance: int
+) -> Iterator[ShardedTensor]:
+    for first, part in _tensors_of(base):
+        low = max(start - first, 0)
+        high = min(start + flat.numel() - first, prod(part.local_shape))
+        for offset, shape, where in boxes(part.local_shape, low, high):
+            at = first + offset - start
+            corner = (0,) * part.prepend_axis_num + where
             yield box_of_tensor(
-                f"{DION_PREFIX}.{WEIGHT if kind == MASTER else kind}.{name}",
-                flat[box.offset : box.offset + box.numel].view(box.rows, box.columns),
-                (rows, columns),
-                (box.row_start, box.column_start),
-                (self._instance, copy),
+                f"{PREFIX}.{kind}.{part.key}",
+                flat[at : at + prod(shape)].view((1,) * part.prepend_axis_num + shape),
+                part.global_shape,
+                tuple(a + b for a, b in zip(part.global_offset, corner, strict=True)),
+                (instance, *part.replica_id[:2]),
+                allow_shape_mismatch=part.allow_shape_mismatch,
             )
 
-    def _in_model(self, piece: Piece, kind: str, flat: Tensor) -> Iterator[ShardedTensor]:
-        base = self._bases[id(piece.parameter)]
-        for part in _parts(base):
-            # The part is whole rows of the parameter, which are contiguous.
-            first = part.data.storage_offset()
-            start = max(piece.start, first) - first
-            stop = min(piece.stop, first + part.data.numel()) - first
-            for offset, shape, where in boxes(part.local_shape, start, stop):
-                at = first + offset - piece.start
-                prepended = (1,) * part.prepend_axis_num
-                corner = (0,) * part.prepend_axis_num + where
-                yield box_of_tensor(
-                    f"{PREFIX}.{kind}.{part.key}",
-                    flat[at : at + prod(shape)].view(prepended + shape),
-                    part.global_shape,
-                    tuple(a + b for a, b in zip(part.global_offset, corner, strict=True)),
-                    (self._instance, *part.replica_id[:2]),
-                    allow_shape_mismatch=part.allow_shape_mismatch,
-                )
+
+def _tensors_of(
+    base: ShardedTensor | ShardedTensorFactory,
+) -> Iterator[tuple[int, ShardedTensor]]:
+    """The tensors that a parameter is in a checkpoint, each with its first element's number.
+
+    Gate and up projection, for example, are two in Megatron's checkpoints.
+    """
+    if isinstance(base, ShardedTensor):
+        yield 0, base
+        return
+    shape = torch.empty(base.data.shape, device="meta")
+    parts = base.build_fn(base.key, shape, base.replica_id, None)
+    for part in nested_values(parts if isinstance(parts, dict) else {"parts": parts}):
+        if not part.data.is_contiguous():
+            raise RuntimeError(f"{part.key} is not made of whole rows of its parameter")
+        yield part.data.storage_offset(), part
 
 
 def box_of_tensor(
@@ -150,27 +144,3 @@ def box_of_tensor(
         replica_id=replica_id,
         allow_shape_mismatch=allow_shape_mismatch,
     )
-
-
-def _parts(base: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The tensors that a parameter is in a checkpoint, with data on the meta device.
-
-    Gate and up projection, for example, are two in Megatron's checkpoints.
-    """
-    shape = torch.empty(base.data.shape, device="meta")
-    if isinstance(base, ShardedTensor):
-        parts = [base]
-        datas = [shape]
-    else:
-        built = base.build_fn(base.key, shape, base.replica_id, None)
-        parts = list(nested_values(built if isinstance(built, dict) else {"parts": built}))
-        datas = [part.data for part in parts]
-    return [_with_data(part, data) for part, data in zip(parts, datas, strict=True)]
-
-
-def _with_data(part: ShardedTensor, data: Tensor) -> ShardedTensor:
-    if not data.is_contiguous():
-        raise RuntimeError(f"{part.key} is not made of whole rows of its parameter")
-    with_data = part.without_data()
-    with_data.data = data
-    return with_data

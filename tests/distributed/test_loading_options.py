@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from megatron_dion.optimizer.stored import stored_matrices
+from megatron_dion_tools.saved_matrices import saved_matrices
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics
 from tests.unit.test_command_line import exit_of
 
@@ -61,7 +61,7 @@ def load(folder: Path, run_dir: Path | None = None) -> list[str]:
 def tensors(folder: Path, iteration: int, kind: str) -> dict[str, Tensor]:
     """A kind of state of all logical matrices in a checkpoint."""
     contents = Contents(folder_of(folder, iteration))
-    matrices, problems = stored_matrices(contents)
+    matrices, problems = saved_matrices(contents)
     assert not problems
     return {matrix.name: contents.read(matrix.key(kind)) for matrix in matrices}
 

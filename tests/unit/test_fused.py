@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.optimizer.fused import row_pattern
+from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.sharding import Weight
 from tests.distributed.nursery import Nursery
 
@@ -50,10 +50,7 @@ def logical_matrices(
 ) -> dict[str, Tensor]:
     """The matrices that the segments of all ranks make of a weight, by the name of their part."""
     rows = len(weight) // ranks
-    pattern = row_pattern(name, rows, layer, split, is_grouped)
-    described = Weight(
-        name, rows, COLUMNS, 0, ranks, pattern.parts, pattern.separate_periods, pattern.joined
-    )
+    described = split_weight(Weight(name, rows, COLUMNS, 0, ranks), layer, split, is_grouped)
     matrices = described.matrices(DionConfig())
     made = [torch.full((m.rows, m.columns), -1) for m in matrices]
     for rank in range(ranks):
@@ -161,3 +158,17 @@ def test_interleaved_gate_and_up_of_grouped_experts(nursery: Nursery, ranks: int
 @pytest.mark.parametrize("name", ["a.linear_qkv.weight", "a.linear_fc1.weight", "weight"])
 def test_nothing_is_split_unasked(name: str) -> None:
     check(logical_matrices(name, whole(30), config(), frozenset()), {"": whole(30)})
+
+
+@pytest.mark.parametrize("split", [QKV, BY_HEAD])
+@pytest.mark.parametrize("layer", ["linear_fc2", "linear_proj"])
+def test_other_layers_are_one_matrix(layer: str, split: frozenset[str]) -> None:
+    check(logical_matrices(f"a.{layer}.weight", whole(30), config(), split), {"": whole(30)})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gate_and_up_in_one_matrix_have_the_order_of_one_rank(ranks: int) -> None:
+    gate_and_up = whole(24).view(2, ranks, -1, COLUMNS)
+    weight = gate_and_up.transpose(0, 1).reshape(24, COLUMNS)  # each rank's gate above its up
+    found = logical_matrices("a.linear_fc1.weight", weight, config(), frozenset({"qkv"}), ranks)
+    check(found, {"": whole(24)})

@@ -35,26 +35,26 @@ def parameter(*shape: int, **tags: Any) -> Parameter:
     ],
 )
 def test_linear_layers_go_to_dion(name: str, made: Parameter, reason: str | None) -> None:
-    assert RoutingRules().reason_against(name, made) == reason
+    assert RoutingRules().decide(name, made) == (reason is None, reason or "linear layer")
 
 
 def test_patterns_overrule_the_default() -> None:
     rules = RoutingRules(include=("embedding.*",), exclude=("*.layers.0.*",))
-    assert rules.reason_against(EMBEDDING, parameter(4, 2)) is None
-    assert rules.reason_for(EMBEDDING) == "included by embedding.*"
-    assert rules.reason_for("decoder.layers.1.mlp.linear_fc1.weight") == "linear layer"
-    assert rules.reason_against(FC1, parameter(4, 2)) == "excluded by *.layers.0.*"
+    assert rules.decide(EMBEDDING, parameter(4, 2)) == (True, "included by embedding.*")
+    other = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert rules.decide(other, parameter(4, 2)) == (True, "linear layer")
+    assert rules.decide(FC1, parameter(4, 2)) == (False, "excluded by *.layers.0.*")
 
 
 def test_a_vector_cannot_be_included() -> None:
     rules = RoutingRules(include=("*",))
-    assert rules.reason_against("decoder.final_layernorm.weight", parameter(4)) == "1-D"
+    assert rules.decide("decoder.final_layernorm.weight", parameter(4)) == (False, "1-D")
 
 
 def test_an_embedding_on_two_stages_cannot_be_included() -> None:
     rules = RoutingRules(include=("embedding.*",))
     with pytest.raises(ValueError, match=r"embedding.word_embeddings.weight is included by"):
-        rules.reason_against(EMBEDDING, parameter(4, 2, shared_embedding=True))
+        rules.decide(EMBEDDING, parameter(4, 2, shared_embedding=True))
 
 
 def test_a_pattern_without_a_match_is_refused() -> None:

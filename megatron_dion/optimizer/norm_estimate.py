@@ -1,0 +1,79 @@
+"""The norm of a mean gradient that no rank holds, from a small random projection of its terms.
+
+With compressed gradient sync the gradients of Dion's matrices are never averaged over replicas,
+but clipping needs the norm of their average. The projection is linear, so the ranks average
+projections, which are small, in place of gradients.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dion.algorithm.counter_random import signs
+
+DRAWS = 64
+# Shares no factor but 4 with the usual widths of layers, so that the rows below are no repetitions
+# of one another where all rows of a gradient are alike; a multiple of 4 keeps rows aligned.
+WIDTH = 4 * 1021
+
+
+def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
+    """Multiplies gradients by random signs: a linear map that keeps the norm in expectation.
+
+    All gradients together, cut into rows of `WIDTH` elements (the last row of each is padded), are
+    a matrix A; the result is Y = S A / sqrt(DRAWS), where the elements of S are -1 or +1. For a row
+    s of S, ||s A||_F^2 has the expectation ||A||_F^2, since products of two different signs have
+    the expectation 0, and the variance 2 sum_(i != j) (A A^T)_ij^2 <= 2 ||A A^T||_F^2. The rows of
+    S are independent, so the relative standard deviation of ||Y||_F^2 is at most
+
+        sqrt(2 / DRAWS) / sqrt(e),   e = ||A||_F^4 / ||A A^T||_F^2 >= 1.
+
+    e is the effective rank of A: 1 where all of its rows are multiples of one row, and n for n
+    orthogonal rows of equal norm. The norm itself has half of that relative deviation: at most 9 %,
+    and below 1 % for gradients of which a hundred rows of A are about orthogonal.
+
+    Args:
+        gradients: any shapes, on one device.
+        seed: of the run.
+        purpose: the same (seed, purpose) gives the same map for gradients of the same sizes.
+
+    Returns:
+        (DRAWS, WIDTH) float32, on the device of the gradients.
+    """
+    projected: Tensor | None = None
+    for index, gradient in enumerate(gradients):
+        flat = gradient.flatten().float()
+        whole, rest = divmod(flat.numel(), WIDTH)
+        rows = torch.arange(whole + 1, device=flat.device)
+        factors = signs(seed, f"{purpose}/{index}", rows, DRAWS).T / DRAWS**0.5  # (DRAWS, rows)
+        if projected is None:
+            projected = torch.zeros(DRAWS, WIDTH, device=flat.device)
+        projected.addmm_(factors[:, :whole], flat[: whole * WIDTH].view(whole, WIDTH))
+        projected[:, :rest].addr_(factors[:, whole], flat[whole * WIDTH :])
+    return torch.zeros(DRAWS, WIDTH) if projected is None else projected
+
+
+def projected_mean(
+    gradients: Iterable[Tensor], replicas: ProcessGroup, scale: float, seed: int, step: int
+) -> Tensor:
+    """The projection of the replicas' mean gradient. A collective call; equal on all replicas.
+
+    Each rank sends and receives DRAWS * WIDTH floats, one MB.
+
+    Args:
+        gradients: of this replica.
+        replicas: the ranks that hold the same parts of the parameters.
+        scale: multiplies gradients before they are averaged.
+        seed: of the run.
+        step: number of the step; each has signs of its own.
+
+    Returns:
+        (DRAWS, WIDTH) float32, with nearly the norm of the mean: see `project`.
+    """
+    projected = project(gradients, seed, f"gradient norm/{step}")
+    projected = projected.to(torch.cuda.current_device())  # this rank may hold no gradient at all
+    dist.all_reduce(projected, group=replicas)
+    return projected.mul_(scale / replicas.size())
