@@ -1,23 +1,34 @@
 """The state of distributed optimizers as tensors of a checkpoint, to be saved or loaded into.
 
-Every tensor is a view of what the optimizer holds, with its place in a whole tensor: saving moves
-nothing between ranks, and loading reads what the new topology needs.
+A distributed optimizer holds some contiguous elements of each flattened parameter. A checkpoint
+holds whole tensors: Dion's logical matrices, or the tensors of Megatron's model. The elements are a
+few boxes in either, each contiguous in memory. So every box is saved as a view of what the
+optimizer holds, with its place in a whole tensor: saving moves nothing between ranks, and a rank of
+any topology loads the boxes that it holds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
-from megatron_dion.optimizer.record import DION_PREFIX, MOMENTUM, RIGHT_FACTOR
-from megatron_dion.optimizer.routing import weights_by_rules
+from megatron_dion.optimizer.record import DION_PREFIX, MOMENTUM, PREFIX, RIGHT_FACTOR, WEIGHT
+from megatron_dion.optimizer.routing import routes_by_rules, tensor_parallel_rank
 from megatron_dion.optimizer.rules import RoutingRules
-from megatron_dion.optimizer.state_space import MASTER, box_of_tensor, sharded_states
+from megatron_dion.sharding import Weight, boxes, rectangles
+
+MASTER = "param"  # Megatron's name for master weights (MC/optimizer/distrib_optimizer.py:1113)
 
 
 @dataclass(frozen=True)
@@ -109,16 +120,25 @@ class Transfer:
         self, optimizer: DistributedOptimizer, model_state: dict[str, Any]
     ) -> Iterator[ShardedTensor]:
         source, is_dion = self._source, isinstance(optimizer, DionDistributedOptimizer)
-        kinds: list[str] | None = [MASTER]
-        if is_dion and source.momentum:
-            kinds = [MASTER, MOMENTUM]
+        weights = {}  # that lie in the checkpoint as logical matrices
+        if source.rules is not None:
+            chunks = optimizer.model_chunks
+            routes = (r for chunk in chunks for r in routes_by_rules(chunk, source.rules))
+            weights = {parameter: route.weight for parameter, route in routes if route.weight}
+        bases, _ = extract_sharded_tensors_and_factories(model_state)
+        by_parameter = {id(base.data): base for base in nested_values(bases)}
         if not is_dion and source.scalars:
             _allocate_state(optimizer)
-            kinds = None
-        rules = source.rules
-        weights = {} if rules is None else weights_by_rules(optimizer.model_chunks, rules)
-        yield from sharded_states(optimizer, kinds, weights, model_state)
-        if is_dion and source.right_factors:
+        is_taken = source.momentum if is_dion else source.scalars
+        instance = optimizer.distributed_optimizer_instance_id  # the first one's copy is saved
+        for parameter, start, kind, flat in flat_states(optimizer):
+            if kind != MASTER and not (is_taken and (not is_dion or kind == MOMENTUM)):
+                continue
+            if parameter in weights:
+                yield from _in_matrices(weights[parameter], parameter, start, kind, flat, instance)
+            else:
+                yield from _in_model(by_parameter[id(parameter)], start, kind, flat, instance)
+        if isinstance(optimizer, DionDistributedOptimizer) and source.right_factors:
             yield from _right_factors(optimizer)
 
 
@@ -182,20 +202,6 @@ def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
-def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTensor]:
-    """What this rank keeps of right factors: of rows that several ranks hold, some columns."""
-    for block in optimizer.held_blocks():
-        matrix, kept = block.matrix, block.tensors.kept_right
-        if kept.numel():
-            yield box_of_tensor(
-                f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}",
-                kept,
-                (matrix.rows, matrix.rank),
-                (block.rectangle.row_start, block.tensors.kept_columns.start),
-                (optimizer.distributed_optimizer_instance_id, 0 if block.is_first_of_row else 1),
-            )
-
-
 def _allocate_state(optimizer: DistributedOptimizer) -> None:
     """Makes the state that an optimizer would make in its first step."""
     inner = optimizer.optimizer
@@ -211,3 +217,108 @@ def _set_step(optimizer: DistributedOptimizer, step: int) -> None:
     for state in optimizer.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = torch.full_like(state["step"], step)
+
+
+def flat_states(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, int, str, Tensor]]:
+    """All that a rank's distributed optimizer holds.
+
+    Yields:
+        A parameter of the model, the first element of the flattened parameter that the rank holds,
+        the kind of state (`param` for the master weight), and the 1-D state of those elements.
+    """
+    of_types = (buckets for ranges in optimizer.gbuf_ranges for buckets in ranges.values())
+    for bucket in chain.from_iterable(of_types):
+        for parameter, place in bucket["param_map"].items():
+            states = optimizer._get_main_param_and_optimizer_states(parameter)
+            for kind, state in states.items():
+                if state.dim() == 1:
+                    yield parameter, place["param"].start, kind, state
+
+
+def _in_matrices(
+    weight: Weight, parameter: Parameter, start: int, kind: str, flat: Tensor, instance: int
+) -> Iterator[ShardedTensor]:
+    rank, shapes = tensor_parallel_rank(parameter), weight.shapes()
+    copy = rank if weight.partition_dim is None else 0  # all tensor-parallel ranks have it
+    for box in rectangles(weight, rank, start, start + flat.numel()):
+        name, rows, columns = shapes[box.part]
+        yield _box(
+            f"{DION_PREFIX}.{WEIGHT if kind == MASTER else kind}.{name}",
+            flat[box.offset : box.offset + box.numel].view(box.rows, box.columns),
+            (rows, columns),
+            (box.row_start, box.column_start),
+            (instance, copy),
+        )
+
+
+def _in_model(
+    base: ShardedTensor | ShardedTensorFactory, start: int, kind: str, flat: Tensor, instance: int
+) -> Iterator[ShardedTensor]:
+    for first, part in _tensors_of(base):
+        low = max(start - first, 0)
+        high = min(start + flat.numel() - first, prod(part.local_shape))
+        for offset, shape, where in boxes(part.local_shape, low, high):
+            at = first + offset - start
+            corner = (0,) * part.prepend_axis_num + where
+            yield _box(
+                f"{PREFIX}.{kind}.{part.key}",
+                flat[at : at + prod(shape)].view((1,) * part.prepend_axis_num + shape),
+                part.global_shape,
+                tuple(a + b for a, b in zip(part.global_offset, corner, strict=True)),
+                (instance, *part.replica_id[:2]),
+                allow_shape_mismatch=part.allow_shape_mismatch,
+            )
+
+
+def _tensors_of(
+    base: ShardedTensor | ShardedTensorFactory,
+) -> Iterator[tuple[int, ShardedTensor]]:
+    """The tensors that a parameter is in a checkpoint, each with its first element's number.
+
+    Gate and up projection, for example, are two in Megatron's checkpoints.
+    """
+    if isinstance(base, ShardedTensor):
+        yield 0, base
+        return
+    shape = torch.empty(base.data.shape, device="meta")
+    parts = base.build_fn(base.key, shape, base.replica_id, None)
+    for part in nested_values(parts if isinstance(parts, dict) else {"parts": parts}):
+        if not part.data.is_contiguous():
+            raise RuntimeError(f"{part.key} is not made of whole rows of its parameter")
+        yield part.data.storage_offset(), part
+
+
+def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTensor]:
+    """What this rank keeps of right factors: of rows that several ranks hold, some columns."""
+    for block in optimizer.held_blocks():
+        matrix, kept = block.matrix, block.tensors.kept_right
+        if kept.numel():
+            yield _box(
+                f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}",
+                kept,
+                (matrix.rows, matrix.rank),
+                (block.rectangle.row_start, block.tensors.kept_columns.start),
+                (optimizer.distributed_optimizer_instance_id, 0 if block.is_first_of_row else 1),
+            )
+
+
+def _box(
+    key: str,
+    data: Tensor,
+    global_shape: tuple[int, ...],
+    global_offset: tuple[int, ...],
+    replica_id: tuple[int, ...],
+    allow_shape_mismatch: bool = False,
+) -> ShardedTensor:
+    """A box, anywhere in a tensor of a checkpoint."""
+    return ShardedTensor(
+        key=key,
+        data=data,
+        dtype=data.dtype,
+        local_shape=tuple(data.shape),
+        global_shape=global_shape,
+        global_offset=global_offset,
+        axis_fragmentations=None,  # the cuts lie anywhere
+        replica_id=replica_id,
+        allow_shape_mismatch=allow_shape_mismatch,
+    )

@@ -6,6 +6,7 @@ gradient sync the second reduction is Dion's: it averages P and R, which are sma
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -25,7 +26,7 @@ def reduce_within_instances(model_chunks: Iterable[DistributedDataParallel]) -> 
     `inter_distributed_optimizer_instance_group` (MC/distributed/param_and_grad_buffer.py:751): for
     buckets of Dion's matrices that becomes a group of this rank alone.
     """
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     for chunk in model_chunks:
         for name in ("bucket_groups", "expert_parallel_bucket_groups"):
             groups = [part for group in getattr(chunk, name) for part in _parts(group, alone)]

@@ -6,9 +6,9 @@ before Megatron's DDP lays out its buffers, because Dion's matrices get buffers 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -112,7 +112,7 @@ class RoutingTable:
             reason = route.reason + (", kept in FP8" if route.is_fp8 else "")
             if self.compressed_sync and matrices and not compression_pays(matrices):
                 reason += ", whole gradients averaged over instances"
-            for matrix in matrices or [None]:
+            for matrix in matrices or (None,):
                 yield route, optimizer, reason, matrix
 
 
@@ -126,32 +126,54 @@ def tag_matrices(
     """
     rules = rules or RoutingRules()
     for chunk in model_chunks:
-        for name, parameter, weight_by in _named_parameters(chunk):
-            is_dion, reason = rules.decide(name, parameter)
-            is_fp8 = bool(_param_uses_quantized_storage(parameter))
-            weight = weight_by(rules.split) if is_dion else None
-            route = Route(name, _global_shape(parameter), reason, weight, is_fp8)
+        fp8: dict[bool, dict[bool, str]] = {False: {}, True: {}}  # names: of experts, of Dion
+        for parameter, route in routes_by_rules(chunk, rules):
+            is_dion = route.weight is not None
             setattr(parameter, _BUFFER_TAG, is_dion)
             setattr(parameter, _ROUTE_TAG, route)
             setattr(parameter, _RULES_TAG, rules)
-        _check_fp8_buffers(chunk)
+            if route.is_fp8:
+                fp8[_is_of_experts(parameter)][is_dion] = route.parameter
+        for names in fp8.values():  # DDP asserts it (MC/.../param_and_grad_buffer.py:1703)
+            if len(names) == 2:
+                raise ValueError(
+                    f"{names[True]} would be Dion's and {names[False]} not, and both are kept in"
+                    " FP8, for which Megatron has one buffer: include or exclude all FP8 weights,"
+                    " or leave out --fp8-param-gather (or --fp8-output-proj)"
+                )
     return model_chunks
 
 
-def _check_fp8_buffers(chunk: MegatronModule) -> None:
-    """DDP asserts that its FP8 weights are in one buffer (MC/.../param_and_grad_buffer.py:1703)."""
-    names: dict[tuple[bool, bool], str] = {}
+def routes_by_rules(
+    chunk: MegatronModule, rules: RoutingRules
+) -> Iterator[tuple[Parameter, Route]]:
+    """The trainable parameters of a chunk with the routes that rules give them.
+
+    The rules may be those of a checkpoint, not the ones by which this run has decided.
+    """
+    modules = {p: module for module in chunk.modules() for p in module.parameters(recurse=False)}
     for parameter in chunk.parameters():
-        route = route_of(parameter)
-        if route is not None and route.is_fp8:
-            names[_is_of_experts(parameter), route.weight is not None] = route.parameter
-    for experts in (False, True):
-        if {(experts, True), (experts, False)} <= names.keys():
-            raise ValueError(
-                f"{names[experts, True]} would be Dion's and {names[experts, False]} not, and both"
-                " are kept in FP8, for which Megatron has one buffer: include or exclude all FP8"
-                " weights, or leave out --fp8-param-gather (or --fp8-output-proj)"
-            )
+        if not parameter.requires_grad:
+            continue
+        name = _name_in_module_tree(chunk, parameter)
+        expert = _GROUPED_EXPERT.fullmatch(name)
+        if expert:
+            name = _name_as_of_single_expert(expert, chunk.config)
+        size, dim = _tensor_parallel_size(parameter), None
+        if size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            dim = parameter.partition_dim
+        shape = list(parameter.shape)
+        if dim is not None:
+            shape[dim] *= size
+        is_dion, reason = rules.decide(name, parameter)
+        weight = None
+        if is_dion:
+            rows, columns = parameter.shape
+            weight = Weight(name, rows, columns, dim, size)
+            layer = getattr(modules[parameter], "config", chunk.config)  # layers may differ
+            weight = split_weight(weight, layer, rules.split, is_grouped=expert is not None)
+        is_fp8 = bool(_param_uses_quantized_storage(parameter))
+        yield parameter, Route(name, tuple(shape), reason, weight, is_fp8)
 
 
 def route_of(parameter: Parameter) -> Route | None:
@@ -171,18 +193,6 @@ def rules_of(model_chunks: Sequence[MegatronModule]) -> RoutingRules:
     return next(getattr(p, _RULES_TAG) for p in parameters if hasattr(p, _RULES_TAG))
 
 
-def weights_by_rules(
-    model_chunks: Sequence[MegatronModule], rules: RoutingRules
-) -> dict[Parameter, Weight]:
-    """The weights that rules give to Dion, whatever this run has decided about them."""
-    return {
-        parameter: weight_by(rules.split)
-        for chunk in model_chunks
-        for name, parameter, weight_by in _named_parameters(chunk)
-        if rules.decide(name, parameter)[0]
-    }
-
-
 def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
     """All routes of the model, the same on every rank. A collective call of all ranks.
 
@@ -196,34 +206,10 @@ def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
             " megatron_dion.optimizer.routing.tag_matrices to the pre_wrap_hooks of the model's"
             " config, so that it runs before DDP wraps the model"
         )
-    everywhere: list[list[Route]] = [[] for _ in range(torch.distributed.get_world_size())]
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
     distinct = {route.parameter: route for routes in everywhere for route in routes}
     return tuple(sorted(distinct.values(), key=lambda route: in_order_of_layers(route.parameter)))
-
-
-def _named_parameters(
-    chunk: MegatronModule,
-) -> Iterator[tuple[str, Parameter, Callable[[frozenset[str]], Weight]]]:
-    """The trainable parameters of a chunk.
-
-    Yields:
-        The name in the whole model, the same in every topology; this rank's parameter; and what
-        describes it as a weight, if it is a matrix, given the fusions that are split.
-    """
-    owners = {
-        parameter: module
-        for module in chunk.modules()
-        for parameter in module.parameters(recurse=False)
-    }
-    for parameter in chunk.parameters():
-        if parameter.requires_grad:
-            name = _name_in_module_tree(chunk, parameter)
-            expert = _GROUPED_EXPERT.fullmatch(name)
-            if expert:
-                name = _name_as_of_single_expert(expert, chunk.config)
-            layer = getattr(owners[parameter], "config", chunk.config)  # layers may differ
-            yield name, parameter, partial(_weight, name, parameter, layer, expert is not None)
 
 
 def _name_in_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
@@ -245,39 +231,9 @@ def _name_as_of_single_expert(expert: re.Match[str], config: TransformerConfig) 
     return f"{expert['experts']}.local_experts.{number}.{expert['linear']}.{expert['kind']}"
 
 
-def _weight(
-    name: str,
-    parameter: Parameter,
-    layer: TransformerConfig,
-    is_grouped: bool,
-    split: frozenset[str],
-) -> Weight:
-    """Describes a matrix parameter to the sharding code."""
-    rows, columns = parameter.shape
-    size = _tensor_parallel_size(parameter)
-    dim = _partition_dim(parameter) if size > 1 else None
-    weight = Weight(name, rows, columns, partition_dim=dim, tensor_parallel_size=size)
-    return split_weight(weight, layer, split, is_grouped)
-
-
 def _is_of_experts(parameter: Parameter) -> bool:
     """Whether the groups of expert parallelism hold it (Megatron's own mark)."""
     return not getattr(parameter, "allreduce", True)
-
-
-def _global_shape(parameter: Parameter) -> tuple[int, ...]:
-    shape = list(parameter.shape)
-    dim = _partition_dim(parameter)
-    if dim is not None:
-        shape[dim] *= _tensor_parallel_size(parameter)
-    return tuple(shape)
-
-
-def _partition_dim(parameter: Parameter) -> int | None:
-    """The dimension that tensor parallelism splits, or None if every rank has the whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)  # type: ignore[attr-defined]  # set by Megatron's layers
 
 
 def _tensor_parallel_size(parameter: Parameter) -> int:
