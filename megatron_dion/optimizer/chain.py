@@ -149,7 +149,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         assert self._transfer is not None, "sharded_state_dict(is_loading=True) comes first"
         if self._source is None:
             self._require_same(state_dict)
-        self._transfer.load(state_dict["state"], saved_steps(state_dict))
+        self._transfer.take(state_dict["state"], saved_steps(state_dict))
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler and "grad_scaler" in state_dict:
             scaler.load_state_dict(state_dict["grad_scaler"])

@@ -100,7 +100,7 @@ class Transfer:
         return dict(self._tensors)
 
     @torch.no_grad()
-    def load(self, loaded: dict[str, Tensor], steps: dict[str, int]) -> None:
+    def take(self, loaded: dict[str, Tensor], steps: dict[str, int]) -> None:
         """Copies what was loaded for `sharded_state` to where it belongs.
 
         Args:
@@ -174,7 +174,7 @@ class MastersOnly:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what was loaded."""
-        self._transfer.load(state_dict["state"], {"dion": 0, "scalar": 0})
+        self._transfer.take(state_dict["state"], {"dion": 0, "scalar": 0})
 
 
 def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:

@@ -157,7 +157,7 @@ def _parts(
             0,
             config,
             overrides,
-            lambda group, key=(is_of_experts, is_dion): _kind(group) == key,
+            partial(_is_kind, is_of_experts, is_dion),
             "expert_parallel_buffers" if is_of_experts else "buffers",
         )
         data_parallel = "intra_expt_dp_group" if is_of_experts else "intra_dp_cp_group"
@@ -185,6 +185,6 @@ def _parts(
             )
 
 
-def _kind(param_group: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether a group has experts' parameters, and whether Dion updates them."""
-    return param_group["is_expert_parallel"], param_group.get("optimizer") == DION
+def _is_kind(is_of_experts: bool, is_dion: bool, group: dict[str, Any]) -> bool:
+    kind = (group["is_expert_parallel"], group.get("optimizer") == DION)
+    return kind == (is_of_experts, is_dion)
