@@ -25,7 +25,7 @@ from megatron_dion.optimizer.compressed_sync import reduce_within_instances
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, rules_of, weight_of
+from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, weight_of
 
 Overrides = dict[ParamKey, ParamGroupOverride]
 
@@ -112,7 +112,7 @@ def get_megatron_dion_optimizer(
         optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
     chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
-    chain.record = Record(dion_config, rules_of(model_chunks), scalar_optimizer)
+    chain.record = Record(dion_config, routes[0].rules, scalar_optimizer)
     sent = sum(optimizer.exchanged_bytes_per_step for optimizer in dion)
     total = torch.tensor([sent], device="cuda")
     torch.distributed.all_reduce(total)
@@ -163,26 +163,20 @@ def _parts(
         data_parallel = "intra_expt_dp_group" if is_of_experts else "intra_dp_cp_group"
         model_parallel = "expt_tp_pp_with_egtp_remat_group" if is_of_experts else "mp_group"
         instances = groups["inter_dist_opt_group"]
+        arguments = {
+            "model_chunks": model_chunks,
+            "param_groups": param_groups,
+            "per_model_buffers": {
+                chunk: [one for one in of_chunk if bool(weight_of(one.params[0])) == is_dion]
+                for chunk, of_chunk in buffers.items()
+            },
+            "data_parallel_group": groups[data_parallel],
+            "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
+            "data_parallel_group_idx": groups[model_parallel].rank(),
+            "distributed_optimizer_instance_id": instances.rank() if instances else 0,
+        }
         if param_groups:
-            yield (
-                is_of_experts,
-                {
-                    "model_chunks": model_chunks,
-                    "param_groups": param_groups,
-                    "per_model_buffers": {
-                        chunk: [
-                            b for b in of_chunk if (weight_of(b.params[0]) is not None) == is_dion
-                        ]
-                        for chunk, of_chunk in buffers.items()
-                    },
-                    "data_parallel_group": groups[data_parallel],
-                    "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
-                    "data_parallel_group_idx": groups[model_parallel].rank(),
-                    "distributed_optimizer_instance_id": 0
-                    if instances is None
-                    else instances.rank(),
-                },
-            )
+            yield is_of_experts, arguments
 
 
 def _is_kind(is_of_experts: bool, is_dion: bool, group: dict[str, Any]) -> bool:

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from megatron_dion.algorithm.counter_random import signs
 
 DRAWS = 64
-# Shares no factor but 4 with the usual widths of layers, so that a gradient whose rows are all alike
-# is not cut into rows that are alike; a multiple of 4 keeps rows aligned.
+# Shares no factor but 4 with the usual widths of layers: a gradient whose rows are all alike is cut
+# into rows that are not. A multiple of 4 keeps rows aligned.
 WIDTH = 4 * 1021
 
 

@@ -30,7 +30,6 @@ from megatron_dion.sharding.traffic import compression_pays
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"  # Megatron's DDP makes buffers by it
 _ROUTE_TAG = "dion_route"
-_RULES_TAG = "dion_rules"
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<linear>linear_fc\d)\.(?P<kind>weight|bias)(?P<number>\d+)"
 )
@@ -46,6 +45,7 @@ class Route:
         reason: why Dion updates it, or why not.
         weight: its logical matrices if Dion updates it, None if the scalar optimizer does.
         is_fp8: whether the model keeps it in FP8.
+        rules: by which it was decided.
     """
 
     parameter: str
@@ -53,6 +53,7 @@ class Route:
     reason: str
     weight: Weight | None
     is_fp8: bool
+    rules: RoutingRules
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,6 @@ def tag_matrices(
             is_dion = route.weight is not None
             setattr(parameter, _BUFFER_TAG, is_dion)
             setattr(parameter, _ROUTE_TAG, route)
-            setattr(parameter, _RULES_TAG, rules)
             if route.is_fp8:
                 fp8[_is_of_experts(parameter)][is_dion] = route.parameter
         for names in fp8.values():  # DDP asserts it (MC/.../param_and_grad_buffer.py:1703)
@@ -173,7 +173,7 @@ def routes_by_rules(
             layer = getattr(modules[parameter], "config", chunk.config)  # layers may differ
             weight = split_weight(weight, layer, rules.split, is_grouped=expert is not None)
         is_fp8 = bool(_param_uses_quantized_storage(parameter))
-        yield parameter, Route(name, tuple(shape), reason, weight, is_fp8)
+        yield parameter, Route(name, tuple(shape), reason, weight, is_fp8, rules)
 
 
 def route_of(parameter: Parameter) -> Route | None:
@@ -185,12 +185,6 @@ def weight_of(parameter: Parameter) -> Weight | None:
     """The weight that Dion updates, or None for a parameter of the scalar optimizer."""
     route = route_of(parameter)
     return route.weight if route else None
-
-
-def rules_of(model_chunks: Sequence[MegatronModule]) -> RoutingRules:
-    """The rules that `tag_matrices` was given for these chunks."""
-    parameters = (parameter for chunk in model_chunks for parameter in chunk.parameters())
-    return next(getattr(p, _RULES_TAG) for p in parameters if hasattr(p, _RULES_TAG))
 
 
 def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
