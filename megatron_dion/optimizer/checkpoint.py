@@ -241,7 +241,7 @@ def _in_matrices(
     rank, shapes = tensor_parallel_rank(parameter), weight.shapes()
     copy = rank if weight.partition_dim is None else 0  # all tensor-parallel ranks have it
     for box in rectangles(weight, rank, start, start + flat.numel()):
-        name, rows, columns = shapes[box.part]
+        name, rows, columns = shapes[box.matrix]
         yield _box(
             f"{DION_PREFIX}.{WEIGHT if kind == MASTER else kind}.{name}",
             flat[box.offset : box.offset + box.numel].view(box.rows, box.columns),
@@ -289,16 +289,15 @@ def _tensors_of(
 
 
 def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTensor]:
-    """What this rank keeps of right factors: of rows that several ranks hold, some columns."""
-    for block in optimizer.held_blocks():
-        matrix, kept = block.matrix, block.tensors.kept_right
-        if kept.numel():
+    """What this rank stores of right factors: of rows that several ranks hold, some columns."""
+    for matrix, rectangle, columns, values, is_first_of_row in optimizer.right_factors():
+        if values.numel():
             yield _box(
                 f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}",
-                kept,
+                values,
                 (matrix.rows, matrix.rank),
-                (block.rectangle.row_start, block.tensors.kept_columns.start),
-                (optimizer.distributed_optimizer_instance_id, 0 if block.is_first_of_row else 1),
+                (rectangle.row_start, columns.start),
+                (optimizer.distributed_optimizer_instance_id, 0 if is_first_of_row else 1),
             )
 
 

@@ -24,8 +24,7 @@ from torch.nn import Parameter
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
-from megatron_dion.sharding import Weight
-from megatron_dion.sharding.traffic import compression_pays
+from megatron_dion.sharding import Weight, compression_pays
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"  # Megatron's DDP makes buffers by it
