@@ -89,11 +89,7 @@ class Transfer:
         self._tensors: dict[str, ShardedTensor] = {}
 
     def sharded_state(self, model_state: dict[str, Any]) -> dict[str, ShardedTensor]:
-        """All tensors, as views, by names of their own.
-
-        Args:
-            model_state: sharded state of the model.
-        """
+        """All tensors, as views, by names of their own, given the model's sharded state."""
         for optimizer in self._optimizers:
             for tensor in self._states_of(optimizer, model_state):
                 self._tensors[f"{tensor.key}@{tensor.global_offset}"] = tensor
@@ -143,9 +139,7 @@ class Transfer:
 
 
 class MastersOnly:
-    """Stands in for an optimizer of Megatron's while a checkpoint of Dion's is loaded.
-
-    Takes the master weights; all other state begins anew.
+    """Stands in for an optimizer of Megatron's that loads master weights from a run with Dion.
 
     Args:
         optimizer: a distributed optimizer, or a chain of them.
@@ -178,10 +172,9 @@ class MastersOnly:
 
 
 def make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
-    """Makes what the model computes with from the master weights. A collective call of all ranks.
+    """Makes the model's weights from the master weights. A collective call of all ranks.
 
-    A checkpoint of FP8 weights has their rounded values: a run with bf16 weights would begin with
-    these, and one with FP8 weights would round them again, with other scales.
+    A checkpoint of FP8 weights has rounded ones, which an FP8 run would round a second time.
     """
     chunks = {id(chunk): chunk for one in optimizers for chunk in one.model_chunks}.values()
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):

@@ -10,10 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.param_and_grad_buffer import (
-    _ParamAndGradBucket,
-    _ParamAndGradBucketGroup,
-)
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from torch.distributed import ProcessGroup
 
 from megatron_dion.optimizer.routing import weight_of
@@ -39,7 +36,7 @@ def _parts(
 ) -> Iterator[_ParamAndGradBucketGroup]:
     """A group of Dion's buckets and one of all others: without overlap Megatron makes one."""
     for is_dion in (True, False):
-        buckets = [bucket for bucket in group.buckets if _is_of_dion(bucket) == is_dion]
+        buckets = [b for b in group.buckets if bool(weight_of(b.params_list[0])) == is_dion]
         if buckets:
             part = _ParamAndGradBucketGroup(
                 buckets,
@@ -51,10 +48,6 @@ def _parts(
             part.inter_distributed_optimizer_instance_group = alone if is_dion else instances
             part.communication_stream = group.communication_stream
             yield part
-
-
-def _is_of_dion(bucket: _ParamAndGradBucket) -> bool:
-    return weight_of(bucket.params_list[0]) is not None
 
 
 def _link(chunk: DistributedDataParallel, groups: list[_ParamAndGradBucketGroup]) -> None:

@@ -125,11 +125,11 @@ def _overrides_by_route(config: OptimizerConfig, scalar_lr_mult: float) -> Overr
     is_dion = ParamPredicate(name="dion_matrix", fn=lambda p: weight_of(p) is not None)
     overrides: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
     if scalar_lr_mult != 1.0:
-        has_own_lr = config.decoupled_lr is not None
 
         def takes_multiple(parameter: Parameter) -> bool:
-            decoupled = getattr(parameter, "is_embedding_or_output_parameter", False)
-            return weight_of(parameter) is None and not (has_own_lr and decoupled)
+            is_embedding = getattr(parameter, "is_embedding_or_output_parameter", False)
+            has_own_lr = config.decoupled_lr is not None and is_embedding
+            return weight_of(parameter) is None and not has_own_lr
 
         predicate = ParamPredicate(name="dion_scalar", fn=takes_multiple)
         overrides[ParamKey(predicate=predicate)] = ParamGroupOverride(

@@ -1,8 +1,7 @@
 """The norm of a mean gradient that no rank holds, from a small random projection of its terms.
 
-With compressed gradient sync the gradients of Dion's matrices are never averaged over replicas,
-but clipping needs the norm of their average. The projection is linear, so the ranks average
-projections, which are small, in place of gradients.
+With compressed gradient sync no rank averages the gradients of Dion's matrices over replicas, but
+clipping needs the norm of their average. The projection is linear: ranks average that instead.
 """
 
 from collections.abc import Iterable
@@ -42,25 +41,23 @@ def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
     Returns:
         (DRAWS, WIDTH) float32, on the device of the gradients.
     """
-    projected: Tensor | None = None
+    gradients = list(gradients)
+    device = gradients[0].device if gradients else None
+    projected = torch.zeros(DRAWS, WIDTH, device=device)
     for index, gradient in enumerate(gradients):
         flat = gradient.flatten().float()
         whole, rest = divmod(flat.numel(), WIDTH)
         rows = torch.arange(whole + 1, device=flat.device)
         factors = signs(seed, f"{purpose}/{index}", rows, DRAWS).T / DRAWS**0.5  # (DRAWS, rows)
-        if projected is None:
-            projected = torch.zeros(DRAWS, WIDTH, device=flat.device)
         projected.addmm_(factors[:, :whole], flat[: whole * WIDTH].view(whole, WIDTH))
         projected[:, :rest].addr_(factors[:, whole], flat[whole * WIDTH :])
-    return torch.zeros(DRAWS, WIDTH) if projected is None else projected
+    return projected
 
 
 def projected_mean(
     gradients: Iterable[Tensor], replicas: ProcessGroup, scale: float, seed: int, step: int
 ) -> Tensor:
-    """The projection of the replicas' mean gradient. A collective call; equal on all replicas.
-
-    Each rank sends and receives DRAWS * WIDTH floats, one MB.
+    """The projection of the replicas' mean gradient: one all_reduce of DRAWS * WIDTH floats, 1 MB.
 
     Args:
         gradients: of this replica.
@@ -70,7 +67,7 @@ def projected_mean(
         step: number of the step; each has signs of its own.
 
     Returns:
-        (DRAWS, WIDTH) float32, with nearly the norm of the mean: see `project`.
+        (DRAWS, WIDTH) float32, the same on all replicas.
     """
     projected = project(gradients, seed, f"gradient norm/{step}")
     projected = projected.to(torch.cuda.current_device())  # this rank may hold no gradient at all

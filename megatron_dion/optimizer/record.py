@@ -105,7 +105,7 @@ class Record:
         """What a run has otherwise than this checkpoint."""
         saved, current = _flat(self), _flat(here)
         lines = {
-            name: f"{_flag(name)} {_text(value)} (saved), {_text(current[name])} (here)"
+            name: f"{_flag(name)} {value} (saved), {current[name]} (here)"
             for name, value in saved.items()
             if value != current[name]
         }
@@ -116,13 +116,12 @@ class Record:
 
 
 def _flat(record: Record) -> dict[str, Any]:
+    """By name, as the command line has them."""
     values = record.to_dict()
-    return {**values.pop("config"), "right_factor": record.right_factor, **values}
+    values |= {"right_factor": record.right_factor, **values.pop("config")}
+    lists = {name: ",".join(v) or "none" for name, v in values.items() if isinstance(v, list)}
+    return values | lists
 
 
 def _flag(name: str) -> str:
     return "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
