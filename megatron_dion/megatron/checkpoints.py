@@ -242,7 +242,7 @@ class Loader:
         if not self._args.switch_optimizer:
             raise CheckpointError(
                 f"{self._folder} was saved with --optimizer {saved}, and this run has --optimizer"
-                f" {here}: add {_SWITCH}; {_MODEL_ONLY}"
+                f" {here}: {_SWITCH}; {_MODEL_ONLY}"
             )
         if {here, saved} != {"adam", "dion"}:
             raise CheckpointError(
