@@ -192,7 +192,7 @@ class Dion(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _step_of(self, binding: Binding, step_set: StepSet) -> Generator[None, None, list[Figures]]:
-        plan, exchange, blocks, _ = step_set
+        plan, exchange, blocks = step_set
         binding.add_gradients(blocks)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         groups = [group_of[id(block.parameter)] for block in blocks]
