@@ -1,7 +1,7 @@
 """Weights kept in FP8 by Transformer Engine itself, with kernels that torch computes.
 
 Bytes and scales on every rank are compared with those of whole weights, as in
-tests/distributed/fp8_weights.py, which has the arithmetic.
+tests.fp8_emulation.checks.py, which has the arithmetic.
 """
 
 import itertools
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_dion_tools.local.world import gloo_world
-from tests.distributed.fp8_weights import Kept, check_forms, masters_of, weights_of
 from tests.distributed.nursery import Nursery
+from tests.fp8_emulation.checks import Kept, check_forms, masters_of, weights_of
 
 STEPS = 4
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")

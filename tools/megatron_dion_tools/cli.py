@@ -40,7 +40,6 @@ COMMANDS = {
     "inspect": Command("megatron_dion_tools.inspect", "what a checkpoint holds"),
     "convergence": Command("megatron_dion_tools.convergence.command", "do runs converge alike?"),
     "report": Command("megatron_dion_tools.report.command", "make a page about a run"),
-    "advise": Command("megatron_dion_tools.report.advisor", "which rank would have been enough"),
     "study": Command(
         "megatron_dion_tools.studies.command", "run and report comparisons of optimizers"
     ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.nursery import train
+from tests.fp8_emulation.weights import fp8_of, install
 
 _FP8 = "--fp8-param-gather --fp8-format"
 RECIPES = {
@@ -48,15 +49,17 @@ class Kept:
 
 def emulated_forms(weight: Any) -> list[Form]:
     """Both forms of a weight that the emulation keeps."""
-    from megatron_dion.platforms.fp8.weights import fp8_of
-
-    kept = fp8_of(weight)
-    if kept is None:
-        return []
-    return [(kept.data, kept.scale_inv), (kept.data_over_rows, kept.scale_inv_over_rows)]
+    fp8 = fp8_of(weight)
+    return [] if fp8 is None else fp8.forms()
 
 
-def train_and_keep(argv: Sequence[str], forms_of: FormsOf = emulated_forms) -> list[list[Kept]]:
+def train_in_emulated_fp8(argv: Sequence[str]) -> list[list[Kept]]:
+    """On a rank: as `train_and_keep`, where weights in FP8 are emulated."""
+    install()
+    return train_and_keep(argv, emulated_forms)
+
+
+def train_and_keep(argv: Sequence[str], forms_of: FormsOf) -> list[list[Kept]]:
     """On a rank: trains; what there is of each weight before the first step and after each."""
     from megatron.training import training
 
