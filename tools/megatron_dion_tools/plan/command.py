@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_dion import DionConfig
 from megatron_dion_tools.errors import ToolError
@@ -84,10 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (the file's)")
     for each in (each for each in fields(DionConfig) if each.name in _DION):
+        choices = get_args(each.type) if get_origin(each.type) is Literal else None
         add(
             f"--dion-{each.name.replace('_', '-')}",
-            type=str if get_args(each.type) else positive,
-            choices=get_args(each.type) or None,
+            type=str if choices else positive,
+            choices=choices,
             default=each.default,
             help=f"as in training ({each.default or 'off'})",
         )
@@ -151,7 +152,7 @@ def _plan(args: argparse.Namespace) -> None:
     optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
     title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
     title += f" micro batches of {micro} x {shape.sequence} tokens, {args.hardware}"
-    common = {"weight_bytes": weight_bytes, "micro_batch": micro, "recompute": args.recompute}
+    common: dict[str, Any] = {"weight_bytes": weight_bytes, "micro_batch": micro, "recompute": args.recompute}
     predictions = []
     if args.search:
         for one in optimizers:
