@@ -1,8 +1,7 @@
 """Dion on whole matrices in float64, one at a time: what every other path is tested against.
 
 Written to be compared with the paper line by line (applied to the transpose, docs/design.md says
-why), and on purpose sharing nothing with `step` but the definition of the first right factor and
-the size of the damping.
+why), and on purpose sharing nothing with `step` but the definition of the first right factor.
 """
 
 import math
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import normal
-from megatron_dion.algorithm.right_factor import DAMPING
 
 
 @dataclass
@@ -45,17 +43,29 @@ class ReferenceMatrix:
         """One step of Dion (paper, algorithm 1) with `gradient` (m, n)."""
         m, n = self.weight.shape
         b = self.momentum + gradient.double()  # (m, n)
-        p, u = torch.linalg.qr(b.T @ self.right_factor)  # (n, r), (r, r)
-        p = p * torch.where(u.diagonal() < 0, -1.0, 1.0)  # the one with a positive diagonal
+        p = _orthonormal_columns(b.T @ self.right_factor)  # (n, r)
         r = b @ p  # (m, r)
         self.momentum = b - (1 - config.momentum) * r @ p.T
         norms = r.norm(dim=0)  # (r,)
-        if config.right_factor == "orth":
-            damped = torch.cat([r / (norms.max() + config.eps), DAMPING * torch.eye(r.shape[1])])
-            q, u = torch.linalg.qr(damped)  # (m + r, r), (r, r)
-            q = (q * torch.where(u.diagonal() < 0, -1.0, 1.0))[:m]
-        else:
-            q = r / (norms + config.eps)  # (m, r)
+        q = r / (norms + config.eps)  # (m, r)
         self.weight = (1 - lr * weight_decay) * self.weight - lr * config.scale(m, n) * q @ p.T
         # A column without any gradient keeps its direction.
         self.right_factor = torch.where(norms > 0, q, self.right_factor)
+
+
+def _orthonormal_columns(p: Tensor) -> Tensor:
+    """Gram-Schmidt on the columns of P (n, r), made twice; a dependent column becomes zero.
+
+    Float32 tells a residual from rounding down to some share of the column's own norm and of the
+    longest column's: the two numbers below.
+    """
+    longest = float(p.norm(dim=0).max())
+    q = torch.zeros_like(p)
+    for j in range(p.shape[1]):
+        length = float(p[:, j].norm())
+        residual = p[:, j]
+        for _ in range(2):
+            residual = residual - q @ (q.T @ residual)
+        if residual.norm() > max(4e-5 * length, 1e-6 * longest):
+            q[:, j] = residual / residual.norm()
+    return q

@@ -26,7 +26,7 @@ from megatron_dion.megatron.arguments import (
     extra_args_provider,
     routing_rules_from_args,
 )
-from megatron_dion.megatron.diagnostics import Diagnostics
+from megatron_dion.megatron.diagnostics import log_diagnostics
 from megatron_dion.megatron.errors import ConfigurationError
 from megatron_dion.megatron.recorder import LOSS_NAME, Recorder, RunFacts, say
 from megatron_dion.megatron.run_directory import write_config, write_routing
@@ -330,7 +330,7 @@ def _print_plans(planners: list[Planner]) -> None:
 
 def _diagnose(args: argparse.Namespace, record: Callable[[Snapshot], None]) -> None:
     if args.dion_log_interval is not None:
-        Diagnostics(args.dion_log_interval, record).listen()
+        log_diagnostics(args.dion_log_interval, record)
 
 
 def _run_facts(args: argparse.Namespace) -> RunFacts:

@@ -15,7 +15,7 @@ from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import RoutingTable
 from megatron_dion.optimizer.rules import in_order_of_layers
-from megatron_dion.sharding import Planner
+from megatron_dion.sharding import Layout
 
 
 class DionChainedOptimizer(ChainedOptimizer):
@@ -58,11 +58,6 @@ class DionChainedOptimizer(ChainedOptimizer):
         """
         return False
 
-    @property
-    def fallbacks(self) -> int:
-        """How often this rank had to orthonormalize by Householder QR instead, so far."""
-        return sum(dion.fallbacks for dion in self._inner_dions())
-
     def diagnose_next_step(self) -> None:
         """The next step is measured; all ranks must ask for it."""
         for dion in self._inner_dions():
@@ -81,9 +76,9 @@ class DionChainedOptimizer(ChainedOptimizer):
         found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
         return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
 
-    def planners(self) -> list[Planner]:
-        """Plans of this pipeline stage: of dense weights, and of experts."""
-        return [dion.planner() for dion in self._inner_dions()]
+    def layouts(self) -> list[Layout]:
+        """The matrices of this pipeline stage: those of dense weights, and of experts."""
+        return [dion.layout() for dion in self._inner_dions()]
 
     def _inner_dions(self) -> list[Dion]:
         return [optimizer.optimizer for optimizer in self._dions()]

@@ -14,7 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_dion.optimizer.binding import HeldBlock
+from megatron_dion.optimizer.binding import RightRows
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.keys import DION_PREFIX, MASTER, MOMENTUM, RIGHT_FACTOR
 from megatron_dion.optimizer.routing import weights_by_rules
@@ -132,7 +132,7 @@ class Transfer:
         for piece in pieces(optimizer):
             found |= space.place(piece, kinds)
         if is_dion and source.right_factors:
-            found |= _right_factors(optimizer.held_blocks(), instance)
+            found |= _right_factors(optimizer.right_factors(), instance)
         return found
 
 
@@ -203,22 +203,21 @@ class MastersOnly:
         self._transfer.take(state_dict["state"], Steps(0, 0))
 
 
-def _right_factors(blocks: Iterable[HeldBlock], instance: int) -> Requests:
-    """What this rank keeps of right factors: of shared rows, some of the columns."""
-    found: Requests = {}
-    for block in blocks:
-        matrix, kept = block.matrix, block.tensors.kept_right
-        if kept.numel():
+def _right_factors(stored: Iterable[RightRows], instance: int) -> Requests:
+    """What this rank stores of right factors: of shared rows, some of the columns."""
+    requests: Requests = {}
+    for matrix, rectangle, columns, values, is_first_of_row in stored:
+        if values.numel():
             tensor = box_of_tensor(
                 f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}",
-                kept,
+                values,
                 (matrix.rows, matrix.rank),
-                (block.rectangle.row_start, block.tensors.kept_columns.start),
-                (instance, 0 if block.is_first_of_row else 1),
+                (rectangle.row_start, columns.start),
+                (instance, 0 if is_first_of_row else 1),
             )
-            corner = (block.rectangle.row_start, block.rectangle.column_start)
-            found[f"{tensor.key}@{corner}"] = tensor
-    return found
+            corner = (rectangle.row_start, rectangle.column_start)
+            requests[f"{tensor.key}@{corner}"] = tensor
+    return requests
 
 
 def _allocate(optimizer: DistributedOptimizer) -> None:

@@ -100,7 +100,7 @@ class StateSpace:
         shapes = weight.shapes()
         copy = rank if weight.partition_dim is None else 0  # all tensor-parallel ranks have it
         for box in rectangles(weight, rank, piece.start, piece.stop):
-            name, rows, columns = shapes[box.part]
+            name, rows, columns = shapes[box.matrix]
             yield box_of_tensor(
                 f"{DION_PREFIX}.{WEIGHT if kind == MASTER else kind}.{name}",
                 flat[box.offset : box.offset + box.numel].view(box.rows, box.columns),

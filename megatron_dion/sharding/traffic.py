@@ -1,71 +1,66 @@
-"""The bytes that a rank sends in a step, by what they are for: read off the plan."""
+"""The bytes that a rank sends in a step, read off its plan."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig, Matrix
 from megatron_dion.sharding.collectives import TORCH_DTYPES
-from megatron_dion.sharding.layout import Held, Rank
-from megatron_dion.sharding.plan import Plan
-from megatron_dion.sharding.reduction import Hop, Reduction, Tile
+from megatron_dion.sharding.layout import Rank
+from megatron_dion.sharding.plan import Hop, Plan, Tile
 
 
 def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
     """Bytes that a rank hands to collectives for other ranks in a step of the plan's matrices.
 
-    An all_reduce of N bytes in a group of k counts as 2 N (k - 1) / k and an all_gather of N bytes
-    from each rank as N (k - 1), what a ring sends. What is needed only where the usual method of
-    orthonormalizing fails is left out.
+    An all_reduce of N bytes in a group of k counts as 2 N (k - 1) / k, and an all_gather of N bytes
+    from each rank as N (k - 1): what a ring sends.
 
     Args:
         plan: of the rank.
         replicas: number of replicas over which P and R are averaged.
 
     Returns:
-        Bytes by kind: `left` for P, `rows` for R, `parts` for what P need that several ranks
-        orthonormalize, `flags` of those that failed, `right` for what turns R into Q, `gather` of
-        its columns, `replicas`. What is sent between data-parallel ranks is told apart by `data `,
-        within tensor-parallel groups by `tensor `.
+        Bytes by group: `tensor`, `data` and `replicas`.
     """
-    grid, rank = plan.layout.grid, plan.rank
-    wire, kept = element_sizes(plan.layout.config)
-    partial = [held for held in plan.held if plan.is_partial(held)]
-    size, partial_rows = grid.tensor_parallel_size, numel_of_rows(plan, partial)
-    other_rows = numel_of_rows(plan, plan.held) - partial_rows
-    to_sum, share = in_shares(partial_rows, size, replicas)
-    sums = numel_of_tiles(plan, plan.left.data_hop.sums)
+    layout, rank = plan.layout, plan.rank
+    tensor, data = layout.grid.tensor_parallel_size, layout.grid.data_parallel_size
+    ranks = [matrix.rank for matrix in layout.matrices]
+    wire, stored = element_sizes(layout.config)
+    numbers = 8 * sum(ranks[k] for k in plan.members)
+    owned = [tile for tiles in plan.data_hop.receives for tile in tiles]
+    owned_ranks = [ranks[k] for k in {tile.matrix for tile in owned}]
+    # Of the orthonormalization: the largest entries of columns, and two Gram matrices.
+    orthonormalized = 4 * sum(r + 2 * r * r for r in owned_ranks)
+    partial = [
+        (placement, rectangle)
+        for placement, rectangle in plan.rectangles
+        if layout.shares_rows(placement)
+    ]
+    partial_rows = sum(rectangle.rows * ranks[rectangle.matrix] for _, rectangle in partial)
+    other_rows = (
+        sum(rectangle.rows * ranks[rectangle.matrix] for _, rectangle in plan.rectangles)
+        - partial_rows
+    )
+    stored_columns = max(
+        sum(rectangle.rows * _share(plan, p, rectangle.matrix, peer) for p, rectangle in partial)
+        for peer in layout.grid.tensor_group(rank.data_parallel)
+    )
+    if replicas > 1:
+        partial_rows += -partial_rows % tensor
+    cut_rows = sum(ranks[row.matrix] for rows in plan.cut_rows for row in rows)
+    averaged = _numel(plan.data_hop.sums, ranks) + partial_rows // tensor + other_rows
     return {
-        "tensor rows": ring_bytes(wire * to_sum, size),
-        "data rows": wire * sum(plan.matrices[r.matrix].rank for s in plan.shared_rows for r in s),
-        "tensor gather": gathered_numel(plan, partial) * kept,
-        "replicas": sum(
-            ring_bytes(wire * numbers, replicas) for numbers in (sums, share, other_rows)
-        ),
-        **_of_group(plan, "tensor", grid.tensor_parallel_size, rank.tensor_parallel),
-        **_of_group(plan, "data", grid.data_parallel_size, rank.data_parallel),
+        "tensor": wire * _numel_of_hop(plan.tensor_hop, rank.tensor_parallel, ranks)
+        + ring_bytes(wire * partial_rows + orthonormalized + numbers, tensor)
+        + (tensor - 1) * stored * stored_columns,
+        "data": wire * (_numel_of_hop(plan.data_hop, rank.data_parallel, ranks) + cut_rows)
+        + ring_bytes(numbers, data),
+        "replicas": ring_bytes(wire * averaged, replicas),
     }
 
 
 def element_sizes(config: DionConfig) -> tuple[int, int]:
-    """Bytes of a number of what travels, and of Q."""
+    """Bytes of a number of P and R as they travel, and of Q as it is stored."""
     return TORCH_DTYPES[config.comm_dtype].itemsize, TORCH_DTYPES[config.factor_dtype].itemsize
-
-
-def _of_group(plan: Plan, group: str, ranks: int, me: int) -> dict[str, int]:
-    """What is the same for both groups: hops there and back, and the all_reduce of flags."""
-
-    def numel(reductions: Iterable[Reduction]) -> int:
-        return sum(_numel_of_hop(plan, getattr(r, f"{group}_hop"), me) for r in reductions)
-
-    wire, _ = element_sizes(plan.layout.config)
-    return {
-        f"{group} left": wire * numel([plan.left]),
-        f"{group} parts": 4 * numel([*plan.part_reductions, plan.merging(plan.merged)]),
-        f"{group} right": 8 * numel([plan.right]),
-        f"{group} flags": ring_bytes(4 * len(plan.divided), ranks),
-    }
 
 
 def compression_pays(matrices: Sequence[Matrix]) -> bool:
@@ -74,55 +69,26 @@ def compression_pays(matrices: Sequence[Matrix]) -> bool:
     return compressed < sum(m.rows * m.columns for m in matrices)
 
 
-def ring_bytes(numel_bytes: int, ranks: int) -> int:
+def ring_bytes(nbytes: int, ranks: int) -> int:
     """What a rank sends in an all_reduce of so many bytes."""
-    return 2 * numel_bytes * (ranks - 1) // ranks
+    return 2 * nbytes * (ranks - 1) // ranks
 
 
-def in_shares[Numbers: (int, NDArray[Any])](
-    partial_rows: Numbers, ranks: int, replicas: int
-) -> tuple[Numbers, Numbers]:
-    """Numbers of R that tensor-parallel ranks sum, and what of them each averages over replicas.
-
-    Shares are equal: what is summed is padded to a multiple of the ranks.
-    """
-    if replicas == 1:
-        return partial_rows, 0 * partial_rows
-    share = -(-partial_rows // ranks)
-    return ranks * share, share
+def _share(plan: Plan, placement: int, matrix: int, peer: Rank) -> int:
+    """How many columns of Q a tensor-parallel rank stores."""
+    columns = plan.layout.share(placement, plan.layout.matrices[matrix].rank, peer)
+    return columns.stop - columns.start
 
 
-def _numel_of_hop(plan: Plan, hop: Hop, me: int) -> int:
+def _numel_of_hop(hop: Hop, me: int, ranks: Sequence[int]) -> int:
     """There and back, without what stays on the rank."""
-    remote = [
-        tile
+    return sum(
+        _numel(tiles, ranks)
         for peers in (hop.sends, hop.receives)
         for peer, tiles in enumerate(peers)
         if peer != me
-        for tile in tiles
-    ]
-    return numel_of_tiles(plan, remote)
+    )
 
 
-def numel_of_tiles(plan: Plan, tiles: Iterable[Tile]) -> int:
-    """Numbers in tiles of P, each (rows, r)."""
-    return sum((tile.stop - tile.start) * plan.matrices[tile.matrix].rank for tile in tiles)
-
-
-def numel_of_rows(plan: Plan, blocks: Iterable[Held]) -> int:
-    """Numbers in the rows of R of blocks, each (rows, r)."""
-    return sum(held.rectangle.rows * plan.matrices[held.matrix].rank for held in blocks)
-
-
-def gathered_numel(plan: Plan, partial: Sequence[Held]) -> int:
-    """Numbers of Q that this rank sends: to each peer as many as the one with most columns has."""
-    ranks = plan.layout.grid.tensor_group(plan.rank)
-    sizes = [
-        sum(h.rectangle.rows * _kept_columns(plan, h, peer) for h in partial) for peer in ranks
-    ]
-    return (len(ranks) - 1) * max(sizes)
-
-
-def _kept_columns(plan: Plan, held: Held, peer: Rank) -> int:
-    columns = plan.layout.share(held.placement, plan.matrices[held.matrix].rank, peer)
-    return columns.stop - columns.start
+def _numel(tiles: Iterable[Tile], ranks: Sequence[int]) -> int:
+    return sum((tile.stop - tile.start) * ranks[tile.matrix] for tile in tiles)
