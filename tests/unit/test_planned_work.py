@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm import orthonormalize_flops
@@ -13,7 +14,6 @@ from megatron_dion_tools.plan.dion import busiest_ranks, dion
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
 from megatron_dion_tools.plan.topology import Topology
 from megatron_dion_tools.plan.updates import muon, newton_schulz
-from tests.counted_operations import CountedOperations
 
 SHAPE = GptShape(6, 512, 1376, 8, 4, vocab=1000, sequence=256)
 
@@ -21,9 +21,9 @@ SHAPE = GptShape(6, 512, 1376, 8, 4, vocab=1000, sequence=256)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_muons_iterations(shape: tuple[int, int]) -> None:
     utils = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon_utils")
-    with CountedOperations() as counted:
+    with FlopCounterMode(display=False) as counter:
         utils.newton_schulz(torch.randn(shape), steps=5)
-    assert counted.found["products"] == newton_schulz(*shape)
+    assert counter.get_total_flops() == newton_schulz(*shape)
 
 
 def test_muon_on_more_ranks_than_weights_does_a_whole_one() -> None:
@@ -72,7 +72,8 @@ def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_si
     planned = {one.group.link: one.bytes for one in update.collectives}
     planned["operations"] = update.float32_products + update.factorizations
     for name in ("tensor", "data", "replicas", "operations"):
-        assert 0.99 * most[name] <= planned[name] <= most[name], name
+        # Products and factorizations have their maxima on different ranks.
+        assert 0.99 * most[name] <= planned[name] <= 1.05 * most[name], name
     matrices = sum(weight.rows * weight.columns for weight in stage.sections[0].weights)
     assert update.memory["momenta"] == 4 * matrices / topology.dp
     # Of a plan with all weights in it, on all ranks together.

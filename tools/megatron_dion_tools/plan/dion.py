@@ -80,19 +80,23 @@ def dion(stage: Stage, section: Section) -> Update:
 def busiest_ranks(layout: Layout) -> list[Rank]:
     """The ranks that are planned.
 
-    Of a large grid those that orthonormalize most, those to whom others send most, and the first
-    and the last; of each tensor-parallel group two, as its ranks are alike up to roundings.
+    Of a large grid those that orthonormalize most, to whom others send most, and who hold parts of
+    most P; of each tensor-parallel group two, as its ranks are alike up to roundings.
     """
     grid = layout.grid
     if grid.size <= _PLANNED:
         return list(grid.ranks())
-    work: Counter[int] = Counter()
-    received: Counter[int] = Counter()
-    for owner, holders, matrix in zip(layout.owners, layout.holders, layout.matrices, strict=True):
-        work[owner] += matrix.columns * matrix.rank**2
-        received[owner] += (len(holders) - 1) * matrix.columns * matrix.rank
-    chosen = {0, grid.data_parallel_size - 1}
-    chosen |= {rank for counter in (work, received) for rank, _ in counter.most_common(2)}
+    work, received, held = Counter[int](), Counter[int](), Counter[int]()
+    for placement, indices in enumerate(layout.matrices_of):
+        for k in indices:
+            matrix, holders = layout.matrices[k], layout.holders[k]
+            numbers = matrix.columns * matrix.rank
+            work[layout.owners[k]] += numbers * matrix.rank
+            received[layout.owners[k]] += numbers * (len(holders) - 1)
+            if layout.shares_rows(placement):  # R is summed within the group, and not P
+                numbers = 2 * matrix.rows * matrix.rank // len(holders)
+            held.update(dict.fromkeys(holders, numbers))
+    chosen = {rank for load in (work, received, held) for rank, _ in load.most_common(2)}
     return [Rank(t, d) for d in sorted(chosen) for t in {0, grid.tensor_parallel_size - 1}]
 
 
