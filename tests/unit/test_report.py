@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
-from megatron_dion.megatron.run_directory import sessions
 from megatron_dion.optimizer import diagnostics
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot
 from megatron_dion_tools.cli import call
@@ -16,6 +15,7 @@ from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.report.charts import Chart, Curve
 from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import render
+from megatron_dion_tools.report.sessions import sessions
 from tests import run_folders as run
 
 REASON = "<script>linear</script> layer"

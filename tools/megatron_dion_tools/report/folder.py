@@ -10,8 +10,9 @@ from math import prod
 from pathlib import Path
 
 from megatron_dion.error_line import PREFIX
-from megatron_dion.megatron.run_directory import Record, Session, read_metrics, sessions
+from megatron_dion.megatron.run_directory import Record, read_metrics
 from megatron_dion.optimizer.diagnostics import Snapshot, read_diagnostics
+from megatron_dion_tools.report.sessions import Session, sessions
 
 
 class ReportError(Exception):
