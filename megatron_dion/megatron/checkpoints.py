@@ -21,7 +21,6 @@ from megatron_dion.megatron.progress import say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.stored import record_of
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 _MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
@@ -152,7 +151,7 @@ class Loader:
             scheduler = common.get("opt_param_scheduler")
             return Facts(
                 optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-                record=record_of(common),
+                record=Record.of_checkpoint(common),
                 has_state="optimizer" in common,
                 sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
                 learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),

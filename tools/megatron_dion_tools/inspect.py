@@ -15,10 +15,10 @@ from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.error_line import tell
-from megatron_dion.optimizer.keys import KINDS
+from megatron_dion.optimizer.record import KINDS, Record
 from megatron_dion.optimizer.rules import in_order_of_layers
-from megatron_dion.optimizer.stored import StoredMatrix, record_of, stored_matrices
 from megatron_dion_tools.errors import ToolError
+from megatron_dion_tools.saved_matrices import SavedMatrix, saved_matrices
 from megatron_dion_tools.terminal import progress_bar, quiet_imports
 
 HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in KINDS))
@@ -73,7 +73,7 @@ def _show(contents: Contents, with_norms: bool) -> list[str]:
     with quiet_imports():
         import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
     print("\n".join(_summary(contents)))
-    matrices, problems = stored_matrices(contents)
+    matrices, problems = saved_matrices(contents)
     matrices.sort(key=lambda matrix: in_order_of_layers(matrix.name))
     if matrices:
         print()
@@ -85,7 +85,7 @@ def _show(contents: Contents, with_norms: bool) -> list[str]:
 def _summary(contents: Contents) -> Iterator[str]:
     common = contents.common
     args = common.get("args")
-    record = record_of(common)
+    record = Record.of_checkpoint(common)
     size = sum(path.stat().st_size for path in contents.folder.iterdir())
     yield f"checkpoint  {contents.folder}"
     yield f"iteration   {common.get('iteration')}"
@@ -109,7 +109,7 @@ def _summary(contents: Contents) -> Iterator[str]:
         yield f"{name:11} {', '.join(config[name]) or 'none'}"
 
 
-def _table(contents: Contents, matrices: list[StoredMatrix], with_norms: bool) -> Iterator[str]:
+def _table(contents: Contents, matrices: list[SavedMatrix], with_norms: bool) -> Iterator[str]:
     width = max(len(matrix.name) for matrix in matrices)
     columns = HEADER if with_norms else HEADER[:5]
     yield _row(columns, width)
@@ -128,7 +128,7 @@ def _row(values: Sequence[object], width: int) -> str:
     return " ".join([f"{name:{width}}", *(f"{value:>14}" for value in rest)])
 
 
-def _types(matrix: StoredMatrix) -> str:
+def _types(matrix: SavedMatrix) -> str:
     short = [dtype.replace("float", "fp").replace("bfp", "bf") for dtype in matrix.dtypes]
     return short[0] if len(set(short)) == 1 else "/".join(short)
 

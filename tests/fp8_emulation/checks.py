@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.nursery import train
+from tests.fp8_emulation.weights import fp8_of, install
 
 _FP8 = "--fp8-param-gather --fp8-format"
 RECIPES = {
@@ -48,15 +49,17 @@ class Kept:
 
 def emulated_forms(weight: Any) -> list[Form]:
     """Both forms of a weight that the emulation keeps."""
-    from megatron_dion.platforms.fp8.weights import fp8_of
-
-    kept = fp8_of(weight)
-    if kept is None:
-        return []
-    return [(kept.data, kept.scale_inv), (kept.data_over_rows, kept.scale_inv_over_rows)]
+    fp8 = fp8_of(weight)
+    return [] if fp8 is None else fp8.forms()
 
 
-def train_and_keep(argv: Sequence[str], forms_of: FormsOf = emulated_forms) -> list[list[Kept]]:
+def train_in_emulated_fp8(argv: Sequence[str]) -> list[list[Kept]]:
+    """On a rank: as `train_and_keep`, where weights in FP8 are emulated."""
+    install()
+    return train_and_keep(argv, emulated_forms)
+
+
+def train_and_keep(argv: Sequence[str], forms_of: FormsOf) -> list[list[Kept]]:
     """On a rank: trains; what there is of each weight before the first step and after each."""
     from megatron.training import training
 
@@ -85,21 +88,24 @@ def train_and_keep(argv: Sequence[str], forms_of: FormsOf = emulated_forms) -> l
 
 def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> list[Kept]:
     """What there is now of the weights among the parameters that are Dion's."""
+    from megatron_dion.optimizer.checkpoint import MASTER, flat_states
     from megatron_dion.optimizer.routing import tensor_parallel_rank, weight_of
-    from megatron_dion.optimizer.state_space import pieces
 
-    held = {piece.parameter: piece for one in optimizer.chained_optimizers for piece in pieces(one)}
+    states = (state for one in optimizer.chained_optimizers for state in flat_states(one))
+    masters = {
+        parameter: (start, flat) for parameter, start, kind, flat in states if kind == MASTER
+    }
     found = []
     for parameter in parameters:
         if (weight := weight_of(parameter)) is None:
             continue
-        piece = held.get(parameter)
+        start, master = masters.get(parameter, (0, torch.empty(0)))
         found.append(
             Kept(
                 weight.name,
                 tensor_parallel_rank(parameter),
-                piece.start if piece else 0,
-                piece.tensors["param"].cpu().clone() if piece else torch.empty(0),
+                start,
+                master.cpu().clone(),
                 parameter.detach().float().bfloat16().cpu(),
                 [(data.cpu().clone(), scale.cpu().clone()) for data, scale in forms_of(parameter)],
             )
