@@ -1,4 +1,4 @@
-"""How a mistake or an interrupt is told: one line on stderr, which is also found in logs."""
+"""How a mistake or an interrupt is reported: one line on stderr, for people and for programs."""
 
 import sys
 from typing import NoReturn
@@ -14,6 +14,6 @@ def tell(reason: object) -> str:
 
 
 def exit_interrupted() -> NoReturn:
-    """End after an interrupt from the keyboard, with the code that a shell gives it."""
+    """End after an interrupt from the keyboard, with the exit code that a shell gives it."""
     print("interrupted", file=sys.stderr)
     sys.exit(130)

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 def with_suggestion(message: str, parser: argparse.ArgumentParser) -> str:
     """Add to a parser's complaint about unknown arguments which flags are spelt alike."""
     known = list(_flags(parser))
-    _, _, unknown = message.partition("unrecognized arguments: ")
-    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
-    close = (difflib.get_close_matches(flag, known, n=1, cutoff=0.7) for flag in flags)
+    flags = message.partition("unrecognized arguments: ")[2].split()
+    close = (
+        difflib.get_close_matches(f.partition("=")[0], known, 1, 0.7)
+        for f in flags
+        if f.startswith("--")
+    )
     alike = [match for matches in close for match in matches]
     return f"{message}: did you mean {', '.join(alike)}?" if alike else message
 

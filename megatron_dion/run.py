@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from megatron_dion.error_line import exit_interrupted
-from megatron_dion.megatron.dropin import install
 from megatron_dion.megatron.errors import ConfigurationError, exit_with
+from megatron_dion.megatron.launch import install
 
 _USAGE = "usage: python -m megatron_dion.run SCRIPT [FLAG of the script ...]"
 
@@ -18,14 +18,14 @@ def main() -> None:
     """Run the script that the command line names, as if it had been started itself."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE, file=sys.stderr if not words else sys.stdout)
+        print(_USAGE, file=sys.stdout if words else sys.stderr)
         sys.exit(0 if words else 2)
     script = Path(words[0])
     if not script.is_file():
         exit_with(ConfigurationError(f"{script} is not a file ({_USAGE})"))
     sys.argv = words
     if not sys.flags.safe_path:
-        # Where `python -m` puts the working folder, `python SCRIPT` has the script's.
+        # `python SCRIPT` searches the folder of the script, `python -m` the working folder.
         sys.path[0] = str(script.resolve().parent)
     try:
         install()

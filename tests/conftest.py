@@ -1,15 +1,16 @@
-"""Fixtures that several folders of tests share."""
-
-from collections.abc import Iterator
+"""What all folders of tests share."""
 
 import pytest
 
 from tests.distributed.nursery import Nursery
+from tests.guardian import guard_this_process
+
+
+def pytest_configure() -> None:
+    guard_this_process()
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """The one process that has imported Megatron for the CPU; it forks worlds of ranks."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def nursery() -> Nursery:
+    """Worlds of new processes; see tests/worlds.py."""
+    return Nursery()

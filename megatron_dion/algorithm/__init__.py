@@ -1,44 +1,37 @@
 """The mathematics of Dion on tensors. Imports torch only; knows no processes and no Megatron."""
 
-from megatron_dion.algorithm.config import (
-    DTYPES,
-    ORTHONORMALIZERS,
-    RIGHT_FACTORS,
-    SCALE_MODES,
-    DionConfig,
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.algorithm.exchange import Exchange, Matrix, Steps
+from megatron_dion.algorithm.orthonormalize import (
+    AllRowsHere,
+    RowSums,
+    orthonormalize,
+    orthonormalize_flops,
 )
-from megatron_dion.algorithm.exchange import Exchange, Matrix, Section, Stack, Steps
-from megatron_dion.algorithm.foreach import copy_all
-from megatron_dion.algorithm.orthonormalize import orthonormalize
-from megatron_dion.algorithm.products import PRECISIONS, float32_products_in
+from megatron_dion.algorithm.products import matmul_precision
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
-    NOBODY,
     Block,
-    Observer,
+    Figures,
+    copy_all,
     dion_step,
     interleave,
 )
 
 __all__ = [
-    "DTYPES",
     "IN_FLIGHT",
-    "NOBODY",
-    "ORTHONORMALIZERS",
-    "PRECISIONS",
-    "RIGHT_FACTORS",
-    "SCALE_MODES",
+    "AllRowsHere",
     "Block",
     "DionConfig",
     "Exchange",
+    "Figures",
     "Matrix",
-    "Observer",
-    "Section",
-    "Stack",
+    "RowSums",
     "Steps",
     "copy_all",
     "dion_step",
-    "float32_products_in",
     "interleave",
+    "matmul_precision",
     "orthonormalize",
+    "orthonormalize_flops",
 ]

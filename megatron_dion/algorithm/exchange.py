@@ -1,11 +1,13 @@
-"""What a step says to other processes: the matrices, what is summed of them, and by whom."""
+"""What a step asks of other processes: sums of P, R and column norms, and rows of Q."""
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_dion.algorithm.orthonormalize import RowSums
 
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
@@ -28,87 +30,35 @@ class Matrix:
     rank: int
 
 
-@dataclass(frozen=True)
-class Section:
-    """Consecutive rows of the P of a matrix, summed and orthonormalized by this process.
-
-    Attributes:
-        matrix: index of the matrix.
-        start: first row.
-        values: (rows, r).
-    """
-
-    matrix: int
-    start: int
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The packed triangles of all sections of the P of a matrix, which this process joins.
-
-    Attributes:
-        matrix: index of the matrix.
-        rows: of P in each section.
-        triangles: of each section (`packed_rows`, r).
-    """
-
-    matrix: int
-    rows: tuple[int, ...]
-    triangles: tuple[Tensor, ...]
-
-
 class Exchange(Protocol):
-    """The sums of a step that cross processes. All buffers belong to it and keep their place."""
+    """The communication of a step. All buffers belong to it and keep their place.
+
+    Every process calls the same methods in the same order.
+    """
 
     device: torch.device
     """Where the matrices are."""
-    divided: Mapping[int, str]
-    """Matrices whose P is orthonormalized by sums over several processes, the same on all, and the
-    method."""
-    merged: frozenset[int]
-    """Matrices whose P is orthonormalized by triangles of its sections, on several processes."""
-
-    def clear_left(self) -> None:
-        """Sets all `left_factor`s of this process to zero."""
+    row_sums: RowSums
+    """Combines processes that hold other rows of the same orthonormalized P."""
 
     def gather_right(self) -> Steps:
-        """Completes the `right_factor`s, of which processes keep different columns."""
+        """Completes the `right_factor`s of rows of which processes store different columns."""
 
-    def sum_left(self) -> Generator[None, None, list[Section]]:
-        """Sums P over the processes; returns the sections of which this one is in charge."""
+    def clear_left(self) -> None:
+        """Sets every `left_factor` of this process to zero."""
 
-    def sum_parts(self, method: str, phase: int, parts: Sequence[tuple[int, Tensor]]) -> Steps:
-        """Sums (matrix, (k, r)) over the processes in charge of its sections, in place.
+    def sum_left(self) -> Generator[None, None, Sequence[Tensor]]:
+        """Sums P over the processes.
 
-        They are those of this method; the phase is the index of k in its `summed_rows`.
-        """
-
-    def agree(self, broken: Collection[int]) -> Generator[None, None, list[int]]:
-        """The matrices that any process found to be broken, of those done by sums."""
-
-    def merge(
-        self,
-        matrices: Collection[int],
-        triangles: Sequence[tuple[int, Tensor]],
-        join: Callable[[Sequence[Stack]], int],
-    ) -> Generator[None, None, int]:
-        """Brings packed triangles of sections together, and what becomes of them back, in place.
-
-        Args:
-            matrices: whose sections, the same on every process.
-            triangles: (matrix, (`packed_rows`, r)) of each section of this process.
-            join: overwrites all that this process has to join; what it returns is returned.
+        Returns:
+            The rows of P that this process orthonormalizes, each (batch, rows, r).
         """
 
     def spread_left(self) -> Steps:
-        """Brings what `sum_left` returned, overwritten in place, into the `left_factor`s."""
+        """Brings the orthonormalized P into the `left_factor`s of all processes."""
 
-    def sum_rows(self) -> Steps:
+    def sum_right(self) -> Steps:
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
-    def sum_right(self, sums: Sequence[tuple[int, Tensor]]) -> Steps:
-        """Sums (matrix, (k, r)) over the processes that hold blocks of the matrix, in place.
-
-        They are float64: squared norms of R's columns, k = 1, or its Gram matrix, k = r.
-        """
+    def sum_numbers(self, numbers: Tensor) -> Steps:
+        """Sums (count,) float64 over all processes, in place."""

@@ -1,335 +1,162 @@
-"""Orthonormal bases of the column spaces of tall matrices, batched, whole or in parts.
+"""Orthonormal columns for P: Cholesky QR, made twice.
 
-Every method returns the same thing up to rounding: the Q of the QR decomposition P = Q U whose
-upper triangular U has a positive diagonal. So the choice of a method, or a fall back to another,
-does not change which run it is.
-
-The rows of P may be divided over several processes, in two ways. Either each makes a QR of its own
-rows (`factor`), and one brings the triangles together (TSQR: Demmel, Grigori, Hoemmen and Langou,
-SIAM J. Sci. Comput. 34, 2012), which sends least. Or all add up what is small (the Gram matrix and
-such), and `orthonormalize_part` asks for each sum by yielding: that leaves least to any of them.
+The result is the Q of the QR decomposition P = Q U whose upper triangular U has a positive diagonal
+(Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 44, 2015). Both passes add a small shift to the
+Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci. Comput. 42, 2020).
+Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-import math
-from collections.abc import Callable, Generator
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm.counter_random import signs
+NOISE = 1e-6
+"""A column of P is rounding noise if what the columns before it leave of it is below this share of
+the longest column of its matrix."""
 
-Sketch = Callable[[int], Tensor]
-"""Given a number of rows k, independent random signs: (batch, k, n), or (1, k, n) for all."""
-
-PartialSums = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
-"""Yields a part's (batch, k, r), expects the sum over the parts; returns result and failures."""
-
-PROBES = 4
-"""Vectors on which a Cholesky method's result is tested."""
-
-ONCE = "once"
-"""One Cholesky QR, which is what `auto` does of columns that are nearly orthogonal."""
-
-INVERTED_AT_ONCE = 32
-"""Size of triangles that a CPU inverts by a solve."""
-
-_LEAST_SQUARE = 1e-30
-"""Of the norm of a column: what float32 loses of smaller entries' squares does not matter then."""
-
-_GROWTH = 50.0
-"""What the rounding of a Gram matrix may grow by: to some 5e-6 in inner products of the result.
-
-A column of the result is a combination of columns of P. If these have unit norm, an error d of
-their inner products becomes about d times the sum of the squares of its coefficients."""
+_UNIT_ROUNDOFF = 2.0**-24
+_LEAST_BLOCK = 64
+_BLOCKS = 8
 
 
-def orthonormalize(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
-    """Orthonormalizes the columns of each matrix of a batch.
+class RowSums(Protocol):
+    """Combines, in place, what the processes have that hold the other rows of the same P."""
 
-    Where the columns are linearly dependent (all zero, say), the result is completed by some
-    orthonormal columns: it is finite and orthonormal for every finite input.
+    def add(self, tensor: Tensor) -> None:
+        """Adds up a tensor over these processes."""
 
-    Args:
-        p: (batch, n, r) float32 with r <= n.
-        method: `rcqr`: randomized Cholesky QR: the triangle of a sketch of P preconditions one
-            Cholesky QR (Higgins et al., arXiv 2309.05868); `cqr`: Cholesky QR, twice (Yamamoto
-            et al. 2015); `qr`: Householder; `auto`: one Cholesky QR where the columns are nearly
-            orthogonal already, as power iteration makes them, and else what is fastest on P's
-            device, `qr` on a CPU and `rcqr` elsewhere.
-        sketch: the random matrices of `rcqr`.
-        oversample: rows of the sketch per column of P.
-
-    Returns:
-        (batch, n, r), orthonormal columns, and the number of matrices for which `rcqr` or `cqr`
-        broke down, so that they were done by Householder QR instead.
-    """
-    if method == "auto":
-        return _automatic(p, sketch, oversample)
-    if method == "qr":
-        return householder(p), 0
-    part = orthonormalize_part(p, method, sketch, oversample)
-    try:
-        partial = next(part)
-        while True:
-            partial = part.send(partial)  # the only part is the sum
-    except StopIteration as end:
-        candidate, failed = end.value
-    # The host waits for the device here, once for each shape.
-    broken = failed.nonzero().flatten()
-    if broken.numel():
-        candidate[broken] = householder(p[broken])
-    return candidate, broken.numel()
+    def max(self, tensor: Tensor) -> None:
+        """Takes the elementwise maximum over these processes."""
 
 
-def usual_method(method: str, rows: int, rank: int, device: str) -> str:
-    """How P is orthonormalized unless that fails: for `auto` `once`, or the sure method.
+class AllRowsHere:
+    """The `RowSums` of a process that holds all rows."""
+
+    def add(self, tensor: Tensor) -> None:
+        pass
+
+    def max(self, tensor: Tensor) -> None:
+        pass
+
+
+def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
+    """Orthonormalizes the columns of every P, in place.
+
+    A column that depends linearly on those before it, as far as float32 can tell, becomes zero. So
+    the result is finite for every finite P, its other columns are orthonormal, and rounding, which
+    differs between topologies, does not decide its direction.
+
+    A pass turns a singular value x of P, with columns of unit length, into
+    x sqrt((1 + s) / (x^2 + s)), s = `_shift(r)`. So one stays one and no value exceeds 1 + s / 2.
+    The first pass turns a residual x of a column into about x / sqrt(s), which the second one
+    compares with the shift: a column is dependent if x < 4 s, or if x is `NOISE`.
 
     Args:
-        method: as for `orthonormalize`.
-        rows: n. Of nearly square matrices the columns seldom are nearly orthogonal.
-        rank: r.
-        device: type of P's device.
+        batches: each (batch, rows, r) float32, the rows of P that this process holds; r may exceed
+            the rows. Processes that share matrices pass the same batches, with rows of their own.
+        sums: combines the rows of all processes.
     """
-    is_tried = method == "auto" and 2 * rank <= rows
-    return ONCE if is_tried else sure_method(method, device)
+    if not batches:
+        return
+    _scale(batches, sums)
+    residuals: list[Tensor] = []
+    sizes = [len(p) * p.shape[2] ** 2 for p in batches]
+    packed = torch.zeros(sum(sizes), device=batches[0].device)
+    grams = [
+        memory.view(len(p), p.shape[2], p.shape[2])
+        for p, memory in zip(batches, packed.split(sizes), strict=True)
+    ]
+    _multiply(batches, grams)
+    sums.add(packed)
+    for p, gram in zip(batches, grams, strict=True):
+        squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
+        shift = _shift(gram.shape[1])
+        residual = _divide(p, gram, torch.where(squares > 0, shift * squares, 1.0))
+        residuals.append(residual / squares.amax(dim=1, keepdim=True).sqrt())
+    _multiply(batches, grams)
+    sums.add(packed)
+    for p, gram, residual in zip(batches, grams, residuals, strict=True):
+        shift = _shift(gram.shape[1])
+        diagonal = _divide(p, gram, torch.full_like(residual, shift))
+        # The square of a diagonal entry is a squared residual plus the shift.
+        squares = diagonal.square() - shift
+        is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
+        p *= is_independent.unsqueeze(1)
 
 
-def sure_method(method: str, device: str) -> str:
-    """What a method is for any P."""
-    if method == "auto":
-        return "qr" if device == "cpu" else "rcqr"
-    return method
+def orthonormalize_flops(rows: int, rank: int) -> int:
+    """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
+    blocks = -(-rank // _block_size(rank))
+    share = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
+    return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
 
 
-def usual_part_method(method: str, rows: int, rank: int) -> str:
-    """As `usual_method`, of a P whose rows are divided: `once`, `rcqr` or `cqr`."""
-    return usual_method(method, rows, rank, "parts")
+def _scale(batches: Sequence[Tensor], sums: RowSums) -> None:
+    """Makes the largest entry of every P one, so that no square overflows.
 
-
-def _automatic(p: Tensor, sketch: Sketch, oversample: float) -> tuple[Tensor, int]:
-    device = p.device.type
-    sure = sure_method("auto", device)
-    _, rows, rank = p.shape
-    if usual_method("auto", rows, rank, device) != ONCE:
-        return orthonormalize(p, sure, sketch, oversample)
-    to_base, failed = _cholesky(p.mT @ p)
-    candidate = p @ to_base
-    # The host waits for the device here, once for each shape.
-    broken = failed.nonzero().flatten()
-    if not broken.numel():
-        return candidate, 0
-    candidate[broken], fallbacks = orthonormalize(
-        p[broken], sure, _sketch_of(sketch, broken), oversample
+    The squares that vanish then are those of columns that are noise.
+    """
+    packed = torch.cat(
+        [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
-    return candidate, fallbacks
+    sums.max(packed)
+    scales = torch.where(packed > 0, packed, 1.0).split([len(p) for p in batches])
+    for p, scale in zip(batches, scales, strict=True):
+        p /= scale.view(-1, 1, 1)
 
 
-def orthonormalize_part(p: Tensor, method: str, sketch: Sketch, oversample: float) -> PartialSums:
-    """The rows of `orthonormalize`'s result that belong to some rows of P.
-
-    Args:
-        p: (batch, rows, r) float32, the rows of this part.
-        method: `once`, `rcqr` or `cqr`.
-        sketch: gives the columns of the random matrices that belong to these rows.
-        oversample: rows of the sketch per column of P.
-
-    Yields:
-        (batch, k, r) to be summed over all parts, with k as `summed_rows` says; the sum is to be
-        sent back. All parts must get the same bits.
-
-    Returns:
-        (batch, rows, r), and which matrices of the batch broke down (batch,), the same for all
-        parts up to rounding: they must agree before any of them uses it.
-    """
-    rank = p.shape[2]
-    if method == ONCE:
-        packed = yield pack(p.mT @ p)  # of a symmetric (batch, r, r)
-        to_base, failed = _cholesky(unpack(packed, rank))
-        return p @ to_base, failed
-    if method == "rcqr":
-        sketched = yield sketch(sketch_rows(rank, oversample)) @ p  # (batch, k, r)
-        scale = _column_scale(sketched)
-        candidate = yield from _cholesky_qr(_preconditioned(p / scale, sketched / scale))
-    elif method == "cqr":
-        total = yield p.abs().sum(dim=1, keepdim=True)  # (batch, 1, r)
-        first = yield from _cholesky_qr(p / _column_scale(total))
-        candidate = yield from _cholesky_qr(first)
-    else:
-        raise ValueError(f"unknown orthonormalizer {method!r}")
-    # A nearly singular Gram matrix may well have a Cholesky factor, so the result itself is tested:
-    # applied to a few vectors of signs, Q^T Q - I must vanish up to rounding.
-    probes = _probes(rank, p.device)  # (r, 4)
-    seen = yield (candidate.mT @ (candidate @ probes)).mT.contiguous()  # (batch, 4, r)
-    error = (seen - probes.T).abs().amax(dim=(1, 2))  # (batch,)
-    return candidate, ~(error < 5e-6 * math.sqrt(rank))
+def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+    """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
+    for p, gram in zip(batches, grams, strict=True):
+        for start, stop in _blocks(p.shape[2]):
+            block = gram[:, start:stop, start:]
+            block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
-def summed_rows(method: str, rank: int, oversample: float) -> tuple[int, ...]:
-    """The k of each (batch, k, r) that `orthonormalize_part` yields, in their order."""
-    gram = packed_rows(rank, rank)
-    if method == ONCE:
-        return (gram,)
-    if method == "rcqr":
-        return sketch_rows(rank, oversample), gram, PROBES
-    return 1, gram, gram, PROBES
+def _shift(rank: int) -> float:
+    """Above the rounding of a Gram matrix (r, r) of unit columns, in the spectral norm."""
+    return (100 + 8 * rank**0.5) * _UNIT_ROUNDOFF
 
 
-def sketch_rows(rank: int, oversample: float) -> int:
-    """Rows of the sketch of `rcqr`; a few more keep that of few columns from being singular."""
-    return max(math.ceil(oversample * rank), rank + 8)
+def _divide(p: Tensor, gram: Tensor, shifts: Tensor) -> Tensor:
+    """P = P U^-1, in place, with the Cholesky factor U of (G + diag(shifts)) / (1 + s).
 
-
-def factor(p: Tensor, method: str, sketch: Sketch, oversample: float) -> tuple[Tensor, Tensor, int]:
-    """A QR decomposition of any rows of P, perhaps fewer than columns.
+    Both go on together, block of columns by block of columns. (torch's factorization of a large
+    matrix takes longer on a CPU than the products with P.)
 
     Args:
-        p: (batch, rows, r) float32.
-        method: as for `orthonormalize`, like the others.
-        sketch: the random matrices of `rcqr`.
-        oversample: rows of the sketch per column.
+        p: (batch, rows, r).
+        gram: G, of which the upper triangle is overwritten with U, (batch, r, r).
+        shifts: (batch, r).
 
     Returns:
-        With k = min(rows, r) the orthonormal (batch, rows, k), the upper trapezoidal (batch, k, r),
-        of which P is the product, and the number of matrices that were done by Householder QR.
+        The diagonal of U, (batch, r).
     """
-    sure = sure_method(method, p.device.type)
-    if sure == "qr":
-        return *_householder(p), 0
-    q, failures = orthonormalize(p[:, :, : p.shape[1]], sure, sketch, oversample)
-    return q, (q.mT @ p).triu(), failures
+    gram.diagonal(dim1=1, dim2=2).add_(shifts)
+    gram /= 1 + _shift(gram.shape[1])
+    for start, stop in _blocks(gram.shape[1]):
+        above = gram[:, :start, start:stop]  # of U
+        rows = gram[:, start:stop, start:]  # of the Gram matrix, and then of U
+        columns = p[:, :, start:stop]
+        if start:
+            rows.baddbmm_(above.mT, gram[:, :start, start:], alpha=-1)
+            columns.baddbmm_(p[:, :, :start], above, alpha=-1)
+        size = stop - start
+        upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
+        identity = torch.eye(size, device=p.device)
+        inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+        rows[:, :, :size] = upper
+        rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
+        columns.copy_(columns @ inverse)
+    return gram.diagonal(dim1=1, dim2=2)
 
 
-def _sketch_of(sketch: Sketch, chosen: Tensor) -> Sketch:
-    """For some matrices of a batch."""
-
-    def of_chosen(rows: int) -> Tensor:
-        drawn = sketch(rows)
-        return drawn if len(drawn) == 1 else drawn[chosen]
-
-    return of_chosen
+def _blocks(rank: int) -> list[tuple[int, int]]:
+    size = _block_size(rank)
+    return [(start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
-def packed_rows(rows: int, rank: int) -> int:
-    """Rows of r numbers that the triangle of so many rows of P takes when it is packed."""
-    height = min(rows, rank)
-    return -(-height * (2 * rank - height + 1) // (2 * rank))
-
-
-def pack(trapezoids: Tensor) -> Tensor:
-    """Upper trapezoidal (batch, k, r) without their zeros: (batch, `packed_rows`, r)."""
-    batch, height, rank = trapezoids.shape
-    inside = _inside(height, rank, trapezoids.device)
-    rows = packed_rows(height, rank)
-    packed = trapezoids.new_zeros(batch, rows * rank)
-    packed[:, : len(inside)] = trapezoids.flatten(1).index_select(1, inside)
-    return packed.view(batch, rows, rank)
-
-
-def unpack(packed: Tensor, height: int) -> Tensor:
-    """The way back, with zeros below the diagonal: (batch, height, r)."""
-    batch, _, rank = packed.shape
-    inside = _inside(height, rank, packed.device)
-    found = packed.new_zeros(batch, height * rank)
-    found.index_copy_(1, inside, packed.flatten(1)[:, : len(inside)])
-    return found.view(batch, height, rank)
-
-
-def _inside(height: int, rank: int, device: torch.device) -> Tensor:
-    """Where the upper triangle's numbers are in a flattened (height, r)."""
-    row, column = torch.triu_indices(height, rank, device=device)
-    return row * rank + column
-
-
-def householder(p: Tensor) -> Tensor:
-    """Householder QR of (batch, n, r) with a positive diagonal: for every finite input."""
-    # LAPACK's norms neither overflow nor vanish.
-    scaled = p if p.device.type == "cpu" else p / _column_scale(p)
-    return _base(*_reflected(scaled))
-
-
-def _householder(p: Tensor) -> tuple[Tensor, Tensor]:
-    """With the triangle, and for any number of rows: (batch, n, k) and (batch, k, r)."""
-    scale = _column_scale(p)
-    reflectors, factors, signs = _reflected(p / scale)
-    height = factors.shape[1]
-    triangle = reflectors[:, :height].triu() * signs.unsqueeze(-1) * scale
-    return _base(reflectors[:, :, :height], factors, signs), triangle
-
-
-def _reflected(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As torch.linalg.qr, without the copies that it makes of the triangle.
-
-    Returns:
-        Reflectors below the triangle, their factors, and the signs of the triangle's diagonal.
-    """
-    reflectors, factors = torch.geqrf(p)
-    diagonal = reflectors.diagonal(dim1=1, dim2=2)
-    return reflectors, factors, torch.where(diagonal < 0, -1.0, 1.0)
-
-
-def _base(reflectors: Tensor, factors: Tensor, signs: Tensor) -> Tensor:
-    q = torch.linalg.householder_product(reflectors, factors)  # (batch, n, k)
-    return q.mul_(signs.unsqueeze(-2))
-
-
-@lru_cache(maxsize=64)
-def _probes(rank: int, device: torch.device) -> Tensor:
-    """Some vectors of signs (r, 4), the same on every process."""
-    return signs(0, "probe", torch.arange(rank, device=device), PROBES)
-
-
-def _column_scale(p: Tensor) -> Tensor:
-    """Largest entries of columns (batch, 1, r), so that squares neither overflow nor vanish.
-
-    The scaling of columns is absorbed by U: Q does not change.
-    """
-    largest = p.abs().amax(dim=1, keepdim=True)  # (batch, 1, r)
-    return torch.where(largest > 0, largest, 1.0)
-
-
-def _preconditioned(p: Tensor, sketched: Tensor) -> Tensor:
-    triangle = torch.linalg.qr(sketched, mode="r").R  # (batch, r, r)
-    diagonal = triangle.diagonal(dim1=1, dim2=2)
-    triangle = triangle * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-1)
-    return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)  # (batch, rows, r)
-
-
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What makes P orthonormal from the right, (batch, r, r), of its Gram matrix P^T P.
-
-    Also where it is not to be used (batch,): squares have left float32, or columns of unit norm are
-    so near each other that rounding grows too much.
-    """
-    squares = gram.diagonal(dim1=1, dim2=2)  # (batch, r)
-    norms = squares.sqrt()
-    unit = gram / norms.unsqueeze(1) / norms.unsqueeze(2)
-    upper, info = torch.linalg.cholesky_ex(unit, upper=True)
-    inverse = _inverse(upper)
-    growth = inverse.square().sum(dim=1).amax(dim=1)  # (batch,)
-    is_fine = (info == 0) & (growth < _GROWTH) & (squares > _LEAST_SQUARE).all(dim=1)
-    return inverse / norms.unsqueeze(2), ~is_fine
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    """Of upper triangles (batch, r, r); on a CPU by halves, since products are faster there."""
-    size = upper.shape[1]
-    if size <= INVERTED_AT_ONCE or upper.device.type != "cpu":
-        identity = torch.eye(size, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
-    half = size // 2
-    first, last = _inverse(upper[:, :half, :half]), _inverse(upper[:, half:, half:])
-    inverse = torch.zeros_like(upper)
-    inverse[:, :half, :half] = first
-    inverse[:, half:, half:] = last
-    inverse[:, :half, half:] = -(first @ upper[:, :half, half:] @ last)
-    return inverse
-
-
-def _cholesky_qr(p: Tensor) -> Generator[Tensor, Tensor, Tensor]:
-    """One Cholesky QR; a matrix whose Gram matrix has no factor comes back as NaN."""
-    packed = yield pack(p.mT @ p)  # of a symmetric (batch, r, r)
-    # Of a Hermitian matrix the upper triangle is all that is read.
-    triangle, info = torch.linalg.cholesky_ex(unpack(packed, p.shape[2]), upper=True)
-    triangle = torch.where((info == 0).view(-1, 1, 1), triangle, math.nan)
-    return torch.linalg.solve_triangular(triangle, p, upper=True, left=False)
+def _block_size(rank: int) -> int:
+    return max(_LEAST_BLOCK, -(-rank // _BLOCKS))

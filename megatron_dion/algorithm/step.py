@@ -2,22 +2,19 @@
 
 For one logical matrix W (m, n) with momentum M (m, n) and right factor Q (m, r):
 
-    B = M + G
+    B = M + G                                        (m, n)
     P = orthonormalize(B^T Q)                        (n, r)
     R = B P                                          (m, r)
-    M = B - (1 - mu) R P^T
-    Q = R / (||R||_column + eps)                     or orthonormalize(R)
-    W = (1 - lr wd) W - lr scale Q P^T
+    M = B - (1 - mu) R P^T                           (m, n)
+    Q = R / (||R||_column + eps)                     (m, r)
+    W = (1 - lr wd) W - lr scale Q P^T               (m, n)
 
 which is algorithm 1 of the Dion paper (arXiv 2504.05295) applied to W^T. Blocks are rectangles of
 W that share no element. P is a sum over the blocks that share columns, R a sum over those that
 share rows; an `Exchange` carries out these sums across processes.
-
-A step is a generator: it yields whenever it waits for other processes, so that another step, of
-other matrices, can compute meanwhile (`interleave`).
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,55 +22,50 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
-from megatron_dion.algorithm.exchange import Exchange, Matrix, Section
-from megatron_dion.algorithm.foreach import copy_all
-from megatron_dion.algorithm.left_factor import orthonormalize_left
-from megatron_dion.algorithm.products import products_in
-from megatron_dion.algorithm.right_factor import (
-    inner_products,
-    squared_norms,
-    to_orthonormal_columns,
-    to_unit_columns,
-)
+from megatron_dion.algorithm.exchange import Exchange, Matrix
+from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.products import matmul_precision
 
 IN_FLIGHT = 2
-"""Steps under way at a time; what bounds their memory counts on it."""
+"""Steps under way at a time in `interleave`."""
 
 
 @dataclass
 class Block:
-    """The tensors of a block, all of them views.
+    """The tensors of one or more rectangles of a matrix, all of them views.
 
-    Fused weights interleave the rows of their matrices, so a block is k rectangles at equal
+    A fused weight interleaves the rows of its matrices, so a block is k rectangles at equal
     distances in memory. They have the same columns; "rows" are those of one of them.
 
     Attributes:
         matrix: index of its matrix.
+        parameter: the tensor of the optimizer's `param_groups` of which the weight is a part.
         weight: (k, rows, columns) of the master weight, float32.
         total: (k, rows, columns) float32, holds B = M + G when a step begins.
         momentum: (k, rows, columns), M between steps; may be `total`.
         right_factor: (k, rows, r) float32, Q while P is computed; may be the memory of
             `projection`.
-        kept_right: (k, rows, columns of Q), what this process keeps of Q between steps; may be
-            `right_factor`.
-        kept_columns: which columns of Q these are.
+        stored_right: (k, rows, stored columns), what this process stores of Q between steps; may
+            be `right_factor`.
+        stored_columns: which columns of Q these are.
         left_factor: (columns, r), the rows of P that belong to the block's columns. Blocks of
             a matrix that overlap in columns share this memory.
         projection: (k, rows, r), the rows of R.
         multiplied: the rows for which this process computes products with B; of the others, which
             it holds as well, another process does.
-        counted: the rows of R whose norms this process reports. Every row of a matrix is counted
+        counted: the rows of R whose norms this process counts. Every row of a matrix is counted
             by one process.
         is_copied: whether other processes hold the same elements, and must keep them equal.
     """
 
     matrix: int
+    parameter: Tensor
     weight: Tensor
     total: Tensor
     momentum: Tensor
     right_factor: Tensor
-    kept_right: Tensor
-    kept_columns: slice
+    stored_right: Tensor
+    stored_columns: slice
     left_factor: Tensor
     projection: Tensor
     multiplied: slice
@@ -81,227 +73,219 @@ class Block:
     is_copied: bool = False
 
     def multiplied_rows(self, tensor: Tensor) -> Tensor:
-        """Those rows of one of the block's (k, rows, ...), or itself where they are all of them."""
-        return _part(tensor, self.multiplied, dim=1)
-
-    def counted_projection(self) -> Tensor:
-        """The rows of R whose norms this process reports, (k, rows, r)."""
-        return _part(self.projection, self.counted, dim=1)
+        """The multiplied rows of one of the block's (k, rows, ...)."""
+        return _narrow(tensor, self.multiplied, dim=1)
 
 
-class Observer:
-    """Is shown a step on its way, and changes nothing of it. This one does not look."""
+@dataclass(frozen=True)
+class Figures:
+    """What a measured step knows of a matrix.
 
-    def orthonormalize(
-        self, sections: Sequence[Section], steps: Generator[None, None, int]
-    ) -> Generator[None, None, int]:
-        """Runs what orthonormalizes these sections of P in place; returns what it returns."""
-        return steps
-
-    def see_projections(self, blocks: Sequence[Block]) -> None:
-        """Looks at R, complete, in the `projection`s."""
-
-
-def interleave(steps: Iterable[Generator[None, None, int]]) -> int:
-    """Takes steps in turns, each computing while another waits; returns the sum of results.
-
-    Two are under way at a time, and the next begins where one has ended. Every process must do it
-    with the same steps in the same order.
+    Attributes:
+        matrix: index of the matrix.
+        columns: (r,) float64, the squared column norms of R.
+        total: (1,) float64, ||B||_F^2; empty if the step is not measured.
+        scaled_lr: lr scale.
     """
-    upcoming = iter(steps)
-    waiting = list(islice(upcoming, IN_FLIGHT))
-    total = 0
-    while waiting:
-        step = waiting.pop(0)
-        try:
-            next(step)
-            waiting.append(step)
-        except StopIteration as end:
-            total += end.value
-            waiting += islice(upcoming, 1)
-    return total
 
-
-NOBODY = Observer()
-"""For steps that nobody watches."""
+    matrix: int
+    columns: Tensor
+    total: Tensor
+    scaled_lr: float
 
 
 def dion_step(
     matrices: Sequence[Matrix],
+    members: Sequence[int],
     blocks: Sequence[Block],
     exchange: Exchange,
     config: DionConfig,
-    step: int,
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
-    observer: Observer = NOBODY,
-) -> Generator[None, None, int]:
+    is_measured: bool = False,
+) -> Generator[None, None, list[Figures]]:
     """Takes one step, in place, from blocks whose `total` already holds B = M + G.
+
+    The phases, with shapes for one matrix, all of it on one process:
+
+        load Q              right_factor (m, r)
+        project to P        left_factor = B^T Q (n, r)
+        sum P               over the processes that hold rows, to one owner
+        orthonormalize P    (n, r)
+        spread P            from the owner
+        project to R        projection = B P (m, r)
+        sum R               over the processes that hold columns
+        measure R           column norms (r,)
+        update M, W, Q      (m, n), (m, n), (m, r)
+
+    A step is a generator: it yields whenever it waits for other processes, so that another step,
+    of other matrices, can compute meanwhile (`interleave`).
 
     Args:
         matrices: all matrices, the same list on every process of the exchange.
-        blocks: what this process holds of those that are stepped.
+        members: indices of those that are stepped, the same on every process.
+        blocks: what this process holds of them.
         exchange: connects the processes.
         config: hyperparameters.
-        step: number of this step, for the random numbers.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
-        observer: is shown P and R.
+        is_measured: whether ||B||_F is wanted, too; the same on every process.
 
     Returns:
-        How often this process fell back to Householder QR.
+        The figures of all matrices of which this process has a block.
     """
     _load_right(blocks)
     yield from exchange.gather_right()
     exchange.clear_left()
     _project_left(blocks, config)
     sections = yield from exchange.sum_left()
-    orthonormalized = orthonormalize_left(matrices, sections, exchange, config, step)
-    fallbacks = yield from observer.orthonormalize(sections, orthonormalized)
+    orthonormalize(sections, exchange.row_sums)
     yield from exchange.spread_left()
     _project_right(blocks, config)
-    yield from exchange.sum_rows()
-    observer.see_projections(blocks)
-    to_factors = _orthonormal_factors if config.right_factor == "orth" else _unit_factors
-    factors = yield from to_factors(matrices, blocks, exchange, config)
+    yield from exchange.sum_right()
+    squares = _Squares(matrices, members, exchange.device, is_measured)
+    squares.count(blocks)
+    yield from exchange.sum_numbers(squares.packed)
     scales = [config.scale(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks]
-    rates = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
+    scaled_lrs = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
     shrinks = [1 - lr * decay for lr, decay in zip(learning_rates, weight_decays, strict=True)]
-    to_right = [factors[block.matrix] for block in blocks]
-    _update(blocks, to_right, config.momentum, rates, shrinks, config.fp32_matmul_prec)
-    return fallbacks
+    _update(blocks, squares.columns, config, scaled_lrs, shrinks)
+    lr_of = {block.matrix: lr for block, lr in zip(blocks, scaled_lrs, strict=True)}
+    return [Figures(k, squares.columns[k], squares.totals[k], lr) for k, lr in lr_of.items()]
+
+
+def interleave[Result](steps: Iterable[Generator[None, None, Result]]) -> list[Result]:
+    """Takes steps in turns, each computing while another waits; returns their results.
+
+    `IN_FLIGHT` of them are under way at a time, and the next begins where one has ended. Every
+    process must do it with the same steps in the same order.
+    """
+    upcoming = iter(steps)
+    waiting = list(islice(upcoming, IN_FLIGHT))
+    results: list[Result] = []
+    while waiting:
+        step = waiting.pop(0)
+        try:
+            next(step)
+            waiting.append(step)
+        except StopIteration as end:
+            results.append(end.value)
+            waiting += islice(upcoming, 1)
+    return results
 
 
 def _load_right(blocks: Sequence[Block]) -> None:
     for block in blocks:
-        if block.right_factor is not block.kept_right:
-            block.right_factor[..., block.kept_columns].copy_(block.kept_right)
+        if block.right_factor is not block.stored_right:
+            block.right_factor[..., block.stored_columns].copy_(block.stored_right)
 
 
 def _project_left(blocks: Sequence[Block], config: DionConfig) -> None:
-    with products_in(config.fp32_matmul_prec) as products:
+    with matmul_precision(config.fp32_matmul_prec):
         for block in blocks:
             total = block.multiplied_rows(block.total)
             right = block.multiplied_rows(block.right_factor)
-            products.add_left(block.left_factor, total, right)
+            block.left_factor.addbmm_(total.mT, right)  # (columns, r), the sum over k in it
 
 
 def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
-    with products_in(config.fp32_matmul_prec) as products:
+    with matmul_precision(config.fp32_matmul_prec):
         for block in blocks:
-            multiplied = block.multiplied_rows(block.projection)
-            if multiplied is not block.projection:
+            projection = block.multiplied_rows(block.projection)  # (k, rows, r)
+            if projection is not block.projection:
                 block.projection.zero_()
             total = block.multiplied_rows(block.total)
-            products.set_right(multiplied, total, block.left_factor)
+            torch.bmm(total, _repeated(block.left_factor, len(total)), out=projection)
 
 
-@dataclass(frozen=True)
-class _ToRight:
-    """How R becomes Q: R times `factor`, where the column has a direction.
+class _Squares:
+    """Sums of squares of all members of a step, in one tensor.
+
+    They are float64, in which the square of every float32 is a normal number, and in which the
+    order of a sum, which differs between topologies, does not show after rounding to float32.
 
     Attributes:
-        factor: (r,) for each column, or (r, r).
-        dead: (r,) float32, one where R's column is zero.
+        packed: (count,) all of them.
+        columns: for each member the squared norms of the columns of R, (r,).
+        totals: for each member ||B||_F^2, (1,); (0,) in a step that is not measured.
     """
 
-    factor: Tensor
-    dead: Tensor
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        members: Sequence[int],
+        device: torch.device,
+        is_measured: bool,
+    ) -> None:
+        sizes = [matrices[k].rank for k in members] + [int(is_measured)] * len(members)
+        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = self.packed.split(sizes) if sizes else ()
+        self.columns = dict(zip(members, parts, strict=False))
+        self.totals = dict(zip(members, parts[len(members) :], strict=True))
 
-
-def _unit_factors(
-    matrices: Sequence[Matrix],
-    blocks: Sequence[Block],
-    exchange: Exchange,
-    config: DionConfig,
-) -> Generator[None, None, dict[int, _ToRight]]:
-    held = _held(matrices, blocks)
-    ranks = [matrices[k].rank for k in held]
-    squares = torch.zeros(sum(ranks), dtype=torch.float64, device=exchange.device)
-    by_matrix = dict(zip(held, squares.split(ranks), strict=True))
-    for block in blocks:
-        by_matrix[block.matrix].add_(squared_norms(block.counted_projection()))
-    yield from exchange.sum_right([(k, part.unsqueeze(0)) for k, part in by_matrix.items()])
-    norms = squares.sqrt_()
-    factors = to_unit_columns(norms, config.eps).split(ranks)
-    dead = (norms == 0).float().split(ranks)
-    return {k: _ToRight(*found) for k, *found in zip(held, factors, dead, strict=True)}
-
-
-def _orthonormal_factors(
-    matrices: Sequence[Matrix],
-    blocks: Sequence[Block],
-    exchange: Exchange,
-    config: DionConfig,
-) -> Generator[None, None, dict[int, _ToRight]]:
-    grams: dict[int, Tensor] = {}
-    for block in blocks:
-        gram = inner_products(block.counted_projection())
-        grams[block.matrix] = grams[block.matrix] + gram if block.matrix in grams else gram
-    held = _held(matrices, blocks)
-    yield from exchange.sum_right([(k, grams[k]) for k in held])
-    factors = to_orthonormal_columns([grams[k] for k in held], config.eps)
-    return {
-        k: _ToRight(factor, (grams[k].diagonal() == 0).float())
-        for k, factor in zip(held, factors, strict=True)
-    }
-
-
-def _held(matrices: Sequence[Matrix], blocks: Sequence[Block]) -> list[int]:
-    """Matrices of which this process has blocks, those of equal rank side by side."""
-    return sorted({block.matrix for block in blocks}, key=lambda k: (matrices[k].rank, k))
+    def count(self, blocks: Sequence[Block]) -> None:
+        """Adds what this process has."""
+        for block in blocks:
+            rows = _narrow(block.projection, block.counted, dim=1).double()
+            self.columns[block.matrix] += rows.square_().sum(dim=(0, 1))
+            if self.totals[block.matrix].numel():
+                total = block.multiplied_rows(block.total)
+                norm = torch.linalg.vector_norm(total, dtype=torch.float64)
+                self.totals[block.matrix] += norm.square()
 
 
 def _update(
     blocks: Sequence[Block],
-    to_right: Sequence[_ToRight],
-    momentum: float,
+    squares: Mapping[int, Tensor],
+    config: DionConfig,
     scaled_lrs: Sequence[float],
     shrinks: Sequence[float],
-    precision: str,
 ) -> None:
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    with products_in(precision) as products:
+    with matmul_precision(config.fp32_matmul_prec):
         for block, projection, left in zip(blocks, projections, lefts, strict=True):
-            products.add_outer(block.total, projection, left, beta=1, alpha=momentum - 1)
+            outer = _repeated(left.T, len(projection))
+            block.total.baddbmm_(projection, outer, alpha=config.momentum - 1)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
-    rights = _rights(projections, [found.factor for found in to_right])
+    norms = {k: squares[k].sqrt() for k in {block.matrix for block in blocks}}
+    factors = {k: (1 / (norm + config.eps)).float() for k, norm in norms.items()}
+    rights = projections  # R becomes Q in its place
+    for right, block in zip(rights, blocks, strict=True):
+        right *= factors[block.matrix]
     steps = zip(blocks, rights, lefts, scaled_lrs, shrinks, strict=True)
-    with products_in(precision) as products:
+    with matmul_precision(config.fp32_matmul_prec):
         for block, right, left, scaled_lr, shrink in steps:
-            products.add_outer(block.weight, right, left, beta=shrink, alpha=-scaled_lr)
-    _keep_right(blocks, rights, [found.dead for found in to_right])
+            outer = _repeated(left.T, len(right))
+            block.weight.baddbmm_(right, outer, beta=shrink, alpha=-scaled_lr)
+    # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
+    unchanged = {k: (norm == 0).float() for k, norm in norms.items()}
+    for block, right in zip(blocks, rights, strict=True):
+        stored = block.stored_right
+        stored *= unchanged[block.matrix][block.stored_columns]
+        stored += right[..., block.stored_columns]
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies tensor by tensor, in one call; there may be none."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def _clone_if(condition: bool, tensor: Tensor) -> Tensor:
     return tensor.clone() if condition else tensor
 
 
-def _rights(projections: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
-    """The new Q, (k, rows, r) each; with factors for columns in the memory of R."""
-    if all(factor.dim() == 1 for factor in factors):
-        if projections:
-            torch._foreach_mul_(projections, factors)
-        return projections
-    # Copies of rows are elsewhere on other processes: see _update.
-    return [p.clone() @ factor.clone() for p, factor in zip(projections, factors, strict=True)]
+def _repeated(factor: Tensor, count: int) -> Tensor:
+    """A view (count, ...) of the same factor for each of several rectangles."""
+    # For one rectangle, `expand` would cost another view.
+    return factor.unsqueeze(0) if count == 1 else factor.expand(count, -1, -1)
 
 
-def _keep_right(blocks: Sequence[Block], rights: Sequence[Tensor], dead: Sequence[Tensor]) -> None:
-    """Stores Q; a column without any gradient would otherwise lose its direction for ever."""
-    if not blocks:
-        return
-    kept = [block.kept_right for block in blocks]
-    columns = [block.kept_columns for block in blocks]
-    torch._foreach_mul_(kept, [_part(d, c) for d, c in zip(dead, columns, strict=True)])
-    torch._foreach_add_(kept, [_part(r, c) for r, c in zip(rights, columns, strict=True)])
-
-
-def _part(tensor: Tensor, chosen: slice, dim: int = -1) -> Tensor:
+def _narrow(tensor: Tensor, part: slice, dim: int) -> Tensor:
     """What a slice takes of a dimension; mostly that is all, which need not cost a view."""
-    start, stop = chosen.start, chosen.stop
-    return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
+    length = part.stop - part.start
+    return tensor if length == tensor.shape[dim] else tensor.narrow(dim, part.start, length)

@@ -1,18 +1,18 @@
-"""What one rank finds out, all ranks must know: none may go on alone."""
+"""What one rank finds out reaches all ranks, so that none goes on alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dion.checkpointing.errors import CheckpointError, told
+from megatron_dion.checkpointing.errors import CheckpointError, one_line
 
 
 def on_first_rank[T](function: Callable[[], T]) -> T:
     """Calls a function on rank 0 and returns its result, which must be small, on all ranks.
 
     Raises:
-        CheckpointError: what the function raised, on all ranks, whatever it was.
+        CheckpointError: on all ranks, for any exception of the function.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -20,8 +20,8 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
             answer = [function()]
         except CheckpointError as error:
             answer = [error]
-        except Exception as error:  # all others wait for the answer
-            answer = [CheckpointError(f"{type(error).__name__}: {told(error)}")]
+        except Exception as error:  # all other ranks wait for the answer
+            answer = [CheckpointError(f"{type(error).__name__}: {one_line(error)}")]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], CheckpointError):
         raise answer[0]
@@ -29,8 +29,8 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
     return result
 
 
-def gathered[T](values: Sequence[T]) -> list[T]:
-    """The values of all ranks, rank 0's first."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, list(values))
-    return [value for ranks in everywhere for value in ranks]
+def gather[T](values: Sequence[T]) -> list[T]:
+    """The values of all ranks, those of rank 0 first, on every rank."""
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, list(values))
+    return [value for values in by_rank for value in values]

@@ -1,4 +1,4 @@
-"""Reads what a checkpoint of Megatron's `torch_dist` format holds, without a run around it."""
+"""Reads what a checkpoint of Megatron's format `torch_dist` holds, without a run around it."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_dion.checkpointing.errors import CheckpointError, told
+from megatron_dion.checkpointing.errors import CheckpointError, one_line
 from megatron_dion.checkpointing.folders import MARKER
 
 _BACKEND, _BACKEND_VERSION = "torch_dist", 1
@@ -25,7 +25,7 @@ _BACKEND, _BACKEND_VERSION = "torch_dist", 1
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint that is complete.
+    """A complete checkpoint. What cannot be read of it raises CheckpointError.
 
     Attributes:
         folder: where it is.
@@ -35,22 +35,14 @@ class Contents:
 
     @cached_property
     def metadata(self) -> Metadata:
-        """The index of all tensors and objects.
-
-        Raises:
-            CheckpointError: it cannot be read, or is of a later version of the format.
-        """
+        """The index of all tensors and objects."""
         self._check_format()
         with _explained(f"{self.folder}/.metadata is missing or damaged"):
             return FileSystemReader(self.folder).read_metadata()
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """What all ranks share, such as iteration, arguments, scheduler, the optimizer's record.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """What all ranks share, such as iteration, arguments, scheduler, the optimizer's record."""
         from megatron.core.dist_checkpointing import load_common_state_dict
 
         self._check_format()
@@ -64,11 +56,7 @@ class Contents:
         return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def read(self, key: str) -> Tensor:
-        """A whole tensor, on CPU.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """A whole tensor, on CPU."""
         entry = self.tensors[key]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         with _explained(f"{key} cannot be read"):
@@ -79,25 +67,23 @@ class Contents:
         """Describes each file that is missing or shorter than the index says."""
         sizes: dict[str, int] = defaultdict(int)
         for item in self.metadata.storage_data.values():
-            end = item.offset + item.length
-            sizes[item.relative_path] = max(sizes[item.relative_path], end)
-        found = []
+            sizes[item.relative_path] = max(sizes[item.relative_path], item.offset + item.length)
+        damaged = []
         for name, size in sorted(sizes.items()):
             path = self.folder / name
             if not path.is_file():
-                found.append(f"{name} is missing")
+                damaged.append(f"{name} is missing")
             elif path.stat().st_size < size:
-                found.append(f"{name} has {path.stat().st_size} bytes of at least {size}")
-        return found
+                damaged.append(f"{name} has {path.stat().st_size} bytes of at least {size}")
+        return damaged
 
     def gaps(self) -> list[str]:
         """Describes each tensor whose pieces do not tile it."""
-        found = []
-        for key, entry in self.tensors.items():
-            held = sum(chunk.sizes.numel() for chunk in entry.chunks)
-            if held != entry.size.numel():
-                found.append(f"{key} has {held} of {entry.size.numel()} elements")
-        return found
+        sizes = {
+            key: (sum(chunk.sizes.numel() for chunk in entry.chunks), entry.size.numel())
+            for key, entry in self.tensors.items()
+        }
+        return [f"{k} has {n} of {whole} elements" for k, (n, whole) in sizes.items() if n != whole]
 
     def _check_format(self) -> None:
         with _explained(f"{self.folder / MARKER} is missing or damaged"):
@@ -113,11 +99,11 @@ class Contents:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(problem: str) -> Iterator[None]:
     """Turns whatever damaged bytes make a reader raise into one line."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise CheckpointError(f"{what} ({told(error)})") from error
+        raise CheckpointError(f"{problem} ({one_line(error)})") from error

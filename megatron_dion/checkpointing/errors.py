@@ -1,25 +1,24 @@
-"""What goes wrong with checkpoints, told in one line."""
+"""What goes wrong with checkpoints, in one line."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used as it was asked for; the message says what to do."""
+    """A checkpoint cannot be used as the command line asks; the message says what to do."""
 
 
 class NothingToLoad(CheckpointError):
-    """There is no complete checkpoint."""
+    """A folder holds no complete checkpoint."""
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; what was there before is still there."""
+    """A checkpoint could not be written; older checkpoints are as they were."""
 
 
-def told(error: BaseException) -> str:
-    """What an error says, in one line, without the tracebacks that torch puts into some."""
-    failures = getattr(error, "failures", None)  # by rank, of torch's CheckpointException
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, without the tracebacks that torch puts into some."""
+    failures = getattr(error, "failures", None)  # by rank, in torch's CheckpointException
     if failures:
         rank, (cause, _) = next(iter(failures.items()))
-        return f"rank {rank}: {told(cause)}"
+        return f"rank {rank}: {one_line(cause)}"
     if failures is not None:
         return "another rank failed"
-    text = " ".join(str(error).split())
-    return text[:500] or type(error).__name__
+    return " ".join(str(error).split())[:500] or type(error).__name__

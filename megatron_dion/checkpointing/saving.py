@@ -11,32 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
-from megatron_dion.checkpointing.agreement import gathered, on_first_rank
-from megatron_dion.checkpointing.errors import CheckpointError, SaveError, told
-
-# What a checkpoint has beside its tensors; a guess, for large models it is nothing.
-_OVERHEAD_BYTES = 1 << 20
-
-# Each rank leaves its hashes for rank 0 in a file of such a name, and takes it away again.
-_HASHES_OF_RANK = "hashes_"
+from megatron_dion.checkpointing.agreement import gather, on_first_rank
+from megatron_dion.checkpointing.errors import CheckpointError, SaveError, one_line
 
 
 class Saver:
     """Stands before `megatron.core.dist_checkpointing.save`.
 
+    The order is: data, index, hashes, marker, name; Megatron then writes the tracker.
+
     Args:
-        with_hashes: whether a checkpoint gets a manifest of SHA-256 of its files.
-        when_saved: called on rank 0 with a checkpoint's folder when it is complete, the bytes of
-            its tensors, and the seconds since it was begun: one that is written in the background
-            is noticed to be complete at the end of an iteration.
+        with_hashes: whether a checkpoint gets a manifest with the SHA-256 of its files.
+        when_saved: called on rank 0 when a checkpoint is complete, with its folder, the bytes of
+            its files, and the seconds since the save began. A checkpoint that is written in the
+            background is noticed to be complete at the end of an iteration.
     """
 
     def __init__(self, with_hashes: bool, when_saved: Callable[[Path, int, float], None]) -> None:
@@ -56,7 +48,7 @@ class Saver:
         verify_integrity: bool = False,
         **options: Any,
     ) -> Any:
-        """As `dist_checkpointing.save`.
+        """As `dist_checkpointing.save`, which is `stock`.
 
         Raises:
             SaveError: on all ranks; complete checkpoints are as they were.
@@ -64,14 +56,8 @@ class Saver:
         target = Path(checkpoint_dir)
         start = time.monotonic()
         with _explained(target):
-            partial = folders.partial_folder_of(target, self._prepare(target.parent))
+            partial = target.with_name(f"partial_{target.name}.{self._prepare(target.parent)}")
             on_first_rank(lambda: partial.mkdir(parents=True))
-            size = _check_space(state, partial)
-
-            def finish() -> None:
-                _take_place(partial, target)
-                self._when_saved(target, size, time.monotonic() - start)
-
             request = stock(
                 state,
                 str(partial),
@@ -81,121 +67,93 @@ class Saver:
                 verify_integrity=False,
                 **options,
             )
-            request = self._completed(request, partial, target, finish)
+
+            def finish() -> None:
+                _rename(partial, target)
+                size = sum(path.stat().st_size for path in target.iterdir())
+                self._when_saved(target, size, time.monotonic() - start)
+
+            *steps, write_marker = request.finalize_fns
+            if self._with_hashes:
+                if request.async_fn is not None:
+                    write = functools.partial(_write_and_hash, request.async_fn, partial)
+                    request = request._replace(async_fn=functools.partial(write, dist.get_rank()))
+                steps.append(functools.partial(_write_manifest, partial))
+            steps += [write_marker, lambda: on_first_rank(finish)]
+            request.finalize_fns[:] = [functools.partial(_run, target, step) for step in steps]
             if async_sharded_save:
                 return request
             request.execute_sync()
         return None
 
     def _prepare(self, root: Path) -> str:
-        """Before the first save: removes what killed runs have left; draws this run's token."""
+        """Before the first save, removes what killed runs left; returns the token of this run.
+
+        Processes that outlive a killed run write under another token than the next run.
+        """
+
+        def clean() -> str:
+            root.mkdir(parents=True, exist_ok=True)
+            folders.settle(root)
+            for path in list(folders.leftovers(root)):
+                _remove(path)
+            folders.remove_damaged_tracker(root)
+            return secrets.token_hex(4)
+
         if self._token is None:
-
-            def clean() -> str:
-                root.mkdir(parents=True, exist_ok=True)
-                folders.settle(root)
-                for path in folders.leftovers(root):
-                    folders.remove(path)
-                folders.repair_tracker(root)
-                return secrets.token_hex(4)
-
             self._token = on_first_rank(clean)
         return self._token
-
-    def _completed(
-        self, request: Any, partial: Path, target: Path, finish: Callable[[], None]
-    ) -> Any:
-        """The request with what has to happen after the writing, at last `finish` on rank 0.
-
-        Megatron's own last step writes the marker of a complete checkpoint; hashes come before it.
-        """
-        if self._with_hashes and request.async_fn is not None:
-            write = functools.partial(_write_and_hash, request.async_fn, partial, dist.get_rank())
-            request = request._replace(async_fn=write)
-        *steps, mark = request.finalize_fns
-        if self._with_hashes:
-            steps.append(functools.partial(_collect_hashes, partial))
-        steps += [mark, lambda: on_first_rank(finish)]
-        request.finalize_fns[:] = [functools.partial(_explaining, target, step) for step in steps]
-        return request
 
 
 def _write_and_hash(
     write: Callable[..., Any], folder: Path, rank: int, *args: Any, **options: Any
 ) -> None:
-    """Writes a rank's files, in this process or one that works in the background."""
+    """Writes a rank's files, perhaps in a process in the background, and notes their hashes."""
     write(*args, **options)
-    # What `write` could not write it has noted, and all ranks will hear of it.
+    # Megatron reports on all ranks what `write` could not write.
     with contextlib.suppress(OSError):
-        found = hashes.hash_files(folder, hashes.data_files_of(folder, rank))
-        _hashes_of_rank(folder, rank).write_text(json.dumps(found))
+        names = sorted(path.name for path in folder.glob(f"__{rank}_*"))
+        _note_of(folder, rank).write_text(json.dumps(hashes.hash_files(folder, names)))
 
 
-def _collect_hashes(partial: Path) -> None:
-    mine = _take_hashes(partial, dist.get_rank())
-    found = dict(gathered(list(mine.items())))
-    on_first_rank(lambda: _write_manifest(partial, found))
+def _write_manifest(folder: Path) -> None:
+    """Collects the hashes that all ranks noted, and adds those of files that no rank hashed."""
+    note = _note_of(folder, dist.get_rank())
+    mine: hashes.Hashes = {}
+    if note.exists():  # a rank may have had nothing to write
+        mine = json.loads(note.read_text())
+        note.unlink()
+    noted = dict(gather(list(mine.items())))
+
+    def write() -> None:
+        names = {path.name for path in folder.iterdir() if not path.name.startswith("hashes_")}
+        rest = names - set(noted)
+        hashes.write_manifest(folder, noted | hashes.hash_files(folder, sorted(rest)))
+
+    on_first_rank(write)
 
 
-def _hashes_of_rank(folder: Path, rank: int) -> Path:
-    return folder / f"{_HASHES_OF_RANK}{rank}.json"
+def _note_of(folder: Path, rank: int) -> Path:
+    return folder / f"hashes_{rank}.json"
 
 
-def _take_hashes(folder: Path, rank: int) -> hashes.Hashes:
-    path = _hashes_of_rank(folder, rank)
-    if not path.exists():  # the rank had nothing to write; or no room, which is told elsewhere
-        return {}
-    found: hashes.Hashes = json.loads(path.read_text())
-    path.unlink()
-    return found
-
-
-def _write_manifest(folder: Path, found: hashes.Hashes) -> None:
-    names = [path.name for path in folder.iterdir()]
-    rest = [name for name in names if name not in found and not name.startswith(_HASHES_OF_RANK)]
-    hashes.write_manifest(folder, found | hashes.hash_files(folder, rest))
-
-
-def _take_place(partial: Path, target: Path) -> None:
-    """Renames, also where an older checkpoint of the same iteration stands."""
-    if not target.exists() or not any(target.iterdir()):
+def _rename(partial: Path, target: Path) -> None:
+    """Gives a checkpoint its name, also where an older one of the same iteration has it."""
+    if target.exists() and any(target.iterdir()):
+        replaced = partial.with_name(partial.name.replace("partial_", "replaced_", 1))
+        os.rename(target, replaced)
         os.rename(partial, target)
-        return
-    replaced = partial.with_name(partial.name.replace("partial_", "replaced_", 1))
-    os.rename(target, replaced)
-    os.rename(partial, target)
-    folders.remove(replaced)
+        _remove(replaced)
+    else:
+        os.rename(partial, target)
 
 
-def _check_space(state: dict[str, Any], folder: Path) -> int:
-    """The bytes of all tensors; CheckpointError where the disk has no room for them."""
-    numbers = torch.tensor([_bytes_of(state)], device=torch.cuda.current_device())
-    dist.all_reduce(numbers)
-    size = int(numbers.item())
-    needed = size + _OVERHEAD_BYTES
-
-    def check() -> None:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            folders.remove(folder)
-            raise CheckpointError(f"it takes {needed / 1e6:.0f} MB")
-
-    on_first_rank(check)
-    return size
+def _remove(folder: Path) -> None:
+    """Removes a folder in which a process that outlived its run may still write."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bytes_of(state: dict[str, Any]) -> int:
-    """Bytes of the tensors that this rank, and no other, has to save."""
-    return sum(
-        value.data.numel() * value.data.element_size()
-        for value in nested_values(state)
-        if isinstance(value, ShardedTensor | ShardedTensorFactory)
-        and value.data is not None
-        and is_main_replica(value.replica_id)
-    )
-
-
-def _explaining(target: Path, step: Callable[[], None]) -> None:
+def _run(target: Path, step: Callable[[], None]) -> None:
     with _explained(target):
         step()
 
@@ -209,17 +167,12 @@ def _explained(target: Path) -> Iterator[None]:
         raise
     except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
         if dist.get_rank() == 0:
-            for path in folders.leftovers(target.parent):
+            for path in list(folders.leftovers(target.parent)):
                 if path.name.startswith(f"partial_{target.name}."):
-                    folders.remove(path)
-        raise SaveError(_explanation(target, error)) from error
-
-
-def _explanation(target: Path, error: BaseException) -> str:
-    complete = folders.complete_iterations(target.parent)
-    newest = f"of iteration {complete[0]}" if complete else "none"
-    free = shutil.disk_usage(target.parent).free
-    return (
-        f"the checkpoint {target} could not be written: {told(error)}; {free / 1e6:.0f} MB are"
-        f" free there; newest complete checkpoint: {newest}"
-    )
+                    _remove(path)
+        complete = folders.complete_iterations(target.parent)
+        raise SaveError(
+            f"the checkpoint {target} could not be written: {one_line(error)};"
+            f" {shutil.disk_usage(target.parent).free / 1e6:.0f} MB are free there; newest complete"
+            f" checkpoint: {f'of iteration {complete[0]}' if complete else 'none'}"
+        ) from error

@@ -23,6 +23,13 @@ from megatron_dion.megatron.recorder import LOSS_NAME
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
+# Settings of a dataset that are arguments of the same name.
+_DATASET_ARGUMENTS = (
+    *("split", "multiple_validation_sets", "full_validation", "num_dataset_builder_threads"),
+    *("mmap_bin_files", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("object_storage_cache_path", "mid_level_dataset_surplus", "allow_ambiguous_pad_tokens"),
+)
+
 # None for what a pipeline stage does not need.
 Batch = dict[str, Any]
 
@@ -38,13 +45,8 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(loss_of_microbatch, batch["loss_mask"])
 
 
@@ -54,8 +56,9 @@ def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> Batch:
     if not _stage_needs_data(args, vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
     tp_rank = mpu.get_tensor_model_parallel_rank()
+    data = next(data_iterator) if tp_rank == 0 else {}
     batch = get_batch_on_this_tp_rank(
-        _read_microbatch(data_iterator) if tp_rank == 0 else {},
+        {key: data[key].cuda(non_blocking=True) if key in data else None for key in _BATCH_KEYS},
         has_cu_seqlens=False,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
@@ -75,21 +78,14 @@ def get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> Batch:
     )
 
 
-def _read_microbatch(data_iterator: Iterator[Any]) -> Batch:
-    data = next(data_iterator)
-    return {key: data[key].cuda(non_blocking=True) if key in data else None for key in _BATCH_KEYS}
-
-
 def _stage_needs_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    return is_first_or_last_pipeline_stage(vp_stage) or _stage_predicts_several_tokens(
-        args, vp_stage
-    )
+    is_at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    return is_at_an_end or _stage_predicts_several_tokens(args, vp_stage)
 
 
 def _stage_predicts_several_tokens(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    return mtp_on_this_rank(
-        mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-    )
+    layers = args.mtp_num_layers
+    return mtp_on_this_rank(mtp_num_layers=layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
 def loss_of_microbatch(
@@ -108,19 +104,15 @@ def loss_of_microbatch(
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().detach().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        _reject_non_finite(loss)
+        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"{name} in the loss of a microbatch",
+                tolerance=0.0,
+                fatal=True,
+            )
     return loss, tokens, {LOSS_NAME: torch.stack([loss.detach(), tokens.float()])}
-
-
-def _reject_non_finite(loss: torch.Tensor) -> None:
-    for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=rejected,
-            message=f"{name} in the loss of a microbatch",
-            tolerance=0.0,
-            fatal=True,
-        )
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
@@ -131,42 +123,24 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
         vp_stage: The virtual pipeline stage whose data iterators are being built.
     """
     args = get_args()
-    builder = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        partial(_is_built_on_rank, args, vp_stage),
-        _dataset_config(args),
-    )
-    return builder.build()
-
-
-# Megatron then calls the provider on every rank, and the builder decides which ranks read.
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-
-
-def _is_built_on_rank(args: argparse.Namespace, vp_stage: int | None) -> bool:
-    return mpu.get_tensor_model_parallel_rank() == 0 and _stage_needs_data(args, vp_stage)
-
-
-def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
         tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        **{name: getattr(args, name) for name in _DATASET_ARGUMENTS},
     )
+
+    def reads() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and _stage_needs_data(args, vp_stage)
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, reads, config).build()
+
+
+# Megatron then calls the provider on every rank, and the builder decides which ranks read.
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]

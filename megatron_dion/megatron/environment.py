@@ -1,4 +1,4 @@
-"""What must hold, and be done, before megatron can be imported."""
+"""What must be true, and be done, before megatron can be imported."""
 
 import importlib.metadata
 import importlib.util
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dion.megatron.errors import ConfigurationError
+from megatron_dion.megatron.errors import ConfigurationError, refuse
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion.platforms.ports import free_port
 
@@ -19,29 +19,27 @@ TESTED_MEGATRON_CORE = "0.19.2"
 def check_megatron_version() -> None:
     """The join with Megatron rests on details of one version."""
     try:
-        found = importlib.metadata.version("megatron-core")
+        version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigurationError(
             f"megatron-core is not installed: pip install megatron-core=={TESTED_MEGATRON_CORE}"
         ) from error
-    if found != TESTED_MEGATRON_CORE:
-        raise ConfigurationError(
-            f"megatron-core {found} is installed, tested is {TESTED_MEGATRON_CORE}: "
-            f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
-        )
+    refuse(
+        f"megatron-core {version} is installed, tested is {TESTED_MEGATRON_CORE}: pip install"
+        f" megatron-core=={TESTED_MEGATRON_CORE}",
+        when=version != TESTED_MEGATRON_CORE,
+    )
 
 
 def check_apex() -> None:
     """A web toolkit of the same name as NVIDIA's apex makes Megatron fail in odd places."""
     spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        raise ConfigurationError(
-            "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
-            "pip uninstall apex"
-        )
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    refuse(
+        "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
+        "pip uninstall apex",
+        when=spec and not any((folder / "multi_tensor_apply").is_dir() for folder in folders),
+    )
 
 
 def check_imported_version() -> None:
@@ -49,28 +47,29 @@ def check_imported_version() -> None:
     import megatron.core
 
     # After the plus sign stands the commit of whatever repository the working folder is in.
-    found = megatron.core.__version__.partition("+")[0]
-    if found != TESTED_MEGATRON_CORE:
-        raise ConfigurationError(
-            f"{Path(megatron.core.__file__).parent} is megatron-core {found}, tested is "
-            f"{TESTED_MEGATRON_CORE}: use the script of that release"
-        )
+    version = megatron.core.__version__.partition("+")[0]
+    refuse(
+        f"{Path(megatron.core.__file__).parent} is megatron-core {version}, tested is "
+        f"{TESTED_MEGATRON_CORE}: use the script of that release",
+        when=version != TESTED_MEGATRON_CORE,
+    )
 
 
-def check_megatron_is_to_come() -> None:
+def check_megatron_is_not_imported() -> None:
     """Names that a script has imported from megatron cannot be replaced in it any more."""
-    early = [name for name in ("megatron.training", "megatron.core") if name in sys.modules]
-    if early:
-        raise ConfigurationError(
-            f"{early[0]} has been imported already: call megatron_dion.install() before the first "
-            "import of megatron, or start the script by `python -m megatron_dion.run`"
-        )
+    refuse(
+        "megatron has been imported already: call megatron_dion.install() before the first import "
+        "of megatron, or start the script by `python -m megatron_dion.run`",
+        when=sys.modules.keys() & {"megatron.core", "megatron.training"},
+    )
 
 
 def check_device(device: str) -> None:
     """`--device cuda` needs a device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu")
+    refuse(
+        "--device cuda: torch sees no CUDA device; use --device cpu",
+        when=device == "cuda" and not torch.cuda.is_available(),
+    )
 
 
 CHECKS: tuple[Callable[[], None], ...] = (check_megatron_version, check_apex)
@@ -101,13 +100,6 @@ def prepare(argv: Sequence[str]) -> str:
 
 def describe_single_process() -> None:
     """Without a launcher, describe a world of one process as torchrun would."""
-    if "RANK" in os.environ:
-        return
-    os.environ.update(
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="1",
-        LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(free_port()),
-    )
+    if "RANK" not in os.environ:
+        sizes = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(sizes, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,29 +18,42 @@ _LAUNCHER_GRACE_SECONDS = 20.0
 
 
 class ConfigurationError(Exception):
-    """The run cannot start as it was asked for; the message names what to change."""
+    """The run cannot start as the command line asks; the message names what to change."""
 
 
 # What ends a run with one line and no traceback.
-TOLD_IN_ONE_LINE = (ConfigurationError, CheckpointError)
+ONE_LINE_ERRORS = (ConfigurationError, CheckpointError)
+
+
+def refuse(line: str, when: object) -> None:
+    """Raises ConfigurationError with a line where a condition is true."""
+    if when:
+        raise ConfigurationError(line)
+
+
+@contextlib.contextmanager
+def in_one_line(context: str) -> Iterator[None]:
+    """Turns a library's objection, which would be a traceback on every rank, into our error."""
+    try:
+        yield
+    except (AssertionError, OSError, ValueError) as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        message = " ".join(str(error).split()) or line  # many assertions have no message
+        raise ConfigurationError(f"{context}: {message}") from error
 
 
 def exit_with(error: Exception) -> NoReturn:
     """Print the error once for all processes and exit: with code 1 if the run had begun, else 2.
 
-    Rank 0 speaks. The others must not exit before it: their launcher would kill it unheard. One
-    that is still alive after a while has an error that rank 0 has not, and says it itself.
+    Rank 0 speaks. The others must not exit before it, or their launcher would kill it unheard. A
+    rank that is still alive after a while has an error that rank 0 has not, and speaks itself.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(_LAUNCHER_GRACE_SECONDS)
-    _tell_launcher(tell(error))
-    sys.exit(1 if isinstance(error, SaveError) else 2)
-
-
-def _tell_launcher(line: str) -> None:
-    """Let torchrun end its report with the line; what is in this file it shows as a traceback."""
+    line = tell(error)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is not None:
+    if file is not None:  # torchrun ends its report with the message in this file
         details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": details}))
+    sys.exit(1 if isinstance(error, SaveError) else 2)

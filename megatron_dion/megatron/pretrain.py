@@ -3,8 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
@@ -14,9 +14,11 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_dion.megatron import validation
-from megatron_dion.megatron.arguments import extra_args_provider
 from megatron_dion.megatron.data import datasets_provider, forward_step
-from megatron_dion.megatron.join import Join, megatron_in_one_line, validate_as_megatron
+from megatron_dion.megatron.data_checks import check_token_ids
+from megatron_dion.megatron.errors import in_one_line
+from megatron_dion.megatron.flags import extra_args_provider
+from megatron_dion.megatron.join import Join, validate_as_megatron
 
 
 def pretrain_gpt(argv: Sequence[str], device: str) -> None:
@@ -32,10 +34,10 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     Join(device, script_is_ours=True).install()
     # From here on as any script of Megatron-LM; names are looked up late, for what is patched.
     with _command_line(argv):
-        with megatron_in_one_line():
+        with in_one_line("megatron refuses these arguments"):
             args = arguments.parse_and_validate_args()
-        validation.check_token_ids(args, get_tokenizer().vocab_size)
-        with megatron_in_one_line():
+        check_token_ids(args, get_tokenizer().vocab_size)
+        with in_one_line("megatron refuses these arguments"):
             model = gpt_config_from_args(args)
         config = pretrain_cfg_container_from_args(args, model)
         training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
@@ -55,24 +57,17 @@ def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
     """
     world = {"RANK": "0", "WORLD_SIZE": str(world_size)}
     with mock.patch.dict(os.environ, world), _command_line(argv):
-        args = arguments.parse_args(extra_args_provider(device))
+        args: argparse.Namespace = arguments.parse_args(extra_args_provider(device))
     args.device = device
-    for check in validation.CHECKS:
-        if check not in validation.OF_FILES:
+    for check in (*validation.OF_ALL_SCRIPTS, validation.check_data_mode):
+        if check is not validation.check_packages:
             check(args)
-    args = validate_as_megatron(args, lambda: _validated(args))
+    args = validate_as_megatron(args, lambda: arguments.validate_args(args))
     # As a rule the vocabulary's size is the tokenizer's, which is a file.
     args.vocab_size = args.vocab_size or 1
-    with megatron_in_one_line():
+    with in_one_line("megatron refuses these arguments"):
         gpt_config_from_args(args)
 
 
-def _validated(args: argparse.Namespace) -> argparse.Namespace:
-    validated: argparse.Namespace = arguments.validate_args(args)
-    return validated
-
-
-@contextmanager
-def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
-        yield
+def _command_line(argv: Sequence[str]) -> AbstractContextManager[object]:
+    return mock.patch.object(sys, "argv", [sys.argv[0], *argv])

@@ -1,8 +1,27 @@
 """What a run says about itself on the terminal."""
 
+import argparse
 import math
 
 from megatron_dion.megatron.run_directory import Record
+
+
+def say(text: str) -> None:
+    """Print lines of the project's own."""
+    for line in text.splitlines():
+        print(f"[dion] {line}", flush=True)
+
+
+def describe_processes(args: argparse.Namespace) -> str:
+    """One line that says how many processes train, on what, and what they are divided into."""
+    names = {"tensor_model": "TP", "pipeline_model": "PP", "context": "CP", "data": "DP"}
+    sizes = {short: getattr(args, f"{name}_parallel_size") for name, short in names.items()}
+    division = " x ".join(f"{short}{size}" for short, size in sizes.items() if size > 1)
+    if args.expert_model_parallel_size > 1:  # of the same ranks
+        division += f", experts over {args.expert_model_parallel_size}"
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    device = "CPU (no GPU is used)" if args.device == "cpu" else "CUDA"
+    return f"{processes} on {device}" + (f": {division}" if division else "")
 
 
 def progress_line(
@@ -13,9 +32,8 @@ def progress_line(
     seconds_left: float,
 ) -> str:
     """Describe one training record in one line, and the last validation record in the same."""
-    width = len(str(train_iters))
     parts = [
-        f"iteration {record['iteration']:{width}d}/{train_iters}",
+        f"iteration {record['iteration']:{len(str(train_iters))}d}/{train_iters}",
         f"loss {_number(record['lm_loss'], '.4f')}",
         describe_validation(validation),
         f"lr {_number(record['lr'], '.2e')}",

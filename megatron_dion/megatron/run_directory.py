@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import megatron_dion
 
@@ -23,28 +23,23 @@ def write_config(
     """Write config.json: what was asked for, what it resolved to, and with which software.
 
     Args:
-        run_dir: Where it goes.
+        run_dir: Its folder, which is there.
         args: Every argument as resolved.
         argv: The command line.
-        defaults: Every argument as nobody sets it.
+        defaults: What every argument is when nobody sets it.
     """
+    installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     config = {
         "command_line": [sys.argv[0], *argv],
         "platform": args.device,
         "world_size": args.world_size,
-        "versions": _versions(),
+        "versions": installed
+        | {"megatron_dion": megatron_dion.__version__, "python": platform.python_version()},
         "git_revision": git_revision(Path(megatron_dion.__file__).parent),
         "arguments": vars(args),
         "defaults": dict(defaults),
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=_plain) + "\n")
-
-
-def write_routing(run_dir: Path, table: str) -> None:
-    """Write routing.tsv: which optimizer each parameter went to, and why."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "routing.tsv", table)
 
 
 def git_revision(folder: Path) -> str | None:
@@ -64,14 +59,6 @@ def replace_file(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
-
-def _versions() -> dict[str, str]:
-    installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-    return installed | {
-        "megatron_dion": megatron_dion.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _plain(value: Any) -> Any:
@@ -95,10 +82,10 @@ class MetricsFile:
     def __init__(self, path: Path, iterations_done: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_metrics(path)
-        kept = [record for record in found if record["iteration"] <= iterations_done]
-        replace_file(path, "".join(_line(record) for record in kept))
-        self.dropped = len(found) - len(kept)
+        records = read_metrics(path)
+        earlier = [record for record in records if record["iteration"] <= iterations_done]
+        replace_file(path, "".join(_line(record) for record in earlier))
+        self.dropped = len(records) - len(earlier)
 
     def append(self, record: Record) -> None:
         """Add one line; it is on disk when the call returns."""
@@ -112,55 +99,6 @@ def read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-class Session(NamedTuple):
-    """What a run did from one of its starts to the next.
-
-    Attributes:
-        start: the line of starts.jsonl.
-        iterations: training records, one or more, each with the tokens of its iteration.
-    """
-
-    start: Record
-    iterations: list[tuple[Record, int]]
-
-    @property
-    def settled(self) -> list[tuple[Record, int]]:
-        """All iterations but the first, which sets up all things."""
-        return self.iterations[1:]
-
-    @property
-    def tokens(self) -> int:
-        return sum(tokens for _, tokens in self.iterations)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The throughput of settled iterations; of the only one, if there is one."""
-        found = self.settled or self.iterations
-        return sum(tokens for _, tokens in found) / sum(r["iteration_seconds"] for r, _ in found)
-
-
-def sessions(training: Sequence[Record], starts: Sequence[Record]) -> list[Session]:
-    """Which iterations were done since which start.
-
-    Args:
-        training: training records. What they say of tokens counts from the beginning of the model,
-            so it goes on from what was loaded, and not from the record before, at each start.
-        starts: of starts.jsonl; those without an iteration are left out.
-    """
-    found: list[Session] = []
-    began = {start["iteration"]: start for start in starts}
-    tokens = 0
-    for record in training:
-        start = began.get(record["iteration"] - 1)
-        if start is not None or not found:
-            start = start or {"iteration": record["iteration"] - 1}
-            tokens = start.get("tokens", tokens)
-            found.append(Session(start, []))
-        found[-1].iterations.append((record, record["tokens"] - tokens))
-        tokens = record["tokens"]
-    return found
 
 
 def _line(record: Record) -> str:

@@ -1,11 +1,11 @@
 """Joins parameters, states and buffers to the blocks of which the algorithm knows."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +16,20 @@ from megatron_dion.sharding import (
     TORCH_DTYPES,
     Grid,
     Groups,
-    Held,
+    Layout,
     Placement,
     Plan,
-    Planner,
     Rank,
     Rectangle,
     ShardedExchange,
+    average,
+    compression_pays,
+    make_plan,
+    rank_in,
+    ring_bytes,
     sets_of,
+    size_of,
 )
-from megatron_dion.sharding.collectives import rank_in, size_of
-from megatron_dion.sharding.replicas import average
-from megatron_dion.sharding.traffic import bytes_sent, compression_pays, ring_bytes
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -65,60 +67,30 @@ class Distribution:
         return size_of(self.groups.replicas)
 
 
-@dataclass(frozen=True)
-class HeldBlock:
-    """A block of a matrix on this rank.
+class RightRows(NamedTuple):
+    """What a rank stores of the Q of one rectangle.
 
     Attributes:
         matrix: the matrix.
-        rectangle: which rows and columns of it.
-        parameter: the parameter of `param_groups` that holds it.
-        tensors: weight, momentum and factors, of this rectangle alone: without the dimension k.
-        is_first_of_row: whether no data-parallel rank before this one holds the same rows of Q.
+        rectangle: its rows are those of Q.
+        columns: which columns of Q are stored.
+        values: (rows, stored columns), a view of the state.
+        is_first_of_row: whether no other data-parallel rank before this one holds these rows.
     """
 
     matrix: Matrix
     rectangle: Rectangle
-    parameter: Tensor
-    tensors: Block
+    columns: slice
+    values: Tensor
     is_first_of_row: bool
 
 
-@dataclass(frozen=True)
-class SteppedBlock:
-    """One or more rectangles of a matrix that are stepped in the same calls.
-
-    Attributes:
-        parameter: the parameter of `param_groups` that holds them.
-        tensors: weight, momentum and factors.
-    """
-
-    parameter: Tensor
-    tensors: Block
-
-
-@dataclass(frozen=True)
-class StepSet:
-    """What is stepped together.
-
-    Attributes:
-        plan: of this rank.
-        exchange: with the other ranks.
-        held: this rank's blocks.
-        stepped: the same, with as many as possible of them in one.
-        groups: these ranks; `groups.replicas` average P and R.
-    """
+class StepSet(NamedTuple):
+    """What is stepped together: a rank's plan, its communication and its blocks."""
 
     plan: Plan
     exchange: ShardedExchange
-    held: list[HeldBlock]
-    stepped: list[SteppedBlock]
-    groups: Groups
-
-    @property
-    def replicas(self) -> int:
-        """Number of replicas that average P and R."""
-        return size_of(self.groups.replicas)
+    blocks: list[Block]
 
 
 class Binding:
@@ -131,7 +103,7 @@ class Binding:
         state: the optimizer's; gets `momentum` and `right_factor` of parameters that have none.
 
     Attributes:
-        planner: of all ranks.
+        layout: of all weights.
         sets: what is stepped together on this rank.
     """
 
@@ -145,38 +117,35 @@ class Binding:
         self._active = list(active)
         self._addresses = [parameter.data_ptr() for parameter in active]
         self._distribution = distribution
-        self._replicas = distribution.groups.replicas
         self._state = state
         self._keeps_float32 = config.momentum_dtype == "fp32"
+        self.layout = Layout(distribution.placements, distribution.grid, config)
+        for index, tensor in distribution.tensors.items():
+            if not state[tensor]:
+                state[tensor].update(self._first_state(index, tensor))
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
         self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
-        planner = Planner(distribution.placements, distribution.grid, config)
-        ranks = distribution.grid.size * distribution.replicas
-        sets = [
-            *sets_of(planner, compressed, ranks, distribution.replicas),
-            *sets_of(planner, dense, ranks),
-        ]
-        self.planner = planner.in_sets(sets)
-        plans = self.planner.plans(distribution.rank)
-        for index, tensor in distribution.tensors.items():
-            if not state[tensor]:
-                state[tensor].update(_first_state(index, tensor, plans, config))
-        first_in_state: dict[int, int] = {}
+        grid_size = distribution.grid.size
+        averaging = distribution.groups
         self.sets = [
-            self._bind(plan, indices[0] in dense, first_in_state)
-            for indices, plan in zip(sets, plans, strict=True)
+            *(
+                self._step_set(placements, averaging)
+                for placements in sets_of(
+                    self.layout, compressed, grid_size * distribution.replicas
+                )
+            ),
+            *(  # the gradients of dense weights are the same on all replicas by then
+                self._step_set(placements, replace(averaging, replicas=None))
+                for placements in sets_of(self.layout, dense, grid_size)
+            ),
         ]
-
-    @property
-    def held(self) -> list[HeldBlock]:
-        return [block for chosen in self.sets for block in chosen.held]
 
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step, in the gradients of replicas too."""
         gradients = 4 * sum(parameter.numel() for parameter in self._dense)
         return ring_bytes(gradients, self._distribution.replicas) + sum(
-            sum(bytes_sent(chosen.plan, chosen.replicas).values()) for chosen in self.sets
+            sum(each.exchange.bytes_sent().values()) for each in self.sets
         )
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
@@ -190,14 +159,17 @@ class Binding:
 
     def average_gradients(self) -> None:
         """Averages over replicas the gradients of weights whose P and R are not. Before any set."""
-        average([gradient_of(parameter) for parameter in self._dense], self._replicas)
+        average(
+            [gradient_of(parameter) for parameter in self._dense],
+            self._distribution.groups.replicas,
+        )
 
-    def add_gradients(self, chosen: StepSet) -> None:
-        """Makes `total` of every block of a set B = M + G.
+    def add_gradients(self, blocks: Sequence[Block]) -> None:
+        """Makes `total` of every block B = M + G.
 
-        Where M is not kept in float32, B takes the memory of the gradient.
+        Where M is not stored in float32, B takes the memory of the gradient.
         """
-        parameters = list({id(b.parameter): b.parameter for b in chosen.stepped}.values())
+        parameters = list({id(block.parameter): block.parameter for block in blocks}.values())
         if not parameters:
             return
         scale = self._distribution.gradient_scale
@@ -209,77 +181,88 @@ class Binding:
         if scale != 1:
             torch._foreach_mul_(gradients, scale)
         torch._foreach_add_(gradients, momenta)
-        for block in chosen.stepped:
-            block.tensors.total = _at_the_same_place(
-                gradient_of(block.parameter), block.tensors.weight, block.parameter
+        for block in blocks:
+            block.total = _at_the_same_place(
+                gradient_of(block.parameter), block.weight, block.parameter
             )
 
     def recenter(self) -> None:
         """Replaces the momenta of replicas, which drift apart, by their mean. A collective call."""
         momenta = [self._state[parameter]["momentum"] for parameter in self._drifting]
-        average(momenta, self._replicas)
+        average(momenta, self._distribution.groups.replicas)
 
-    def _bind(self, plan: Plan, is_dense: bool, first_in_state: dict[int, int]) -> StepSet:
-        """A set of matrices; dense ones have the same gradients on all replicas by now."""
-        groups = self._distribution.groups
-        if is_dense:
-            groups = replace(groups, replicas=None)
+    def right_factors(self) -> Iterator[RightRows]:
+        """What this rank stores of Q, rectangle by rectangle, in the order of memory."""
+        for index, tensor in self._distribution.tensors.items():
+            yield from self._right_rows(index, self._state[tensor]["right_factor"])
+
+    def _right_rows(self, placement: int, stored: Tensor) -> Iterator[RightRows]:
+        layout, rank = self.layout, self._distribution.rank
+        first_column = layout.placements[placement].weight.first_column(rank.tensor_parallel)
+        flat, start = stored.view(-1), 0
+        for rectangle in layout.rectangles(placement, rank):
+            matrix = layout.matrices[rectangle.matrix]
+            columns = layout.share(placement, matrix.rank, rank)
+            shape = rectangle.rows, columns.stop - columns.start
+            values = flat[start : start + shape[0] * shape[1]].view(shape)
+            start += values.numel()
+            is_first = rectangle.column_start == first_column
+            yield RightRows(matrix, rectangle, columns, values, is_first)
+
+    def _first_state(self, placement: int, tensor: Tensor) -> dict[str, Tensor]:
+        """Zero momentum, and what this rank stores of the first Q, columns of about unit norm."""
+        config, rank = self.layout.config, self._distribution.rank
+        factors = []
+        for rectangle in self.layout.rectangles(placement, rank):
+            matrix = self.layout.matrices[rectangle.matrix]
+            rows = torch.arange(rectangle.row_start, rectangle.row_stop, device=tensor.device)
+            values = normal(config.seed, f"{matrix.name}/right_factor", rows, matrix.rank)
+            stored = self.layout.share(placement, matrix.rank, rank)
+            factors.append(values[:, stored] / matrix.rows**0.5)
+        right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
+        return {
+            "momentum": torch.zeros_like(tensor, dtype=TORCH_DTYPES[config.momentum_dtype]),
+            "right_factor": right.to(TORCH_DTYPES[config.factor_dtype]).contiguous(),
+        }
+
+    def _step_set(self, placements: Sequence[int], groups: Groups) -> StepSet:
+        plan = make_plan(self.layout, self._distribution.rank, placements)
         exchange = ShardedExchange(plan, groups, self._distribution.device)
+        stored = {
+            placement: self._right_rows(placement, self._state[tensor]["right_factor"])
+            for placement, tensor in self._distribution.tensors.items()
+        }
         with exchange.allocated():  # views of its buffers can be made only then
-            held = [
-                self._hold(block, left, projection, plan, first_in_state)
-                for block, left, projection in zip(
-                    plan.held, exchange.lefts, exchange.projections, strict=True
+            blocks = [
+                self._block(placement, next(stored[placement]), left, projection)
+                for (placement, _), left, projection in zip(
+                    plan.rectangles, exchange.lefts, exchange.projections, strict=True
                 )
             ]
-            stepped = _stacked(held)
-        return StepSet(plan, exchange, held, stepped, groups)
+            return StepSet(plan, exchange, _stacked(blocks))
 
-    def _hold(
-        self,
-        block: Held,
-        left: Tensor,
-        projection: Tensor,
-        plan: Plan,
-        first_in_state: dict[int, int],
-    ) -> HeldBlock:
-        distribution, layout = self._distribution, plan.layout
-        rank, rectangle = distribution.rank, block.rectangle
-        tensor = distribution.tensors[block.placement]
-        weight = distribution.placements[block.placement].weight
-        kept_columns = layout.share(block.placement, plan.matrices[block.matrix].rank, rank)
-        kept_right = _take(
-            self._state[tensor]["right_factor"],
-            (rectangle.rows, kept_columns.stop - kept_columns.start),
-            first_in_state,
-            block.placement,
-        )
-        is_whole = not layout.shares_rows(block.placement)
+    def _block(self, placement: int, right: RightRows, left: Tensor, projection: Tensor) -> Block:
+        """One rectangle, without the dimension k."""
+        layout, rank, rectangle = self.layout, self._distribution.rank, right.rectangle
+        tensor = self._distribution.tensors[placement]
+        is_whole = not layout.shares_rows(placement) and right.values.dtype == torch.float32
         momentum = _rectangle_view(self._state[tensor]["momentum"], rectangle)
-        is_first_of_row = rectangle.column_start == weight.first_column(rank.tensor_parallel)
-        counted = layout.share(block.placement, rectangle.rows, rank)
-        tensors = Block(
-            matrix=block.matrix,
+        share = layout.share(placement, rectangle.rows, rank)
+        is_copied = layout.is_duplicated(placement)
+        return Block(
+            matrix=rectangle.matrix,
+            parameter=tensor,
             weight=_rectangle_view(tensor, rectangle),
             total=momentum,
             momentum=momentum,
-            right_factor=kept_right
-            if is_whole and kept_right.dtype == torch.float32
-            else projection,
-            kept_right=kept_right,
-            kept_columns=kept_columns,
+            right_factor=right.values if is_whole else projection,
+            stored_right=right.values,
+            stored_columns=right.columns,
             left_factor=left,
             projection=projection,
-            multiplied=block.multiplied,
-            counted=counted if is_first_of_row else slice(0, 0),
-            is_copied=layout.is_duplicated(block.placement),
-        )
-        return HeldBlock(
-            matrix=plan.matrices[block.matrix],
-            rectangle=rectangle,
-            parameter=tensor,
-            tensors=tensors,
-            is_first_of_row=is_first_of_row,
+            multiplied=share if is_copied else slice(0, rectangle.rows),
+            counted=share if right.is_first_of_row else slice(0, 0),
+            is_copied=is_copied,
         )
 
 
@@ -294,63 +277,26 @@ def _by_gradient_sync(
     return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
 
 
-def _first_state(
-    index: int, tensor: Tensor, plans: Sequence[Plan], config: DionConfig
-) -> dict[str, Tensor]:
-    """Zero momentum, and what this rank keeps of the first right factors."""
-    factors = []
-    for plan in plans:
-        for block in plan.held:
-            if block.placement == index:
-                matrix, place = plan.matrices[block.matrix], block.rectangle
-                rows = torch.arange(place.row_start, place.row_stop, device=tensor.device)
-                values = normal(config.seed, f"{matrix.name}/right_factor", rows, matrix.rank)
-                kept = plan.layout.share(index, matrix.rank, plan.rank)
-                # (rows, kept columns), columns of about unit norm
-                factors.append(values[:, kept] / matrix.rows**0.5)
-    right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
-    return {
-        "momentum": torch.zeros_like(tensor, dtype=TORCH_DTYPES[config.momentum_dtype]),
-        "right_factor": right.to(TORCH_DTYPES[config.factor_dtype]).contiguous(),
-    }
+_STACKED = ("weight", "total", "momentum", "right_factor", "stored_right", "projection")
 
 
-def _take(memory: Tensor, shape: tuple[int, int], first: dict[int, int], placement: int) -> Tensor:
-    """The next (rows, columns) of a weight's state."""
-    start = first.get(placement, 0)
-    first[placement] = start + shape[0] * shape[1]
-    return memory.view(-1)[start : first[placement]].view(shape)
-
-
-_STACKED = ("weight", "total", "momentum", "right_factor", "kept_right", "projection")
-
-
-def _stacked(held: Sequence[HeldBlock]) -> list[SteppedBlock]:
+def _stacked(blocks: Sequence[Block]) -> list[Block]:
     """Joins the rectangles into which a fused weight cuts a matrix, as far as they are alike."""
-    groups: dict[Any, list[HeldBlock]] = defaultdict(list)
-    for position, block in enumerate(held):
-        groups[_likeness(block) or position].append(block)
-    return [
-        SteppedBlock(alike[0].parameter, stack)
-        for alike in groups.values()
-        for stack in _stacks([block.tensors for block in alike])
-    ]
+    groups: dict[Any, list[Block]] = defaultdict(list)
+    for position, block in enumerate(blocks):
+        rows, columns = block.weight.shape
+        is_all = block.multiplied == slice(0, rows) and block.counted == slice(0, rows)
+        key = (id(block.parameter), block.matrix, rows, columns, block.left_factor.data_ptr())
+        groups[key if is_all else position].append(block)
+    return [block for alike in groups.values() for block in _stack(alike)]
 
 
-def _likeness(block: HeldBlock) -> Any:
-    """The same for blocks that can be one; None for those of a part of whose rows others have."""
-    tensors, rows = block.tensors, block.rectangle.rows
-    is_all = tensors.multiplied == slice(0, rows) and tensors.counted == slice(0, rows)
-    place = block.rectangle.column_start, block.rectangle.column_stop
-    return (id(block.parameter), tensors.matrix, rows, place) if is_all else None
-
-
-def _stacks(blocks: Sequence[Block]) -> list[Block]:
+def _stack(blocks: Sequence[Block]) -> list[Block]:
     """One block of all, or, where they do not lie at equal distances, each alone."""
     tensors = {name: [getattr(block, name) for block in blocks] for name in _STACKED}
     distances = {name: _distances(alike) for name, alike in tensors.items()}
-    if any(len(found) > 1 for found in distances.values()):
-        return [stack for block in blocks for stack in _stacks([block])]
+    if any(len(different) > 1 for different in distances.values()):
+        return [stack for block in blocks for stack in _stack([block])]
     stack = copy(blocks[0])
     joined: dict[int, Tensor] = {}  # what was one tensor stays one
     for name, (first, *_) in tensors.items():

@@ -1,6 +1,5 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,14 +7,14 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_dion.checkpointing.errors import CheckpointError
-from megatron_dion.optimizer.checkpoint import Source, Steps, Transfer
+from megatron_dion.optimizer.checkpoint import Source, Transfer, count_steps, saved_steps
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import RoutingTable
 from megatron_dion.optimizer.rules import in_order_of_layers
-from megatron_dion.sharding import Planner
+from megatron_dion.sharding import Layout
 
 
 class DionChainedOptimizer(ChainedOptimizer):
@@ -58,11 +57,6 @@ class DionChainedOptimizer(ChainedOptimizer):
         """
         return False
 
-    @property
-    def fallbacks(self) -> int:
-        """How often this rank had to orthonormalize by Householder QR instead, so far."""
-        return sum(dion.fallbacks for dion in self._inner_dions())
-
     def diagnose_next_step(self) -> None:
         """The next step is measured; all ranks must ask for it."""
         for dion in self._inner_dions():
@@ -81,9 +75,9 @@ class DionChainedOptimizer(ChainedOptimizer):
         found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
         return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
 
-    def planners(self) -> list[Planner]:
-        """Plans of this pipeline stage: of dense weights, and of experts."""
-        return [dion.planner() for dion in self._inner_dions()]
+    def layouts(self) -> list[Layout]:
+        """The matrices of this pipeline stage: those of dense weights, and of experts."""
+        return [dion.layout() for dion in self._inner_dions()]
 
     def _inner_dions(self) -> list[Dion]:
         return [optimizer.optimizer for optimizer in self._dions()]
@@ -135,9 +129,9 @@ class DionChainedOptimizer(ChainedOptimizer):
         scaler = self.chained_optimizers[0].grad_scaler
         return {
             "dion": self.record.to_dict(),
-            "steps": asdict(Steps.of(self.chained_optimizers)),
+            "steps": count_steps(self.chained_optimizers),
             **({"grad_scaler": scaler.state_dict()} if scaler else {}),
-            "state": transfer.requests(model_sharded_state_dict),
+            "state": transfer.sharded_state(model_sharded_state_dict),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,7 +144,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         assert self._transfer is not None, "sharded_state_dict(is_loading=True) comes first"
         if self._source is None:
             self._require_same(state_dict)
-        self._transfer.take(state_dict["state"], Steps.saved(state_dict))
+        self._transfer.take(state_dict["state"], saved_steps(state_dict))
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler and "grad_scaler" in state_dict:
             scaler.load_state_dict(state_dict["grad_scaler"])
@@ -162,6 +156,4 @@ class DionChainedOptimizer(ChainedOptimizer):
         found = Record.from_dict(state_dict["dion"]).differences(self.record)
         serious = (*found.factors, *found.routes, *found.scalars)
         if serious:
-            raise CheckpointError(
-                f"the checkpoint is of another run: {'; '.join(map(str, serious))}"
-            )
+            raise CheckpointError(f"the checkpoint is of another run: {'; '.join(serious)}")

@@ -1,7 +1,7 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm import (
-    NOBODY,
     DionConfig,
-    Observer,
+    Figures,
+    Matrix,
     dion_step,
-    float32_products_in,
     interleave,
+    matmul_precision,
 )
-from megatron_dion.optimizer.binding import Binding, Distribution, HeldBlock, StepSet, gradient_of
+from megatron_dion.optimizer.binding import (
+    Binding,
+    Distribution,
+    RightRows,
+    StepSet,
+    gradient_of,
+)
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
-from megatron_dion.optimizer.watch import Watch
-from megatron_dion.sharding import TORCH_DTYPES, Placement, Planner, Weight
-
-_DEFAULTS = DionConfig()
+from megatron_dion.sharding import TORCH_DTYPES, Layout, Placement, Weight
 
 
 class Dion(torch.optim.Optimizer):
@@ -35,80 +38,31 @@ class Dion(torch.optim.Optimizer):
         params: parameters, (name, parameter) pairs, or groups of them. Names seed the random
             numbers; a parameter without a name is called by its position.
         lr: learning rate, before it is scaled by shape.
-        momentum: error-feedback coefficient mu.
         weight_decay: decoupled, multiplied by the unscaled learning rate.
-        rank_fraction: rank of the update as a share of the smaller side.
-        rank_multiple_of: K, ranks are rounded up to a multiple of it.
-        scale_mode: `dion` sqrt(m / n), `spectral` 0.2 sqrt(max(m, n)), `unit_rms_norm` sqrt(m / n).
-        extra_scale_factor: multiplies the scale.
-        orthonormalizer: `auto`, `rcqr`, `cqr` or `qr`.
-        oversample: rows of the sketch of `rcqr` per column.
-        eps: added to column norms.
-        right_factor: `colnorm` (the paper) or `orth`: how R becomes Q.
-        fp32_matmul_prec: `highest`, `high` (TF32 where the device has it) or `medium` (bf16), of
-            the products of matrices with factors.
-        momentum_dtype: `fp32` or `bf16`, of the stored momentum; with bf16 a step overwrites the
-            gradients.
-        factor_dtype: of the stored right factors.
-        comm_dtype: of what ranks send to each other.
-        exchange_buffer_mib: MiB that buffers take at most in a step: as many sets of parameters as
-            that needs are stepped one after the other. None for no limit.
-        seed: of the right factors' first values and the sketches.
-
-    Attributes:
-        fallbacks: how often this process had to orthonormalize by Householder QR instead.
+        **hyperparameters: the fields of `DionConfig`, such as `rank_fraction=0.25`. With
+            `momentum_dtype="bf16"` a step overwrites the gradients.
 
     Raises:
         ValueError: a hyperparameter is out of range. `init_state` and the first `step` raise it for
             a parameter that is not a 2-D float32 matrix, or needs larger buffers than allowed.
+        TypeError: there is no such hyperparameter.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-2,
-        momentum: float = _DEFAULTS.momentum,
         weight_decay: float = 0.0,
-        rank_fraction: float = _DEFAULTS.rank_fraction,
-        rank_multiple_of: int = _DEFAULTS.rank_multiple_of,
-        scale_mode: str = _DEFAULTS.scale_mode,
-        extra_scale_factor: float = _DEFAULTS.extra_scale_factor,
-        orthonormalizer: str = _DEFAULTS.orthonormalizer,
-        oversample: float = _DEFAULTS.oversample,
-        eps: float = _DEFAULTS.eps,
-        right_factor: str = _DEFAULTS.right_factor,
-        fp32_matmul_prec: str = _DEFAULTS.fp32_matmul_prec,
-        momentum_dtype: str = _DEFAULTS.momentum_dtype,
-        factor_dtype: str = _DEFAULTS.factor_dtype,
-        comm_dtype: str = _DEFAULTS.comm_dtype,
-        exchange_buffer_mib: float | None = _DEFAULTS.exchange_buffer_mib,
-        seed: int = _DEFAULTS.seed,
+        **hyperparameters: Any,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {value}")
-        self.config = DionConfig(
-            momentum=momentum,
-            rank_fraction=rank_fraction,
-            rank_multiple_of=rank_multiple_of,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            orthonormalizer=orthonormalizer,
-            oversample=oversample,
-            eps=eps,
-            right_factor=right_factor,
-            fp32_matmul_prec=fp32_matmul_prec,
-            momentum_dtype=momentum_dtype,
-            factor_dtype=factor_dtype,
-            comm_dtype=comm_dtype,
-            exchange_buffer_mib=exchange_buffer_mib,
-            seed=seed,
-        )
+        self.config = DionConfig(**hyperparameters)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self._distribution: Distribution | None = None
         self._binding: Binding | None = None
-        self.fallbacks = 0
-        self._is_watched = False
+        self._is_measured = False
         self._diagnostics: list[MatrixDiagnostics] = []
 
     def distribute(self, distribution: Distribution) -> None:
@@ -120,13 +74,13 @@ class Dion(torch.optim.Optimizer):
         """Allocates momentum and right factors of all parameters that have none yet."""
         self._bind(self._parameters())
 
+    def layout(self) -> Layout:
+        """All matrices, and who holds and owns what of them, on all ranks."""
+        return self._bind(self._parameters()).layout
+
     def step_sets(self) -> list[StepSet]:
         """What this rank does in a step, for each set of matrices that is stepped together."""
         return self._bind(self._parameters()).sets
-
-    def planner(self) -> Planner:
-        """Who does what in a step, on all ranks."""
-        return self._bind(self._parameters()).planner
 
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends to others in a step."""
@@ -136,21 +90,21 @@ class Dion(torch.optim.Optimizer):
         """Makes the momenta of replicas with compressed gradient sync equal: their mean."""
         self._bind(self._parameters()).recenter()
 
-    def held_blocks(self) -> list[HeldBlock]:
-        """Every block on this rank, with its state."""
-        return self._bind(self._parameters()).held
+    def right_factors(self) -> Iterator[RightRows]:
+        """What this rank stores of the right factors."""
+        return self._bind(self._parameters()).right_factors()
 
     def diagnose_next_step(self) -> None:
         """The next step is measured; on a grid, all ranks must ask for it."""
-        self._is_watched = True
+        self._is_measured = True
 
     def take_diagnostics(self) -> list[MatrixDiagnostics]:
         """What was measured since the last call, if a step was; no other step is measured.
 
-        On a grid each matrix is reported by one rank, the first in charge of its P.
+        On a grid each matrix is reported by every rank that holds any of it.
         """
-        found, self._diagnostics, self._is_watched = self._diagnostics, [], False
-        return found
+        measured, self._diagnostics, self._is_measured = self._diagnostics, [], False
+        return measured
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,14 +123,19 @@ class Dion(torch.optim.Optimizer):
         elif len(active) < len(self._parameters()):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
-        number = self._count_step()
         binding.average_gradients()
-        # In TF32 columns would not come out orthonormal: what may be rounded says so.
-        with float32_products_in("highest"):
-            self.fallbacks += interleave(
-                self._step_of(binding, chosen, number) for chosen in binding.sets
-            )
-        self._is_watched = False
+        # What may be rounded to fewer bits says so itself.
+        with matmul_precision("highest"):
+            figures = interleave(self._step_of(binding, each) for each in binding.sets)
+        if self._is_measured:
+            matrices = binding.layout.matrices
+            self._diagnostics = [
+                self._diagnose(matrices[one.matrix], one) for several in figures for one in several
+            ]
+            self._is_measured = False
+        number = self.number_of_steps + 1
+        for group in self.param_groups:
+            group["step"] = number
         return loss
 
     def check_gradients(self) -> None:
@@ -236,55 +195,44 @@ class Dion(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _step_of(
-        self, binding: Binding, chosen: StepSet, number: int
-    ) -> Generator[None, None, int]:
-        binding.add_gradients(chosen)
-        take = self._take_watched_step if self._is_watched else self._take_step
-        return (yield from take(chosen, number))
-
-    def _take_watched_step(self, chosen: StepSet, number: int) -> Generator[None, None, int]:
-        watch = Watch(chosen, self.config)
-        with watch.allocated():
-            watch.see_totals([group["lr"] for group in self._groups_of(chosen)])
-            fallbacks = yield from self._take_step(chosen, number, watch)
-            watch.see_momenta()
-            self._diagnostics += yield from watch.results()
-        return fallbacks
-
-    def _take_step(
-        self, chosen: StepSet, number: int, observer: Observer = NOBODY
-    ) -> Generator[None, None, int]:
-        groups = self._groups_of(chosen)
-        with chosen.exchange.allocated():
+    def _step_of(self, binding: Binding, step_set: StepSet) -> Generator[None, None, list[Figures]]:
+        plan, exchange, blocks = step_set
+        binding.add_gradients(blocks)
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        groups = [group_of[id(block.parameter)] for block in blocks]
+        with exchange.allocated():
             return (
                 yield from dion_step(
-                    chosen.plan.matrices,
-                    [block.tensors for block in chosen.stepped],
-                    chosen.exchange,
+                    plan.layout.matrices,
+                    plan.members,
+                    blocks,
+                    exchange,
                     self.config,
-                    number,
                     [group["lr"] for group in groups],
                     [group["weight_decay"] for group in groups],
-                    observer,
+                    self._is_measured,
                 )
             )
 
-    def _groups_of(self, chosen: StepSet) -> list[dict[str, Any]]:
-        """The parameter group of each block that is stepped."""
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        return [groups[id(block.parameter)] for block in chosen.stepped]
+    def _diagnose(self, matrix: Matrix, figures: Figures) -> MatrixDiagnostics:
+        """With P orthonormal, ||B||^2 = ||R||^2 + ||B - R P^T||^2, and M keeps mu of R P^T."""
+        total, squares = float(figures.total), figures.columns
+        norms = squares.sqrt()
+        projected = float(squares.sum())
+        return MatrixDiagnostics(
+            name=matrix.name,
+            rows=matrix.rows,
+            columns=matrix.columns,
+            rank=matrix.rank,
+            captured=min(1.0, math.sqrt(projected / total)) if total else None,
+            update_norm=figures.scaled_lr * float((norms / (norms + self.config.eps)).norm()),
+            momentum_norm=math.sqrt(max(0.0, total - (1 - self.config.momentum**2) * projected)),
+        )
 
     @property
     def number_of_steps(self) -> int:
         """Steps taken so far."""
         return max(group["step"] for group in self.param_groups)
-
-    def _count_step(self) -> int:
-        number = self.number_of_steps + 1
-        for group in self.param_groups:
-            group["step"] = number
-        return number
 
     def _name(self, parameter: Tensor) -> str:
         if self._distribution is not None:

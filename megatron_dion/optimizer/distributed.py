@@ -1,5 +1,6 @@
 """Megatron's distributed optimizer, with Dion on the shards of its buffers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_dion.optimizer.binding import Distribution, HeldBlock
-from megatron_dion.optimizer.compressed_sync import norm_keeping_sketch
+from megatron_dion.optimizer.binding import Distribution, RightRows
 from megatron_dion.optimizer.dion import Dion
+from megatron_dion.optimizer.norm_estimate import projected_mean
 from megatron_dion.optimizer.routing import weight_of
 from megatron_dion.sharding import Groups, Placement
 
@@ -108,7 +109,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
         if self._replicas is None or grad_norm_group is not None or self.is_stub_optimizer:
             return gradients
         seed, step = self._dion.config.seed, self._dion.number_of_steps
-        return [norm_keeping_sketch(gradients, self._replicas, self._gradient_scale, seed, step)]
+        return [projected_mean(gradients, self._replicas, self._gradient_scale, seed, step)]
 
     def step_with_ready_grads(self) -> bool:
         """As the base class; from time to time makes the momenta of replicas equal."""
@@ -122,9 +123,9 @@ class DionDistributedOptimizer(DistributedOptimizer):
         """Makes the momenta of replicas with compressed gradient sync equal. A collective call."""
         self._dion.recenter()
 
-    def held_blocks(self) -> list[HeldBlock]:
-        """Every block on this rank, with its state."""
-        return self._dion.held_blocks()
+    def right_factors(self) -> Iterator[RightRows]:
+        """What this rank stores of the right factors."""
+        return self._dion.right_factors()
 
 
 def _placement(

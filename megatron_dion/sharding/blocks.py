@@ -17,12 +17,12 @@ class Rectangle:
     """Rows row_start:row_stop, columns column_start:column_stop of one logical matrix.
 
     Attributes:
-        part: index of the logical matrix in `Weight.matrices`.
+        matrix: index of the logical matrix.
         offset: of the rectangle's first element in the rank's piece, where it is contiguous.
         cut: whether other pieces of the same parameter hold more columns of its row.
     """
 
-    part: int
+    matrix: int
     row_start: int
     row_stop: int
     column_start: int
@@ -35,6 +35,10 @@ class Rectangle:
         return self.row_stop - self.row_start
 
     @property
+    def column_range(self) -> tuple[int, int]:
+        return self.column_start, self.column_stop
+
+    @property
     def columns(self) -> int:
         return self.column_stop - self.column_start
 
@@ -44,21 +48,29 @@ class Rectangle:
 
 
 def rectangles(
-    weight: Weight, tensor_parallel_rank: int, start: int, stop: int
+    weight: Weight, tensor_parallel_rank: int, start: int, stop: int, first_matrix: int = 0
 ) -> tuple[Rectangle, ...]:
-    """Tiles elements start:stop of a rank's flattened parameter, in their order in memory."""
+    """Tiles elements start:stop of a rank's flattened parameter, in their order in memory.
+
+    Args:
+        weight: the parameter.
+        tensor_parallel_rank: of the rank.
+        start: first element.
+        stop: one past the last element.
+        first_matrix: index of the weight's first logical matrix.
+    """
     first_column = weight.first_column(tensor_parallel_rank)
     segments = list(weight.segments(tensor_parallel_rank))
-    found = []
+    tiles = []
     for _, (rows, columns), (row, column) in boxes((weight.rows, weight.columns), start, stop):
         for segment in segments:
             low = max(row, segment.local_row)
             high = min(row + rows, segment.local_row + segment.rows)
             if low < high:
                 shift = segment.matrix_row - segment.local_row
-                found.append(
+                tiles.append(
                     Rectangle(
-                        part=segment.part,
+                        matrix=first_matrix + segment.part,
                         row_start=low + shift,
                         row_stop=high + shift,
                         column_start=first_column + column,
@@ -67,7 +79,7 @@ def rectangles(
                         cut=columns < weight.columns,
                     )
                 )
-    return tuple(found)
+    return tuple(tiles)
 
 
 def boxes(

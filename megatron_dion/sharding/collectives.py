@@ -1,16 +1,19 @@
 """What the exchange needs of torch.distributed: calls that yield while they are under way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_dion.algorithm import Steps
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What is averaged over replicas at a time; its copy takes 4 bytes a number.
+_NUMBERS_AT_A_TIME = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class Groups:
     replicas: ProcessGroup | None = None
 
 
+class GroupSums:
+    """Combines tensors of the ranks of a group at once (`megatron_dion.algorithm.RowSums`)."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self._group = group
+
+    def add(self, tensor: Tensor) -> None:
+        if size_of(self._group) > 1:
+            dist.all_reduce(tensor, group=self._group)
+
+    def max(self, tensor: Tensor) -> None:
+        if size_of(self._group) > 1:
+            dist.all_reduce(tensor, ReduceOp.MAX, group=self._group)
+
+
 def all_to_all(
     received: Tensor,
     sent: Tensor,
@@ -36,23 +54,34 @@ def all_to_all(
     group: ProcessGroup | None,
 ) -> Steps:
     """Uneven all_to_all of 1-D tensors; sizes are numbers of elements, by peer."""
-    work = dist.all_to_all_single(
-        received, sent, receive_sizes, send_sizes, group=group, async_op=True
+    yield from _wait_for(
+        dist.all_to_all_single(
+            received, sent, receive_sizes, send_sizes, group=group, async_op=True
+        )
     )
-    yield from wait_for(work)
 
 
-def wait_for(work: dist.Work | None) -> Steps:
+def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Steps:
+    """Sums a tensor over a group, in place."""
+    if size_of(group) > 1:
+        yield from _wait_for(dist.all_reduce(tensor, group=group, async_op=True))
+
+
+def reduce_scatter(share: Tensor, tensor: Tensor, group: ProcessGroup | None) -> Steps:
+    """Sums a 1-D tensor over a group; each rank gets an equal share of the sum."""
+    yield from _wait_for(dist.reduce_scatter_tensor(share, tensor, group=group, async_op=True))
+
+
+def all_gather(gathered: Tensor, tensor: Tensor, group: ProcessGroup | None) -> Steps:
+    """Concatenates the 1-D tensors of a group's ranks."""
+    yield from _wait_for(dist.all_gather_into_tensor(gathered, tensor, group=group, async_op=True))
+
+
+def _wait_for(work: dist.Work | None) -> Steps:
     """Yields once, then waits: on a GPU the current stream does, not the host."""
     yield
     assert work is not None
     work.wait()
-
-
-def give_way(group: ProcessGroup | None) -> Steps:
-    """In place of a call in which nobody would send anything: as during one, others can compute."""
-    if size_of(group) > 1:
-        yield
 
 
 def size_of(group: ProcessGroup | None) -> int:
@@ -65,13 +94,38 @@ def rank_in(group: ProcessGroup | None) -> int:
     return 0 if group is None else group.rank()
 
 
-def larger_than_one(*groups: ProcessGroup | None) -> list[ProcessGroup]:
-    """The groups in which there is anybody to talk to."""
-    return [group for group in groups if group is not None and group.size() > 1]
+def ring_bytes(nbytes: int, ranks: int) -> int:
+    """What a rank sends in an all_reduce of so many bytes by a ring."""
+    return 2 * nbytes * (ranks - 1) // ranks
 
 
-def like_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of consecutive parts of a buffer with the shapes of the tensors."""
-    sizes = [tensor.numel() for tensor in tensors]
-    parts = buffer[: sum(sizes)].split(sizes) if tensors else ()
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+def like_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of consecutive parts of a 1-D buffer with given shapes."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def average(tensors: Sequence[Tensor], replicas: ProcessGroup | None) -> None:
+    """Replaces tensors by their means over replicas. A collective call."""
+    if size_of(replicas) == 1:
+        return
+    parts = [part for tensor in tensors for part in tensor.view(-1).split(_NUMBERS_AT_A_TIME)]
+    for together in _limited(parts):
+        sent = torch.cat([part.float() for part in together])
+        dist.all_reduce(sent, group=replicas)
+        sent /= size_of(replicas)
+        torch._foreach_copy_(together, list(sent.split([part.numel() for part in together])))
+
+
+def _limited(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors together, as long as they have not too many numbers."""
+    together: list[Tensor] = []
+    for tensor in tensors:
+        numel = sum(each.numel() for each in together) + tensor.numel()
+        if together and numel > _NUMBERS_AT_A_TIME:
+            yield together
+            together = []
+        together.append(tensor)
+    if together:
+        yield together

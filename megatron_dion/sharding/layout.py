@@ -1,12 +1,11 @@
-"""Where the elements of all matrices lie on a grid of ranks."""
+"""Where the elements of all matrices lie on a grid of ranks, and who owns which P."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.algorithm.orthonormalize import usual_part_method
 from megatron_dion.sharding.blocks import Rectangle, rectangles
 from megatron_dion.sharding.matrices import Weight
 
@@ -55,9 +54,9 @@ class Grid:
         sizes = (range(self.data_parallel_size), range(self.tensor_parallel_size))
         return (Rank(t, d) for d, t in product(*sizes))
 
-    def tensor_group(self, rank: "Rank") -> list["Rank"]:
-        """The ranks of a rank's tensor-parallel group."""
-        return [Rank(t, rank.data_parallel) for t in range(self.tensor_parallel_size)]
+    def tensor_group(self, data_parallel_rank: int) -> list["Rank"]:
+        """The ranks of a tensor-parallel group."""
+        return [Rank(t, data_parallel_rank) for t in range(self.tensor_parallel_size)]
 
 
 @dataclass(frozen=True, order=True)
@@ -66,23 +65,6 @@ class Rank:
 
     tensor_parallel: int = 0
     data_parallel: int = 0
-
-
-@dataclass(frozen=True)
-class Held:
-    """A block on a rank.
-
-    Attributes:
-        placement: index of its weight.
-        matrix: index of its matrix.
-        rectangle: which rows and columns.
-        multiplied: the rows, from the rectangle's first, for which the rank computes products.
-    """
-
-    placement: int
-    matrix: int
-    rectangle: Rectangle
-    multiplied: slice
 
 
 class Layout:
@@ -95,33 +77,67 @@ class Layout:
 
     Attributes:
         matrices: all of them, in the order of their weights.
-        first_matrix: for each placement the index of its first matrix.
+        matrices_of: for each placement the indices of its matrices.
     """
 
     def __init__(self, placements: Sequence[Placement], grid: Grid, config: DionConfig) -> None:
-        self.placements = placements
+        self.placements = tuple(placements)
         self.grid = grid
         self.config = config
         matrices: list[Matrix] = []
-        first_matrix = []
-        placement_of: list[int] = []
-        for index, placement in enumerate(placements):
-            first_matrix.append(len(matrices))
-            found = placement.weight.matrices(config)
-            matrices += found
-            placement_of += [index] * len(found)
+        matrices_of: list[range] = []
+        for placement in placements:
+            first = len(matrices)
+            matrices += placement.weight.matrices(config)
+            matrices_of.append(range(first, len(matrices)))
         self.matrices = tuple(matrices)
-        self.first_matrix = tuple(first_matrix)
-        self._placement_of = placement_of
+        self.matrices_of = tuple(matrices_of)
+        # Of the instance: a cached method would keep every layout alive.
+        self.rectangles = lru_cache(maxsize=1024)(self._rectangles)
 
-    def placement(self, matrix: int) -> Placement:
-        """The placement of a matrix's weight."""
-        return self.placements[self._placement_of[matrix]]
+    def _rectangles(self, placement: int, rank: Rank) -> tuple[Rectangle, ...]:
+        """What a rank holds of the matrices of a weight, in the order of memory."""
+        where = self.placements[placement]
+        start, stop = where.piece(rank.data_parallel, self.grid.data_parallel_size)
+        first = self.matrices_of[placement].start
+        return rectangles(where.weight, rank.tensor_parallel, start, stop, first)
 
-    def part_method(self, matrix: int) -> str:
-        """How P is usually orthonormalized if its rows are divided over ranks."""
-        shape = self.matrices[matrix]
-        return usual_part_method(self.config.orthonormalizer, shape.columns, shape.rank)
+    @cached_property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """For each matrix the data-parallel ranks whose tensor-parallel groups hold any of it."""
+        size = self.grid.data_parallel_size
+        ranks: list[set[int]] = [set() for _ in self.matrices]
+        for placement, indices in zip(self.placements, self.matrices_of, strict=True):
+            weight, all_holders = placement.weight, placement.holders(size)
+            if len(indices) == 1 or len(all_holders) == 1:
+                for matrix in indices:
+                    ranks[matrix].update(all_holders)
+                continue
+            for t in range(self.grid.tensor_parallel_size):
+                for segment in weight.segments(t):
+                    first, last = segment.local_row, segment.local_row + segment.rows
+                    ranks[indices[segment.part]].update(
+                        placement.holders(size, first * weight.columns, last * weight.columns)
+                    )
+        return tuple(tuple(sorted(each)) for each in ranks)
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """For each matrix the data-parallel rank whose tensor-parallel group orthonormalizes P.
+
+        The most expensive matrix comes first, and goes to the least loaded of its holders.
+        """
+        costs = [matrix.columns * matrix.rank**2 for matrix in self.matrices]
+        loads = [0] * self.grid.data_parallel_size
+        owners = [0] * len(costs)
+        for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+            owners[k] = min(self.holders[k], key=lambda d: loads[d])
+            loads[owners[k]] += costs[k]
+        return tuple(owners)
+
+    def owned_rows(self, matrix: int, tensor_parallel_rank: int) -> tuple[int, int]:
+        """The rows of P of which a rank of the owning tensor-parallel group is in charge."""
+        return self._even_share(self.matrices[matrix].columns, tensor_parallel_rank)
 
     def shares_rows(self, placement: int) -> bool:
         """Whether tensor-parallel ranks hold the same rows: other columns of them, or copies."""
@@ -133,59 +149,28 @@ class Layout:
         weight = self.placements[placement].weight
         return self.grid.tensor_parallel_size > 1 and weight.partition_dim is None
 
-    def held(self, placement: int, rank: Rank) -> list[Held]:
-        """A rank's blocks of a weight, in their order in memory."""
-        where = self.placements[placement]
-        start, stop = where.piece(rank.data_parallel, self.grid.data_parallel_size)
-        if start == stop:
-            return []
-        first = self.first_matrix[placement]
-        return [
-            Held(placement, first + block.part, block, self._multiplied(placement, block, rank))
-            for block in rectangles(where.weight, rank.tensor_parallel, start, stop)
-        ]
+    def share(self, placement: int, length: int, rank: Rank) -> slice:
+        """A rank's part of `length` rows or columns that all tensor-parallel ranks could serve."""
+        if not self.shares_rows(placement):
+            return slice(0, length)
+        return slice(*self._even_share(length, rank.tensor_parallel))
 
-    def holders_of_cut_row(self, block: Held, rank: Rank) -> range:
-        """The data-parallel ranks that hold columns of a block's row, if its row is cut."""
-        if not block.rectangle.cut:
+    def _even_share(self, length: int, tensor_parallel_rank: int) -> tuple[int, int]:
+        size = self.grid.tensor_parallel_size
+        first, last = tensor_parallel_rank, tensor_parallel_rank + 1
+        return length * first // size, length * last // size
+
+    def holders_of_cut_row(self, placement: int, rectangle: Rectangle, rank: Rank) -> range:
+        """The data-parallel ranks that hold columns of a rectangle's row, if its row is cut."""
+        if not rectangle.cut:
             return range(0)
-        placement = self.placements[block.placement]
-        size, width = self.grid.data_parallel_size, placement.weight.columns
-        start, _ = placement.piece(rank.data_parallel, size)
-        first = (start + block.rectangle.offset) // width * width
-        return placement.holders(size, first, first + width)
+        where = self.placements[placement]
+        size, width = self.grid.data_parallel_size, where.weight.columns
+        start, _ = where.piece(rank.data_parallel, size)
+        first = (start + rectangle.offset) // width * width
+        return where.holders(size, first, first + width)
 
     def has_cut_rows(self, placement: int) -> bool:
         """Whether columns of any row lie on several data-parallel ranks."""
         where, size = self.placements[placement], self.grid.data_parallel_size
         return any(where.piece(d, size)[1] % where.weight.columns for d in where.holders(size))
-
-    def share(self, placement: int, numel: int, rank: Rank) -> slice:
-        """The part that is a tensor-parallel rank's of something that all of them have."""
-        if not self.shares_rows(placement):
-            return slice(0, numel)
-        size = self.grid.tensor_parallel_size
-        first, last = rank.tensor_parallel, rank.tensor_parallel + 1
-        return slice(numel * first // size, numel * last // size)
-
-    def _multiplied(self, placement: int, block: Rectangle, rank: Rank) -> slice:
-        """Copies on tensor-parallel ranks: each multiplies some of the rows."""
-        if self.is_duplicated(placement):
-            return self.share(placement, block.rows, rank)
-        return slice(0, block.rows)
-
-    @cached_property
-    def columns_of_holders(self) -> tuple[dict[Rank, tuple[int, int]], ...]:
-        """For each matrix and each rank that holds any of it, the hull of its columns there."""
-        hulls: list[dict[Rank, tuple[int, int]]] = [{} for _ in self.matrices]
-        for index, placement in enumerate(self.placements):
-            for d in placement.holders(self.grid.data_parallel_size):
-                for rank in self.grid.tensor_group(Rank(0, d)):
-                    for block in self.held(index, rank):
-                        _widen(hulls[block.matrix], rank, block.rectangle)
-        return tuple(hulls)
-
-
-def _widen(hulls: dict[Rank, tuple[int, int]], rank: Rank, block: Rectangle) -> None:
-    start, stop = hulls.get(rank, (block.column_start, block.column_stop))
-    hulls[rank] = min(start, block.column_start), max(stop, block.column_stop)

@@ -1,25 +1,41 @@
-"""Who holds, sums and decides what: a pure function of shapes and sizes.
+"""Who sends what to whom in a step: a pure function of shapes, sizes and a rank's coordinates.
 
-Every rank of a grid of tensor-parallel x data-parallel ranks computes its own plan from the same
-list of placements, so the plans of all ranks fit each other without a word being exchanged, and
-any rank of any grid can be planned and tested in one process.
+Every rank plans for itself. The plans fit each other without a word being exchanged, and any rank
+of any grid can be planned and tested in one process.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.algorithm.orthonormalize import packed_rows, summed_rows
-from megatron_dion.sharding.balance import Charge, Charges, divide
-from megatron_dion.sharding.layout import Grid, Held, Layout, Placement, Rank
-from megatron_dion.sharding.reduction import Reduction, Sum, Tile, reduction, sum_for_all
+from megatron_dion.sharding.blocks import Rectangle
+from megatron_dion.sharding.layout import Layout, Rank
+
+
+class Tile(NamedTuple):
+    """Rows start:stop of the P of a matrix, (rows, r)."""
+
+    matrix: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
-class SharedRow:
+class Hop:
+    """One packed exchange within a group: tiles go to peers, and are summed there.
+
+    Attributes:
+        sends: for each peer of the group the tiles that it gets from this rank.
+        receives: for each peer the tiles that this rank gets from it.
+        sums: what the received tiles add up to, one for each matrix.
+    """
+
+    sends: tuple[tuple[Tile, ...], ...]
+    receives: tuple[tuple[Tile, ...], ...]
+    sums: tuple[Tile, ...]
+
+
+class CutRow(NamedTuple):
     """A row of a matrix whose columns lie on several data-parallel ranks."""
 
     matrix: int
@@ -28,242 +44,155 @@ class SharedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank does in a step of a set of matrices.
+    """What one rank does in a step of some weights.
+
+    P takes two hops to its owner: within the tensor-parallel group, to the rank whose rows of P
+    these are; from there over the data-parallel group, to the owner. So what travels between
+    data-parallel ranks is already summed. The orthonormalized P takes the same way back.
 
     Attributes:
-        rank: the rank.
         layout: of all matrices.
+        rank: the rank.
         members: the matrices that are stepped, the same on every rank of the grid.
-        held: this rank's blocks; first those whose rows other tensor-parallel ranks have too.
-        charges: who is in charge of their P, the same on every rank.
-        owners: who brings the triangles of sections of P together, the same on every rank.
-        joiners: the same of all P with several charges, should sums be no use.
-        left: sums P.
-        part_sums: by method the sums that orthonormalizing divided P so needs, one after the other,
-            of those that usually are done so; empty if no P of the set is divided.
-        right: sums what turns R into Q: squared norms of its columns, or R^T R.
-        shared_rows: for each data-parallel peer the rows of which both hold columns.
-        has_shared_rows: whether there are any on any rank.
-        has_partial_rows: whether R of any block on any rank is a sum over tensor-parallel ranks.
+        rectangles: what this rank holds, (index of the placement, rectangle) each; first those
+            whose rows other tensor-parallel ranks have too.
+        tiles: the rows of P to which this rank contributes, one tile for each matrix.
+        tensor_hop: from `tiles` to the rank's share of their rows.
+        data_hop: from there to the rows of P that this rank orthonormalizes.
+        cut_rows: for each data-parallel peer the rows of which both hold columns.
+        has_cut_rows: whether there are any on any rank.
+        has_partial_rows: whether R of any rectangle on any rank is a sum over the tensor-parallel
+            group.
     """
 
-    rank: Rank
     layout: Layout
+    rank: Rank
     members: tuple[int, ...]
-    held: tuple[Held, ...]
-    charges: Charges
-    owners: Mapping[int, Rank]
-    joiners: Mapping[int, Rank]
-    left: Reduction
-    part_sums: Mapping[str, tuple[Reduction, ...]]
-    right: Reduction
-    shared_rows: tuple[tuple[SharedRow, ...], ...]
-    has_shared_rows: bool
+    rectangles: tuple[tuple[int, Rectangle], ...]
+    tiles: tuple[Tile, ...]
+    tensor_hop: Hop
+    data_hop: Hop
+    cut_rows: tuple[tuple[CutRow, ...], ...]
+    has_cut_rows: bool
     has_partial_rows: bool
 
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        return self.layout.matrices
 
-    @property
-    def divided(self) -> list[int]:
-        """The members whose P several ranks orthonormalize together, by sums."""
-        return _divided(self.members, self.charges, self.owners)
-
-    @property
-    def merged(self) -> list[int]:
-        """The members whose P tensor-parallel ranks orthonormalize together, by triangles."""
-        return [k for k in self.members if k in self.owners]
-
-    @property
-    def assembled(self) -> dict[int, tuple[int, int]]:
-        """The hull of the rows of each P of which this rank sends several tiles."""
-        tiles: defaultdict[int, list[Tile]] = defaultdict(list)
-        for sent in self.left.tensor_hop.sends:
-            for tile in sent:
-                tiles[tile.matrix].append(tile)
-        return {
-            matrix: (min(tile.start for tile in several), max(tile.stop for tile in several))
-            for matrix, several in tiles.items()
-            if len(several) > 1
-        }
-
-    def is_partial(self, held: Held) -> bool:
-        """Whether R of a block is a sum over tensor-parallel ranks."""
-        return self.layout.shares_rows(held.placement)
-
-    @property
-    def part_reductions(self) -> list[Reduction]:
-        """Of all methods."""
-        return [each for phases in self.part_sums.values() for each in phases]
-
-    def merging(self, matrices: Iterable[int]) -> Reduction:
-        """Brings the packed triangles of the sections of some P together on one rank each."""
-        sums = merging_sums(self.layout, self.charges, self.joiners, matrices)
-        return reduction(self.layout, self.rank, sums)
-
-
-class Planner:
-    """Plans any rank of a grid.
+def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
+    """Plans a rank's step of some weights.
 
     Args:
-        placements: the weights, the same list on every rank of the grid.
-        grid: the ranks.
-        config: hyperparameters.
-        sets: indices of placements whose matrices are stepped together, one plan for each set; all
-            in one set by default.
+        layout: of all weights.
+        rank: the rank.
+        placements: indices of the weights, the same on every rank; all by default.
     """
-
-    def __init__(
-        self,
-        placements: Sequence[Placement],
-        grid: Grid,
-        config: DionConfig,
-        sets: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        self.layout = Layout(placements, grid, config)
-        self.sets = [tuple(range(len(placements)))] if sets is None else [tuple(s) for s in sets]
-        division = divide(self.layout)
-        self.charges: Charges = division.charges
-        self.owners = division.owners
-        self.joiners = _joiners(self.charges, self.owners)
-
-    def in_sets(self, sets: Sequence[Sequence[int]]) -> "Planner":
-        """The same with other sets; who is in charge of what does not depend on them."""
-        other = copy(self)
-        other.sets = [tuple(chosen) for chosen in sets]
-        return other
-
-    def members(self, index: int) -> tuple[int, ...]:
-        """The matrices of a set."""
-        layout = self.layout
-        bounds = [*layout.first_matrix, len(layout.matrices)]
-        return tuple(
-            matrix
-            for placement in sorted(self.sets[index])
-            for matrix in range(bounds[placement], bounds[placement + 1])
-        )
-
-    def plans(self, rank: Rank) -> list[Plan]:
-        """A rank's plan for each set."""
-        return [self._plan(rank, index) for index in range(len(self.sets))]
-
-    def _plan(self, rank: Rank, index: int) -> Plan:
-        layout, members = self.layout, self.members(index)
-        held = [block for placement in self.sets[index] for block in layout.held(placement, rank)]
-        return Plan(
-            rank=rank,
-            layout=layout,
-            members=members,
-            held=tuple(sorted(held, key=lambda block: not layout.shares_rows(block.placement))),
-            charges=self.charges,
-            owners=self.owners,
-            joiners=self.joiners,
-            left=reduction(layout, rank, self.left_sums(index)),
-            part_sums={
-                method: tuple(reduction(layout, rank, sums) for sums in phases)
-                for method, phases in self.part_sums(index).items()
-            },
-            right=reduction(layout, rank, self.right_sums(members)),
-            shared_rows=self._shared_rows(rank, held),
-            has_shared_rows=any(map(layout.has_cut_rows, self.sets[index])),
-            has_partial_rows=any(map(layout.shares_rows, self.sets[index])),
-        )
-
-    def left_sums(self, index: int) -> dict[int, Sum]:
-        """The P of a set's matrices."""
-        columns = self.layout.columns_of_holders
-        return {k: Sum(columns[k], self.charges[k]) for k in self.members(index)}
-
-    def divided(self, index: int) -> list[int]:
-        """The matrices of a set whose P several ranks orthonormalize together, by sums."""
-        return _divided(self.members(index), self.charges, self.owners)
-
-    def divided_by_method(self, index: int) -> dict[str, list[int]]:
-        """The same, by how they usually are done."""
-        found: defaultdict[str, list[int]] = defaultdict(list)
-        for k in self.divided(index):
-            found[self.layout.part_method(k)].append(k)
-        return found
-
-    def merging_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
-        """The triangles of sections of some P, for those who bring them together."""
-        return merging_sums(self.layout, self.charges, self.joiners, matrices)
-
-    def part_sums(self, index: int) -> dict[str, tuple[dict[int, Sum], ...]]:
-        """What the divided P of a set usually need, by method: sums for all who have rows of it."""
-        layout = self.layout
-        found = {}
-        for method, members in self.divided_by_method(index).items():
-            heights = [
-                summed_rows(method, layout.matrices[k].rank, layout.config.oversample)
-                for k in members
-            ]
-            found[method] = tuple(
-                {
-                    k: sum_for_all(k, rows, [charge.rank for charge in self.charges[k]])
-                    for k, rows in zip(members, phase, strict=True)
-                }
-                for phase in zip(*heights, strict=True)
-            )
-        return found
-
-    def right_sums(self, matrices: Iterable[int]) -> dict[int, Sum]:
-        """What turns R into Q, (k, r): sums for all who hold any of a matrix, if they are several.
-
-        k is one for the norms of R's columns, and r for R^T R. Who sums norms takes turns.
-        """
-        is_gram = self.layout.config.right_factor == "orth"
-        found = {}
-        for k in matrices:
-            holders = list(self.layout.columns_of_holders[k])
-            first = k % len(holders)
-            if len(holders) > 1:
-                rows = self.layout.matrices[k].rank if is_gram else 1
-                found[k] = sum_for_all(k, rows, holders[first:] + holders[:first])
-        return found
-
-    def _shared_rows(self, rank: Rank, held: Sequence[Held]) -> tuple[tuple[SharedRow, ...], ...]:
-        size = self.layout.grid.data_parallel_size
-        shared: list[set[SharedRow]] = [set() for _ in range(size)]
-        for block in held:
-            for peer in self.layout.holders_of_cut_row(block, rank):
-                if peer != rank.data_parallel:
-                    shared[peer].add(SharedRow(block.matrix, block.rectangle.row_start))
-        return tuple(tuple(sorted(rows, key=lambda row: (row.matrix, row.row))) for rows in shared)
+    chosen = sorted(range(len(layout.placements)) if placements is None else placements)
+    members = [k for placement in chosen for k in layout.matrices_of[placement]]
+    rectangles = [(p, rectangle) for p in chosen for rectangle in layout.rectangles(p, rank)]
+    rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
+    return Plan(
+        layout=layout,
+        rank=rank,
+        members=tuple(members),
+        rectangles=tuple(rectangles),
+        tiles=_tiles(layout, rank, chosen),
+        tensor_hop=_tensor_hop(layout, rank, chosen),
+        data_hop=_data_hop(layout, rank, chosen),
+        cut_rows=_cut_rows(layout, rank, rectangles),
+        has_cut_rows=any(map(layout.has_cut_rows, chosen)),
+        has_partial_rows=any(map(layout.shares_rows, chosen)),
+    )
 
 
-def _divided(members: Iterable[int], charges: Charges, owners: Mapping[int, Rank]) -> list[int]:
-    return [k for k in members if len(charges[k]) > 1 and k not in owners]
+def _tensor_hop(layout: Layout, rank: Rank, placements: Sequence[int]) -> Hop:
+    group = layout.grid.tensor_group(rank.data_parallel)
+    tiles_of_peers = [_tiles(layout, peer, placements) for peer in group]
+    receives = [_owned_by(layout, rank.tensor_parallel, tiles) for tiles in tiles_of_peers]
+    return Hop(
+        sends=tuple(
+            _owned_by(layout, peer.tensor_parallel, tiles_of_peers[rank.tensor_parallel])
+            for peer in group
+        ),
+        receives=tuple(receives),
+        sums=_hulls(layout, [tile for tiles in receives for tile in tiles]),
+    )
 
 
-def _joiners(charges: Charges, owners: Mapping[int, Rank]) -> dict[int, Rank]:
-    """Who joins the triangles of a P with several charges: its owner, or one in charge by turns.
+def _data_hop(layout: Layout, rank: Rank, placements: Sequence[int]) -> Hop:
+    """What each rank sends over the data-parallel group are the sums of its tensor hop."""
+    size = layout.grid.data_parallel_size
+    sends: list[list[Tile]] = [[] for _ in range(size)]
+    for tile in _tensor_sums(layout, rank, placements):
+        sends[layout.owners[tile.matrix]].append(tile)
+    receives: list[tuple[Tile, ...]] = []
+    owned_of_peer: list[list[int]] = [[] for _ in range(size)]
+    for placement in placements:
+        owned = [k for k in layout.matrices_of[placement] if layout.owners[k] == rank.data_parallel]
+        for peer in {d for k in owned for d in layout.holders[k]}:
+            owned_of_peer[peer].append(placement)
+    for peer, some in enumerate(owned_of_peer):
+        tiles = _tensor_sums(layout, Rank(rank.tensor_parallel, peer), some)
+        receives.append(tuple(t for t in tiles if layout.owners[t.matrix] == rank.data_parallel))
+    sums = _hulls(layout, [tile for tiles in receives for tile in tiles])
+    return Hop(tuple(map(tuple, sends)), tuple(receives), sums)
 
-    The same whatever else is joined, so that nothing needs more buffers than its parts do.
+
+def _tensor_sums(layout: Layout, rank: Rank, placements: Sequence[int]) -> tuple[Tile, ...]:
+    if not placements:
+        return ()
+    tiles = [
+        tile
+        for peer in layout.grid.tensor_group(rank.data_parallel)
+        for tile in _tiles(layout, peer, placements)
+    ]
+    return _hulls(layout, _owned_by(layout, rank.tensor_parallel, tiles))
+
+
+def _tiles(layout: Layout, rank: Rank, placements: Sequence[int]) -> tuple[Tile, ...]:
+    """The hull of the columns of each matrix of which a rank holds any."""
+    return _hulls(
+        layout,
+        [
+            Tile(rectangle.matrix, rectangle.column_start, rectangle.column_stop)
+            for placement in placements
+            for rectangle in layout.rectangles(placement, rank)
+        ],
+    )
+
+
+def _owned_by(layout: Layout, tensor_parallel_rank: int, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    """The parts of tiles of which a rank of a tensor-parallel group is in charge.
+
+    If no row of a P is the rank's, its tile has no rows: the ranks of the group orthonormalize
+    together, each with a tile of every P.
     """
-    by_turns = {
-        k: charges[k][turn % len(charges[k])].rank
-        for turn, k in enumerate(_divided(sorted(charges), charges, owners))
-    }
-    return by_turns | dict(owners)
+    parts = []
+    for matrix, start, stop in tiles:
+        first, last = layout.owned_rows(matrix, tensor_parallel_rank)
+        part = Tile(matrix, max(start, first), min(stop, last))
+        if part.start < part.stop:
+            parts.append(part)
+        elif first == last:
+            parts.append(Tile(matrix, first, first))
+    return tuple(parts)
 
 
-def merging_sums(
-    layout: Layout, charges: Charges, joiners: Mapping[int, Rank], matrices: Iterable[int]
-) -> dict[int, Sum]:
-    """Brings the packed triangles of sections of some P to those who join them.
+def _hulls(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    """One tile for each matrix: in the same order on every rank, equal shapes side by side."""
+    hulls: dict[int, Tile] = {}
+    for tile in tiles:
+        hull = hulls.get(tile.matrix, tile)
+        start, stop = min(hull.start, tile.start), max(hull.stop, tile.stop)
+        hulls[tile.matrix] = Tile(tile.matrix, start, stop)
+    shapes = [(matrix.columns, matrix.rank) for matrix in layout.matrices]
+    return tuple(sorted(hulls.values(), key=lambda tile: (shapes[tile.matrix], tile.matrix)))
 
-    Each is a charge of its own: what a tensor-parallel group brings would else be the hull of its
-    triangles, which may lie far apart.
-    """
-    found = {}
-    for k in matrices:
-        width, joiner = layout.matrices[k].rank, joiners[k]
-        heights = (packed_rows(charge.stop - charge.start, width) for charge in charges[k])
-        bounds = list(pairwise(accumulate(heights, initial=0)))
-        found[k] = Sum(
-            {charge.rank: rows for charge, rows in zip(charges[k], bounds, strict=True)},
-            tuple(Charge(k, *rows, joiner) for rows in bounds),
-        )
-    return found
+
+def _cut_rows(
+    layout: Layout, rank: Rank, rectangles: Iterable[tuple[int, Rectangle]]
+) -> tuple[tuple[CutRow, ...], ...]:
+    rows: list[set[CutRow]] = [set() for _ in range(layout.grid.data_parallel_size)]
+    for placement, rectangle in rectangles:
+        for peer in layout.holders_of_cut_row(placement, rectangle, rank):
+            if peer != rank.data_parallel:
+                rows[peer].add(CutRow(rectangle.matrix, rectangle.row_start))
+    return tuple(tuple(sorted(each)) for each in rows)

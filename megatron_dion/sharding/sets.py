@@ -1,99 +1,80 @@
 """Which weights are stepped together."""
 
 import math
-from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 from megatron_dion.algorithm import IN_FLIGHT
-from megatron_dion.sharding.bounds import bound_of_buffers
-from megatron_dion.sharding.layout import Placement
-from megatron_dion.sharding.plan import Planner
+from megatron_dion.sharding.layout import Layout
 
 _MIB = 1 << 20
 
 
-def sets_of(
-    planner: Planner, indices: Sequence[int], ranks: int, replicas: int = 1
-) -> list[list[int]]:
-    """`sets_within` the limit of the planner's hyperparameters, `sets_in_turn` without one."""
-    limit = planner.layout.config.exchange_buffer_mib
-    if limit is None:
-        return sets_in_turn(planner.layout.placements, indices, ranks)
-    return sets_within(planner, indices, ranks, limit, replicas)
-
-
-def sets_in_turn(
-    placements: Sequence[Placement], indices: Sequence[int], ranks: int
-) -> list[list[int]]:
+def sets_of(layout: Layout, placements: Sequence[int], ranks: int) -> list[list[int]]:
     """Divides weights into sets whose steps take turns: one computes while another communicates.
 
-    Weights of the same shape alternate, so that every rank has some of each set. With a single
-    rank, or without weights, there is nothing to divide.
+    Weights of the same shape alternate, so that every rank has some of each set. There are two
+    sets, or as many as keep the buffers of the sets in flight below `exchange_buffer_mib`; with a
+    single rank nobody is waited for, and one set is enough.
 
     Args:
-        placements: all weights.
-        indices: of those to divide.
+        layout: of all weights.
+        placements: indices of those to divide.
         ranks: number of ranks that communicate.
-    """
-    return _deal(placements, indices, _in_flight(ranks))
 
-
-def sets_within(
-    planner: Planner, indices: Sequence[int], ranks: int, limit_mib: float, replicas: int = 1
-) -> list[list[int]]:
-    """As `sets_in_turn`, in as few sets as keep the buffers of those in flight below a limit.
-
-    A pure function of shapes and sizes, of which every rank has to fulfil the limit.
-
-    Args:
-        planner: of all weights, in any sets.
-        indices: of the weights to divide.
-        ranks: number of ranks that communicate.
-        limit_mib: MiB of exchange buffers of a rank.
-        replicas: number of replicas over which P and R are averaged.
+    Returns:
+        Indices of placements, set by set: a pure function of shapes and sizes.
 
     Raises:
         ValueError: the limit is too small for some weight.
     """
-    if not indices:
-        return []
-    in_flight = _in_flight(ranks)
-    capacity = limit_mib * _MIB / in_flight
-    alone = planner.in_sets([[index] for index in indices])
-    needs = {i: bound_of_buffers(alone, k, replicas) for k, i in enumerate(indices)}
-    largest = max(indices, key=lambda index: int(needs[index].max()))
-    most = int(needs[largest].max())
-    if most > capacity:
-        least = math.ceil(100 * in_flight * most / _MIB) / 100
+    in_flight = 1 if ranks == 1 else IN_FLIGHT
+    limit = layout.config.exchange_buffer_mib
+    if limit is None or not placements:
+        return _deal(layout, placements, in_flight)
+    capacity = int(limit * _MIB / in_flight)
+    needs = {placement: _buffer_bytes(layout, placement) for placement in placements}
+    largest = max(needs, key=lambda placement: max(needs[placement]))
+    if max(needs[largest]) > capacity:
+        least = math.ceil(100 * in_flight * max(needs[largest]) / _MIB) / 100
         raise ValueError(
-            f"--dion-exchange-buffer-mib {limit_mib:g} is too small for"
-            f" {planner.layout.placements[largest].weight.name}: give at least {least}"
+            f"--dion-exchange-buffer-mib {limit:g} is too small for"
+            f" {layout.placements[largest].weight.name}: give at least {least}"
         )
-    count = max(in_flight, math.ceil(_busiest(needs.values()) / capacity))
-    while True:
-        sets = _deal(planner.layout.placements, indices, count)
-        if all(_busiest(needs[index] for index in chosen) <= capacity for chosen in sets):
+    for count in range(in_flight, len(placements) + 1):
+        sets = _deal(layout, placements, count)
+        loads = [map(sum, zip(*(needs[p] for p in each), strict=True)) for each in sets]
+        if all(max(load) <= capacity for load in loads):
             return sets
-        count += 1
+    return [[placement] for placement in placements]
 
 
-def _busiest(needs: Iterable[Tensor]) -> int:
-    """What the rank needs that needs most of all of it."""
-    return int(torch.stack(list(needs)).sum(dim=0).max())
+def _buffer_bytes(layout: Layout, placement: int) -> list[int]:
+    """A bound of the bytes of a weight's buffers, for each data-parallel rank.
+
+    Every rank may hold rows of all columns of P, as it contributes them, as it sends, receives and
+    sums them within its tensor-parallel group, and as it sends them to the owner; R as it is and as
+    it is sent; and the gathered columns of Q. The owner has what all holders send, and the sum.
+    """
+    grid, weight = layout.grid, layout.placements[placement].weight
+    shard = layout.placements[placement].bucket_numel // grid.data_parallel_size
+    rows = min(weight.rows, shard // weight.columns + 2)
+    bounds = [0] * grid.data_parallel_size
+    for k in layout.matrices_of[placement]:
+        matrix = layout.matrices[k]
+        whole = 4 * matrix.columns * matrix.rank
+        share = -(-whole // grid.tensor_parallel_size)
+        held_rows = min(rows, matrix.rows)
+        for d in layout.holders[k]:
+            bounds[d] += 3 * whole + 2 * share + 4 * 4 * held_rows * matrix.rank
+        bounds[layout.owners[k]] += (len(layout.holders[k]) + 2) * share
+    return bounds
 
 
-def _in_flight(ranks: int) -> int:
-    """Where nobody is waited for, a step ends before the next begins."""
-    return 1 if ranks == 1 else IN_FLIGHT
-
-
-def _deal(placements: Sequence[Placement], indices: Sequence[int], count: int) -> list[list[int]]:
-    def shape(index: int) -> tuple[int, int]:
-        weight = placements[index].weight
+def _deal(layout: Layout, placements: Sequence[int], count: int) -> list[list[int]]:
+    def shape(placement: int) -> tuple[int, int]:
+        weight = layout.placements[placement].weight
         return weight.global_rows, weight.global_columns
 
-    ordered = sorted(indices, key=lambda index: (shape(index), index))
+    ordered = sorted(placements, key=lambda placement: (shape(placement), placement))
     sets = [sorted(ordered[turn::count]) for turn in range(count)]
-    return [chosen for chosen in sets if chosen]
+    return [each for each in sets if each]

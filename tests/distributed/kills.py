@@ -4,8 +4,8 @@
 
 A run is started, a random rank of it is killed at a random moment, and it is started again on
 another topology from whatever checkpoints it has left, until as many have been killed as asked for;
-then it runs to its end. Its final loss must be that of a run that nobody disturbed. Moments are
-drawn over the whole life of a run: while it starts, loads, trains, saves and publishes.
+then it runs to its end. Its losses must be those of a run that nobody disturbed. Moments are drawn
+over the whole life of a run: while it starts, loads, trains, saves and publishes.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,24 +29,18 @@ from megatron_dion.checkpointing import folders
 from megatron_dion.platforms.ports import free_port
 from megatron_dion_tools.local.preload import start_queues_by
 from megatron_dion_tools.local.world import end, environment_of
-from tests.distributed.nursery import (
-    DION,
-    MODEL,
-    TRAINING,
-    Nursery,
-    losses,
-    train,
-)
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 from tests.distributed.recording import save_start
+from tests.guardian import guard_this_process
 
 _FORK = multiprocessing.get_context("fork")
 
 ITERATIONS = 12
-RUN = [
-    *MODEL, *TRAINING, *DION, "--num-layers", "2", "--clip-grad", "0",
-    *"--seq-length 16 --max-position-embeddings 16".split(),
-    "--train-iters", str(ITERATIONS), "--save-interval", "2",
+SIZE = [
+    *MODEL, *TRAINING, *DION, *"--num-layers 2 --clip-grad 0 --seq-length 16".split(),
+    "--max-position-embeddings", "16",
 ]  # fmt: skip
+RUN = [*SIZE, "--train-iters", str(ITERATIONS), "--save-interval", "2"]
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
@@ -64,6 +57,13 @@ TOPOLOGIES: dict[str, tuple[int, int, str]] = {
     "instances": (4, 3, INSTANCES),
     "compressed": (4, 3, f"{INSTANCES} --dion-compressed-sync"),
 }
+# When a rank is killed: by the clock, or as soon as such a file appears.
+MOMENTS = {
+    "by the clock": None,
+    "while saving": "partial_*/*.distcp",
+    "before publishing": "partial_*/.metadata",
+    "at its end": "partial_*/metadata.json",
+}
 # A rank whose peer is gone must end by itself within this time. But while processes look for each
 # other they wait for minutes; there it is the launcher (torchrun, srun) that ends them.
 SECONDS_TO_NOTICE = 20.0
@@ -79,43 +79,36 @@ class Report:
 
     Attributes:
         killed: runs that lost a rank, by what they were doing.
-        passed_over: starts that found a checkpoint that was never finished.
-        from_nothing: starts that found no complete checkpoint.
         slowest: seconds until the last survivor of a kill had ended by itself.
-        ended_by_launcher: runs whose survivors were still looking for the killed rank.
         problems: what should not have happened.
     """
 
     killed: Counter[str] = field(default_factory=Counter)
-    passed_over: int = 0
-    from_nothing: int = 0
     slowest: float = 0.0
-    ended_by_launcher: int = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        moments = ", ".join(f"{count} {what}" for what, count in sorted(self.killed.items()))
+        moments = ", ".join(f"{count} {moment}" for moment, count in sorted(self.killed.items()))
         return (
-            f"{sum(self.killed.values())} runs killed ({moments}); unfinished checkpoints passed"
-            f" over {self.passed_over} times; {self.from_nothing} starts without any checkpoint;"
-            f" survivors ended within {self.slowest:.1f} s, but for {self.ended_by_launcher} times"
-            f" when they had not found each other yet; problems: {self.problems or 'none'}"
+            f"{self.killed.total()} runs killed ({moments}); survivors ended within"
+            f" {self.slowest:.1f} s; problems: {self.problems or 'none'}"
         )
 
 
-class World:
-    """Ranks that train, in a group of processes of their own.
+class Run:
+    """A run of some topology, whose ranks have groups of processes of their own."""
 
-    Args:
-        ranks: how many.
-        argv: the command line.
-        log: where they print.
-    """
-
-    def __init__(self, ranks: int, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, folder: Path, start: Path, topology: str, flags: Sequence[str]) -> None:
+        ranks, micro, grid = TOPOLOGIES[topology]
+        self.saved, self.log = folder / "checkpoints", folder / "log"
+        folder.mkdir(exist_ok=True)
+        self._said_before = self.log.stat().st_size if self.log.exists() else 0
+        argv = [*RUN, *grid.split(), "--micro-batch-size", str(micro), "--run-dir", str(folder)]
+        argv += ["--load", str(self.saved), "--save", str(self.saved)]
+        argv += ["--pretrained-checkpoint", str(start), *flags]
         port = str(free_port())
         self.ranks = [
-            _FORK.Process(target=_run_rank, args=(rank, ranks, port, list(argv), log))
+            _FORK.Process(target=_run_rank, args=(rank, ranks, port, argv, self.log))
             for rank in range(ranks)
         ]
         for process in self.ranks:
@@ -139,18 +132,21 @@ class World:
         for process in self.ranks:
             end(process)
 
-    def stacks(self, log: Path) -> str:
+    def said(self) -> str:
+        return self.log.read_bytes()[self._said_before :].decode()
+
+    def stacks(self) -> str:
         """Where the ranks that still run are."""
-        before = log.stat().st_size
+        before = len(self.said())
         for process in self.ranks:
             if process.exitcode is None:
                 os.kill(process.pid or 0, signal.SIGUSR1)
         deadline = time.monotonic() + 5.0
-        while "most recent call first" not in log.read_text()[before:]:
+        while "most recent call first" not in self.said()[before:]:
             if time.monotonic() > deadline:
                 return "unknown"
             time.sleep(_POLL_SECONDS)
-        return log.read_text()[before:]
+        return self.said()[before:]
 
 
 def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> None:
@@ -173,142 +169,91 @@ def _run_rank(rank: int, size: int, port: str, argv: list[str], log: Path) -> No
 
 def disturb(trials: int, seed: int, folder: Path, flags: Sequence[str] = ()) -> Report:
     """In the nursery: kills runs, restarts them, and compares the end with an undisturbed run."""
-    chance = random.Random(seed)
-    report = Report()
-    start = folder / "start"
-    undisturbed, seconds = _undisturbed(folder, start, flags)
+    chance, report, start = random.Random(seed), Report(), folder / "start"
+    began = time.monotonic()
+    whole = Run(folder / "undisturbed", start, "dp2", flags)
+    try:
+        assert whole.wait(SECONDS_TO_FINISH), "the undisturbed run hangs"
+    finally:
+        whole.clean()
+    assert whole.codes() == [0, 0], whole.said()[-3000:]
+    seconds, undisturbed = time.monotonic() - began, losses(folder / "undisturbed")
     number = 0
-    while sum(report.killed.values()) < trials and not report.problems:
+    while report.killed.total() < trials and not report.problems:
         number += 1
         run = folder / f"run{number}"
-        _one_run(run, start, chance, trials, seconds, flags, report)
-        if not report.problems:
-            _compare(run, undisturbed, report)
+        kills = min(chance.randint(2, 6), trials - report.killed.total())
+        _kill_until_done(run, start, chance, kills, seconds, flags, report)
+        found = [] if report.problems else losses(run)
+        if found and not _are_equal(found, undisturbed):
+            report.problems.append(f"{run} is another run: {found}, not {undisturbed}")
     return report
 
 
-def _undisturbed(folder: Path, start: Path, flags: Sequence[str]) -> tuple[list[float], float]:
-    run = folder / "undisturbed"
-    began = time.monotonic()
-    world = _start(run, start, "dp2", flags)
-    finished = world.wait(SECONDS_TO_FINISH)
-    world.clean()
-    assert finished
-    assert world.codes() == [0, 0], (run / "log").read_text()[-3000:]
-    return losses(run), time.monotonic() - began
+def _are_equal(one: list[float], other: list[float]) -> bool:
+    differences = [abs(a - b) for a, b in zip(one, other, strict=False)]
+    return len(one) == len(other) and max(differences) < 2e-5
 
 
-def _start(run: Path, start: Path, topology: str, flags: Sequence[str]) -> World:
-    ranks, micro, grid = TOPOLOGIES[topology]
-    saved = run / "checkpoints"
-    run.mkdir(exist_ok=True)
-    argv = [*RUN, *grid.split(), "--micro-batch-size", str(micro), "--run-dir", str(run), *flags]
-    argv += ["--load", str(saved), "--save", str(saved), "--pretrained-checkpoint", str(start)]
-    return World(ranks, argv, run / "log")
-
-
-def _one_run(
-    run: Path,
+def _kill_until_done(
+    folder: Path,
     start: Path,
     chance: random.Random,
-    trials: int,
+    kills: int,
     seconds: float,
     flags: Sequence[str],
     report: Report,
 ) -> None:
     """Kills a run a few times and lets it finish."""
-    kills = chance.randint(2, 6)
-    while True:
-        expected = _newest(run / "checkpoints")
-        said = (run / "log").stat().st_size if (run / "log").exists() else 0
-        world = _start(run, start, chance.choice(sorted(TOPOLOGIES)), flags)
+    while not report.problems:
+        newest = _newest(folder / "checkpoints")
+        run = Run(folder, start, chance.choice(sorted(TOPOLOGIES)), flags)
         try:
-            if kills and sum(report.killed.values()) < trials:
-                _kill(world, run, chance, seconds, report)
-                kills -= 1
-            elif not world.wait(SECONDS_TO_FINISH):
-                report.problems.append(f"{run}: a run that nobody killed hangs")
+            if kills:
+                kills -= _kill(run, chance, seconds, report)
+            elif not run.wait(SECONDS_TO_FINISH):
+                report.problems.append(f"{folder}: a run that nobody killed hangs")
         finally:
-            world.clean()
-        _check_start((run / "log").read_bytes()[said:].decode(), expected, run, report)
-        if report.problems or world.codes() == [0] * len(world.ranks):
+            run.clean()
+        said = run.said()
+        loaded = re.search(r"loaded checkpoint from \S+/checkpoints .* at iteration (\d+)", said)
+        began = int(loaded[1]) if loaded else 0
+        if "before the start of training step" in said and began != newest:
+            report.problems.append(f"{folder}: began at {began}, with a checkpoint of {newest}")
+        if set(run.codes()) == {0}:
             return
-        if -signal.SIGKILL not in world.codes():
-            tail = (run / "log").read_text()[-2000:]
-            report.problems.append(f"{run}: ended by itself with {world.codes()}: {tail}")
-            return
-
-
-def _kill(world: World, run: Path, chance: random.Random, seconds: float, report: Report) -> None:
-    """Kills a rank at a moment that is drawn: by the clock, or as soon as a file appears."""
-    victim = chance.choice(world.ranks)
-    what, sign = chance.choice(
-        [
-            ("by the clock", None),
-            ("while saving", "partial_*/*.distcp"),
-            ("before publishing", "partial_*/.metadata"),
-            ("at its end", "partial_*/metadata.json"),
-        ]
-    )
-    before = set((run / "checkpoints").glob(sign)) if sign else set()
-    deadline = time.monotonic() + (chance.uniform(0, 1.2 * seconds) if not sign else 60.0)
-    while world.is_running() and time.monotonic() < deadline:
-        if sign and set((run / "checkpoints").glob(sign)) - before:
-            time.sleep(chance.uniform(0, 0.02))
-            break
-        time.sleep(_POLL_SECONDS)
-    if not world.is_running() or victim.exitcode is not None:
-        return  # it was done before
-    os.kill(victim.pid or 0, signal.SIGKILL)
-    report.killed[what] += 1
-    killed = time.monotonic()
-    if world.wait(SECONDS_TO_NOTICE):
-        report.slowest = max(report.slowest, time.monotonic() - killed)
-    else:
-        stacks = world.stacks(run / "log")
-        if any(call in stacks for call in LOOKING_FOR_EACH_OTHER):
-            report.ended_by_launcher += 1
-        else:
-            report.problems.append(f"{run}: ranks hang, a rank was killed {what}: {stacks}")
-        world.clean()
-    print(f"{sum(report.killed.values())} killed", flush=True)
-    _look_at(run / "checkpoints", report)
+        if -signal.SIGKILL not in run.codes():
+            report.problems.append(f"{folder}: ended by itself, {run.codes()}: {said[-2000:]}")
 
 
 def _newest(saved: Path) -> int:
     """The iteration from which the next start has to go on, also if its name is still missing."""
-    done = [path.name for path in saved.glob("*iter_*") if folders.is_complete(path)]
-    return max((int(name.split("iter_")[1].split(".")[0]) for name in done), default=0)
+    complete = [path for path in saved.glob("*iter_*") if folders.is_complete(path)]
+    return max((folders.iteration_of(path) or 0 for path in complete), default=0)
 
 
-def _check_start(said: str, expected: int, run: Path, report: Report) -> None:
-    """Nothing that was complete may be lost, in silence or not."""
-    found = re.search(
-        r"successfully loaded checkpoint from \S+/checkpoints .* at iteration (\d+)", said
-    )
-    began = int(found[1]) if found else 0
-    if "before the start of training step" in said and began != expected:
-        report.problems.append(
-            f"{run}: began at iteration {began}, with a checkpoint of {expected}"
-        )
-
-
-def _look_at(saved: Path, report: Report) -> None:
-    """What the next start will find."""
-    if not saved.exists() or not folders.complete_iterations(saved):
-        report.from_nothing += 1
-    elif folders.unfinished(saved):
-        report.passed_over += 1
-
-
-def _compare(run: Path, undisturbed: list[float], report: Report) -> None:
-    found = losses(run)
-    if len(found) != ITERATIONS:
-        report.problems.append(f"{run} has {len(found)} iterations of {ITERATIONS}")
-        return
-    difference = max(abs(a - b) for a, b in zip(found, undisturbed, strict=True))
-    if difference > 2e-5:
-        report.problems.append(f"{run}: losses differ by {difference}: another run")
+def _kill(run: Run, chance: random.Random, seconds: float, report: Report) -> bool:
+    """Kills a rank at a moment that is drawn; False where the run was done before."""
+    victim = chance.choice(run.ranks)
+    moment, sign = chance.choice(list(MOMENTS.items()))
+    before = set(run.saved.glob(sign)) if sign else set()
+    deadline = time.monotonic() + (60.0 if sign else chance.uniform(0, 1.2 * seconds))
+    while run.is_running() and time.monotonic() < deadline:
+        if sign and set(run.saved.glob(sign)) - before:
+            time.sleep(chance.uniform(0, 0.02))
+            break
+        time.sleep(_POLL_SECONDS)
+    if not run.is_running() or victim.exitcode is not None:
+        return False
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    report.killed[moment] += 1
+    killed = time.monotonic()
+    if run.wait(SECONDS_TO_NOTICE):
+        report.slowest = max(report.slowest, time.monotonic() - killed)
+    elif not any(call in (stacks := run.stacks()) for call in LOOKING_FOR_EACH_OTHER):
+        report.problems.append(f"{run.saved}: ranks hang, a rank was killed {moment}: {stacks}")
+    print(f"{report.killed.total()} killed", flush=True)
+    return True
 
 
 def main() -> None:
@@ -320,25 +265,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="more flags for the runs")
     args = parser.parse_args()
+    guard_this_process()
     nursery = Nursery()
-    try:
-        with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-            report = run_trials(nursery, args.trials, args.seed, Path(folder), args.flags)
-    finally:
-        nursery.close()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        save_start(nursery, SIZE, Path(folder) / "start")
+        report = nursery.call(disturb, args.trials, args.seed, Path(folder), args.flags)
     print(report)
     sys.exit(1 if report.problems else 0)
 
 
-def run_trials(
-    nursery: Nursery, trials: int, seed: int, folder: Path, flags: Sequence[str] = ()
-) -> Report:
-    """Kills as many runs as asked for; each of the runs that go on has to end undisturbed."""
-    save_start(nursery, RUN[: RUN.index("--train-iters")], folder / "start")
-    report: Any = nursery.call(disturb, trials, seed, folder, list(flags))
-    assert isinstance(report, Report)
-    return report
-
-
 if __name__ == "__main__":
-    main()
+    from tests.distributed import kills  # the process that forks the ranks cannot import __main__
+
+    kills.main()

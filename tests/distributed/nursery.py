@@ -1,20 +1,11 @@
-"""Worlds of ranks that train a GPT with Megatron on CPU, without importing Megatron for each.
-
-The nursery is a process of its own that has installed the CPU platform (which changes torch for the
-whole process) and imported Megatron; it forks every world.
-"""
+"""A tiny GPT to train, the flags of its runs, and what the runs leave behind."""
 
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_dion_tools.local.preload import preload
-from megatron_dion_tools.local.world import RankError, run_world
-
-_FORK = multiprocessing.get_context("fork")
+from tests.worlds import in_host, world
 
 MODEL = (
     "--num-layers 4 --hidden-size 72 --ffn-hidden-size 200 --num-attention-heads 4"
@@ -35,34 +26,19 @@ DION = "--optimizer dion --use-distributed-optimizer".split()
 
 
 class Nursery:
-    """Starts worlds on request."""
-
-    def __init__(self) -> None:
-        self._end, child_end = _FORK.Pipe()
-        self._process = _FORK.Process(target=_serve, args=(child_end,))
-        self._process.start()
-        child_end.close()
+    """Worlds of new processes, by a fixture; `tests.worlds` has them without one."""
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """As `run_world`, from a process that has imported Megatron."""
-        worlds: list[Any] = self.call(run_world, size, function, *args)
-        return worlds
+        """Calls a function on every rank of new processes."""
+        return world(size).fork(function, *args)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function, which may fork worlds, in the process that has imported Megatron."""
-        self._end.send((function, args))
-        ok, value = self._end.recv()
-        if not ok:
-            raise RankError(value)
-        return value
+        return in_host(function, *args)
 
     def pretrain(self, size: int, *argv: str) -> list[Any]:
         """Runs pretrain_gpt.py's main with the tiny model in a world."""
         return self.run(size, train, [*MODEL, *TRAINING, *argv])
-
-    def close(self) -> None:
-        self._end.send(None)
-        self._process.join()
 
 
 def train(argv: Sequence[str]) -> None:
@@ -81,20 +57,3 @@ def read_metrics(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> list[float]:
     """The training loss of each iteration."""
     return [entry["lm_loss"] for entry in read_metrics(run_dir)]
-
-
-def _serve(end: Connection) -> None:
-    preload()
-    _mock_documents()
-    while (request := end.recv()) is not None:
-        function, args = request
-        try:
-            end.send((True, function(*args)))
-        except Exception as error:
-            end.send((False, str(error)))
-
-
-def _mock_documents() -> None:
-    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
-
-    MockGPTLowLevelDataset.size = 1000  # documents, which are shuffled

@@ -1,6 +1,6 @@
 """Runs of Megatron with Dion that keep what Dion was given, to be compared with the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.optimizer.binding import HeldBlock
+from megatron_dion.algorithm import Matrix
+from tests.reference import ReferenceMatrix
+from megatron_dion.sharding import Rectangle
 from tests.distributed.nursery import TRAINING, Nursery, train
 
-Placed = tuple[str, slice, slice, Tensor]
-Frame = list[Placed]
+# The name of a matrix, rows and columns of a rectangle of it, and its values.
+Frame = list[tuple[str, slice, slice, Tensor]]
 
 
 def save_start(nursery: Nursery, model: Sequence[str], folder: Path) -> None:
@@ -23,26 +24,26 @@ def save_start(nursery: Nursery, model: Sequence[str], folder: Path) -> None:
     nursery.run(1, train, [*model, *TRAINING, *argv, "--save", str(folder)])
 
 
-def place(block: HeldBlock, values: Tensor) -> Placed:
-    """Values of a block with their place in their matrix."""
-    r = block.rectangle
-    rows, columns = slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop)
-    return block.matrix.name, rows, columns, values.clone()
+def rectangles_of(optimizer: Dion) -> Iterator[tuple[Matrix, Tensor, Rectangle]]:
+    """What a rank holds of all matrices: the matrix, the flat piece of a parameter, the place."""
+    distribution = optimizer._distribution
+    assert distribution is not None
+    for step_set in optimizer.step_sets():
+        for placement, rectangle in step_set.plan.rectangles:
+            matrix = step_set.plan.layout.matrices[rectangle.matrix]
+            yield matrix, distribution.tensors[placement], rectangle
 
 
-def gradient(block: HeldBlock) -> Tensor:
-    """The block of the gradient that Megatron gave to Dion."""
-    r = block.rectangle
-    assert block.parameter.grad is not None
-    return block.parameter.grad[r.offset : r.offset + r.numel].view(r.rows, r.columns)
-
-
-def rates_of(optimizer: Dion, block: HeldBlock) -> tuple[float, float]:
-    """Learning rate and weight decay of the group of a block's parameter."""
-    for group in optimizer.param_groups:
-        if any(parameter is block.parameter for parameter in group["params"]):
-            return group["lr"], group["weight_decay"]
-    raise AssertionError(f"{block.matrix.name} is in no group")
+def frame(optimizer: Dion, gradients: bool = False) -> Frame:
+    """A copy of the weights that a rank holds, or of their gradients."""
+    copied: Frame = []
+    for matrix, piece, r in rectangles_of(optimizer):
+        tensor = piece.grad if gradients else piece
+        assert tensor is not None
+        values = tensor.detach().view(-1)[r.offset : r.offset + r.numel].view(r.rows, r.columns)
+        rows, columns = slice(r.row_start, r.row_stop), slice(r.column_start, r.column_stop)
+        copied.append((matrix.name, rows, columns, values.clone()))
+    return copied
 
 
 def train_recorded(argv: Sequence[str], iterations: int) -> dict[str, Any]:
@@ -55,20 +56,22 @@ def train_recorded(argv: Sequence[str], iterations: int) -> dict[str, Any]:
     step = Dion.step
 
     def recorded(self: Dion, closure: None = None) -> None:
-        blocks = self.held_blocks()
-        number = self.param_groups[0]["step"]
-        shapes.update({b.matrix.name: (b.matrix.rows, b.matrix.columns) for b in blocks})
-        first.setdefault(id(self), [place(b, b.tensors.weight) for b in blocks])
-        gradients[number] += [place(b, gradient(b)) for b in blocks]
-        rates[number].update({b.matrix.name: rates_of(self, b) for b in blocks})
+        number = self.number_of_steps
+        first.setdefault(id(self), frame(self))
+        gradients[number] += frame(self, gradients=True)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for matrix, piece, _ in rectangles_of(self):
+            group = groups[id(piece)]
+            rates[number][matrix.name] = group["lr"], group["weight_decay"]
+            shapes[matrix.name] = matrix.rows, matrix.columns
         step(self, closure)
-        last[id(self)] = [place(b, b.tensors.weight) for b in blocks]
+        last[id(self)] = frame(self)
 
     Dion.step = recorded
     train(argv)
     return {
-        "first": [placed for frame in first.values() for placed in frame],
-        "last": [placed for frame in last.values() for placed in frame],
+        "first": [placed for one in first.values() for placed in one],
+        "last": [placed for one in last.values() for placed in one],
         "gradients": gradients,
         "rates": rates,
         "shapes": shapes,
@@ -76,12 +79,12 @@ def train_recorded(argv: Sequence[str], iterations: int) -> dict[str, Any]:
 
 
 def assemble(frames: Sequence[Frame], shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Whole matrices from the blocks of all ranks, which cover them; copies are bitwise equal."""
+    """Whole matrices from the rectangles of all ranks; copies are bitwise equal."""
     whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-    for frame in frames:
-        for name, rows, columns, values in frame:
-            held = whole[name][rows, columns]
-            assert held.isnan().all() or torch.equal(held, values), f"copies of {name} differ"
+    for one in frames:
+        for name, rows, columns, values in one:
+            there = whole[name][rows, columns]
+            assert there.isnan().all() or torch.equal(there, values), f"copies of {name} differ"
             whole[name][rows, columns] = values
     assert all(matrix.isfinite().all() for matrix in whole.values())
     return whole

@@ -12,7 +12,6 @@ import pytest
 from megatron_dion.checkpointing.folders import complete_iterations
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
 from tests.distributed.test_loading_options import exit_of_rank
-from tests.documentation.pages import blocks_of
 from tests.project import ROOT
 
 RUN = [
@@ -20,12 +19,6 @@ RUN = [
     "--max-position-embeddings", "16", "--train-iters", "8", "--save-interval", "100",
 ]  # fmt: skip
 STOP_AFTER = 3
-TRIALS = [
-    line
-    for block in blocks_of("docs/checkpoints.md")
-    if block.module == f"tests/distributed/{Path(__file__).name}"
-    for line in block.code.splitlines()
-]
 
 
 def stop_after(how: str, argv: Sequence[str]) -> tuple[object, str]:
@@ -50,7 +43,7 @@ def stop_after(how: str, argv: Sequence[str]) -> tuple[object, str]:
     return exit_of_rank(argv)
 
 
-@pytest.mark.parametrize("how", ["signal", "duration"])
+@pytest.mark.parametrize("how", ["signal", pytest.param("duration", marks=pytest.mark.slow)])
 def test_run_that_is_asked_to_stop_saves_and_goes_on(
     nursery: Nursery, tmp_path: Path, how: str
 ) -> None:
@@ -69,11 +62,11 @@ def test_run_that_is_asked_to_stop_saves_and_goes_on(
     assert losses(stopped) == losses(whole)
 
 
-@pytest.mark.parametrize("command", TRIALS)
-def test_killed_runs_end_as_undisturbed_ones(command: str) -> None:
-    """By the commands of the page, with fewer trials."""
-    _python, *words = command.replace("--trials 60", "--trials 2").split()
-    assert words[:2] == ["-m", "tests.distributed.kills"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--seed 1", "--seed 2 -- --async-save"])
+def test_killed_runs_end_as_undisturbed_ones(flags: str) -> None:
+    """The commands of docs/checkpoints.md with fewer trials."""
+    command = f"{sys.executable} -m tests.distributed.kills --trials 2 {flags}"
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "2 runs killed" in done.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.fp8_weights import train_and_keep
+from tests.fp8_emulation.checks import train_and_keep
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.fp8_weights import RECIPES, Kept, check_forms, masters_of
 from tests.distributed.nursery import losses
+from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of
 
 ITERATIONS = 8
 HALF = ITERATIONS // 2

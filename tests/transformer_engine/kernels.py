@@ -21,7 +21,7 @@ from transformer_engine.pytorch.tensor import (
 )
 from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
 
-from megatron_dion.platforms.fp8.scaling import (
+from tests.fp8_emulation.scaling import (
     LARGEST,
     ScaleRule,
     Tiles,

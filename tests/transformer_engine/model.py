@@ -30,7 +30,7 @@ from megatron_dion.algorithm import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.routing import tag_matrices
-from megatron_dion.platforms.fp8.scaling import E4M3, float_scale
+from tests.fp8_emulation.scaling import E4M3, float_scale
 from tests.transformer_engine.kernels import mxfp8_forms
 
 _FP8 = tex.DType.kFloat8E4M3

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_dion_tools.local.world import gloo_world
-from tests.distributed.fp8_weights import check_forms, masters_of
 from tests.distributed.nursery import Nursery
+from tests.fp8_emulation.checks import check_forms, masters_of
 from tests.transformer_engine.test_weights import kept_now
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.algorithm.reference import ReferenceMatrix
-from megatron_dion.optimizer.binding import Distribution, HeldBlock
+from tests.reference import ReferenceMatrix
+from megatron_dion.optimizer.binding import Distribution, RightRows
 from megatron_dion.sharding import Part, Placement, Weight
 
 Shape = tuple[int, int]
@@ -136,30 +136,34 @@ class FusedComparison:
             self.parameter.grad = gradient.clone()
             for name, reference in self.references.items():
                 whole = torch.zeros(reference.weight.shape)
-                for block in self._blocks(name):
-                    flat = gradient[block.rectangle.offset :][: block.rectangle.numel]
-                    whole[_rows(block)] = flat.view(block.rectangle.rows, -1)
+                for right in self._right_factors(name):
+                    place = right.rectangle
+                    rows = slice(place.row_start, place.row_stop)
+                    whole[rows] = _part(gradient, right)
                 reference.step(whole, group["lr"], group["weight_decay"], self.optimizer.config)
             self.optimizer.step()
 
     def assert_equal(self) -> None:
         for name, reference in self.references.items():
-            blocks = self._blocks(name)
-            assert len(blocks) > 1
-            order = sorted(blocks, key=lambda block: block.rectangle.row_start)
+            right_factors = self._right_factors(name)
+            assert len(right_factors) > 1
+            order = sorted(right_factors, key=lambda right: right.rectangle.row_start)
+            momentum = self.optimizer.state[self.parameter]["momentum"]
             tensors = {
-                "weight": torch.cat([block.tensors.weight for block in order]),
-                "momentum": torch.cat([block.tensors.momentum for block in order]),
-                "right_factor": torch.cat([block.tensors.kept_right for block in order]),
+                "weight": torch.cat([_part(self.parameter.detach(), right) for right in order]),
+                "momentum": torch.cat([_part(momentum, right) for right in order]),
+                "right_factor": torch.cat([right.values for right in order]),
             }
             assert_follows(reference, tensors, torch.zeros(()), TOLERANCES)
 
-    def _blocks(self, name: str) -> list[HeldBlock]:
-        return [block for block in self.optimizer.held_blocks() if block.matrix.name == name]
+    def _right_factors(self, name: str) -> list[RightRows]:
+        return [right for right in self.optimizer.right_factors() if right.matrix.name == name]
 
 
-def _rows(block: HeldBlock) -> slice:
-    return slice(block.rectangle.row_start, block.rectangle.row_stop)
+def _part(flat: Tensor, right: RightRows) -> Tensor:
+    """A rectangle's elements of a flat tensor, (rows, columns)."""
+    place = right.rectangle
+    return flat[place.offset : place.offset + place.numel].view(place.rows, place.columns)
 
 
 def assert_follows(

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.algorithm import ORTHONORMALIZERS, RIGHT_FACTORS, SCALE_MODES, left_factor
-from megatron_dion.algorithm.right_factor import DAMPING
+from megatron_dion.algorithm import matmul_precision
+from megatron_dion.algorithm import step as algorithm_step
 from tests.unit.dion_cases import (
     LR,
     SHAPES,
@@ -23,51 +23,39 @@ from tests.unit.dion_cases import (
 )
 
 STEPS = range(10)
-every_orthonormalizer = pytest.mark.parametrize("orthonormalizer", ORTHONORMALIZERS)
 BFLOAT16 = {"momentum_dtype": "bf16", "factor_dtype": "bf16"}
-ROUNDING = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-8
-every_right_factor = pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
 
 
-@every_orthonormalizer
 @pytest.mark.parametrize(
     "options",
     [
-        *({"scale_mode": mode} for mode in SCALE_MODES),
+        *({"scale_mode": mode} for mode in ("dion", "spectral", "unit_rms_norm")),
         {"weight_decay": 0.5},
         {"momentum": 0.0},
         {"rank_fraction": 0.5, "rank_multiple_of": 4},
-        {"extra_scale_factor": 0.1, "eps": 1e-3, "seed": 5, "oversample": 2.0},
-        {"right_factor": "orth"},
-        {"right_factor": "orth", "momentum": 0.5, "rank_fraction": 0.5, "weight_decay": 0.5},
+        {"extra_scale_factor": 0.1, "eps": 1e-3, "seed": 5},
     ],
     ids=str,
 )
-def test_ten_steps_follow_the_reference(options: dict[str, Any], orthonormalizer: str) -> None:
-    comparison = Comparison([(SHAPES, {})], orthonormalizer=orthonormalizer, **options)
+def test_ten_steps_follow_the_reference(options: dict[str, Any]) -> None:
+    comparison = Comparison([(SHAPES, {})], **options)
     comparison.run(STEPS, after_step=comparison.assert_equal)
-    assert comparison.optimizer.fallbacks == 0
 
 
-@pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
-def test_products_in_bf16_follow_the_reference_from_afar(right_factor: str) -> None:
-    """Q forgets nothing, so its errors add up; P stays orthonormal, so updates have their size."""
-    comparison = Comparison(
-        [(SHAPES, {})], fp32_matmul_prec="medium", right_factor=right_factor, weight_decay=0.5
-    )
-    comparison.run(STEPS)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_is_set_for_a_step_alone(precision: str) -> None:
+    """A step goes where a user has set torch's switches, and leaves them as they were."""
+    comparison = Comparison([(SHAPES, {})], fp32_matmul_prec=precision)
+    with matmul_precision("high"):
+        comparison.run(STEPS)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     comparison.assert_equal({"weight": 3e-3, "momentum": 3e-2, "right_factor": 0.3})
-    with pytest.raises(AssertionError):
-        comparison.assert_equal()
 
 
-@every_orthonormalizer
-def test_full_rank_follows_the_reference(orthonormalizer: str) -> None:
+def test_full_rank_follows_the_reference() -> None:
     shapes = [(8, 8), (20, 6), (5, 9)] * 4
-    comparison = Comparison(
-        [(shapes, {})], orthonormalizer=orthonormalizer, rank_fraction=1.0, momentum=0.0
-    )
+    comparison = Comparison([(shapes, {})], rank_fraction=1.0, momentum=0.0)
     comparison.run(STEPS)
     comparison.assert_equal()
 
@@ -152,23 +140,16 @@ def zeros(comparison: Comparison) -> dict[str, Tensor]:
     return {name: torch.zeros_like(parameter) for name, parameter in comparison.named.items()}
 
 
-@every_orthonormalizer
-@every_right_factor
-def test_zero_gradient_from_the_start_is_a_clean_no_op(
-    right_factor: str, orthonormalizer: str
-) -> None:
+def test_zero_gradient_from_the_start_is_a_clean_no_op() -> None:
     comparison = Comparison(
-        [(SHAPES, {})], orthonormalizer=orthonormalizer, right_factor=right_factor
+        [(SHAPES, {})],
     )
     comparison.optimizer.init_state()
     before = comparison.copies()
-    for number in range(1, 4):
+    for _ in range(3):
         comparison.step(zeros(comparison))
-        broken = 0 if orthonormalizer in ("auto", "qr") else number * len(SHAPES)
-        assert comparison.optimizer.fallbacks == broken
     assert_bitwise_equal(comparison.copies(), before)
     comparison.run(STEPS)
-    assert comparison.optimizer.fallbacks == broken
     comparison.assert_equal()
 
 
@@ -179,57 +160,29 @@ def test_zero_gradient_still_decays_weights() -> None:
     torch.testing.assert_close(comparison.named["0.0"].detach(), before * (1 - LR * 0.5))
 
 
-@every_orthonormalizer
-@every_right_factor
 @pytest.mark.parametrize("true_rank", [1, 2])
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (8, 8)])
-@pytest.mark.parametrize("factor", [1.0, 1e30, 1e-30])
-def test_rank_deficient_gradients_give_bounded_updates(
-    factor: float, shape: Shape, true_rank: int, right_factor: str, orthonormalizer: str
+@pytest.mark.parametrize("factor", [1.0, 1e30])
+def test_directions_without_gradient_are_left_alone(
+    factor: float, shape: Shape, true_rank: int
 ) -> None:
-    """The update is lr scale Q P^T with orthonormal P.
-
-    So its spectral norm is that of lr scale Q. If Q's columns have norm at most one, that is at
-    most lr scale ||Q||_F <= lr scale sqrt(r); if they are orthonormal, at most lr scale, up to the
-    rounding, in float32, of factors as large as 1 / DAMPING.
-    """
     m, n = shape
-    comparison = Comparison(
-        [([shape], {})],
-        orthonormalizer=orthonormalizer,
-        right_factor=right_factor,
-        rank_fraction=0.7,
-        momentum=0.9,
-    )
-    config = comparison.optimizer.config
-    rank = config.rank(m, n)
-    norm = 1 + math.sqrt(rank) * ROUNDING / DAMPING if right_factor == "orth" else math.sqrt(rank)
-    bound = LR * config.scale(m, n) * norm
+    comparison = Comparison([([shape], {})], rank_fraction=0.7, momentum=0.9)
     left, right = draw((m, true_rank), 0), draw((true_rank, n), 1)
-    weight = comparison.named["0.0"]
+    comparison.optimizer.init_state()
+    first = comparison.tensors("0.0")["right_factor"].clone()
     for step in STEPS:
-        before = weight.detach().clone()
         comparison.step({"0.0": left @ right * (step + 1) * factor})
-        assert torch.linalg.matrix_norm(weight.detach() - before, ord=2) <= bound * (1 + 1e-4)
-    tensors = comparison.tensors("0.0")
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    longest = 1 + ROUNDING / DAMPING if right_factor == "orth" else 1 + 1e-5
-    assert tensors["right_factor"].norm(dim=0).max().item() <= longest
-    # Of the gradients' sum, at most mu / (1 - mu) of the largest one is left.
-    largest = torch.linalg.matrix_norm((left @ right).double() * factor, ord=2) * len(STEPS)
-    assert torch.linalg.matrix_norm(tensors["momentum"].double(), ord=2) <= 9 * largest
+        comparison.assert_equal(dict.fromkeys(TOLERANCES, 0.0001))
+    last = comparison.tensors("0.0")["right_factor"]
+    unchanged = (last == first).all(dim=0)
+    assert unchanged.tolist() == [False] * true_rank + [True] * (first.shape[1] - true_rank)
 
 
-@every_orthonormalizer
-@every_right_factor
 @pytest.mark.parametrize("factor", [1e30, 1e-30])
 @pytest.mark.parametrize("options", [{}, BFLOAT16], ids=["fp32", "bf16"])
-def test_huge_and_tiny_gradients_stay_finite(
-    options: dict[str, str], factor: float, right_factor: str, orthonormalizer: str
-) -> None:
-    comparison = Comparison(
-        [(SHAPES, {})], orthonormalizer=orthonormalizer, right_factor=right_factor, **options
-    )
+def test_huge_and_tiny_gradients_stay_finite(options: dict[str, str], factor: float) -> None:
+    comparison = Comparison([(SHAPES, {})], **options)
     for step in STEPS:
         comparison.step(
             {name: comparison.gradient(name, step, factor) for name in comparison.named}
@@ -273,12 +226,9 @@ def test_all_parameters_with_non_finite_gradients_are_named() -> None:
         optimizer.step()
 
 
-@every_orthonormalizer
-def test_saved_and_loaded_optimizer_continues_bitwise_equal(orthonormalizer: str) -> None:
+def test_saved_and_loaded_optimizer_continues_bitwise_equal() -> None:
     groups: list[Any] = [(SHAPES, {}), ([(6, 4)], {"lr": 0.5})]
-    saved, loaded = (
-        Comparison(groups, weight_decay=0.1, orthonormalizer=orthonormalizer) for _ in range(2)
-    )
+    saved, loaded = (Comparison(groups, weight_decay=0.1) for _ in range(2))
     saved.run(range(4))
     file = io.BytesIO()
     torch.save(saved.optimizer.state_dict(), file)
@@ -373,11 +323,10 @@ def continue_from_stored(comparison: Comparison) -> None:
         reference.weight = comparison.named[name].detach().double()
 
 
-@every_right_factor
 @pytest.mark.parametrize("momentum_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("factor_dtype", ["fp32", "bf16"])
 def test_stored_dtypes_round_the_state_and_nothing_else(
-    factor_dtype: str, momentum_dtype: str, right_factor: str
+    factor_dtype: str, momentum_dtype: str
 ) -> None:
     """From equal states, a step leads to the reference's state, rounded, and to its weights."""
     dtypes = {"momentum": momentum_dtype, "right_factor": factor_dtype}
@@ -385,7 +334,6 @@ def test_stored_dtypes_round_the_state_and_nothing_else(
         [(SHAPES, {})],
         momentum_dtype=momentum_dtype,
         factor_dtype=factor_dtype,
-        right_factor=right_factor,
         weight_decay=0.1,
     )
     comparison.optimizer.init_state()
@@ -412,25 +360,21 @@ def test_stored_dtypes_change_the_run() -> None:
         comparison.assert_equal()
 
 
-@every_orthonormalizer
-def test_alone_a_comm_dtype_only_rounds_the_left_factor(
-    monkeypatch: pytest.MonkeyPatch, orthonormalizer: str
-) -> None:
+def test_alone_a_comm_dtype_only_rounds_the_left_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(comm_dtype: str) -> dict[str, Tensor]:
-        comparison = Comparison(
-            [(SHAPES, {})], comm_dtype=comm_dtype, orthonormalizer=orthonormalizer
-        )
+        comparison = Comparison([(SHAPES, {})], comm_dtype=comm_dtype)
         comparison.run(STEPS)
         return comparison.copies()
 
     exact, sent = run("fp32"), run("bf16")
-    unbroken = left_factor.orthonormalize
+    unbroken = algorithm_step.orthonormalize
 
-    def rounded(*arguments: Any) -> tuple[Tensor, int]:
-        p, fallbacks = unbroken(*arguments)
-        return p.bfloat16().float(), fallbacks
+    def rounded(batches: Any, sums: Any) -> None:
+        unbroken(batches, sums)
+        for p in batches:
+            p.copy_(p.bfloat16())
 
-    monkeypatch.setattr(left_factor, "orthonormalize", rounded)
+    monkeypatch.setattr(algorithm_step, "orthonormalize", rounded)
     assert_bitwise_equal(sent, run("fp32"))
     with pytest.raises(AssertionError):
         assert_bitwise_equal(sent, exact)
@@ -445,18 +389,31 @@ def test_loaded_state_keeps_its_dtypes() -> None:
         assert dtypes == {torch.bfloat16}
 
 
-@every_orthonormalizer
-@pytest.mark.parametrize("zero", [(), ("0.0",), ("0.1", "0.2"), ("0.0", "0.1", "0.2", "0.3")])
-def test_fallbacks_count_matrices(zero: tuple[str, ...], orthonormalizer: str) -> None:
-    """A zero gradient breaks every Cholesky method, a random one does not."""
-    shapes = [(6, 4), (8, 8), (8, 8), (5, 9)]
-    comparison = Comparison([(shapes, {})], orthonormalizer=orthonormalizer)
-    for number in range(1, 4):
-        comparison.step(
-            {
-                name: comparison.gradient(name, number, factor=0.0 if name in zero else 1.0)
-                for name in comparison.named
-            }
-        )
-        broken = 0 if orthonormalizer in ("auto", "qr") else number * len(zero)
-        assert comparison.optimizer.fallbacks == broken
+def test_an_unknown_hyperparameter_is_refused() -> None:
+    with pytest.raises(TypeError, match="orthonormalizer"):
+        Dion(parameters([(3, 2)]), orthonormalizer="qr")
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_fraction": 1.0}, BFLOAT16], ids=str)
+def test_diagnostics_are_those_of_the_reference(options: dict[str, Any]) -> None:
+    comparison = Comparison([(SHAPES, {})], **options)
+    comparison.run(range(3))
+    gradients = {name: comparison.gradient(name, 3) for name in comparison.named}
+    totals = {name: r.momentum + gradients[name] for name, r in comparison.references.items()}
+    before = {name: r.weight.clone() for name, r in comparison.references.items()}
+    comparison.optimizer.diagnose_next_step()
+    comparison.step(gradients)
+    tolerance = 2e-2 if options == BFLOAT16 else 1e-4
+    measured = comparison.optimizer.take_diagnostics()
+    assert [one.name for one in measured] == list(comparison.named)
+    for one in measured:
+        reference, total = comparison.references[one.name], totals[one.name]
+        # M keeps mu of what is captured, and all of the rest.
+        mu, energy = comparison.optimizer.config.momentum, total.norm() ** 2
+        captured = (energy - reference.momentum.norm() ** 2) / (1 - mu**2) / energy
+        update = (reference.weight - before[one.name]).norm()
+        assert one.captured == pytest.approx(float(captured.clamp(min=0).sqrt()), tolerance)
+        assert one.update_norm == pytest.approx(float(update), tolerance)
+        assert one.momentum_norm == pytest.approx(float(reference.momentum.norm()), tolerance)
+    comparison.run([4])
+    assert not comparison.optimizer.take_diagnostics()

@@ -14,19 +14,12 @@ from megatron_dion.megatron.run_directory import (
     git_revision,
     read_metrics,
     write_config,
-    write_routing,
 )
 from megatron_dion.optimizer.stopwatch import Stopwatch
 
 
 def record(iteration: int, kind: str = "train") -> dict[str, Any]:
     return {"kind": kind, "iteration": iteration, "lm_loss": 1 / 3, "tokens": 100 * iteration}
-
-
-def test_metrics_keep_full_precision(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path / "run" / "metrics.jsonl", iterations_done=0)
-    metrics.append(record(1))
-    assert read_metrics(metrics.path) == [record(1)]
 
 
 def test_resuming_drops_what_will_be_done_again(tmp_path: Path) -> None:
@@ -54,8 +47,8 @@ def test_config_says_how_the_run_was_started(tmp_path: Path) -> None:
     args = argparse.Namespace(
         device="cpu", world_size=4, lr=1e-3, params_dtype=torch.float32, names={"b", "a"}
     )
-    write_config(tmp_path / "run", args, ["--lr", "1e-3"], {"lr": None, "seed": 1234})
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    write_config(tmp_path, args, ["--lr", "1e-3"], {"lr": None, "seed": 1234})
+    config = json.loads((tmp_path / "config.json").read_text())
     assert config["command_line"][1:] == ["--lr", "1e-3"]
     assert config["arguments"]["params_dtype"] == "torch.float32"
     assert config["arguments"]["names"] == ["a", "b"]
@@ -77,12 +70,6 @@ def test_revision_tells_whether_files_were_edited(tmp_path: Path) -> None:
     assert len(revision) == 40
     (tmp_path / "file").write_text("two")
     assert git_revision(tmp_path) == f"{revision}-dirty"
-
-
-def test_routing_is_written(tmp_path: Path) -> None:
-    write_routing(tmp_path / "run", "parameter\toptimizer\n")
-    assert (tmp_path / "run" / "routing.tsv").read_text() == "parameter\toptimizer\n"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["routing.tsv"]
 
 
 @pytest.mark.parametrize("entropy", [None, 6.5])

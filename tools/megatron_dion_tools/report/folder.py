@@ -1,4 +1,4 @@
-"""What there is in a run directory."""
+"""Reads a run directory."""
 
 import csv
 import json
@@ -8,45 +8,40 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from megatron_dion.error_line import PREFIX
-from megatron_dion.megatron.run_directory import Record, Session, read_metrics, sessions
+from megatron_dion.megatron.run_directory import Record, read_metrics
+from megatron_dion.optimizer.diagnostics import Snapshot, read_diagnostics
+from megatron_dion_tools.report.sessions import Session, sessions
 
 
 class ReportError(Exception):
-    """There is nothing to report on; the message says what to do."""
+    """The folder cannot be reported on; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A line of routing.tsv: a logical matrix, or a parameter of the scalar optimizer.
+    """A line of routing.tsv: a logical matrix, or a parameter that is not split into matrices.
 
     Attributes:
+        name: of the logical matrix, or of the parameter.
         parameter: its name.
-        shape: of the parameter.
-        optimizer: that updates it.
-        reason: why.
-        matrix: name of the logical matrix; empty if it is none.
-        size: rows and columns of the matrix.
-        rank: of its updates.
+        size: rows and columns of the matrix, or the shape of the parameter.
+        optimizer: the optimizer that updates it.
+        reason: why this optimizer.
+        rank: of the matrix's updates; 0 without Dion.
     """
 
+    name: str
     parameter: str
-    shape: tuple[int, ...]
+    size: tuple[int, ...]
     optimizer: str
     reason: str
-    matrix: str = ""
-    size: tuple[int, ...] = ()
-    rank: int = 0
-
-    @property
-    def name(self) -> str:
-        return self.matrix or self.parameter
+    rank: int
 
     @property
     def numel(self) -> int:
-        return prod(self.size or self.shape)
+        return prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,10 @@ class RunFolder:
         path: the run directory.
         config: config.json.
         records: metrics.jsonl.
-        starts: starts.jsonl, a line for each time that the run was started, as far as what it did
-            then was kept.
+        starts: starts.jsonl, a line for each start of the run.
         routes: routing.tsv; empty without Dion.
-        is_cut: whether the last line of metrics.jsonl is half a line.
+        diagnostics: the diagnostics in metrics.jsonl; empty without `--dion-log-interval`.
+        is_cut: whether the last line of metrics.jsonl is incomplete.
     """
 
     path: Path
@@ -68,6 +63,7 @@ class RunFolder:
     records: list[Record]
     starts: list[Record]
     routes: list[Route]
+    diagnostics: list[Snapshot]
     is_cut: bool
 
     @cached_property
@@ -76,64 +72,53 @@ class RunFolder:
 
     @cached_property
     def training(self) -> list[Record]:
-        return self.of_kind("train")
+        """The records of training iterations."""
+        return [record for record in self.records if record["kind"] == "train"]
 
     @cached_property
     def sessions(self) -> list[Session]:
+        """The iterations of each start that has completed any."""
         return sessions(self.training, self.starts)
 
     @property
     def resumed_after(self) -> list[int]:
-        """The iterations from which the run went on, in its own folder."""
+        """The iterations after which the run was resumed in this folder."""
         return [session.start["iteration"] for session in self.sessions[1:]]
-
-    def of_kind(self, kind: str) -> list[Record]:
-        return [record for record in self.records if record["kind"] == kind]
 
 
 def read_folder(path: Path) -> RunFolder:
-    """Read a run directory; all but config.json may be missing.
+    """Read a run directory; every file but config.json may be missing.
 
     Raises:
-        ReportError: it is none, or a file is damaged.
+        ReportError: the folder is no run directory, or a file in it is damaged.
     """
     if not (path / "config.json").is_file():
-        raise ReportError(_no_run(path))
+        raise ReportError(f"RUN_DIR {path}: {_why_no_run(path)}")
     metrics = path / "metrics.jsonl"
+    records = _read(metrics, _records)
     return RunFolder(
         path=path,
         config=_read(path / "config.json", _config),
-        records=_read(metrics, _records),
+        records=records,
         starts=_read(path / "starts.jsonl", read_metrics),
         routes=_read(path / "routing.tsv", _routes),
-        is_cut=_is_cut(metrics),
+        diagnostics=_read(metrics, lambda _: read_diagnostics(records)),
+        is_cut=metrics.exists() and metrics.read_text()[-1:] not in ("", "\n"),
     )
 
 
-def _is_cut(path: Path) -> bool:
-    text = path.read_text() if path.exists() else ""
-    return not text.endswith("\n") and text != ""
-
-
-def _no_run(path: Path) -> str:
-    """Says which folder may have been meant."""
+def _why_no_run(path: Path) -> str:
+    """Says which folder the user may have meant, or why the run did not begin."""
     if not path.is_dir():
-        return f"RUN_DIR {path}: no such folder; give what was given to pretrain_gpt.py's --run-dir"
-    runs = [found.parent for found in path.glob("*/config.json")]
-    if runs:
-        newest = max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
-        return f"RUN_DIR {path}: no config.json in it, but {len(runs)} folders with one: {newest}?"
-    return f"RUN_DIR {path}: no config.json, so no run has started in it: {_why_none(path)}"
-
-
-def _why_none(path: Path) -> str:
-    """What `make train`'s log says, or where to look without one."""
+        return "no such folder; give what was given to pretrain_gpt.py's --run-dir"
+    if configs := list(path.glob("*/config.json")):
+        newest = max(configs, key=lambda config: config.stat().st_mtime).parent
+        return f"no config.json in it, but {len(configs)} folders with one: {newest}?"
     log = path / "train.log"
-    if not log.is_file():
-        return "what pretrain_gpt.py printed says why, if this is what --run-dir was given"
-    lines = log.read_text(errors="replace").splitlines()
-    error = next((line for line in lines if line.startswith(PREFIX)), None)
-    return f"{log} says why" + ("" if error is None else f": {error.removeprefix(PREFIX)}")
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    reasons = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+    where = f"{log} says why" if lines else "the output of pretrain_gpt.py says why"
+    return f"no config.json, so no run has started in it: {': '.join([where, *reasons[:1]])}"
 
 
 def _read[T](path: Path, read: Callable[[Path], T]) -> T:
@@ -146,10 +131,10 @@ def _read[T](path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _config(path: Path) -> Record:
-    config = json.loads(path.read_text())
+    config: Record = json.loads(path.read_text())
     if not isinstance(config["arguments"], dict):
         raise ValueError("its arguments have no names")
-    return dict(config)
+    return config
 
 
 def _records(path: Path) -> list[Record]:
@@ -166,12 +151,13 @@ def _routes(path: Path) -> list[Route]:
         return [_route(line) for line in csv.DictReader(file, delimiter="\t")]
 
 
-def _route(line: dict[str, Any]) -> Route:
-    shape = tuple(map(int, line["shape"].split("x"))) if line["shape"] else ()
-    if not line["matrix"]:
-        return Route(line["parameter"], shape, line["optimizer"], line["reason"])
+def _route(line: dict[str, str]) -> Route:
+    size = [line["rows"], line["columns"]] if line["matrix"] else line["shape"].split("x")
     return Route(
-        *(line["parameter"], shape, line["optimizer"], line["reason"], line["matrix"]),
-        size=(int(line["rows"]), int(line["columns"])),
-        rank=int(line["rank"]),
+        name=line["matrix"] or line["parameter"],
+        parameter=line["parameter"],
+        size=tuple(int(length) for length in size if length),
+        optimizer=line["optimizer"],
+        reason=line["reason"],
+        rank=int(line["rank"] or 0),
     )

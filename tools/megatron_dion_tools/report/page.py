@@ -1,127 +1,273 @@
-"""The page about a run: what became of it, and a section for each thing that is known of it."""
+"""Makes the page about a run: computes what `templates/report.html` shows."""
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+import jinja2
+import numpy as np
 
 from megatron_dion.megatron.progress import human_count, human_duration
-from megatron_dion_tools.report.charts import number
-from megatron_dion_tools.report.curves import curves, points_of, throughput
-from megatron_dion_tools.report.diagnostics import diagnostics
-from megatron_dion_tools.report.environment import environment
-from megatron_dion_tools.report.folder import RunFolder
-from megatron_dion_tools.report.pages import Html, document, element
-from megatron_dion_tools.report.plan import plan
-from megatron_dion_tools.report.routing import routing
-from megatron_dion_tools.report.script import SCRIPT
-from megatron_dion_tools.report.style import STYLE
+from megatron_dion.megatron.run_directory import Record
+from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
+from megatron_dion.optimizer.rules import without_numbers
+from megatron_dion_tools.report.charts import Chart, Curve, Point
+from megatron_dion_tools.report.folder import Route, RunFolder
 
-_LAST = 10
+Row = Sequence[str | float | None]
+
+_FINAL_ITERATIONS = 10
 """Iterations over which the training loss at the end is averaged."""
-_MOST_NAMED = 5
+_LONGEST_MEAN = 50
+_NAMED_ITERATIONS = 5
+_MOST_DOTS = 60
+_PARALLELISM = {
+    "TP": "tensor_model",
+    "PP": "pipeline_model",
+    "CP": "context",
+    "EP": "expert_model",
+    "DP": "data",
+}
+_DIAGNOSTICS = {
+    "captured": ("Captured share", "‖R‖ / ‖B‖"),
+    "update_norm": ("Update", "Frobenius norm"),
+    "momentum_norm": ("Momentum", "Frobenius norm"),
+}
 
 
 def render(run: RunFolder) -> str:
-    """One page about a run, that needs nothing else."""
-    sections: dict[str, Iterable[Html]] = {
-        "Curves": [element("div", *curves(run), class_="charts")],
-        "Throughput": [element("div", *throughput(run), class_="charts")],
-        "Routing": routing(run),
-        "Plan": plan(run),
-        "Diagnostics": diagnostics(run),
-        "Environment": environment(run),
-    }
-    return document(
-        f"Run {run.path.resolve().name}",
-        element("p", _verdict(run), class_="verdict"),
-        *(element("p", note, class_="note") for note in notes(run)),
-        _facts(run),
-        element("nav", *(element("a", name, href=f"#{name.lower()}") for name in sections)),
-        *(_section(name, content) for name, content in sections.items()),
-        style=STYLE,
-        script=SCRIPT,
+    """The page, which needs no other file and no network."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_dion_tools.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters["short"] = short
+    last = run.diagnostics[-1] if run.diagnostics else Snapshot(0, ())
+    arguments, defaults = run.config["arguments"], run.config.get("defaults", {})
+    changed = {k: v for k, v in arguments.items() if k in defaults and v != defaults[k]}
+    others = {k: v for k, v in arguments.items() if k not in changed}
+    return templates.get_template("report.html").render(
+        run=run,
+        name=run.path.resolve().name,
+        verdict=_verdict(run),
+        notes=list(_notes(run)),
+        facts=dict(_facts(run)),
+        curves=list(_curves(run)),
+        optimizers=_optimizers(run.routes),
+        kinds=_kinds(run.routes),
+        routes=[
+            (r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in run.routes
+        ],
+        diagnostics=list(_diagnostics(run)),
+        last=last,
+        matrices=_matrices(last),
+        captured=_captured_by_layer(last),
+        starts=list(_starts(run)),
+        changed_arguments=_arguments(changed, defaults),
+        other_arguments=_arguments(others, defaults),
+        command_line=shlex.join(run.config["command_line"]),
     )
 
 
-def notes(run: RunFolder) -> Iterator[str]:
-    """What one should know before one looks at curves."""
-    if run.is_cut:
-        yield "The last line of metrics.jsonl is cut off: the run was killed, or it is writing."
-    if broken := [i for i, loss in points_of(run.training, "lm_loss") if not math.isfinite(loss)]:
-        yield f"The training loss is not finite in {_iterations(broken)}."
-    if skipped := [record["iteration"] for record in run.training if record.get("skipped")]:
-        yield f"The step was skipped in {_iterations(skipped)}, for gradients that were not finite."
-    if run.training and run.training[0]["iteration"] > 1:
-        first = run.training[0]["iteration"]
-        yield f"The curves begin at iteration {first}: what was before is in another run directory."
-    for iteration in run.resumed_after:
-        yield f"The run was resumed after iteration {iteration:,}."
-    if fallbacks := max((r.get("householder_fallbacks") or 0 for r in run.training), default=0):
-        yield (
-            f"Cholesky factorizations broke down {fallbacks:,} times on the last rank, which then"
-            " took Householder QR."
-        )
+def short(value: str | float | None) -> str:
+    """A cell of a table: a number with four digits or so, a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, str | int):
+        return value if isinstance(value, str) else f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
 
 
 def _verdict(run: RunFolder) -> str:
     planned = run.arguments.train_iters
     if not run.training:
-        return "No iteration was recorded: it has not begun, or it ended before. Its log says why."
+        return "No iteration was recorded: the run has not begun, or it failed before. See its log."
     last = run.training[-1]["iteration"]
-    of = f"iteration {last:,}" + (f" of {planned:,}" if planned else "")
-    if not planned or last >= planned:
-        return f"Finished: {of}."
-    return f"Unfinished: {of}. It is still running, or it was stopped."
+    if planned and last < planned:
+        return f"Unfinished: iteration {last:,} of {planned:,}. It is running, or it was stopped."
+    return f"Finished: iteration {last:,}" + (f" of {planned:,}." if planned else ".")
 
 
-def _facts(run: RunFolder) -> Html:
-    """The figures that one asks for first."""
-    facts = {"optimizer": _optimizer(run), **_losses(run), **_speed(run)}
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", value))
-            for name, value in facts.items()
-        ),
-        class_="facts",
-    )
+def _notes(run: RunFolder) -> Iterator[str]:
+    """What the reader has to know before looking at curves."""
+    if run.is_cut:
+        yield "The last line of metrics.jsonl is cut off: the run was killed, or it is writing."
+    losses = _points(run.training, "lm_loss")
+    if broken := [int(iteration) for iteration, loss in losses if not math.isfinite(loss)]:
+        yield f"The training loss is not finite in {_iterations(broken)}."
+    if skipped := [record["iteration"] for record in run.training if record.get("skipped")]:
+        yield f"The step was skipped in {_iterations(skipped)}: gradients were not finite."
+    if run.training and (first := run.training[0]["iteration"]) > 1:
+        yield f"Curves begin at iteration {first:,}: earlier ones are in another run directory."
+    for iteration in run.resumed_after:
+        yield f"The run was resumed after iteration {iteration:,}."
 
 
-def _optimizer(run: RunFolder) -> str:
+def _iterations(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"iteration {numbers[0]:,}"
+    named = ", ".join(f"{number:,}" for number in numbers[:_NAMED_ITERATIONS])
+    more = len(numbers) - _NAMED_ITERATIONS
+    return f"iterations {named}" + (f" and {more:,} more" if more > 0 else "")
+
+
+def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """The numbers that readers ask for first."""
     args = run.arguments
-    if args.optimizer != "dion":
-        return str(args.optimizer)
-    return f"dion, rank fraction {args.dion_rank_fraction:g}"
+    rank = f", rank fraction {args.dion_rank_fraction:g}" if args.optimizer == "dion" else ""
+    yield "optimizer", f"{args.optimizer}{rank}"
+    if losses := [loss for _, loss in _points(run.training, "lm_loss")][-_FINAL_ITERATIONS:]:
+        yield f"training loss, mean of {len(losses)}", short(fmean(losses))
+    if validation := _points(run.records, "lm_loss", kind="validation"):
+        yield "validation loss", short(validation[-1][1])
+    if run.training:
+        seconds = sum(record["iteration_seconds"] for record in run.training)
+        step = sum(record["optimizer_seconds"] for record in run.training)
+        yield "tokens", human_count(sum(session.tokens for session in run.sessions))
+        yield "tokens/s", human_count(run.sessions[-1].tokens_per_second)
+        yield "time, in optimizer", f"{human_duration(seconds)}, {step / seconds:.1%}"
+        yield "sent per step", f"{human_count(run.training[-1]['optimizer_bytes'])}B"
 
 
-def _losses(run: RunFolder) -> dict[str, str]:
-    found = {}
-    if losses := [loss for _, loss in points_of(run.training, "lm_loss")][-_LAST:]:
-        found[f"training loss, mean of {len(losses)}"] = number(sum(losses) / len(losses))
-    if validation := points_of(run.of_kind("validation"), "lm_loss"):
-        found["validation loss"] = number(validation[-1][1])
-    return found
+def _points(records: Iterable[Record], name: str, kind: str = "train") -> list[Point]:
+    """A quantity over iterations, in records of one kind that have it."""
+    values = ((r["iteration"], r.get(name)) for r in records if r["kind"] == kind)
+    return [(iteration, value) for iteration, value in values if value is not None]
 
 
-def _speed(run: RunFolder) -> dict[str, str]:
-    if not run.training:
-        return {}
-    seconds = sum(record["iteration_seconds"] for record in run.training)
-    step = sum(record["optimizer_seconds"] for record in run.training)
-    return {
-        "tokens trained here": human_count(sum(session.tokens for session in run.sessions)),
-        "tokens per second": human_count(run.sessions[-1].tokens_per_second),
-        "in training steps": human_duration(seconds),
-        "of it in the optimizer": f"{step / seconds:.1%}",
-    }
+def _with_mean(name: str, points: Sequence[Point]) -> list[Curve]:
+    """A curve, and in front of it, if it is long, its moving mean."""
+    window = min(len(points) // 20, _LONGEST_MEAN)
+    if window < 2:
+        return [Curve(name, points)]
+    iterations, values = np.array(points).T
+    means = np.convolve(values, np.full(window, 1 / window), "valid")
+    centres = iterations[window - 1 :] - (window - 1) / 2
+    mean = list(zip(centres.tolist(), means.tolist(), strict=True))
+    return [Curve(name, points, is_faint=True), Curve(f"mean of {window}", mean)]
 
 
-def _section(name: str, content: Iterable[Html]) -> Html:
-    return element("section", element("h2", name), *content, id=name.lower())
+def _curves(run: RunFolder) -> Iterator[Chart]:
+    """What the model learns, and how fast."""
+    losses = _with_mean("training", _points(run.training, "lm_loss"))
+    validation = _points(run.records, "lm_loss", kind="validation")
+    losses.append(Curve("validation", validation, colour=1, has_dots=True))
+    entropy = run.starts[-1].get("unigram_entropy") if run.starts else None
+    level = ("unigram entropy", entropy) if entropy else None
+    yield Chart("Loss", "nats per token", losses, level)
+    norms = _with_mean("norm", _points(run.training, "grad_norm"))
+    yield Chart("Gradient norm", "before clipping", norms)
+    rates = [Curve("rate", _points(run.training, "lr"))]
+    yield Chart("Learning rate", "", rates, from_zero=True)
+    # The first iteration of each start sets things up, so that its time tells nothing.
+    settled = [iteration for session in run.sessions for iteration in session.settled]
+    records = [record for record, _ in settled]
+    speeds = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
+    yield Chart("Tokens per second", "all ranks", _with_mean("rate", speeds), from_zero=True)
+    iteration = Curve("iteration", _points(records, "iteration_seconds"))
+    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"), colour=1)
+    yield Chart("Time", "seconds", [iteration, step])
 
 
-def _iterations(found: Sequence[float]) -> str:
-    if len(found) == 1:
-        return f"iteration {found[0]:,}"
-    named = ", ".join(f"{iteration:,}" for iteration in found[:_MOST_NAMED])
-    more = f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
-    return f"iterations {named}{more}"
+def _optimizers(routes: Sequence[Route]) -> list[Row]:
+    """For each optimizer: parameters, logical matrices, elements and their share."""
+    rows: list[Row] = []
+    for optimizer in dict.fromkeys(route.optimizer for route in routes):
+        some = [route for route in routes if route.optimizer == optimizer]
+        parameters = len({route.parameter for route in some})
+        matrices = sum(route.rank > 0 for route in some)
+        numel = sum(route.numel for route in some)
+        share = numel / sum(route.numel for route in routes)
+        rows.append((optimizer, parameters, matrices or None, numel, f"{share:.1%}"))
+    return rows
+
+
+def _routes(routes: Iterable[Route]) -> list[Row]:
+    """For each matrix or parameter: name, size, rank, optimizer, reason."""
+    return [(r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in routes]
+
+
+def _kinds(routes: Sequence[Route]) -> list[Row]:
+    """The same for each kind of matrix or parameter, and how many there are, and their elements."""
+    groups: defaultdict[Row, list[int]] = defaultdict(list)
+    for route, (name, *others) in zip(routes, _routes(routes), strict=True):
+        groups[without_numbers(str(name)), *others].append(route.numel)
+    return [(*kind, len(numels), sum(numels)) for kind, numels in groups.items()]
+
+
+def _size(*lengths: int) -> str:
+    return " × ".join(map(str, lengths))
+
+
+def _diagnostics(run: RunFolder) -> Iterator[Chart]:
+    """Each figure over iterations: the median over all matrices of a kind."""
+    for figure, (title, unit) in _DIAGNOSTICS.items():
+        medians: defaultdict[str, list[Point]] = defaultdict(list)
+        for snapshot in run.diagnostics:
+            for kind, values in by_kind(snapshot.matrices, figure).items():
+                medians[_short_name(kind)].append((snapshot.iteration, median(values)))
+        curves = [
+            Curve(kind, points, colour, has_dots=len(points) < _MOST_DOTS)
+            for colour, (kind, points) in enumerate(medians.items())
+        ]
+        yield Chart(title, unit, curves)
+
+
+def _matrices(snapshot: Snapshot) -> list[Row]:
+    """For each matrix: name, size, rank and figures."""
+    return [
+        (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
+        for m in snapshot.matrices
+    ]
+
+
+def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], dict[str, list[float | None]]]:
+    """Names of kinds; and for each layer the captured share of each kind, medians over experts."""
+    shares: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for matrix in snapshot.matrices:
+        layer = re.search(r"(?<=\.layers\.)\d+", matrix.name)
+        kind = _short_name(without_numbers(matrix.name))
+        if matrix.captured is not None:
+            shares[layer[0] if layer else "–", kind].append(matrix.captured)
+    layers, kinds = (list(dict.fromkeys(key[axis] for key in shares)) for axis in (0, 1))
+    medians = {key: median(values) for key, values in shares.items()}
+    return kinds, {layer: [medians.get((layer, kind)) for kind in kinds] for layer in layers}
+
+
+def _short_name(kind: str) -> str:
+    return kind.removeprefix("decoder.layers.*.").replace(".weight", "").replace("self_", "")
+
+
+def _starts(run: RunFolder) -> Iterator[Row]:
+    """For each start: iteration, time, ranks; then iterations, tokens, tokens per second."""
+    sessions = {session.start["iteration"]: session for session in run.sessions}
+    for start in run.starts:
+        time = start["time"].replace("T", " ").replace("+00:00", " UTC")
+        sizes = {name: start[f"{long}_parallel_size"] for name, long in _PARALLELISM.items()}
+        divided = " × ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+        ranks = ": ".join(filter(None, [str(start["world_size"]), divided]))
+        done: Row = (None, None, None)
+        if session := sessions.get(start["iteration"]):
+            speed = human_count(session.tokens_per_second)
+            done = (len(session.iterations), human_count(session.tokens), speed)
+        yield (start["iteration"], time, ranks, *done)
+
+
+def _arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Row]:
+    """Name, value and default."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+    return [
+        (name, text(value), text(defaults[name]) if name in defaults else "–")
+        for name, value in arguments.items()
+    ]

@@ -1,0 +1,202 @@
+"""Sums P over a grid and spreads it again: memory, and two packed hops each way."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dion.algorithm import Steps, copy_all
+from megatron_dion.sharding.buffers import Buffers
+from megatron_dion.sharding.collectives import (
+    Groups,
+    all_reduce,
+    all_to_all,
+    like_views,
+    ring_bytes,
+)
+from megatron_dion.sharding.plan import Hop, Plan, Tile
+
+
+class LeftFactorExchange:
+    """The P of a step.
+
+    Args:
+        plan: of this rank.
+        groups: the processes; P is averaged over replicas.
+        replicas: number of replicas.
+        wire: the type in which P travels.
+        memory: for what lasts from the first product to the last.
+        transit: for what lasts from `sum` to `spread`.
+
+    Attributes:
+        of_rectangles: for each rectangle of the plan the rows of P, (columns, r), of its columns.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Groups,
+        replicas: int,
+        wire: torch.dtype,
+        memory: Buffers,
+        transit: Buffers,
+    ) -> None:
+        self._wire = wire
+        self._replicas = groups.replicas
+        self._replica_count = replicas
+        ranks = [matrix.rank for matrix in plan.layout.matrices]
+        self._contributed = source = _Rows(plan.tiles, ranks, memory)
+        self._hops: dict[str, _HopExchange] = {}
+        rank, self._tensor_size = plan.rank, plan.layout.grid.tensor_parallel_size
+        for name, hop, me, group in (
+            ("tensor", plan.tensor_hop, rank.tensor_parallel, groups.tensor),
+            ("data", plan.data_hop, rank.data_parallel, groups.data),
+        ):
+            if len(hop.sends) > 1:
+                sums = _Rows(hop.sums, ranks, transit)
+                self._hops[name] = _HopExchange(hop, me, source, sums, group, transit, wire)
+                source = sums
+        self._owned = source.memory
+        self._batches = list(source.batches())
+        is_cast = replicas > 1 and wire != torch.float32
+        self._averaged = transit.empty(len(self._owned), wire) if is_cast else self._owned
+        self.of_rectangles = [
+            self._contributed.view(Tile(rectangle.matrix, *rectangle.column_range))
+            for _, rectangle in plan.rectangles
+        ]
+
+    def clear(self) -> None:
+        """Sets what this rank contributes to zero."""
+        self._contributed.memory.zero_()
+
+    def sum(self) -> Steps:
+        """Sums all tiles at the owners of their rows, and takes the mean over replicas."""
+        for hop in self._hops.values():
+            yield from hop.sum()
+        if self._replica_count > 1:
+            if self._averaged is not self._owned:
+                self._averaged.copy_(self._owned)
+            yield from all_reduce(self._averaged, self._replicas)
+            torch.div(self._averaged, self._replica_count, out=self._owned)
+
+    def owned(self) -> Sequence[Tensor]:
+        """The rows of P that this rank orthonormalizes, (batch, rows, r), by shape."""
+        return self._batches
+
+    def spread(self) -> Steps:
+        """Brings the owned rows, orthonormalized by now, to all who contributed to them."""
+        if self._wire != torch.float32:
+            # The owner must use the same numbers as those to whom it sends them.
+            self._owned.copy_(self._owned.to(self._wire))
+        for hop in reversed(self._hops.values()):
+            yield from hop.spread()
+
+    def bytes_sent(self) -> Counter[str]:
+        """Bytes for other ranks in a step, by group, those of the orthonormalization included."""
+        sent = Counter({name: hop.bytes_sent for name, hop in self._hops.items()})
+        # The largest entry of every P, and two Gram matrices.
+        numbers = sum(len(p) * (1 + 2 * p.shape[2] ** 2) for p in self._batches)
+        sent["tensor"] += ring_bytes(4 * numbers, self._tensor_size)
+        sent["replicas"] = ring_bytes(self._averaged.nbytes, self._replica_count)
+        return sent
+
+
+class _Rows:
+    """Rows of the P of several matrices, one tile each, in one float32 tensor."""
+
+    def __init__(self, tiles: Sequence[Tile], ranks: Sequence[int], buffers: Buffers) -> None:
+        shapes = [torch.Size((tile.stop - tile.start, ranks[tile.matrix])) for tile in tiles]
+        self.memory = buffers.empty(sum(shape.numel() for shape in shapes), torch.float32)
+        self._views = like_views(self.memory, shapes)
+        self._place = {t.matrix: (t.start, v) for t, v in zip(tiles, self._views, strict=True)}
+
+    def view(self, tile: Tile) -> Tensor:
+        """(rows, r) of a tile that lies within one of these."""
+        first, values = self._place[tile.matrix]
+        return values[tile.start - first : tile.stop - first]
+
+    def views(self, tiles: Sequence[Tile]) -> list[Tensor]:
+        """As `view`, of several tiles."""
+        return [self.view(tile) for tile in tiles]
+
+    def batches(self) -> Iterator[Tensor]:
+        """All rows, (batch, rows, r), those of equal shape together."""
+        for shape, alike in groupby(self._views, key=lambda view: view.shape):
+            first, *others = alike
+            start, count = first.storage_offset(), 1 + len(others)
+            yield self.memory[start : start + count * shape.numel()].view(count, *shape)
+
+
+class _HopExchange:
+    """The memory of a `Hop`, and its two directions.
+
+    Args:
+        hop: what is sent, received and summed.
+        me: this rank's index in the group.
+        tiles: what this rank contributes.
+        sums: where the hop sums.
+        group: the ranks.
+        buffers: gives memory for what is sent and received.
+        wire: the type in which it travels.
+
+    Attributes:
+        bytes_sent: to other ranks, in both directions.
+    """
+
+    def __init__(
+        self,
+        hop: Hop,
+        me: int,
+        tiles: _Rows,
+        sums: _Rows,
+        group: ProcessGroup | None,
+        buffers: Buffers,
+        wire: torch.dtype,
+    ) -> None:
+        self._group = group
+        self._sums = sums.memory
+        sent = {peer: tiles.views(each) for peer, each in enumerate(hop.sends) if peer != me}
+        self._targets = [sums.views(each) for each in hop.receives]  # by peer
+        self._send_sizes = [_numel(sent.get(peer, [])) for peer in range(len(hop.sends))]
+        self._receive_sizes = [
+            0 if peer == me else _numel(views) for peer, views in enumerate(self._targets)
+        ]
+        self._sent = buffers.empty(sum(self._send_sizes), wire)
+        self._received = buffers.empty(sum(self._receive_sizes), wire)
+        self.bytes_sent = self._sent.nbytes + self._received.nbytes  # there and back
+        self._outgoing = [view for views in sent.values() for view in views]
+        self._sent_views = like_views(self._sent, [view.shape for view in self._outgoing])
+        self._arrivals = [
+            like_views(part, [view.shape for view in views] if peer != me else [])
+            for peer, (part, views) in enumerate(
+                zip(self._received.split(self._receive_sizes), self._targets, strict=True)
+            )
+        ]
+        self._arrivals[me] = tiles.views(hop.receives[me])
+
+    def sum(self) -> Steps:
+        """Sends all tiles and adds up what arrives, in the order of the peers."""
+        copy_all(self._sent_views, self._outgoing)
+        yield from all_to_all(
+            self._received, self._sent, self._receive_sizes, self._send_sizes, self._group
+        )
+        self._sums.zero_()
+        for targets, arrivals in zip(self._targets, self._arrivals, strict=True):
+            if targets:
+                torch._foreach_add_(targets, arrivals)
+
+    def spread(self) -> Steps:
+        """The way back: overwrites the tiles with the rows of the sums to which they belong."""
+        for targets, arrivals in zip(self._targets, self._arrivals, strict=True):
+            copy_all(arrivals, targets)
+        yield from all_to_all(
+            self._sent, self._received, self._send_sizes, self._receive_sizes, self._group
+        )
+        copy_all(self._outgoing, self._sent_views)
+
+
+def _numel(views: Sequence[Tensor]) -> int:
+    return sum(view.numel() for view in views)

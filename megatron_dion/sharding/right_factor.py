@@ -1,0 +1,209 @@
+"""Rows of R and Q that several ranks hold: sums of R, and the stored columns of Q."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_dion.algorithm import Steps, copy_all
+from megatron_dion.sharding.buffers import Buffers
+from megatron_dion.sharding.collectives import (
+    TORCH_DTYPES,
+    Groups,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    like_views,
+    reduce_scatter,
+    ring_bytes,
+)
+from megatron_dion.sharding.plan import CutRow, Plan
+
+
+class RightFactorExchange:
+    """The R of a step, in whose memory Q is completed before R is made.
+
+    Args:
+        plan: of this rank.
+        groups: the processes; R is averaged over replicas.
+        replicas: number of replicas.
+        wire: the type in which R travels.
+        memory: for what lasts from the first product to the last.
+        transit: for what a single collective needs.
+
+    Attributes:
+        of_rectangles: for each rectangle of the plan its rows of R, (rows, r).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Groups,
+        replicas: int,
+        wire: torch.dtype,
+        memory: Buffers,
+        transit: Buffers,
+    ) -> None:
+        self._groups = groups
+        self._replicas = replicas
+        self._transit = transit
+        self._wire = wire
+        self._tensor_size = tensor_size = plan.layout.grid.tensor_parallel_size
+        shapes, partial = [], 0
+        for placement, rectangle in plan.rectangles:  # first those with partial sums
+            shapes.append(torch.Size((rectangle.rows, plan.layout.matrices[rectangle.matrix].rank)))
+            partial += shapes[-1].numel() if plan.layout.shares_rows(placement) else 0
+        # Padded at its start, what tensor-parallel ranks sum is divisible into equal shares.
+        padding = -partial % tensor_size if replicas > 1 else 0
+        rows = memory.empty(padding + sum(shape.numel() for shape in shapes), torch.float32)
+        self.of_rectangles = like_views(rows[padding:], shapes)
+        self._partial, self._other = rows[: padding + partial], rows[padding + partial :]
+        is_cast = wire != torch.float32
+        largest = max(len(self._partial), len(self._other) if replicas > 1 else 0)
+        self._sent = transit.empty(largest if is_cast else 0, wire)
+        share = len(self._partial) // tensor_size if replicas > 1 else 0
+        self._share = transit.empty(share, wire)
+        self._has_partial_rows = plan.has_partial_rows
+        self._cut_rows = _CutRows(plan, self.of_rectangles, groups, transit, wire)
+        self._stored_columns = _StoredColumns(plan, self.of_rectangles, groups, transit)
+
+    def gather(self) -> Steps:
+        """Completes rows of Q of which tensor-parallel ranks store different columns."""
+        with self._transit.allocated():
+            yield from self._stored_columns.gather()
+
+    def sum(self) -> Steps:
+        """Sums R over the ranks that hold its columns, and takes the mean over replicas."""
+        with self._transit.allocated():
+            if self._replicas == 1:
+                with self._as_sent(self._partial) as sent:
+                    yield from all_reduce(sent, self._groups.tensor)
+            else:
+                yield from self._average()
+            # Last, so that the copies of a row have the same bits.
+            yield from self._cut_rows.sum()
+
+    def bytes_sent(self) -> Counter[str]:
+        """Bytes for other ranks in a step, by group."""
+        size = self._wire.itemsize
+        averaged = len(self._share) + len(self._other)
+        return Counter(
+            tensor=ring_bytes(size * len(self._partial), self._tensor_size)
+            + self._stored_columns.bytes_sent,
+            data=self._cut_rows.bytes_sent,
+            replicas=ring_bytes(size * averaged, self._replicas),
+        )
+
+    def _average(self) -> Steps:
+        tensor, replicas = self._groups.tensor, self._groups.replicas
+        if self._has_partial_rows:
+            # Of what they sum, tensor-parallel ranks average a share each.
+            with self._as_sent(self._partial) as sent:
+                yield from reduce_scatter(self._share, sent, tensor)
+                yield from all_reduce(self._share, replicas)
+                yield from all_gather(sent, self._share, tensor)
+        with self._as_sent(self._other) as sent:
+            yield from all_reduce(sent, replicas)
+        self._partial /= self._replicas
+        self._other /= self._replicas
+
+    @contextmanager
+    def _as_sent(self, rows: Tensor) -> Iterator[Tensor]:
+        """Rows in the type in which they travel; in the end they are what that has become."""
+        if not len(self._sent):
+            yield rows
+            return
+        sent = self._sent[: len(rows)]
+        sent.copy_(rows)
+        yield sent
+        rows.copy_(sent)
+
+
+class _StoredColumns:
+    """The columns of Q that tensor-parallel ranks store of the rows that they share."""
+
+    def __init__(
+        self, plan: Plan, projections: Sequence[Tensor], groups: Groups, transit: Buffers
+    ) -> None:
+        self._group = groups.tensor
+        layout = plan.layout
+        self._is_needed = plan.has_partial_rows
+        peers = layout.grid.tensor_group(plan.rank.data_parallel) if self._is_needed else []
+        self._of_peers: list[list[Tensor]] = [[] for _ in peers]
+        for (placement, _), rows in zip(plan.rectangles, projections, strict=True):
+            if layout.shares_rows(placement):
+                for views, peer in zip(self._of_peers, peers, strict=True):
+                    views.append(rows[:, layout.share(placement, rows.shape[1], peer)])
+        # Shares differ by a column at most; each rank's place is as large as the largest.
+        size = max((sum(v.numel() for v in views) for views in self._of_peers), default=0)
+        dtype = TORCH_DTYPES[layout.config.factor_dtype]
+        self._sent = transit.empty(size, dtype)
+        self._received = transit.empty(size * len(peers), dtype)
+        self.bytes_sent = self._sent.nbytes * max(len(peers) - 1, 0)
+        self._mine = self._of_peers[plan.rank.tensor_parallel] if peers else []
+        self._place = like_views(self._sent, [view.shape for view in self._mine])
+        self._places = [
+            like_views(self._received[i * size : (i + 1) * size], [view.shape for view in views])
+            for i, views in enumerate(self._of_peers)
+        ]
+
+    def gather(self) -> Steps:
+        if not self._is_needed:
+            return
+        copy_all(self._place, self._mine)
+        yield from all_gather(self._received, self._sent, self._group)
+        for views, places in zip(self._of_peers, self._places, strict=True):
+            copy_all(views, places)
+
+
+class _CutRows:
+    """Sums of the rows of R whose columns lie on several data-parallel ranks.
+
+    Every holder adds up all parts in the order of the ranks, so the copies of a row are equal to
+    the last bit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        projections: Sequence[Tensor],
+        groups: Groups,
+        transit: Buffers,
+        wire: torch.dtype,
+    ) -> None:
+        self._group = groups.data
+        self._is_needed = plan.has_cut_rows
+        row_of = {
+            CutRow(rectangle.matrix, rectangle.row_start): rows[0]  # (r,)
+            for (_, rectangle), rows in zip(plan.rectangles, projections, strict=True)
+            if rectangle.cut
+        }
+        self._parts = [[row_of[row] for row in rows] for rows in plan.cut_rows]  # by peer
+        self._sizes = [sum(view.numel() for view in views) for views in self._parts]
+        self._outgoing = [view for views in self._parts for view in views]
+        shapes = [view.shape for view in self._outgoing]
+        self._sent = transit.empty(sum(self._sizes), wire)
+        self._received = transit.empty(sum(self._sizes), wire)
+        self.bytes_sent = self._sent.nbytes
+        self._sent_views = like_views(self._sent, shapes)
+        arriving = iter(like_views(self._received, shapes))
+        arrivals = [[next(arriving) for _ in views] for views in self._parts]
+        # This rank's own part of a row is added in its turn, as it was sent.
+        copies = {id(v): copy for v, copy in zip(self._outgoing, self._sent_views, strict=True)}
+        self._mine = list({id(view): view for view in self._outgoing}.values())
+        self._parts[plan.rank.data_parallel] = self._mine
+        arrivals[plan.rank.data_parallel] = [copies[id(view)] for view in self._mine]
+        self._arrivals = arrivals
+
+    def sum(self) -> Steps:
+        if not self._is_needed:
+            return
+        copy_all(self._sent_views, self._outgoing)
+        yield from all_to_all(self._received, self._sent, self._sizes, self._sizes, self._group)
+        if self._mine:
+            torch._foreach_zero_(self._mine)
+        for views, arrivals in zip(self._parts, self._arrivals, strict=True):
+            if views:
+                torch._foreach_add_(views, arrivals)

@@ -1,0 +1,88 @@
+"""The worlds in which the other tests run, and what is left of them after an interrupt."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.project import ROOT
+from tests.worlds import RankError, world
+
+_INTERRUPTED = """
+import os, subprocess
+from tests.worlds import world
+
+def wait(pipe):
+    helper = subprocess.Popen(["sleep", "1000"])
+    with open(pipe, "a") as file:
+        file.write(f"{os.getpid()} {helper.pid} ")
+    helper.wait()
+
+def test_waits(request):
+    world(2).run(wait, request.config.rootpath / "pipe")
+"""
+
+
+def sum_of_ranks(mine: list[float]) -> tuple[int, list[float]]:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    total = torch.tensor(mine) + dist.get_rank()
+    dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return os.getpid(), total.tolist()
+
+
+def fail(how: str) -> None:
+    if dist.get_rank() == 1:
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("not today")
+    dist.barrier()
+
+
+def test_a_world_is_used_again_until_a_rank_fails() -> None:
+    [(first, sums), (second, _)] = world(2).run(sum_of_ranks, [0.5])
+    assert sums == [2.0]
+    assert [process for process, _ in world(2).run(sum_of_ranks, [1.0])] == [first, second]
+    for how, message in (("raises", "rank 1:\n(.*\n)*ValueError: not today"), ("dies", "died")):
+        before = world(2).run(os.getpid)
+        with pytest.raises(RankError, match=message):
+            world(2).run(fail, how)
+        assert not set(before) & set(world(2).run(os.getpid))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupt_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    test = tmp_path / "test_interrupted.py"
+    test.write_text(_INTERRUPTED)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}:{tmp_path}"}
+    pytest_process = subprocess.Popen([*command, str(test)], cwd=tmp_path, env=environment)
+    processes: list[int] = []
+    with open(os.open(pipe, os.O_RDWR), "rb", buffering=0) as written:
+        while len(processes) < 4:
+            ready, _, _ = select.select([written, os.pidfd_open(pytest_process.pid)], [], [])
+            assert ready == [written], "pytest ended before it was interrupted"
+            processes += map(int, written.read(1000).split())
+    ends = [os.pidfd_open(process) for process in processes]
+    pytest_process.send_signal(number)
+    assert pytest_process.wait(60) != 0
+    while ends:
+        ended, _, _ = select.select(ends, [], [], 60)
+        assert ended, f"{len(ends)} of the processes {processes} go on"
+        ends = [end for end in ends if end not in ended]
