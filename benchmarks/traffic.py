@@ -96,10 +96,9 @@ def _rows(case: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     adamw = 0  # bytes of its gradient sync
     for optimizer, choice in optimizers.items():
         sent = run_world(ranks, count_iteration, f"{MODEL} {flags} {choice}".split())
-        sync, step, planned = (
-            sum((getattr(rank, name) for rank in sent), Counter())
-            for name in ("sync", "step", "planned")
-        )
+        sync = sum((rank.sync for rank in sent), Counter[str]())
+        step = sum((rank.step for rank in sent), Counter[str]())
+        planned = sum((rank.planned for rank in sent), Counter[str]())
         total = sync.total() + step.total()
         adamw = adamw or sync.total()
         yield {
