@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from megatron_dion_tools.saved_matrices import saved_matrices
+from megatron_dion_tools.inspect import saved_matrices
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics
 from tests.unit.test_command_line import exit_of
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dion.megatron.arguments import CPU_DEFAULTS, describe_processes, extra_args_provider
 from megatron_dion.megatron.errors import ConfigurationError
+from megatron_dion.megatron.flags import CPU_DEFAULTS, extra_args_provider
+from megatron_dion.megatron.progress import describe_processes
 from megatron_dion.platforms import cpu, requested_device, resolve_device
 from megatron_dion_tools.local.world import run_world
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
@@ -225,7 +226,7 @@ def parsed_defaults(device: str, *argv: str) -> tuple[str, int]:
 
 
 def test_cpu_defaults_give_way_to_the_user(nursery: Nursery) -> None:
-    gloo, workers = CPU_DEFAULTS["distributed_backend"][0], CPU_DEFAULTS["num_workers"][0]
+    gloo, workers = CPU_DEFAULTS["distributed_backend"], CPU_DEFAULTS["num_workers"]
     assert nursery.run(1, parsed_defaults, "cpu") == [(gloo, workers)]
     assert nursery.run(1, parsed_defaults, "cpu", "--num-workers", "3") == [(gloo, 3)]
     assert nursery.run(1, parsed_defaults, "cuda") == [("nccl", 2)]
