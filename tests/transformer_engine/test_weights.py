@@ -1,7 +1,7 @@
 """Weights kept in FP8 by Transformer Engine itself, with kernels that torch computes.
 
 Bytes and scales on every rank are compared with those of whole weights, as in
-tests.fp8_emulation.checks.py, which has the arithmetic.
+tests/fp8_emulation/checks.py, which has the arithmetic.
 """
 
 import itertools
