@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron_dion.sharding.memory import peak_bytes
+from megatron_dion_tools.report.plan import planned_run
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import IN_FLIGHT
-from megatron_dion.sharding.memory import peak_bytes
 from megatron_dion_tools.plan.hardware import PRESETS
 from megatron_dion_tools.plan.memory import memory
 from megatron_dion_tools.plan.models import Experts, GptShape
@@ -25,7 +26,6 @@ from megatron_dion_tools.plan.topology import Batch, Topology
 from megatron_dion_tools.plan.traffic import traffic
 from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import render
-from megatron_dion_tools.report.plan import planned_run
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.pages import Page
 

@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
+from megatron_dion.sharding.balance import operations
 
 from megatron_dion import DionConfig
 from megatron_dion.sharding import Grid, Placement, Planner, Rank, Weight, sets_in_turn
-from megatron_dion.sharding.balance import operations
 from megatron_dion.sharding.traffic import bytes_sent
 from megatron_dion_tools.plan.layout import default_bucket_size, place
 from megatron_dion_tools.plan.loads import Load, busiest_to_mean, describe, loads
