@@ -5,16 +5,13 @@ and win over those of examples/quick_start.args.
 """
 
 import argparse
-import importlib.util
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -25,26 +22,11 @@ from megatron_dion_tools.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "examples" / "quick_start.args"
-
 PROGRESS_MARK = "[dion] "
-# Where the long report begins that torchrun ends with; it says only that a process failed,
+# Here the long report of torchrun begins, which says only that a process failed.
 LAUNCHER_MARK = "torch/distributed/elastic"
-# and ends with the exit code of the one that failed first.
-EXIT_CODE = re.compile(r"^  exitcode  : (-?\d+) ", re.MULTILINE)
 LOG_LINES_SHOWN = 30
-# With this a run ends that did not begin; what was wrong is told in one line.
-REFUSED = 2
-# Only the end is saved, unless training takes longer than it does here.
-SAVE_INTERVAL = 300
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many processes train, and how many of them share each layer."""
-
-    processes: int
-    tensor_parallel: int
-    sequence_parallel: bool = False
+SAVE_INTERVAL = 300  # the default number of iterations: only the end is saved
 
 
 def count_cuda_devices() -> int:
@@ -56,39 +38,27 @@ def count_cuda_devices() -> int:
     return int(answer.stdout)
 
 
-def choose_layout(cuda_devices: int, has_engine: bool) -> Layout:
-    """Return TP2 x DP2 on CPU or four devices, and what fits where there are fewer devices.
-
-    On CUDA Megatron's norms do sequence parallelism only with Transformer Engine.
-    """
-    if cuda_devices == 1:
-        return Layout(processes=1, tensor_parallel=1)
-    processes = 2 if cuda_devices in (2, 3) else 4
-    return Layout(processes, tensor_parallel=2, sequence_parallel=has_engine or not cuda_devices)
-
-
 def training_command(
-    data: Data, run_dir: Path, layout: Layout, overrides: Sequence[str]
+    data: Data, run_dir: Path, cuda_devices: int, overrides: Sequence[str]
 ) -> list[str]:
-    """Return the command that trains."""
+    """Return the command that trains, with TP2 x DP2 on CPU or on at least four CUDA devices."""
+    processes = {1: 1, 2: 2, 3: 2}.get(cuda_devices, 4)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(layout.processes), str(ROOT / "pretrain_gpt.py")]
-    paths = [*data_flags(data), "--run-dir", str(run_dir)]
-    paths += ["--save", str(run_dir / "checkpoints"), "--save-interval", str(SAVE_INTERVAL)]
-    spread = ["--tensor-model-parallel-size", str(layout.tensor_parallel)]
-    if layout.sequence_parallel:
-        spread.append("--sequence-parallel")
-    return [*launcher, *read_flags(ARGUMENTS), *paths, *spread, *overrides]
+    launcher += ["--nproc-per-node", str(processes), str(ROOT / "pretrain_gpt.py")]
+    flags = [*read_flags(ARGUMENTS), *data_flags(data), "--run-dir", str(run_dir)]
+    flags += ["--save", str(run_dir / "checkpoints"), "--save-interval", str(SAVE_INTERVAL)]
+    flags += ["--tensor-model-parallel-size", str(min(processes, 2))]
+    return [*launcher, *flags, *overrides]
 
 
 def train(command: Sequence[str], log: Path) -> None:
     """Run the training, its whole output in `log` and its progress lines on the terminal.
 
-    If it fails, show why and exit with its status.
+    If the training fails, show why and exit with its status.
 
     Args:
-        command: trains.
-        log: in a folder of its own, which a run that was refused does not leave behind.
+        command: Trains.
+        log: In a folder of its own, which a run that was refused does not leave behind.
     """
     with (
         log.open("w", encoding="utf-8") as file,
@@ -108,17 +78,16 @@ def train(command: Sequence[str], log: Path) -> None:
         try:
             relay(child.stdout, file)
         except BaseException:
-            child.terminate()  # or the processes it started would train on, unseen
+            child.terminate()  # or the processes that it started would train on, unseen
             raise
     if child.returncode != 0:
-        text = log.read_text(encoding="utf-8")
-        status, errors = status_of(text, child.returncode), errors_in(text)
-        if status == REFUSED and errors and not (log.parent / "metrics.jsonl").exists():
+        errors, last_lines = explain(log.read_text(encoding="utf-8"))
+        if errors and not (log.parent / "metrics.jsonl").exists():
             shutil.rmtree(log.parent)
         else:
-            print(f"training ended with status {status}; the whole log is {log}", file=sys.stderr)
-        print("\n".join(errors or last_lines(text)), file=sys.stderr)
-        sys.exit(status)
+            print(f"training failed; the whole log is {log}", file=sys.stderr)
+        print("\n".join(errors or last_lines), file=sys.stderr)
+        sys.exit(child.returncode)
 
 
 def relay(output: Iterable[str], log: TextIO) -> None:
@@ -130,58 +99,26 @@ def relay(output: Iterable[str], log: TextIO) -> None:
             print(line.removeprefix(PROGRESS_MARK), end="", flush=True)
 
 
-def errors_in(log: str) -> list[str]:
-    """Return the lines with errors that the training named, each once."""
-    return list(dict.fromkeys(line for line in log.splitlines() if line.startswith(PREFIX)))
-
-
-def last_lines(log: str) -> list[str]:
-    """Return the end of what the training said, before torchrun's report."""
+def explain(log: str) -> tuple[list[str], list[str]]:
+    """Return the errors that ranks named, each once, and what they said last."""
     lines = log.splitlines()
+    errors = dict.fromkeys(line for line in lines if line.startswith(PREFIX))
     report = (number for number, line in enumerate(lines) if LAUNCHER_MARK in line)
-    return lines[: next(report, len(lines))][-LOG_LINES_SHOWN:]
+    return list(errors), lines[: next(report, len(lines))][-LOG_LINES_SHOWN:]
 
 
-def status_of(log: str, launcher_status: int) -> int:
-    """Return the exit code of the process that failed first; torchrun itself ends with 1."""
-    codes = [int(code) for code in EXIT_CODE.findall(log)] or [launcher_status]
-    return codes[-1] if codes[-1] > 0 else 1
-
-
-def report_command(command: Sequence[str]) -> str:
-    """Return the command that makes a page of what a command trained, as it can be typed here."""
-    program = Path(sys.executable).with_name("megatron-dion")
-    run_dir = ROOT / values_of(command).run_dir
-    return shlex.join([os.path.relpath(program), "report", os.path.relpath(run_dir)])
-
-
-def resume_command(command: Sequence[str], overrides: Sequence[str]) -> str:
-    """Return the command that goes on from the last checkpoint, for as many iterations again."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--load")
-    parser.add_argument("--train-iters", type=int)
-    parser.add_argument("--override-opt-param-scheduler", action="store_true")
-    _, kept = parser.parse_known_args(overrides)
-    trained = values_of(command)
-    flags = [*kept, "--load", os.path.relpath(ROOT / trained.save, ROOT)]
-    flags += ["--train-iters", str(2 * trained.train_iters), "--override-opt-param-scheduler"]
-    return f"make train ARGS={shlex.quote(shlex.join(flags))}"
-
-
-def values_of(command: Sequence[str]) -> argparse.Namespace:
-    """Return what a command says of where it saves and reports, and how long it trains."""
+def next_commands(command: Sequence[str], overrides: Sequence[str]) -> tuple[str, str]:
+    """Return what can be typed after a training: one to see it, one to train as long again."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--save")
     parser.add_argument("--run-dir")
     parser.add_argument("--train-iters", type=int)
-    return parser.parse_known_args(command)[0]
-
-
-def make_run_dir(runs: Path) -> Path:
-    """Make and return a new folder named after the time."""
-    run_dir = runs / time.strftime("%Y%m%d-%H%M%S")
-    run_dir.mkdir(parents=True)
-    return run_dir
+    trained, _ = parser.parse_known_args(command)
+    program = Path(sys.executable).with_name("megatron-dion")
+    report = [os.path.relpath(program), "report", os.path.relpath(ROOT / trained.run_dir)]
+    flags = [*overrides, "--load", os.path.relpath(ROOT / trained.save, ROOT), "--train-iters"]
+    flags += [str(2 * trained.train_iters), "--override-opt-param-scheduler"]
+    return shlex.join(report), f"make train ARGS={shlex.quote(shlex.join(flags))}"
 
 
 def main() -> None:
@@ -193,14 +130,14 @@ def main() -> None:
     overrides = parser.parse_args().overrides
     data = Data(ROOT / "data")
     prepare(data)
-    run_dir = make_run_dir(ROOT / "runs")
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    layout = choose_layout(count_cuda_devices(), has_engine)
-    print(f"starting {layout.processes} processes; log: {run_dir / 'train.log'}", flush=True)
-    command = training_command(data, run_dir, layout, overrides)
+    run_dir = ROOT / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    command = training_command(data, run_dir, count_cuda_devices(), overrides)
+    run_dir.mkdir(parents=True)
+    print(f"training; log: {run_dir / 'train.log'}", flush=True)
     train(command, run_dir / "train.log")
-    print(f"to look at it: {report_command(command)}")
-    print(f"to go on, on other ranks too: {resume_command(command, overrides)}")
+    report, resume = next_commands(command, overrides)
+    print(f"to look at it: {report}")
+    print(f"to go on, on other ranks too: {resume}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -60,28 +60,30 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     """
     if not batches:
         return
-    scales = _scale_columns(batches, sums)
+    _scale(batches, sums)
     residuals: list[Tensor] = []
-    grams, packed = _gram_matrices(batches)
+    sizes = [len(p) * p.shape[2] ** 2 for p in batches]
+    packed = torch.zeros(sum(sizes), device=batches[0].device)
+    grams = [
+        memory.view(len(p), p.shape[2], p.shape[2])
+        for p, memory in zip(batches, packed.split(sizes), strict=True)
+    ]
+    _multiply(batches, grams)
     sums.add(packed)
-    for p, gram, scale in zip(batches, grams, scales, strict=True):
-        norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # (batch, r)
-        divisors = torch.where(norms > 0, norms, 1.0)
-        gram /= divisors.unsqueeze(1) * divisors.unsqueeze(2)
-        upper = _shifted_factor(gram)
-        lengths = norms * (scale / scale.amax(dim=1, keepdim=True))
-        lengths /= lengths.amax(dim=1, keepdim=True).clamp(min=1)  # of the longest column
-        residuals.append(lengths * upper.diagonal(dim1=1, dim2=2))
-        _divide(p, upper * divisors.unsqueeze(1), torch.ones_like(norms))
-    grams, packed = _gram_matrices(batches)
+    for p, gram in zip(batches, grams, strict=True):
+        squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
+        shift = _shift(gram.shape[1])
+        residual = _divide(p, gram, torch.where(squares > 0, shift * squares, 1.0))
+        residuals.append(residual / squares.amax(dim=1, keepdim=True).sqrt())
+    _multiply(batches, grams)
     sums.add(packed)
     for p, gram, residual in zip(batches, grams, residuals, strict=True):
-        upper = _shifted_factor(gram)
-        # The square of a diagonal entry is a squared residual plus the shift.
         shift = _shift(gram.shape[1])
-        squares = upper.diagonal(dim1=1, dim2=2).square() - shift  # (batch, r)
+        diagonal = _divide(p, gram, torch.full_like(residual, shift))
+        # The square of a diagonal entry is a squared residual plus the shift.
+        squares = diagonal.square() - shift
         is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
-        _divide(p, upper, is_independent.to(p.dtype))
+        p *= is_independent.unsqueeze(1)
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
@@ -91,44 +93,26 @@ def orthonormalize_flops(rows: int, rank: int) -> int:
     return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
 
 
-def _scale_columns(batches: Sequence[Tensor], sums: RowSums) -> list[Tensor]:
-    """Makes the largest entry of every column one, so that no square overflows or vanishes.
+def _scale(batches: Sequence[Tensor], sums: RowSums) -> None:
+    """Makes the largest entry of every P one, so that no square overflows.
 
-    Returns:
-        The largest entries, one where they were zero, each (batch, r).
+    The squares that vanish then are those of columns that are noise.
     """
     packed = torch.cat(
-        [
-            p.abs().amax(dim=1).flatten() if p.shape[1] else p.new_zeros(len(p) * p.shape[2])
-            for p in batches
-        ]
+        [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
     sums.max(packed)
-    sizes = [len(p) * p.shape[2] for p in batches]
-    scales = [
-        scale.view(len(p), -1)
-        for p, scale in zip(batches, torch.where(packed > 0, packed, 1.0).split(sizes), strict=True)
-    ]
+    scales = torch.where(packed > 0, packed, 1.0).split([len(p) for p in batches])
     for p, scale in zip(batches, scales, strict=True):
-        p /= scale.unsqueeze(1)
-    return scales
+        p /= scale.view(-1, 1, 1)
 
 
-def _gram_matrices(batches: Iterable[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """P^T P of each P, (batch, r, r), and the memory of all of them.
-
-    Only the upper triangles of blocks are computed; a Cholesky factorization reads no more.
-    """
-    sizes = [len(p) * p.shape[2] ** 2 for p in batches]
-    packed = torch.zeros(sum(sizes), device=next(iter(batches)).device)
-    grams = []
-    for p, memory in zip(batches, packed.split(sizes), strict=True):
-        rank = p.shape[2]
-        gram = memory.view(len(p), rank, rank)
-        for start, stop in _blocks(rank):
-            gram[:, :stop, start:stop] = p[:, :, :stop].mT @ p[:, :, start:stop]
-        grams.append(gram)
-    return grams, packed
+def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+    """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
+    for p, gram in zip(batches, grams, strict=True):
+        for start, stop in _blocks(p.shape[2]):
+            block = gram[:, start:stop, start:]
+            block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
 def _shift(rank: int) -> float:
@@ -136,32 +120,37 @@ def _shift(rank: int) -> float:
     return (100 + 8 * rank**0.5) * _UNIT_ROUNDOFF
 
 
-def _shifted_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factors (batch, r, r) of (G + s I) / (1 + s)."""
-    shift = _shift(gram.shape[1])
-    gram.diagonal(dim1=1, dim2=2).add_(shift)
-    upper: Tensor = torch.linalg.cholesky_ex(gram / (1 + shift), upper=True).L
-    return upper
+def _divide(p: Tensor, gram: Tensor, shifts: Tensor) -> Tensor:
+    """P = P U^-1, in place, with the Cholesky factor U of (G + diag(shifts)) / (1 + s).
 
-
-def _divide(p: Tensor, upper: Tensor, factors: Tensor) -> None:
-    """P = P U^-1 diag(factors), in place, block of columns by block of columns.
+    Both go on together, block of columns by block of columns. (torch's factorization of a large
+    matrix takes longer on a CPU than the products with P.)
 
     Args:
         p: (batch, rows, r).
-        upper: U, upper triangular, (batch, r, r).
-        factors: (batch, r).
+        gram: G, of which the upper triangle is overwritten with U, (batch, r, r).
+        shifts: (batch, r).
+
+    Returns:
+        The diagonal of U, (batch, r).
     """
-    for start, stop in _blocks(p.shape[2]):
-        block = p[:, :, start:stop]
+    gram.diagonal(dim1=1, dim2=2).add_(shifts)
+    gram /= 1 + _shift(gram.shape[1])
+    for start, stop in _blocks(gram.shape[1]):
+        above = gram[:, :start, start:stop]  # of U
+        rows = gram[:, start:stop, start:]  # of the Gram matrix, and then of U
+        columns = p[:, :, start:stop]
         if start:
-            block.baddbmm_(p[:, :, :start], upper[:, :start, start:stop], alpha=-1)
-        inverse = torch.linalg.solve_triangular(
-            upper[:, start:stop, start:stop],
-            torch.diag_embed(factors[:, start:stop]),
-            upper=True,
-        )
-        block.copy_(block @ inverse)
+            rows.baddbmm_(above.mT, gram[:, :start, start:], alpha=-1)
+            columns.baddbmm_(p[:, :, :start], above, alpha=-1)
+        size = stop - start
+        upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
+        identity = torch.eye(size, device=p.device)
+        inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+        rows[:, :, :size] = upper
+        rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
+        columns.copy_(columns @ inverse)
+    return gram.diagonal(dim1=1, dim2=2)
 
 
 def _blocks(rank: int) -> list[tuple[int, int]]:

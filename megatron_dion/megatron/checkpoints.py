@@ -1,7 +1,7 @@
 """The join with Megatron's loading and saving of checkpoints."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ from megatron_dion.megatron.progress import say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.stored import record_of
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 _MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
+_REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
+_SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
 _ERRORS_OF_LOADING = (
     *(AssertionError, KeyError, OSError, RuntimeError),
     *(CheckpointException, CheckpointingException),
@@ -150,7 +151,7 @@ class Loader:
             scheduler = common.get("opt_param_scheduler")
             return Facts(
                 optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-                record=record_of(common),
+                record=Record.of_checkpoint(common),
                 has_state="optimizer" in common,
                 sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
                 learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
@@ -214,39 +215,25 @@ class Loader:
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
-        differences, begins_anew = saved.differences(here), self._args.dion_reinit_factors
-        routes, factors, scalars, free = (
-            "; ".join(map(str, kind))
-            for kind in (
-                *(differences.routes, differences.factors),
-                *(differences.scalars, differences.free),
-            )
-        )
-        if routes:
-            raise CheckpointError(
-                f"{self._folder}: {routes}: with other routes the state has another owner; use the"
-                " saved values"
-            )
-        if factors and not begins_anew:
-            raise CheckpointError(
-                f"{self._folder}: {factors}: use the saved values, or --dion-reinit-factors to keep"
-                " momenta and begin the right factors anew"
-            )
-        if scalars and not self._args.switch_optimizer:
-            raise CheckpointError(
-                f"{self._folder}: {scalars}: use the saved one, or --switch-optimizer to begin the"
-                " state of these parameters anew"
-            )
-        if begins_anew:
+        reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
+        differences = saved.differences(here)
+        routes, factors = _listed(differences.routes), _listed(differences.factors)
+        scalars, free = _listed(differences.scalars), _listed(differences.free)
+        for text, is_allowed, advice in (
+            (routes, False, "with other routes the state has another owner; use the saved values"),
+            (factors, reinit, f"use the saved values, or {_REINIT}"),
+            (scalars, switch, f"use the saved one, or {_SWITCH}"),
+        ):
+            if text and not is_allowed:
+                raise CheckpointError(f"{self._folder}: {text}: {advice}")
+        if reinit:
             cause = factors or "same hyperparameters"
             self._say(f"right factors begin anew, momenta are kept: {cause}")
         if scalars:
             self._say(f"state of scalar parameters begins anew: {scalars}")
         if free:
             self._say(f"changed since it was saved: {free}")
-        return Source(
-            saved.rules, momentum=True, right_factors=not begins_anew, scalars=not scalars
-        )
+        return Source(saved.rules, momentum=True, right_factors=not reinit, scalars=not scalars)
 
     def _switch(self, facts: Facts, keeps_scalars: bool) -> Source:
         """What a run takes from a checkpoint of the other optimizer."""
@@ -254,8 +241,7 @@ class Loader:
         if not self._args.switch_optimizer:
             raise CheckpointError(
                 f"{self._folder} was saved with --optimizer {saved}, and this run has --optimizer"
-                f" {here}: --switch-optimizer keeps its master weights and begins the optimizer's"
-                f" state anew; {_MODEL_ONLY}"
+                f" {here}: {_SWITCH}; {_MODEL_ONLY}"
             )
         if {here, saved} != {"adam", "dion"}:
             raise CheckpointError(
@@ -298,3 +284,7 @@ def explained(folder: Path) -> Iterator[None]:
             f"{folder} cannot be loaded into this run: {one_line(error)}"
             f"{hint if 'OptimizerParamScheduler' in str(error) else ''}"
         ) from error
+
+
+def _listed(differences: Iterable[Any]) -> str:
+    return "; ".join(map(str, differences))

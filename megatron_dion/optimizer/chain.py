@@ -1,6 +1,5 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_dion.checkpointing.errors import CheckpointError
-from megatron_dion.optimizer.checkpoint import Source, Steps, Transfer
+from megatron_dion.optimizer.checkpoint import Source, Transfer, count_steps, saved_steps
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
@@ -130,9 +129,9 @@ class DionChainedOptimizer(ChainedOptimizer):
         scaler = self.chained_optimizers[0].grad_scaler
         return {
             "dion": self.record.to_dict(),
-            "steps": asdict(Steps.of(self.chained_optimizers)),
+            "steps": count_steps(self.chained_optimizers),
             **({"grad_scaler": scaler.state_dict()} if scaler else {}),
-            "state": transfer.requests(model_sharded_state_dict),
+            "state": transfer.sharded_state(model_sharded_state_dict),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +144,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         assert self._transfer is not None, "sharded_state_dict(is_loading=True) comes first"
         if self._source is None:
             self._require_same(state_dict)
-        self._transfer.take(state_dict["state"], Steps.saved(state_dict))
+        self._transfer.take(state_dict["state"], saved_steps(state_dict))
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler and "grad_scaler" in state_dict:
             scaler.load_state_dict(state_dict["grad_scaler"])
@@ -157,6 +156,4 @@ class DionChainedOptimizer(ChainedOptimizer):
         found = Record.from_dict(state_dict["dion"]).differences(self.record)
         serious = (*found.factors, *found.routes, *found.scalars)
         if serious:
-            raise CheckpointError(
-                f"the checkpoint is of another run: {'; '.join(map(str, serious))}"
-            )
+            raise CheckpointError(f"the checkpoint is of another run: {'; '.join(serious)}")

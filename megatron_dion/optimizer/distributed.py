@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_dion.optimizer.binding import Distribution, RightRows
-from megatron_dion.optimizer.compressed_sync import norm_keeping_sketch
 from megatron_dion.optimizer.dion import Dion
+from megatron_dion.optimizer.norm_estimate import projected_mean
 from megatron_dion.optimizer.routing import weight_of
 from megatron_dion.sharding import Groups, Placement
 
@@ -109,7 +109,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
         if self._replicas is None or grad_norm_group is not None or self.is_stub_optimizer:
             return gradients
         seed, step = self._dion.config.seed, self._dion.number_of_steps
-        return [norm_keeping_sketch(gradients, self._replicas, self._gradient_scale, seed, step)]
+        return [projected_mean(gradients, self._replicas, self._gradient_scale, seed, step)]
 
     def step_with_ready_grads(self) -> bool:
         """As the base class; from time to time makes the momenta of replicas equal."""

@@ -1,32 +1,31 @@
 """Builds the chain of optimizers: Dion for matrices, Adam or Lion for everything else."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import (
     OptimizerConfig,
     _get_megatron_optimizer_based_on_param_groups,
-    _get_param_groups,
+    _get_param_groups_and_buffers,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
-from megatron_dion.optimizer.compressed_sync import keep_gradients_apart
+from megatron_dion.optimizer.compressed_sync import reduce_within_instances
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.routing import DION, build_routing_table, rules_of, weight_of
+from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, weight_of
 
 Overrides = dict[ParamKey, ParamGroupOverride]
 
@@ -65,9 +64,8 @@ def get_megatron_dion_optimizer(
     """
     if not config.use_distributed_optimizer:
         raise ValueError("Dion needs the distributed optimizer: use_distributed_optimizer=True")
-    table = build_routing_table(model_chunks, dion_config, scalar_optimizer)
-    if compressed_sync:
-        table = table.with_gradient_sync()
+    routes = gather_routes(model_chunks)
+    table = RoutingTable(routes, dion_config, scalar_optimizer, compressed_sync)
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
     # Megatron looks up state names by this name, and a chain must have one config.
@@ -80,152 +78,106 @@ def get_megatron_dion_optimizer(
     if compressed_sync:
         if replicas is None or replicas.size() == 1:
             raise ValueError("compressed_sync needs several instances of the distributed optimizer")
-        keep_gradients_apart(model_chunks)
-    builder = _Builder(
-        config,
-        model_chunks,
-        {**config_overrides, **_routes(config, scalar_lr_mult)},
-        groups,
-        pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    scalar = [builder.scalar(experts) for experts in builder.kinds(is_dion=False)]
-    scaler = scalar[0].grad_scaler
-    for optimizer in scalar:
-        optimizer.grad_scaler = scaler
-    dion = [
-        builder.dion(experts, dion_config, scaler, replicas, recenter_interval)
-        for experts in builder.kinds(is_dion=True)
+        reduce_within_instances(model_chunks)
+    pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    overrides = {**config_overrides, **_overrides_by_route(config, scalar_lr_mult)}
+    parts = partial(_parts, config, model_chunks, overrides, groups)
+    scalar = [
+        _get_megatron_optimizer_based_on_param_groups(
+            config=config, pg_collection=pg_collection, **arguments
+        )
+        for _, arguments in parts(is_dion=False)
     ]
+    dion = [
+        DionDistributedOptimizer(
+            Dion(
+                arguments.pop("param_groups"),
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                **asdict(dion_config),
+            ),
+            config,
+            scalar[0].grad_scaler,
+            lambda optimizer, config=None: optimizer.init_state(),
+            tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
+            replicas=replicas,
+            recenter_interval=recenter_interval,
+            **arguments,
+        )
+        for is_of_experts, arguments in parts(is_dion=True)
+    ]
+    for optimizer in (*dion, *scalar):
+        optimizer.grad_scaler = scalar[0].grad_scaler  # all skip a step together
+        optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
+        optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
     chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
-    chain.record = Record(dion_config, rules_of(model_chunks), scalar_optimizer)
-    chain.exchanged_bytes_per_step = _sum_over_ranks(
-        sum(optimizer.exchanged_bytes_per_step for optimizer in dion)
-    )
+    chain.record = Record(dion_config, routes[0].rules, scalar_optimizer)
+    total = torch.tensor([sum(one.exchanged_bytes_per_step for one in dion)], device="cuda")
+    torch.distributed.all_reduce(total)
+    chain.exchanged_bytes_per_step = int(total.item())
     return chain
 
 
-def _sum_over_ranks(value: int) -> int:
-    total = torch.tensor([value], device="cuda")
-    torch.distributed.all_reduce(total)
-    return int(total.item())
-
-
-def _routes(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
+def _overrides_by_route(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
     """The routing in Megatron's own terms: overrides of parameter groups."""
     is_dion = ParamPredicate(name="dion_matrix", fn=lambda p: weight_of(p) is not None)
-    routes: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
+    overrides: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
     if scalar_lr_mult != 1.0:
-        has_own_lr = config.decoupled_lr is not None
 
         def takes_multiple(parameter: Parameter) -> bool:
-            decoupled = getattr(parameter, "is_embedding_or_output_parameter", False)
-            return weight_of(parameter) is None and not (has_own_lr and decoupled)
+            is_embedding = getattr(parameter, "is_embedding_or_output_parameter", False)
+            has_own_lr = config.decoupled_lr is not None and is_embedding
+            return weight_of(parameter) is None and not has_own_lr
 
         predicate = ParamPredicate(name="dion_scalar", fn=takes_multiple)
-        routes[ParamKey(predicate=predicate)] = ParamGroupOverride(
+        overrides[ParamKey(predicate=predicate)] = ParamGroupOverride(
             max_lr=config.lr * scalar_lr_mult, min_lr=(config.min_lr or 0.0) * scalar_lr_mult
         )
-    return routes
+    return overrides
 
 
-class _Builder:
-    """Optimizers over dense or expert parameters, each over whole buffers."""
+def _parts(
+    config: OptimizerConfig,
+    model_chunks: list[MegatronModule],
+    overrides: Overrides,
+    groups: dict[str, Any],
+    is_dion: bool,
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """What the optimizers of Dion's parameters, or of all others, are made with.
 
-    def __init__(
-        self,
-        config: OptimizerConfig,
-        model_chunks: list[MegatronModule],
-        overrides: Overrides,
-        groups: dict[str, Any],
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        self._config = config
-        self._model_chunks = model_chunks
-        self._all_param_groups = _get_param_groups(model_chunks, config, overrides)
-        self._groups = groups
-        self._pg_collection = pg_collection
-
-    def kinds(self, is_dion: bool) -> list[bool]:
-        """Which of dense (False) and expert (True) parameters need an optimizer of a kind."""
-        return [experts for experts in (False, True) if self._param_groups(is_dion, experts)]
-
-    def dion(
-        self,
-        experts: bool,
-        dion_config: DionConfig,
-        grad_scaler: MegatronGradScaler | None,
-        replicas: ProcessGroup | None,
-        recenter_interval: int | None,
-    ) -> DionDistributedOptimizer:
-        tensor_group = self._pg_collection.expt_tp if experts else self._pg_collection.tp
-        inner = Dion(
-            self._param_groups(True, experts),
-            lr=self._config.lr,
-            weight_decay=self._config.weight_decay,
-            **asdict(dion_config),
+    Yields:
+        For dense and for experts' parameters, if there are any: whether they are experts', and
+        arguments. Each optimizer has whole buffers.
+    """
+    for is_of_experts in (False, True):
+        param_groups, buffers = _get_param_groups_and_buffers(
+            model_chunks,
+            0,
+            config,
+            overrides,
+            partial(_is_kind, is_of_experts, is_dion),
+            "expert_parallel_buffers" if is_of_experts else "buffers",
         )
-        optimizer = DionDistributedOptimizer(
-            inner,
-            self._config,
-            grad_scaler,
-            lambda opt, config=None: opt.init_state(),
-            model_chunks=self._model_chunks,
-            per_model_buffers=self._buffers(True, experts),
-            distributed_optimizer_instance_id=self._instance(),
-            tensor_group=tensor_group,
-            replicas=replicas,
-            recenter_interval=recenter_interval,
-            **self._data_parallel(experts),
-        )
-        optimizer.grad_stats_parallel_group = self._groups["intra_dist_opt_group"]
-        optimizer.tp_group = self._pg_collection.tp
-        optimizer.expert_tp_group = self._pg_collection.expt_tp
-        return optimizer
-
-    def scalar(self, experts: bool) -> Any:
-        return _get_megatron_optimizer_based_on_param_groups(
-            config=self._config,
-            model_chunks=self._model_chunks,
-            param_groups=self._param_groups(False, experts),
-            per_model_buffers=self._buffers(False, experts),
-            model_parallel_group=self._model_parallel(experts),
-            intra_dist_opt_group=self._groups["intra_dist_opt_group"],
-            distributed_optimizer_instance_id=self._instance(),
-            pg_collection=self._pg_collection,
-            **self._data_parallel(experts),
-        )
-
-    def _param_groups(self, is_dion: bool, experts: bool) -> list[dict[str, Any]]:
-        return [
-            group
-            for group in self._all_param_groups
-            if group["is_expert_parallel"] == experts
-            and (group.get("optimizer") == DION) == is_dion
-        ]
-
-    def _buffers(self, is_dion: bool, experts: bool) -> dict[int, list[_ParamAndGradBuffer]]:
-        name = "expert_parallel_buffers" if experts else "buffers"
-        return {
-            index: [
-                buffer
-                for buffer in getattr(chunk, name)
-                if (weight_of(buffer.params[0]) is not None) == is_dion
-            ]
-            for index, chunk in enumerate(self._model_chunks)
+        data_parallel = "intra_expt_dp_group" if is_of_experts else "intra_dp_cp_group"
+        model_parallel = "expt_tp_pp_with_egtp_remat_group" if is_of_experts else "mp_group"
+        instances = groups["inter_dist_opt_group"]
+        arguments = {
+            "model_chunks": model_chunks,
+            "param_groups": param_groups,
+            "per_model_buffers": {
+                chunk: [one for one in of_chunk if bool(weight_of(one.params[0])) == is_dion]
+                for chunk, of_chunk in buffers.items()
+            },
+            "data_parallel_group": groups[data_parallel],
+            "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
+            "data_parallel_group_idx": groups[model_parallel].rank(),
+            "distributed_optimizer_instance_id": instances.rank() if instances else 0,
         }
+        if param_groups:
+            yield is_of_experts, arguments
 
-    def _data_parallel(self, experts: bool) -> dict[str, Any]:
-        name = "intra_expt_dp_group" if experts else "intra_dp_cp_group"
-        return {
-            "data_parallel_group": self._groups[name],
-            "data_parallel_group_gloo": self._groups[f"{name}_gloo"],
-            "data_parallel_group_idx": self._model_parallel(experts).rank(),
-        }
 
-    def _model_parallel(self, experts: bool) -> Any:
-        return self._groups["expt_tp_pp_with_egtp_remat_group" if experts else "mp_group"]
-
-    def _instance(self) -> int:
-        group = self._groups["inter_dist_opt_group"]
-        return 0 if group is None else group.rank()
+def _is_kind(is_of_experts: bool, is_dion: bool, group: dict[str, Any]) -> bool:
+    kind = (group["is_expert_parallel"], group.get("optimizer") == DION)
+    return kind == (is_of_experts, is_dion)

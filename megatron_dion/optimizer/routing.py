@@ -1,18 +1,18 @@
 """Which optimizer updates a parameter: one decision, made from names and global shapes.
 
-The decision depends on nothing that a topology changes. It is written on the parameters before
-Megatron's DDP lays out its buffers, because Dion's matrices get buffers of their own.
+The decision depends on nothing that a topology changes. `tag_matrices` writes it on the parameters
+before Megatron's DDP lays out its buffers, because Dion's matrices get buffers of their own.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.distributed.param_and_grad_buffer import _param_uses_quantized_storage
 from megatron.core.transformer.fsdp_dtensor_checkpoint import (
     get_ep_layer_offset,
     get_global_unique_param_name,
@@ -22,16 +22,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig, Matrix
-from megatron_dion.optimizer.fused import row_pattern
+from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
-from megatron_dion.sharding import Weight
-from megatron_dion.sharding.traffic import compression_pays
+from megatron_dion.sharding import Weight, compression_pays
 
 DION = "dion"
-_BUFFER_TAG = "is_managed_by_layer_wise_optimizer"
-_REASON_TAG = "dion_reason"
-_WEIGHT_TAG = "dion_weight"
-_RULES_TAG = "dion_rules"
+_BUFFER_TAG = "is_managed_by_layer_wise_optimizer"  # Megatron's DDP makes buffers by it
+ROUTE_TAG = "dion_route"  # the `Route` of a parameter of the model
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<linear>linear_fc\d)\.(?P<kind>weight|bias)(?P<number>\d+)"
 )
@@ -39,207 +36,172 @@ _GROUPED_EXPERT = re.compile(
 
 @dataclass(frozen=True)
 class Route:
-    """Where a parameter goes.
+    """Which optimizer updates a parameter.
 
     Attributes:
-        parameter: global name.
-        shape: global shape.
-        optimizer: `dion` or the name of the scalar optimizer.
-        reason: why.
-        matrices: the logical matrices of a parameter that goes to Dion.
+        parameter: name in the whole model, the same in every topology.
+        shape: of the whole parameter, of all tensor-parallel ranks.
+        reason: why Dion updates it, or why not.
+        weight: its logical matrices if Dion updates it, None if the scalar optimizer does.
         is_fp8: whether the model keeps it in FP8.
+        rules: by which it was decided.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    optimizer: str
     reason: str
-    matrices: tuple[Matrix, ...] = ()
-    is_fp8: bool = False
+    weight: Weight | None
+    is_fp8: bool
+    rules: RoutingRules
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """The routes of all parameters of the model, of all pipeline stages."""
+    """The routes of all parameters of the model, of all pipeline stages.
+
+    Attributes:
+        routes: in the order of layers.
+        config: gives the ranks of the matrices.
+        scalar_optimizer: name of the optimizer that updates what Dion does not.
+        compressed_sync: whether replicas average factors in place of gradients where that is less.
+
+    Raises:
+        ValueError: compressed_sync, and factors are less for none of the matrices.
+    """
 
     routes: tuple[Route, ...]
+    config: DionConfig
+    scalar_optimizer: str
+    compressed_sync: bool = False
 
-    def with_gradient_sync(self) -> "RoutingTable":
-        """Names the matrices of which replicas average whole gradients in place of factors.
-
-        Raises:
-            ValueError: these are all of Dion's, if there are any.
-        """
-        dense = {
-            route.parameter
-            for route in self.routes
-            if route.matrices and not compression_pays(route.matrices)
-        }
-        if dense == {route.parameter for route in self.routes if route.matrices}:
+    def __post_init__(self) -> None:
+        matrices = [route.weight.matrices(self.config) for route in self.routes if route.weight]
+        if self.compressed_sync and matrices and not any(map(compression_pays, matrices)):
             raise ValueError(
                 "compressed gradient sync compresses nothing: no matrix of Dion's has factors that"
                 " are smaller than its gradient; use a smaller rank fraction, or leave it out"
             )
-        note = ", whole gradients averaged over instances"
-        return RoutingTable(
-            tuple(
-                replace(route, reason=route.reason + note) if route.parameter in dense else route
-                for route in self.routes
-            )
-        )
 
     def to_tsv(self) -> str:
         """A line for each logical matrix, and for each parameter of the scalar optimizer."""
         lines = ["parameter\tshape\toptimizer\treason\tmatrix\trows\tcolumns\trank"]
-        for route in self.routes:
+        for route, optimizer, reason, matrix in self._lines():
             shape = "x".join(map(str, route.shape))
-            start = f"{route.parameter}\t{shape}\t{route.optimizer}\t{route.reason}"
-            lines += [f"{start}\t{m.name}\t{m.rows}\t{m.columns}\t{m.rank}" for m in route.matrices]
-            if not route.matrices:
-                lines.append(f"{start}\t\t\t\t")
+            m = (matrix.name, matrix.rows, matrix.columns, matrix.rank) if matrix else [""] * 4
+            lines.append("\t".join(map(str, (route.parameter, shape, optimizer, reason, *m))))
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
         """One line for each kind of matrix or parameter, layers and experts counted together."""
         kinds: Counter[str] = Counter()
-        for route in self.routes:
-            for matrix in route.matrices:
-                size = f"{matrix.rows} x {matrix.columns}, rank {matrix.rank}"
-                size += ", kept in FP8" if route.is_fp8 else ""
-                kinds[f"{route.optimizer}: {without_numbers(matrix.name)} ({size})"] += 1
-            if not route.matrices:
+        for route, optimizer, reason, matrix in self._lines():
+            if matrix:
+                fp8 = ", kept in FP8" if route.is_fp8 else ""
+                size = f"{matrix.rows} x {matrix.columns}, rank {matrix.rank}{fp8}"
+                kinds[f"{optimizer}: {without_numbers(matrix.name)} ({size})"] += 1
+            else:
                 size = " x ".join(map(str, route.shape))
-                name = without_numbers(route.parameter)
-                kinds[f"{route.optimizer}: {name} ({size}): {route.reason}"] += 1
+                kinds[f"{optimizer}: {without_numbers(route.parameter)} ({size}): {reason}"] += 1
         return "\n".join(f"{count:4d} {kind}" for kind, count in kinds.items())
+
+    def _lines(self) -> Iterator[tuple[Route, str, str, Matrix | None]]:
+        """Route, optimizer and reason for each matrix, or for a parameter that has none."""
+        for route in self.routes:
+            matrices = route.weight.matrices(self.config) if route.weight else []
+            optimizer = DION if matrices else self.scalar_optimizer
+            reason = route.reason + (", kept in FP8" if route.is_fp8 else "")
+            if self.compressed_sync and matrices and not compression_pays(matrices):
+                reason += ", whole gradients averaged over instances"
+            for matrix in matrices or (None,):
+                yield route, optimizer, reason, matrix
 
 
 def tag_matrices(
     model_chunks: list[MegatronModule], rules: RoutingRules | None = None
 ) -> list[MegatronModule]:
-    """Marks every parameter with its decision; a `pre_wrap_hooks` function of Megatron's models.
+    """Decides about every parameter; a `pre_wrap_hooks` function of Megatron's models.
 
     Raises:
-        ValueError: a parameter cannot be what the rules want it to be.
+        ValueError: the rules ask for what a parameter cannot be, or divide Megatron's FP8 buffer.
     """
     rules = rules or RoutingRules()
-    for named in _named_parameters(model_chunks):
-        name, parameter = named.name, named.parameter
-        reason = rules.reason_against(name, parameter)
-        setattr(parameter, _BUFFER_TAG, reason is None)
-        setattr(parameter, _REASON_TAG, reason or rules.reason_for(name))
-        if reason is None:
-            setattr(parameter, _WEIGHT_TAG, _weight(named, rules.split))
     for chunk in model_chunks:
-        _check_one_fp8_buffer(chunk)
-    for chunk in model_chunks:
-        setattr(chunk, _RULES_TAG, rules)
+        fp8: dict[bool, dict[bool, str]] = {False: {}, True: {}}  # names: of experts, of Dion
+        for parameter, route in routes_by_rules(chunk, rules):
+            is_dion = route.weight is not None
+            setattr(parameter, _BUFFER_TAG, is_dion)
+            setattr(parameter, ROUTE_TAG, route)
+            if route.is_fp8:
+                fp8[_is_of_experts(parameter)][is_dion] = route.parameter
+        for names in fp8.values():  # DDP asserts it (MC/.../param_and_grad_buffer.py:1703)
+            if len(names) == 2:
+                raise ValueError(
+                    f"{names[True]} would be Dion's and {names[False]} not, and both are kept in"
+                    " FP8, for which Megatron has one buffer: include or exclude all FP8 weights,"
+                    " or leave out --fp8-param-gather (or --fp8-output-proj)"
+                )
     return model_chunks
 
 
-def _is_fp8(parameter: Parameter) -> bool:
-    """As the buffers see it: Transformer Engine has several classes of FP8 tensors."""
-    return bool(param_and_grad_buffer._param_uses_quantized_storage(parameter))
+def routes_by_rules(
+    chunk: MegatronModule, rules: RoutingRules
+) -> Iterator[tuple[Parameter, Route]]:
+    """The trainable parameters of a chunk with the routes that rules give them.
 
-
-def _check_one_fp8_buffer(chunk: MegatronModule) -> None:
-    """DDP asserts that its FP8 weights are in one buffer (MC/.../param_and_grad_buffer.py:1703)."""
-    first: dict[bool, dict[bool, str]] = {True: {}, False: {}}
-    for named in _named_parameters([chunk]):
-        if _is_fp8(named.parameter):
-            of_experts = not getattr(named.parameter, "allreduce", True)
-            first[of_experts].setdefault(weight_of(named.parameter) is not None, named.name)
-    for names in first.values():
-        if len(names) == 2:
-            raise ValueError(
-                f"{names[True]} would be Dion's and {names[False]} not, and both are kept in FP8,"
-                " for which Megatron has one buffer: include or exclude all FP8 weights, or leave"
-                " out --fp8-param-gather (or --fp8-output-proj)"
-            )
-
-
-def rules_of(model_chunks: Sequence[MegatronModule]) -> RoutingRules:
-    """The rules by which `tag_matrices` has marked the parameters."""
-    chunk: Any = model_chunks[0]
-    while not hasattr(chunk, _RULES_TAG):
-        chunk = chunk.module  # what DDP and mixed precision wrap
-    rules: RoutingRules = getattr(chunk, _RULES_TAG)
-    return rules
-
-
-def weights_by_rules(
-    model_chunks: Sequence[MegatronModule], rules: RoutingRules
-) -> dict[Parameter, Weight]:
-    """How the parameters that rules give to Dion lie in its logical matrices, marked or not."""
-    return {
-        named.parameter: _weight(named, rules.split)
-        for named in _named_parameters(model_chunks)
-        if rules.reason_against(named.name, named.parameter) is None
-    }
+    The rules may be those of a checkpoint, not the ones by which this run has decided.
+    """
+    modules = {p: module for module in chunk.modules() for p in module.parameters(recurse=False)}
+    for parameter in chunk.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = _name_in_module_tree(chunk, parameter)
+        expert = _GROUPED_EXPERT.fullmatch(name)
+        if expert:
+            name = _name_as_of_single_expert(expert, chunk.config)
+        size, dim = _tensor_parallel_size(parameter), None
+        if size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            dim = parameter.partition_dim
+        shape = list(parameter.shape)
+        if dim is not None:
+            shape[dim] *= size
+        is_dion, reason = rules.decide(name, parameter)
+        weight = None
+        if is_dion:
+            rows, columns = parameter.shape
+            weight = Weight(name, rows, columns, dim, size)
+            layer = getattr(modules[parameter], "config", chunk.config)  # layers may differ
+            weight = split_weight(weight, layer, rules.split, is_grouped=expert is not None)
+        is_fp8 = bool(_param_uses_quantized_storage(parameter))
+        yield parameter, Route(name, tuple(shape), reason, weight, is_fp8, rules)
 
 
 def weight_of(parameter: Parameter) -> Weight | None:
     """The weight that Dion updates, or None for a parameter of the scalar optimizer."""
-    return getattr(parameter, _WEIGHT_TAG, None)
+    route: Route | None = getattr(parameter, ROUTE_TAG, None)
+    return route.weight if route else None
 
 
-def build_routing_table(
-    model_chunks: list[MegatronModule], config: DionConfig, scalar_optimizer: str
-) -> RoutingTable:
-    """The table of the whole model, the same on every rank. A collective call of all ranks.
+def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
+    """All routes of the model, the same on every rank. A collective call of all ranks.
 
     Raises:
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
-    here = [
-        _route(named.name, named.parameter, config, scalar_optimizer)
-        for named in _named_parameters(model_chunks)
-    ]
-    everywhere: list[list[Route]] = [[] for _ in range(torch.distributed.get_world_size())]
+    parameters = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
+    here = [getattr(parameter, ROUTE_TAG, None) for parameter in parameters]
+    if None in here:
+        raise RuntimeError(
+            "the model's parameters have no routes: add"
+            " megatron_dion.optimizer.routing.tag_matrices to the pre_wrap_hooks of the model's"
+            " config, so that it runs before DDP wraps the model"
+        )
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
     distinct = {route.parameter: route for routes in everywhere for route in routes}
-    return RoutingTable(
-        tuple(sorted(distinct.values(), key=lambda route: in_order_of_layers(route.parameter)))
-    )
+    return tuple(sorted(distinct.values(), key=lambda route: in_order_of_layers(route.parameter)))
 
 
-@dataclass(frozen=True)
-class _NamedParameter:
-    """A trainable parameter of the model.
-
-    Attributes:
-        name: in the whole model, the same in every topology.
-        parameter: this rank's.
-        config: of the layer; the layers of a model may differ.
-        is_grouped: whether it is an expert's, for a grouped GEMM.
-    """
-
-    name: str
-    parameter: Parameter
-    config: TransformerConfig
-    is_grouped: bool
-
-
-def _named_parameters(model_chunks: Sequence[MegatronModule]) -> Iterator[_NamedParameter]:
-    for chunk in model_chunks:
-        owners = {
-            parameter: module
-            for module in chunk.modules()
-            for parameter in module.parameters(recurse=False)
-        }
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                name = _name_of_module_tree(chunk, parameter)
-                expert = _GROUPED_EXPERT.fullmatch(name)
-                yield _NamedParameter(
-                    name=_name_as_of_single_expert(expert, chunk.config) if expert else name,
-                    parameter=parameter,
-                    config=getattr(owners[parameter], "config", chunk.config),
-                    is_grouped=expert is not None,
-                )
-
-
-def _name_of_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
+def _name_in_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
     if getattr(parameter, "shared_embedding", False):
         # The last pipeline stage has a copy under the output layer's name if both are one weight.
         return "embedding.word_embeddings.weight"
@@ -247,7 +209,7 @@ def _name_of_module_tree(chunk: MegatronModule, parameter: Parameter) -> str:
 
 
 def _name_as_of_single_expert(expert: re.Match[str], config: TransformerConfig) -> str:
-    """The name of a parameter for a grouped GEMM if its expert were a module of its own.
+    """The name that a parameter for a grouped GEMM has where each expert is a module of its own.
 
     So neither the matrices nor the checkpoints depend on how experts are multiplied.
     """
@@ -258,60 +220,19 @@ def _name_as_of_single_expert(expert: re.Match[str], config: TransformerConfig) 
     return f"{expert['experts']}.local_experts.{number}.{expert['linear']}.{expert['kind']}"
 
 
-def _route(name: str, parameter: Parameter, config: DionConfig, scalar_optimizer: str) -> Route:
-    if not hasattr(parameter, _BUFFER_TAG):
-        raise RuntimeError(
-            f"{name} has no route: add megatron_dion.optimizer.routing.tag_matrices to the"
-            " pre_wrap_hooks of the model's config, so that it runs before DDP wraps the model"
-        )
-    weight, is_fp8 = weight_of(parameter), _is_fp8(parameter)
-    reason = getattr(parameter, _REASON_TAG) + (", kept in FP8" if is_fp8 else "")
-    if weight is None:
-        return Route(name, _global_shape(parameter), scalar_optimizer, reason, is_fp8=is_fp8)
-    shape = (weight.global_rows, weight.global_columns)
-    return Route(name, shape, DION, reason, tuple(weight.matrices(config)), is_fp8)
-
-
-def _global_shape(parameter: Parameter) -> tuple[int, ...]:
-    shape = list(parameter.shape)
-    dim = _partition_dim(parameter)
-    if dim is not None:
-        shape[dim] *= _tensor_parallel_size(parameter)
-    return tuple(shape)
-
-
-def _partition_dim(parameter: Parameter) -> int | None:
-    """The dimension that tensor parallelism splits, or None if every rank has the whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)  # type: ignore[attr-defined]  # set by Megatron's layers
+def _is_of_experts(parameter: Parameter) -> bool:
+    """Whether the groups of expert parallelism hold it (Megatron's own mark)."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _tensor_parallel_size(parameter: Parameter) -> int:
-    if getattr(parameter, "allreduce", True):
-        return parallel_state.get_tensor_model_parallel_world_size()
-    return parallel_state.get_expert_tensor_parallel_world_size()
+    if _is_of_experts(parameter):
+        return parallel_state.get_expert_tensor_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def tensor_parallel_rank(parameter: Parameter) -> int:
     """This rank's, among those that share a parameter."""
-    if getattr(parameter, "allreduce", True):
-        return int(parallel_state.get_tensor_model_parallel_rank())
-    return int(parallel_state.get_expert_tensor_parallel_rank())
-
-
-def _weight(named: _NamedParameter, split: frozenset[str]) -> Weight:
-    """Describes a matrix parameter to the sharding code."""
-    rows, columns = named.parameter.shape
-    size = _tensor_parallel_size(named.parameter)
-    pattern = row_pattern(named.name, rows, named.config, split, named.is_grouped)
-    return Weight(
-        name=named.name,
-        rows=rows,
-        columns=columns,
-        partition_dim=_partition_dim(named.parameter) if size > 1 else None,
-        tensor_parallel_size=size,
-        parts=pattern.parts,
-        separate_periods=pattern.separate_periods,
-        joined=pattern.joined,
-    )
+    if _is_of_experts(parameter):
+        return int(parallel_state.get_expert_tensor_parallel_rank())
+    return int(parallel_state.get_tensor_model_parallel_rank())

@@ -1,4 +1,4 @@
-"""The rules by which parameters are routed: names and shapes in, a reason out. No Megatron."""
+"""The rules that choose a parameter's optimizer: names and shapes in, a reason out. No Megatron."""
 
 import fnmatch
 import re
@@ -12,14 +12,14 @@ SPLITS = ("qkv", "gate", "heads")
 
 @dataclass(frozen=True)
 class RoutingRules:
-    """What one can choose about the routing.
+    """What a user chooses about the routing.
 
     Attributes:
         split: which fused weights are split into their matrices: `qkv` (query, key, value, and what
             multi-latent attention has in their place), `gate` (gate and up projection), `heads`
             (each attention head of its own, in place of `qkv`).
-        include: patterns (as of file names) of 2-D parameters that Dion takes in any case.
-        exclude: patterns of parameters that the scalar optimizer takes in any case.
+        include: patterns (as of file names) of 2-D parameters that Dion updates in any case.
+        exclude: patterns of parameters that the scalar optimizer updates in any case.
 
     Raises:
         ValueError: an unknown split.
@@ -34,37 +34,32 @@ class RoutingRules:
         if unknown:
             raise ValueError(f"split must be of {SPLITS}, not {unknown}")
 
-    def reason_against(self, name: str, parameter: Parameter) -> str | None:
-        """Why a parameter is none of Dion's, or None if it is.
+    def decide(self, name: str, parameter: Parameter) -> tuple[bool, str]:
+        """Whether Dion updates a parameter, and why or why not.
 
         Raises:
-            ValueError: Dion is to take a parameter that it cannot.
+            ValueError: the rules include a parameter that Dion cannot update.
         """
         if parameter.dim() != 2:
-            return f"{parameter.dim()}-D"
+            return False, f"{parameter.dim()}-D"
         if pattern := _match(self.exclude, name):
-            return f"excluded by {pattern}"
+            return False, f"excluded by {pattern}"
         if pattern := _match(self.include, name):
             if getattr(parameter, "shared_embedding", False):
                 raise ValueError(
                     f"{name} is included by {pattern}, but two pipeline stages hold a copy of it:"
                     " Dion cannot update it"
                 )
-            return None
+            return True, f"included by {pattern}"
         if getattr(parameter, "is_embedding_or_output_parameter", False):
-            return "embedding or output layer"
+            return False, "embedding or output layer"
         if "embedding" in name:
-            return "embedding"
+            return False, "embedding"
         if name.endswith("router.weight"):
-            return "router of experts"
+            return False, "router of experts"
         if name.endswith("shared_experts.gate_weight"):
-            return "gate of shared experts"
-        return None
-
-    def reason_for(self, name: str) -> str:
-        """Why a parameter that nothing speaks against is Dion's."""
-        pattern = _match(self.include, name)
-        return f"included by {pattern}" if pattern else "linear layer"
+            return False, "gate of shared experts"
+        return True, "linear layer"
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises ValueError for a pattern that no parameter's name matches."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import Matrix
-from megatron_dion.algorithm.reference import ReferenceMatrix
+from tests.reference import ReferenceMatrix
 from megatron_dion.sharding import Rectangle
 from tests.distributed.nursery import TRAINING, Nursery, train
 

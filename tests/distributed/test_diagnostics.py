@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm.reference import ReferenceMatrix
+from tests.reference import ReferenceMatrix
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
 from megatron_dion_tools.local.world import gloo_world

@@ -208,7 +208,7 @@ def refusal(flags: Sequence[str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--optimizer dion", "add --use-distributed-optimizer"),
+        ("--optimizer dion", "--optimizer dion needs --use-distributed-optimizer"),
         ("--optimizer adam --no-checkpoint-hashes", "--no-checkpoint-hashes has no effect with"),
         ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
     ],

@@ -11,7 +11,7 @@ ANYTHING = "…"
 # What makes a library's objection one of ours, with some words before it.
 CONTEXT = "in_one_line"
 # Whose names do not end with Error.
-OTHER_ERRORS = ("NothingToLoad", CONTEXT)
+OTHER_ERRORS = ("NothingToLoad", CONTEXT, "refuse")
 
 
 def raised_messages(names: tuple[str, ...] | None = None) -> set[str]:

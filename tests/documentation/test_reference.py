@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_dion.megatron import arguments
+from megatron_dion.megatron import flags
 from megatron_dion_tools.convergence.case import read_case
 from tests.distributed.nursery import MODEL, TRAINING, Nursery
 from tests.documentation.messages import ANYTHING, OTHER_ERRORS, raised_messages
@@ -22,23 +23,24 @@ OUR_REFUSALS = ("ConfigurationError", "CheckpointError", "SaveError", *OTHER_ERR
 LETTERS_TO_FIND = 10
 
 
-def test_flags_and_defaults_are_those_of_the_parser() -> None:
+def test_flags_and_defaults_are_those_of_the_parser(nursery: Nursery) -> None:
     rows = re.findall(r"^\| `(--[\w-]+)` \| (.+?) \|", (DOCS / "flags.md").read_text(), re.M)
-    assert dict(rows) == {action.option_strings[0]: default_of(action) for action in own_flags()}
+    [defaults] = nursery.run(1, own_flags)
+    assert dict(rows) == {flag: as_written(default) for flag, default in defaults.items()}
     assert len(rows) == len(dict(rows))
 
 
-def own_flags() -> list[argparse.Action]:
-    """The flags that are not Megatron's."""
+def own_flags() -> dict[str, Any]:
+    """In the nursery: the defaults of the flags that are not Megatron's."""
     parser = argparse.ArgumentParser(add_help=False)
-    arguments._add_dion_arguments(parser)
-    arguments._add_run_arguments(parser)
-    return parser._actions
+    flags.add_flags(parser)
+    shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
+    return {action.option_strings[0]: action.default for action in shown}
 
 
-def default_of(action: argparse.Action) -> str:
+def as_written(default: Any) -> str:
     """A default as the page writes it."""
-    match action.default:
+    match default:
         case None | []:
             return "none"
         case False:
@@ -52,8 +54,8 @@ def default_of(action: argparse.Action) -> str:
 
 
 def test_flags_to_start_with_train(nursery: Nursery) -> None:
-    [flags] = [block.code for block in blocks_of("docs/tuning.md") if block.code.startswith("--")]
-    argv = [*MODEL, *TRAINING, "--train-iters", "3", *flags.split()]
+    [line] = [block.code for block in blocks_of("docs/tuning.md") if block.code.startswith("--")]
+    argv = [*MODEL, *TRAINING, "--train-iters", "3", *line.split()]
     [(code, said)] = nursery.run(1, exit_of, argv)
     assert code == 0, said
 
@@ -115,5 +117,4 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
-    shown = [*links_of("docs/how_it_works.md"), *links_of("docs/performance.md")]
-    assert {f"images/{name}" for name in drawn} <= set(shown)
+    assert {f"images/{name}" for name in drawn} <= set(links_of("docs/how_it_works.md"))

@@ -51,9 +51,10 @@ def test_orthonormalizer() -> None:
 def test_split() -> None:
     before = r"^(?=    if \"heads\" in split:)"
     made = changed("megatron_dion.optimizer.fused", before, SPLIT)
-    pattern = made.row_pattern("mlp.linear_fc2.weight", 8, None, frozenset({"halves"}))
-    assert pattern == made.RowPattern((made.Part("upper", 4), made.Part("lower", 4)))
-    assert made.row_pattern("mlp.linear_fc2.weight", 8, None, frozenset()) == made.RowPattern()
+    weight = made.Weight("mlp.linear_fc2.weight", 8, 3)
+    halves = made.split_weight(weight, None, frozenset({"halves"}))
+    assert halves.parts == (made.Part("upper", 4), made.Part("lower", 4))
+    assert made.split_weight(weight, None, frozenset()) == weight
 
 
 def test_model() -> None:

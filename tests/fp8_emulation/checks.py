@@ -88,21 +88,24 @@ def train_and_keep(argv: Sequence[str], forms_of: FormsOf) -> list[list[Kept]]:
 
 def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> list[Kept]:
     """What there is now of the weights among the parameters that are Dion's."""
+    from megatron_dion.optimizer.checkpoint import MASTER, flat_states
     from megatron_dion.optimizer.routing import tensor_parallel_rank, weight_of
-    from megatron_dion.optimizer.state_space import pieces
 
-    held = {piece.parameter: piece for one in optimizer.chained_optimizers for piece in pieces(one)}
+    states = (state for one in optimizer.chained_optimizers for state in flat_states(one))
+    masters = {
+        parameter: (start, flat) for parameter, start, kind, flat in states if kind == MASTER
+    }
     found = []
     for parameter in parameters:
         if (weight := weight_of(parameter)) is None:
             continue
-        piece = held.get(parameter)
+        start, master = masters.get(parameter, (0, torch.empty(0)))
         found.append(
             Kept(
                 weight.name,
                 tensor_parallel_rank(parameter),
-                piece.start if piece else 0,
-                piece.tensors["param"].cpu().clone() if piece else torch.empty(0),
+                start,
+                master.cpu().clone(),
                 parameter.detach().float().bfloat16().cpu(),
                 [(data.cpu().clone(), scale.cpu().clone()) for data, scale in forms_of(parameter)],
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.algorithm.reference import ReferenceMatrix
+from tests.reference import ReferenceMatrix
 from megatron_dion.optimizer.binding import Distribution, RightRows
 from megatron_dion.sharding import Part, Placement, Weight
 

@@ -1,5 +1,6 @@
-"""Row patterns of fused weights, against the way in which Megatron's forward pass slices them."""
+"""Logical matrices of fused weights, against the way in which Megatron slices them."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,29 +9,28 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.optimizer.fused import row_pattern
+from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.sharding import Weight
 from tests.distributed.nursery import Nursery
 
 COLUMNS = 3
-HEADS = 6
-QKV = frozenset({"qkv", "gate"})
-BY_HEAD = frozenset({"heads", "gate"})
+HEADS, GROUPS = 6, 3
+QKV, BY_HEAD, NONE = frozenset({"qkv", "gate"}), frozenset({"heads", "gate"}), frozenset[str]()
 
 
 def config(**changes: Any) -> Any:
     """The fields of a TransformerConfig that say how rows are laid out."""
     values = {
         "num_attention_heads": HEADS,
-        "num_query_groups": 3,
-        "kv_channels": 5,
+        "num_query_groups": GROUPS,
+        "kv_channels": 4,
         "attention_output_gate": False,
         "gated_linear_unit": True,
         "moe_mlp_glu_interleave_size": None,
         "qk_head_dim": 10,
         "qk_pos_emb_head_dim": 4,
         "v_head_dim": 8,
-        "kv_lora_rank": 22,
+        "kv_lora_rank": 20,
     }
     return SimpleNamespace(**values | changes)
 
@@ -40,19 +40,19 @@ def whole(rows: int) -> Tensor:
     return torch.arange(rows * COLUMNS).view(rows, COLUMNS)
 
 
-def logical_matrices(
-    name: str,
+def check(
+    expected: dict[str, Tensor],
+    layer: str,
     weight: Tensor,
-    layer: Any,
     split: frozenset[str],
     ranks: int = 1,
     is_grouped: bool = False,
-) -> dict[str, Tensor]:
-    """The matrices that the segments of all ranks make of a weight, by the name of their part."""
-    rows = len(weight) // ranks
-    pattern = row_pattern(name, rows, layer, split, is_grouped)
-    described = Weight(
-        name, rows, COLUMNS, 0, ranks, pattern.parts, pattern.separate_periods, pattern.joined
+    **changes: Any,
+) -> None:
+    """Compares matrices with those that the segments of all ranks make of a weight."""
+    rows, name = len(weight) // ranks, f"a.{layer}.weight"
+    described = split_weight(
+        Weight(name, rows, COLUMNS, 0, ranks), config(**changes), split, is_grouped
     )
     matrices = described.matrices(DionConfig())
     made = [torch.full((m.rows, m.columns), -1) for m in matrices]
@@ -61,83 +61,78 @@ def logical_matrices(
         for s in described.segments(rank):
             rows_of_matrix = slice(s.matrix_row, s.matrix_row + s.rows)
             made[s.part][rows_of_matrix] = local[s.local_row : s.local_row + s.rows]
-    return {
-        m.name.removeprefix(name).strip("[]"): matrix
-        for m, matrix in zip(matrices, made, strict=True)
-    }
+    found = {m.name.removeprefix(name).strip("[]"): made[i] for i, m in enumerate(matrices)}
+    assert found.keys() == expected.keys()
+    for part, matrix in expected.items():
+        assert torch.equal(found[part], matrix.reshape(-1, COLUMNS)), part
 
 
-def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, matrix in expected.items():
-        assert torch.equal(found[name], matrix.reshape(-1, COLUMNS)), name
+def in_periods(periods: int, **rows: int) -> Callable[[Tensor], dict[str, Tensor]]:
+    """As attention.py and multi_latent_attention.py do: view as (periods, rows), then split."""
+
+    def split(weight: Tensor) -> dict[str, Tensor]:
+        pieces = weight.view(periods, -1, COLUMNS).split(list(rows.values()), dim=1)
+        return dict(zip(rows, pieces, strict=True))
+
+    return split
+
+
+def by_head(periods: int, *names: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """All of equal size, and each in each period another matrix."""
+
+    def split(weight: Tensor) -> dict[str, Tensor]:
+        heads = weight.view(periods, len(names), -1, COLUMNS)
+        return {f"{n}.{p}": heads[p, i] for p in range(periods) for i, n in enumerate(names)}
+
+    return split
+
+
+def one_matrix(weight: Tensor) -> dict[str, Tensor]:
+    return {"": weight}
+
+
+GATED = {"attention_output_gate": True}
+CASES: list[tuple[str, int, frozenset[str], dict[str, Any], Any]] = [
+    ("linear_qkv", 48, QKV, {}, in_periods(GROUPS, query=8, key=4, value=4)),
+    ("linear_qkv", 72, QKV, GATED, in_periods(GROUPS, query=8, gate=8, key=4, value=4)),
+    ("linear_qkv", 48, BY_HEAD, {}, by_head(GROUPS, "query.0", "query.1", "key", "value")),
+    (
+        "linear_qkv",
+        72,
+        BY_HEAD,
+        GATED,
+        by_head(GROUPS, "query.0", "query.1", "gate.0", "gate.1", "key", "value"),
+    ),
+    ("linear_kv_up_proj", 108, QKV, {}, in_periods(HEADS, key=10, value=8)),
+    ("linear_kv_up_proj", 96, BY_HEAD, {"qk_head_dim": 8}, by_head(HEADS, "key", "value")),
+    ("linear_kv_down_proj", 24, QKV, {}, in_periods(1, latent=20, rope_key=4)),
+    ("linear_kv_down_proj", 24, BY_HEAD, {}, in_periods(1, latent=20, rope_key=4)),
+    ("linear_kv_down_proj", 20, QKV, {"qk_pos_emb_head_dim": 0}, in_periods(1, latent=20)),
+    ("linear_q_proj", 84, QKV, {}, one_matrix),
+    ("linear_q_up_proj", 84, BY_HEAD, {}, by_head(HEADS, "query")),
+    ("linear_fc1", 24, QKV, {"gated_linear_unit": False}, one_matrix),
+    *((layer, 24, BY_HEAD, {}, one_matrix) for layer in ("linear_fc2", "linear_proj")),
+    ("linear_qkv", 48, NONE, {}, one_matrix),
+    ("linear_kv_up_proj", 108, NONE, {}, one_matrix),
+]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("gated", [False, True])
-def test_query_key_value(gated: bool, ranks: int) -> None:
-    layer = config(attention_output_gate=gated, kv_channels=8)
-    per_group = [16, *([16] if gated else []), 8, 8]
-    weight = whole(3 * sum(per_group))
-    names = ["query", *(["gate"] if gated else []), "key", "value"]
-    # attention.py: view as (groups, rows of a group), then split.
-    pieces = weight.view(3, -1, COLUMNS).split(per_group, dim=1)
-    found = logical_matrices("a.linear_qkv.weight", weight, layer, QKV, ranks)
-    check(found, dict(zip(names, pieces, strict=True)))
-
-
-def test_query_key_value_by_heads() -> None:
-    layer = config(attention_output_gate=True)
-    weight = whole(3 * 6 * 5)
-    names = ["query.0", "query.1", "gate.0", "gate.1", "key", "value"]
-    heads = weight.view(3, 6, 5, COLUMNS)
-    expected = {f"{n}.{group}": heads[group, i] for group in range(3) for i, n in enumerate(names)}
-    check(logical_matrices("a.linear_qkv.weight", weight, layer, BY_HEAD), expected)
+@pytest.mark.parametrize(("layer", "rows", "split", "changes", "sliced"), CASES)
+def test_matrices_are_what_megatron_slices(
+    layer: str, rows: int, split: frozenset[str], changes: dict[str, Any], sliced: Any, ranks: int
+) -> None:
+    """Whole weights, cut over tensor-parallel ranks at any row."""
+    check(sliced(whole(rows)), layer, whole(rows), split, ranks, **changes)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_latent_key_value_up(ranks: int) -> None:
-    weight = whole(HEADS * 18)
-    key, value = weight.view(HEADS, 18, COLUMNS).split([10, 8], dim=1)
-    found = logical_matrices("a.linear_kv_up_proj.weight", weight, config(), QKV, ranks)
-    check(found, {"key": key, "value": value})
-    by_head = {f"key.{i}": key[i] for i in range(HEADS)}
-    by_head |= {f"value.{i}": value[i] for i in range(HEADS)}
-    found = logical_matrices("a.linear_kv_up_proj.weight", weight, config(), BY_HEAD, ranks)
-    check(found, by_head)
-
-
-@pytest.mark.parametrize("split", [QKV, BY_HEAD])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_latent_key_value_down(split: frozenset[str], ranks: int) -> None:
-    weight = whole(26)
-    latent, rope_key = weight.split([22, 4])
-    found = logical_matrices("a.linear_kv_down_proj.weight", weight, config(), split, ranks)
-    check(found, {"latent": latent, "rope_key": rope_key})
-
-
-def test_latent_key_value_down_without_rotary_rows() -> None:
-    layer = config(qk_pos_emb_head_dim=0)
-    found = logical_matrices("a.linear_kv_down_proj.weight", whole(22), layer, QKV)
-    check(found, {"latent": whole(22)})
-
-
-@pytest.mark.parametrize("name", ["a.linear_q_proj.weight", "a.linear_q_up_proj.weight"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_latent_query(name: str, ranks: int) -> None:
-    weight = whole(HEADS * 14)
-    check(logical_matrices(name, weight, config(), QKV, ranks), {"": weight})
-    heads = weight.view(HEADS, 14, COLUMNS)
-    expected = {f"query.{i}": heads[i] for i in range(HEADS)}
-    check(logical_matrices(name, weight, config(), BY_HEAD, ranks), expected)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_gate_and_up(ranks: int) -> None:
+    """Split, or in one matrix in an order of rows that is the same for all numbers of ranks."""
     weight = whole(24)
     gate, up = weight.view(ranks, 2, -1, COLUMNS).unbind(1)  # torch.chunk on each rank
-    found = logical_matrices("a.linear_fc1.weight", weight, config(), QKV, ranks)
-    check(found, {"gate": gate, "up": up})
+    check({"gate": gate, "up": up}, "linear_fc1", weight, QKV, ranks)
+    check({"": torch.cat([gate, up])}, "linear_fc1", weight, NONE, ranks)
 
 
 def without_interleaving(weight: Tensor, block: int) -> Tensor:
@@ -149,15 +144,10 @@ def without_interleaving(weight: Tensor, block: int) -> Tensor:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_interleaved_gate_and_up_of_grouped_experts(nursery: Nursery, ranks: int) -> None:
-    layer, weight, name = config(moe_mlp_glu_interleave_size=3), whole(24), "a.linear_fc1.weight"
-    found = logical_matrices(name, weight, layer, QKV, ranks, is_grouped=True)
+    weight, interleaved = whole(24), {"moe_mlp_glu_interleave_size": 3}
     of_ranks = [nursery.run(1, without_interleaving, w, 3)[0] for w in weight.chunk(ranks)]
     gates, ups = zip(*(of_rank.chunk(2) for of_rank in of_ranks), strict=True)
-    check(found, {"gate": torch.cat(gates), "up": torch.cat(ups)})
+    expected = {"gate": torch.cat(gates), "up": torch.cat(ups)}
+    check(expected, "linear_fc1", weight, QKV, ranks, is_grouped=True, **interleaved)
     sequential = {"gate": weight[:12], "up": weight[12:]}
-    check(logical_matrices(name, weight, layer, QKV), sequential)
-
-
-@pytest.mark.parametrize("name", ["a.linear_qkv.weight", "a.linear_fc1.weight", "weight"])
-def test_nothing_is_split_unasked(name: str) -> None:
-    check(logical_matrices(name, whole(30), config(), frozenset()), {"": whole(30)})
+    check(sequential, "linear_fc1", weight, QKV, **interleaved)

@@ -65,7 +65,7 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_dion.algorithm import DionConfig
-    from megatron_dion.optimizer.routing import _named_parameters, _route, tag_matrices
+    from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
     ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
     found: dict[str, Any] = {}
@@ -84,11 +84,15 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
             get_expert_tensor_parallel_world_size=lambda: tensor,
         ):
             [chunk] = tag_matrices([chunk_of(experts)])
-            for named in _named_parameters([chunk]):
-                assert named.name not in found
-                found[named.name] = asdict(
-                    _route(named.name, named.parameter, DionConfig(), "adam")
-                )
+            for parameter in chunk.parameters():
+                route = getattr(parameter, ROUTE_TAG)
+                assert route.parameter not in found
+                matrices = route.weight.matrices(DionConfig()) if route.weight else []
+                found[route.parameter] = {
+                    "shape": route.shape,
+                    "reason": route.reason,
+                    "matrices": [asdict(matrix) for matrix in matrices],
+                }
     return found
 
 

@@ -8,6 +8,7 @@ from megatron_dion.optimizer.rules import RoutingRules
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+ANY = RoutingRules(include=("embedding.*", "*norm*"), exclude=("*.layers.0.*",))
 
 
 def parameter(*shape: int, **tags: Any) -> Parameter:
@@ -17,52 +18,47 @@ def parameter(*shape: int, **tags: Any) -> Parameter:
     return made
 
 
+OUTPUT = parameter(4, 2, is_embedding_or_output_parameter=True)
+
+
 @pytest.mark.parametrize(
-    ("name", "made", "reason"),
+    ("rules", "name", "made", "decision"),
     [
-        (FC1, parameter(4, 2), None),
-        ("decoder.final_layernorm.weight", parameter(4), "1-D"),
-        ("conv.weight", parameter(4, 2, 3), "3-D"),
+        (RoutingRules(), FC1, parameter(4, 2), (True, "linear layer")),
+        (RoutingRules(), "decoder.final_layernorm.weight", parameter(4), (False, "1-D")),
+        (RoutingRules(), "conv.weight", parameter(4, 2, 3), (False, "3-D")),
+        (RoutingRules(), "output_layer.weight", OUTPUT, (False, "embedding or output layer")),
+        (RoutingRules(), "embedding.position.weight", parameter(4, 2), (False, "embedding")),
+        (RoutingRules(), "a.1.mlp.router.weight", parameter(4, 2), (False, "router of experts")),
         (
-            "output_layer.weight",
-            parameter(4, 2, is_embedding_or_output_parameter=True),
-            "embedding or output layer",
+            RoutingRules(),
+            "a.mlp.shared_experts.gate_weight",
+            parameter(1, 2),
+            (False, "gate of shared experts"),
         ),
-        ("embedding.position_embeddings.weight", parameter(4, 2), "embedding"),
-        ("decoder.layers.1.mlp.router.weight", parameter(4, 2), "router of experts"),
-        ("a.mlp.shared_experts.gate_weight", parameter(1, 2), "gate of shared experts"),
-        ("a.mlp.shared_experts.linear_fc1.weight", parameter(4, 2), None),
+        (
+            RoutingRules(),
+            "a.shared_experts.linear_fc1.weight",
+            parameter(4, 2),
+            (True, "linear layer"),
+        ),
+        (ANY, EMBEDDING, OUTPUT, (True, "included by embedding.*")),
+        (ANY, FC1, parameter(4, 2), (False, "excluded by *.layers.0.*")),
+        (ANY, FC1.replace("0", "10"), parameter(4, 2), (True, "linear layer")),
+        (ANY, "decoder.final_layernorm.weight", parameter(4), (False, "1-D")),
     ],
 )
-def test_linear_layers_go_to_dion(name: str, made: Parameter, reason: str | None) -> None:
-    assert RoutingRules().reason_against(name, made) == reason
+def test_decisions(
+    rules: RoutingRules, name: str, made: Parameter, decision: tuple[bool, str]
+) -> None:
+    assert rules.decide(name, made) == decision
 
 
-def test_patterns_overrule_the_default() -> None:
-    rules = RoutingRules(include=("embedding.*",), exclude=("*.layers.0.*",))
-    assert rules.reason_against(EMBEDDING, parameter(4, 2)) is None
-    assert rules.reason_for(EMBEDDING) == "included by embedding.*"
-    assert rules.reason_for("decoder.layers.1.mlp.linear_fc1.weight") == "linear layer"
-    assert rules.reason_against(FC1, parameter(4, 2)) == "excluded by *.layers.0.*"
-
-
-def test_a_vector_cannot_be_included() -> None:
-    rules = RoutingRules(include=("*",))
-    assert rules.reason_against("decoder.final_layernorm.weight", parameter(4)) == "1-D"
-
-
-def test_an_embedding_on_two_stages_cannot_be_included() -> None:
-    rules = RoutingRules(include=("embedding.*",))
+def test_what_rules_refuse() -> None:
     with pytest.raises(ValueError, match=r"embedding.word_embeddings.weight is included by"):
-        rules.reason_against(EMBEDDING, parameter(4, 2, shared_embedding=True))
-
-
-def test_a_pattern_without_a_match_is_refused() -> None:
+        ANY.decide(EMBEDDING, parameter(4, 2, shared_embedding=True))
     RoutingRules(include=("embed*",), exclude=("*fc1*",)).check_patterns([FC1, EMBEDDING])
     with pytest.raises(ValueError, match=r"no parameter's name matches '\*fc3\*'; they"):
         RoutingRules(exclude=("*fc3*",)).check_patterns([FC1, EMBEDDING])
-
-
-def test_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not \['head'\]"):
         RoutingRules(split=frozenset({"head"}))

@@ -6,48 +6,40 @@ A subcommand is a module with a docstring, which is its description, and two fun
     run(args: argparse.Namespace) -> int | None
 
 `run` returns the exit code (None for 0) and raises `megatron_dion_tools.errors.ToolError` for a
-mistake of the user, which is told in one line with exit code 2. To add a subcommand, write the
-module and add a line to `COMMANDS`. Only the module of the subcommand that was asked for is
-imported; it imports torch, if it needs it, in `run`, so that `--help` is quick.
+mistake of the user. To add a subcommand, write the module and add a line to `COMMANDS`. Only the
+module of the subcommand that was asked for is imported; it imports torch, if it needs torch, in
+`run`, so that `--help` is quick.
 
-One that takes flags of pretrain_gpt.py after `--` declares `parser.set_defaults(flags=[])` and
-finds them in `args.flags`.
+A subcommand that takes flags of pretrain_gpt.py after `--` declares `parser.set_defaults(flags=[])`
+and finds these flags in `args.flags`.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from megatron_dion.misspelt import with_suggestion
 from megatron_dion_tools.errors import ToolError, run_tool
 
-
-class Command(NamedTuple):
-    """A subcommand: its module, and what stands in the list of all."""
-
-    module: str
-    help: str
-
-
 COMMANDS = {
-    "doctor": Command("megatron_dion_tools.doctor.command", "examine this machine, or all ranks"),
-    "data": Command("megatron_dion_tools.data.command", "corpus, tokenizer, datasets"),
-    "plan": Command("megatron_dion_tools.plan.command", "plan a run of a large model"),
-    "launch": Command("megatron_dion_tools.launch", "check a recipe and submit it to Slurm"),
-    "inspect": Command("megatron_dion_tools.inspect", "what a checkpoint holds"),
-    "convergence": Command("megatron_dion_tools.convergence.command", "do runs converge alike?"),
-    "report": Command("megatron_dion_tools.report.command", "make a page about a run"),
-    "study": Command(
-        "megatron_dion_tools.studies.command", "run and report comparisons of optimizers"
-    ),
+    "doctor": ("megatron_dion_tools.doctor.command", "examine this machine, or all ranks"),
+    "data": ("megatron_dion_tools.data.command", "corpus, tokenizer, datasets"),
+    "plan": ("megatron_dion_tools.plan.command", "plan a run of a large model"),
+    "launch": ("megatron_dion_tools.launch", "check a recipe and submit it to Slurm"),
+    "inspect": ("megatron_dion_tools.inspect", "what a checkpoint holds"),
+    "convergence": ("megatron_dion_tools.convergence.command", "do runs converge alike?"),
+    "report": ("megatron_dion_tools.report.command", "make a page about a run"),
+}
+REMOVED = {
+    "advise": "use `megatron-dion report`: its page says how much of each matrix the rank captures",
+    "study": "use `megatron-dion convergence sweep`",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are one line here too; argparse would print the usage before it."""
+    """Says a mistake in one line; argparse would print the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise ToolError(f"{with_suggestion(message, self)} (see {self.prog} --help)")
@@ -75,35 +67,33 @@ def call(argv: Sequence[str]) -> int | None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read a command line; `args.run` is the subcommand's function.
+    """Read a command line; `args.run` is the function of the subcommand.
 
     Args:
         argv: The arguments after the program's name.
+
+    Raises:
+        ToolError: The command line is wrong.
     """
-    # After `--` argparse takes options of pretrain_gpt.py for positional arguments of its own.
+    # argparse would take what follows `--` for positional arguments.
     end = argv.index("--") if "--" in argv else len(argv)
-    own, flags = argv[:end], argv[end + 1 :]
+    own, flags = argv[:end], list(argv[end + 1 :])
+    if own and own[0] in REMOVED:
+        raise ToolError(f"`megatron-dion {own[0]}` is gone: {REMOVED[own[0]]}")
     parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
+    for name, (module_name, what) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=what, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if own and own[0] == name:
-            _declare(subparser, importlib.import_module(command.module))
+            module = importlib.import_module(module_name)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     args = parser.parse_args(own)
+    if flags and not hasattr(args, "flags"):
+        parser.error(f"nothing may follow --, as {' '.join(flags)} does")
     if flags:
-        if not hasattr(args, "flags"):
-            parser.error(f"nothing may follow --, as {' '.join(flags)} does")
-        args.flags = list(flags)
+        args.flags = flags
     return args
-
-
-def _declare(parser: argparse.ArgumentParser, module: ModuleType) -> None:
-    parser.description = module.__doc__
-    module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
-
-
-if __name__ == "__main__":
-    main()

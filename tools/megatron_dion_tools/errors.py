@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from megatron_dion.error_line import exit_interrupted, tell
 
-_READER_HAS_ENDED = 141  # what a shell says of a program that SIGPIPE has ended
+MISTAKE = 2
+READER_HAS_ENDED = 141  # a shell's exit code of a program that SIGPIPE ends
 
 
 class ToolError(Exception):
@@ -18,34 +19,28 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and end the process, with one line on stderr and code 2 after a mistake.
 
     Args:
-        main: Returns the exit code. It raises `ToolError`, `OSError` for a file it cannot use, or
-            `ModuleNotFoundError` for an optional package.
+        main: Returns the exit code. It raises `ToolError`, `OSError` for a file that it cannot
+            use, or `ModuleNotFoundError` for an optional package.
     """
     try:
-        code = _code_of(main)
+        try:
+            code: int | str | None = main()
+        except SystemExit as end:  # of argparse after --help, whose text is still to be flushed
+            code = end.code
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
-        # Who read the output, say `head`, has ended. At its end Python would write what is left.
+        # The reader of the output, say `head`, has ended. Python would write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_READER_HAS_ENDED)
+        sys.exit(READER_HAS_ENDED)
     except ToolError as error:
-        reason = str(error)
+        tell(error)
     except OSError as error:
-        reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        tell(error if error.filename is None else f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
         if (error.name or "megatron_dion").startswith("megatron_dion"):
             raise
-        reason = f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'"
+        tell(f"it needs the package {error.name}: pip install 'megatron-dion[run,data]'")
     except KeyboardInterrupt:
         exit_interrupted()
-    tell(reason)
-    sys.exit(2)
-
-
-def _code_of(main: Callable[[], int | None]) -> int | str | None:
-    """After --help argparse ends the process, and what it wrote is still to be flushed."""
-    try:
-        return main()
-    except SystemExit as end:
-        return end.code
+    sys.exit(MISTAKE)

@@ -1,11 +1,10 @@
-"""What the steps of `megatron-dion data` share: manifests, and reading documents."""
+"""What the steps of `megatron-dion data` share: files made once, and reading documents."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,110 +18,91 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def staged_output(
-    manifest: Path, recipe: Mapping[str, Any]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write a set of files and their manifest so that an interruption leaves none half written.
+def make_once(
+    manifest: Path, recipe: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]]
+) -> bool:
+    """Make a set of files, unless they are there, were made alike and have not changed.
 
-    The block writes into the folder it is given. When it ends without an exception, the files move
-    next to `manifest`, which is then written with their hashes; otherwise they are removed.
+    An interruption leaves what was there before: files move to their place when all are written,
+    and their manifest, which has their hashes, comes last.
 
     Args:
         manifest: Path of the JSON manifest; the files appear in its folder.
-        recipe: What the files were made from, for `is_current`.
+        recipe: All that decides what is in the files.
+        write: Writes the files to a folder and returns facts about them for the manifest.
 
-    Yields:
-        The folder to write to, and a dictionary of facts to put into the manifest.
+    Returns:
+        False if the files were there.
     """
+    if _is_current(manifest, recipe):
+        return False
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".partial-") as temporary:
-        folder, facts = Path(temporary), dict[str, Any]()
-        yield folder, facts
+        folder = Path(temporary)
+        facts = write(folder)
         hashes = {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
-        staged_manifest = folder / manifest.name
         content = {**facts, "recipe": recipe, "files": hashes}
-        staged_manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / manifest.name).write_text(text, encoding="utf-8")
         # The manifest goes first and comes last: it never vouches for a mixture of old and new.
         manifest.unlink(missing_ok=True)
-        for name in hashes:
+        for name in [*hashes, manifest.name]:
             os.replace(folder / name, manifest.parent / name)
-        os.replace(staged_manifest, manifest)
+    return True
 
 
-def is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
-    """Tell whether the files of a manifest were made by this recipe and are unchanged.
-
-    Args:
-        manifest: A manifest written by `staged_output`; it need not exist.
-        recipe: What the files should have been made from.
-    """
+def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        made_alike = content["recipe"] == recipe
-        hashes: dict[str, str] = content["files"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-    return made_alike and all(
-        (manifest.parent / name).is_file() and sha256_of_file(manifest.parent / name) == expected
-        for name, expected in hashes.items()
-    )
+        files = {manifest.parent / name: expected for name, expected in content["files"].items()}
+        return content["recipe"] == recipe and all(
+            sha256_of_file(path) == expected for path, expected in files.items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # a file is missing, or the manifest is damaged
 
 
-def read_documents(
-    paths: Sequence[Path], keys: Sequence[str], description: str
-) -> Iterator[dict[str, str]]:
+def read_documents(paths: Sequence[Path], key: str, description: str) -> Iterator[str]:
     """Yield the documents of text and JSON-lines files, in order, with a progress bar.
 
-    A `.txt` file is one document. Every other file holds one JSON object per line; blank lines are
-    skipped.
+    A `.txt` file is one document. Every other file has one JSON object per line, or a blank line.
 
     Args:
         paths: The input files.
-        keys: The keys whose strings are wanted of each object.
+        key: The key of the text in each object.
         description: What the progress bar says.
 
     Raises:
-        ToolError: If a file cannot be read as such, with the place of the fault.
+        ToolError: A file cannot be read as such; the error names the file and the line.
     """
     total = sum(path.stat().st_size for path in paths)
     with progress_bar(description, total, unit="B") as bar:
         for path in paths:
-            read = _read_text if path.suffix == ".txt" else _read_json_lines
-            try:
-                for document, size in read(path, keys):
-                    yield document
-                    bar.update(size)
-            except UnicodeDecodeError as error:
-                raise ToolError(f"{path}: not UTF-8 text ({error.reason})") from error
+            if path.suffix == ".txt":
+                yield _decode(path.read_bytes(), str(path))
+                bar.update(path.stat().st_size)
+                continue
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _text_in(line, key, place=f"{path}:{number}")
+                    bar.update(len(line))
 
 
-SizedDocument = tuple[dict[str, str], int]  # with its bytes in the file
-
-
-def _read_text(path: Path, keys: Sequence[str]) -> Iterator[SizedDocument]:
-    if len(keys) != 1:
-        raise ToolError(f"{path}: a text file has one content, not --json-keys {' '.join(keys)}")
-    yield {keys[0]: path.read_text(encoding="utf-8")}, path.stat().st_size
-
-
-def _read_json_lines(path: Path, keys: Sequence[str]) -> Iterator[SizedDocument]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _parse_json_line(line, keys, place=f"{path}:{number}"), len(line)
-
-
-def _parse_json_line(line: bytes, keys: Sequence[str], place: str) -> dict[str, str]:
+def _text_in(line: bytes, key: str, place: str) -> str:
     try:
-        content = json.loads(line)
+        content = json.loads(_decode(line, place))
     except json.JSONDecodeError as error:
         raise ToolError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(content, dict):
         raise ToolError(f"{place}: not a JSON object")
-    for key in keys:
-        if key not in content:
-            raise ToolError(f"{place}: no key {key!r} (there are: {', '.join(content) or 'none'})")
-        if not isinstance(content[key], str):
-            raise ToolError(f"{place}: the value of {key!r} is not a string")
-    return {key: content[key] for key in keys}
+    if not isinstance(content.get(key), str):
+        raise ToolError(f"{place}: no text under {key!r} (keys: {', '.join(content) or 'none'})")
+    return str(content[key])
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{place}: not UTF-8 text ({error.reason})") from error

@@ -1,70 +1,52 @@
-"""The corpus, its tokenizer and its datasets, as `make train`, studies and cases use them."""
+"""The corpus, its tokenizer and its datasets, as `make train` and convergence cases use them."""
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 TOKENIZER_TYPE = "SentencePieceTokenizer"
-VOCAB_SIZE = 4096
 
 
-@dataclass(frozen=True)
-class Data:
-    """Where the prepared data is, and the size of its vocabulary."""
+class Data(NamedTuple):
+    """The folder of the prepared data, and the size of its vocabulary."""
 
     folder: Path
-    vocab_size: int = VOCAB_SIZE
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer's path without an ending."""
-        return self.folder / "tokenizer"
-
-    @property
-    def tokenizer_model(self) -> Path:
-        """The tokenizer's model file."""
-        return self.folder / "tokenizer.model"
-
-    def text(self, split: str) -> Path:
-        """The documents of `train` or `validation`."""
-        return self.folder / f"{split}.jsonl"
-
-    def dataset(self, split: str) -> Path:
-        """The indexed dataset of `train` or `validation`, without an ending."""
-        return self.folder / f"{split}_text_document"
+    vocab_size: int = 4096
 
 
 def data_with_vocabulary(vocab_size: int) -> Data:
-    """The corpus with a tokenizer of another size, in `data` of the working folder."""
+    """Return the corpus with a tokenizer of this size, in `data` of the working folder."""
     return Data(Path("data", f"vocab-{vocab_size}"), vocab_size)
 
 
 def prepare(data: Data) -> None:
     """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
-    run_step("corpus", "--output", data.folder)
-    run_step(
-        *("tokenizer", "--input", data.text("train")),
-        *("--vocab-size", data.vocab_size, "--output-prefix", data.tokenizer),
-    )
+    folder, tokenizer = data.folder, data.folder / "tokenizer"
+    run_step("corpus", "--output", folder)
+    train = ("tokenizer", "--input", folder / "train.jsonl")
+    run_step(*train, "--vocab-size", data.vocab_size, "--output-prefix", tokenizer)
     for split in ("train", "validation"):
-        run_step(
-            *("preprocess", "--input", data.text(split), "--append-eod"),
-            *("--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", data.tokenizer_model),
-            *("--output-prefix", data.folder / split),
-        )
+        read = ("preprocess", "--input", folder / f"{split}.jsonl", "--append-eod")
+        run_step(*read, *_tokenizer_flags(data), "--output-prefix", folder / split)
 
 
-def run_step(name: str, *arguments: object) -> None:
-    """Run one step; if it fails, it has said why, and its status becomes ours."""
-    command = [sys.executable, "-m", "megatron_dion", "data", name, *map(str, arguments)]
+def run_step(*arguments: object) -> None:
+    """Run a step of `megatron-dion data`; if it fails, it has said why, and its status is ours."""
+    command = [sys.executable, "-m", "megatron_dion_tools", "data", *map(str, arguments)]
     status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if status != 0:
         sys.exit(status)
 
 
 def data_flags(data: Data) -> list[str]:
-    """Return the flags that name the tokenizer and both splits."""
-    flags = ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(data.tokenizer_model)]
-    flags += ["--train-data-path", str(data.dataset("train"))]
-    return [*flags, "--valid-data-path", str(data.dataset("validation"))]
+    """Return the flags of pretrain_gpt.py that name the tokenizer and both splits."""
+    flags = _tokenizer_flags(data)
+    for flag, split in (("--train-data-path", "train"), ("--valid-data-path", "validation")):
+        flags += [flag, str(data.folder / f"{split}_text_document")]
+    return flags
+
+
+def _tokenizer_flags(data: Data) -> list[str]:
+    model = data.folder / "tokenizer.model"
+    return ["--tokenizer-type", TOKENIZER_TYPE, "--tokenizer-model", str(model)]

@@ -6,17 +6,12 @@ settings reuses what is there.
 
 import argparse
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_dion_tools.data.files import (
-    is_current,
-    read_documents,
-    sha256_of_file,
-    staged_output,
-)
+from megatron_dion_tools.data.files import make_once, read_documents, sha256_of_file
 from megatron_dion_tools.errors import ToolError
 
 # BPE counts pairs in integers, so its result depends on neither the thread count nor the order of
@@ -46,110 +41,66 @@ TRAINER_OPTIONS: dict[str, Any] = {
 ERRORS_ONLY = 2  # SentencePiece's own log level; errors reach us as exceptions as well
 
 
-def train_tokenizer(
-    inputs: Sequence[Path], keys: Sequence[str], vocab_size: int, prefix: Path
-) -> bool:
-    """Write `{prefix}.model`, `{prefix}.vocab` and the manifest `{prefix}.json`.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, help=".txt or JSON-lines files")
+    add("--json-key", default="text", help="key to train on (default: text)")
+    add("--vocab-size", type=int, default=4096, help="pieces (default: 4096)")
+    add("--output-prefix", type=Path, required=True, help="writes PREFIX.model and PREFIX.json")
 
-    Args:
-        inputs: Text or JSON-lines files.
-        keys: The keys of the JSON objects to train on.
-        vocab_size: Number of pieces, special pieces and the 256 bytes included.
-        prefix: Path of the output without an ending.
+
+def run(args: argparse.Namespace) -> bool:
+    """Train, or reuse what is there.
 
     Returns:
-        False if the right files were there already.
+        Whether the tokenizer was trained.
 
     Raises:
-        ToolError: If the input is faulty or does not yield that many pieces.
+        ToolError: The input is faulty or does not yield that many pieces.
     """
-    manifest = prefix.with_name(f"{prefix.name}.json")
+
+    def write(folder: Path) -> Mapping[str, Any]:
+        (folder / f"{prefix.name}.model").write_bytes(train(args))
+        return {"vocab_size": args.vocab_size}
+
+    prefix: Path = args.output_prefix
     recipe = {
-        "inputs": [sha256_of_file(path) for path in inputs],
-        "keys": list(keys),
-        "vocab_size": vocab_size,
+        "inputs": [sha256_of_file(path) for path in args.input],
+        "key": args.json_key,
+        "vocab_size": args.vocab_size,
         "sentencepiece": version("sentencepiece"),
         "options": TRAINER_OPTIONS,
     }
-    if is_current(manifest, recipe):
-        return False
-    model = train_model(read_lines(inputs, keys), vocab_size)
-    with staged_output(manifest, recipe) as (folder, facts):
-        (folder / f"{prefix.name}.model").write_bytes(model)
-        (folder / f"{prefix.name}.vocab").write_text(describe_pieces(model), encoding="utf-8")
-        facts["vocab_size"] = vocab_size
-    return True
+    made = make_once(prefix.with_name(f"{prefix.name}.json"), recipe, write)
+    print(f"tokenizer: {'wrote' if made else 'reusing'} {prefix}.model")
+    return made
 
 
-def read_lines(inputs: Sequence[Path], keys: Sequence[str]) -> list[str]:
-    """Return the lines of all documents; SentencePiece learns no piece across a line's end."""
-    return [
-        line
-        for document in read_documents(inputs, keys, "reading")
-        for text in document.values()
-        for line in text.splitlines()
-        if line
-    ]
-
-
-def train_model(lines: Sequence[str], vocab_size: int) -> bytes:
-    """Return a serialised SentencePiece model of the lines.
+def train(args: argparse.Namespace) -> bytes:
+    """Return a serialized SentencePiece model of all lines of all documents.
 
     Raises:
-        ToolError: If SentencePiece refuses, with its reason.
+        ToolError: SentencePiece refuses, with its reason.
     """
     import sentencepiece
 
+    documents = read_documents(args.input, args.json_key, "reading")
+    # SentencePiece learns no piece across the end of a line.
+    lines = [line for text in documents for line in text.splitlines() if line]
     if not lines:
-        raise ToolError("the input holds no text")
+        raise ToolError(f"--input {' '.join(map(str, args.input))}: there is no text in it")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            vocab_size=vocab_size,
+            vocab_size=args.vocab_size,
             minloglevel=ERRORS_ONLY,
             **TRAINER_OPTIONS,
         )
     except RuntimeError as error:
-        raise ToolError(f"cannot train {vocab_size} pieces: {trainer_reason(error)}") from error
+        # Without the place in SentencePiece's own source code.
+        reason = " ".join(str(error).split()).rpartition("] ")[2]
+        raise ToolError(f"--vocab-size {args.vocab_size}: {reason or error}") from error
     return model.getvalue()
-
-
-def trainer_reason(error: RuntimeError) -> str:
-    """Return SentencePiece's message without the place in its own source code."""
-    message = " ".join(str(error).split())
-    return message.rpartition("] ")[2] or message
-
-
-def describe_pieces(model: bytes) -> str:
-    """Return the pieces with their scores, one per line, as SentencePiece's own .vocab has them."""
-    import sentencepiece
-
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return "".join(
-        f"{pieces.id_to_piece(index)}\t{pieces.get_score(index):g}\n"
-        for index in range(pieces.get_piece_size())
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's flags."""
-    parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help=".txt or JSON-lines files"
-    )
-    parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys to train on (default: text)"
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces (default: 4096)")
-    parser.add_argument(
-        "--output-prefix", type=Path, required=True, help="writes PREFIX.model, .vocab and .json"
-    )
-
-
-def run(options: argparse.Namespace) -> None:
-    """Train, or reuse what is there."""
-    made = train_tokenizer(
-        options.input, options.json_keys, options.vocab_size, options.output_prefix
-    )
-    print(f"tokenizer: {'wrote' if made else 'reusing'} {options.output_prefix}.model")

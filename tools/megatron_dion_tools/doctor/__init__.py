@@ -1,1 +1,1 @@
-"""The doctor: is this machine, or this set of ranks, fit to train?"""
+"""The command `megatron-dion doctor`: is this machine, or are all ranks of a job, fit to train?"""

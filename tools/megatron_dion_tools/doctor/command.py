@@ -1,6 +1,6 @@
 """Examine this machine or, started on all ranks by torchrun or srun, all of them.
 
-What is between them is examined as well. Exit code 0: fit to train, perhaps with warnings.
+What is between ranks is examined as well. Exit code 0: fit to train, perhaps with warnings.
 """
 
 import argparse
@@ -9,15 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-# The doctor's time as a multiple of what it waits for a rank; it has about ten such waits.
-_LONGEST = 15
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     add = parser.add_argument
-    add("--shared-folder", type=Path, metavar="DIR", help="which all ranks should see")
-    add("--json", type=Path, metavar="FILE", help="write the findings to a file as well")
+    add("--shared-folder", type=Path, metavar="DIR", help="a folder that all ranks should see")
     add("--no-collectives", action="store_true", help="this process alone, no talk between ranks")
     add("--run-dir", type=Path, default=Path(), metavar="DIR", help="is there enough free disk?")
     add("--expect-gpus", type=int, metavar="N", help="GPUs that each machine must have")
@@ -27,19 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Examine, and end the process with the verdict."""
     # Only now: it imports torch's distributed part and what the doctor looks at.
-    from megatron_dion_tools.doctor import doctor
+    from megatron_dion_tools.doctor import examination
 
-    # For what no other limit covers, such as a name server that does not answer.
-    faulthandler.dump_traceback_later(_LONGEST * args.timeout, exit=True)
-    options = doctor.Options(
-        shared_folder=args.shared_folder,
-        json=args.json,
-        run_dir=args.run_dir,
-        expect_gpus=args.expect_gpus,
-        collectives=not args.no_collectives,
-        patience=args.timeout,
-    )
-    code = doctor.run(options)
+    # For what no other limit covers, such as a name server that does not answer. An examination
+    # has about ten waits of `--timeout` seconds.
+    faulthandler.dump_traceback_later(15 * args.timeout, exit=True)
+    code = examination.run(args, os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not `sys.exit`: a thread that hangs in a library could hold up the interpreter's end.
@@ -49,5 +38,5 @@ def run(args: argparse.Namespace) -> None:
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text}")
     return seconds

@@ -1,89 +1,64 @@
-"""What a check found, and a way to run checks that neither hang nor raise."""
+"""The finding of a check, and a way to run checks that neither hangs nor raises."""
 
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import StrEnum
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+OK, WARNING, FAILED = VERDICTS = ("ok", "warning", "failed")  # the worst is last
 
 
-class Verdict(StrEnum):
-    """Whether training can go on with what was found; a later one is worse."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-
-    @property
-    def badness(self) -> int:
-        """For comparisons: 0 is good."""
-        return list(Verdict).index(self)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found on one rank.
+class Finding(NamedTuple):
+    """What one check says on one rank.
 
     Attributes:
-        verdict: Whether it will do.
-        found: What there is, in a few words.
+        verdict: `OK`; `WARNING`, if training can go on, slower or with less than it could have;
+            `FAILED`, if training cannot go on, or its results cannot be trusted.
+        text: What there is, in a few words.
         fix: What to do about it; empty if nothing has to be done.
-        alike: It must be the same on all ranks, word for word.
-        aborted: The check did not come to its end: what it shares with later ones may be unusable.
-        name: Of the check; `examine` fills it in.
+        same: All ranks must find the same text.
+        ended: False for a check that raised or took too long. Later checks cannot use what such a
+            check shares with them, for example a process group.
     """
 
-    verdict: Verdict
-    found: str
+    verdict: str
+    text: str
     fix: str = ""
-    alike: bool = False
-    aborted: bool = False
-    name: str = ""
+    same: bool = False
+    ended: bool = True
 
 
 Check = Callable[[], Finding]
 
 
-def ok(found: str, *, alike: bool = False) -> Finding:
-    """Nothing has to be done."""
-    return Finding(Verdict.OK, found, alike=alike)
+def examine(checks: Mapping[str, Check], seconds: float) -> dict[str, Finding]:
+    """Run checks at the same time and return their findings by name.
 
-
-def warning(found: str, fix: str) -> Finding:
-    """Training may go on, slower or with less than it could."""
-    return Finding(Verdict.WARNING, found, fix)
-
-
-def failed(found: str, fix: str) -> Finding:
-    """Training cannot go on, or its results cannot be trusted."""
-    return Finding(Verdict.FAILED, found, fix)
-
-
-def examine(name: str, check: Check, seconds: float) -> Finding:
-    """Run a check; one that raises or does not end is a failure of its own.
+    A check may hang, as everything does that asks a dead file server or a stuck GPU. It is left
+    behind in a daemon thread, which does not hold up the end of the process.
 
     Args:
-        name: Of the check.
-        check: It may hang, as everything does that asks a dead file server or a stuck GPU. It is
-            left behind then, in a thread that does not hold up the end of the process.
-        seconds: How long it may take.
+        checks: By name.
+        seconds: How long all of them together may take.
     """
-    answers = queue.SimpleQueue[Finding]()
-    threading.Thread(target=lambda: answers.put(_without_raising(check)), daemon=True).start()
-    try:
-        finding = answers.get(timeout=seconds)
-    except queue.Empty:
-        finding = _aborted(f"no end within {seconds:g} s", "see on the node what it waits for")
-    return replace(finding, name=name)
+    answers = {name: queue.SimpleQueue[Finding]() for name in checks}
+    for name, check in checks.items():
+        threading.Thread(target=_answer, args=(check, answers[name]), daemon=True).start()
+    deadline = time.monotonic() + seconds
+    findings = {}
+    for name, answer in answers.items():
+        try:
+            findings[name] = answer.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            text, fix = f"no end within {seconds:g} s", "look on that node what the check waits for"
+            findings[name] = Finding(FAILED, text, fix, ended=False)
+    return findings
 
 
-def _without_raising(check: Check) -> Finding:
+def _answer(check: Check, answer: queue.SimpleQueue[Finding]) -> None:
     try:
-        return check()
+        answer.put(check())
     except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        return _aborted(f"{type(error).__name__}: {first_line}", "see the log of that rank")
-
-
-def _aborted(found: str, fix: str) -> Finding:
-    return Finding(Verdict.FAILED, found, fix, aborted=True)
+        text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        answer.put(Finding(FAILED, text, ended=False))

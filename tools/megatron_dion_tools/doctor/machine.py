@@ -5,87 +5,57 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_dion_tools.doctor.findings import Finding, failed, ok, warning
+from megatron_dion_tools.doctor.findings import FAILED, OK, WARNING, Finding
+from megatron_dion_tools.doctor.gpus import count_gpus
 
 GIB = 2**30
-ENOUGH_FILES = 8192
-ENOUGH_LOCKED = 8 * GIB
-ENOUGH_SHARED = GIB
-ENOUGH_DISK = 20 * GIB
-LEAST_DISK = GIB
-
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def open_files(limit: int | None = None) -> Finding:
-    """Sockets to other ranks, checkpoint files and data sets all count."""
-    if limit is None:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if _is_enough(limit, ENOUGH_FILES):
-        return ok(_unless_unlimited(limit, str(limit)))
-    return warning(f"{limit}", "ulimit -n 65536; docker run --ulimit nofile=65536")
-
-
-def locked_memory(gpus: int, limit: int | None = None) -> Finding:
-    """Network cards with RDMA want buffers that stay where they are."""
-    if limit is None:
-        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = _unless_unlimited(limit, size(limit))
-    if _is_enough(limit, ENOUGH_LOCKED):
-        return ok(text)
-    if not gpus:
-        return ok(f"{text}, enough on CPU")
-    return warning(
-        f"{text}: InfiniBand may fail to register its buffers",
-        "ulimit -l unlimited; docker run --ulimit memlock=-1; LimitMEMLOCK=infinity for slurmd",
+def limits() -> Finding:
+    """Sockets and files count as open files; network cards with RDMA need locked memory."""
+    files, locked = (
+        float("inf") if (soft := resource.getrlimit(kind)[0]) == resource.RLIM_INFINITY else soft
+        for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
     )
+    text = f"{files} open files, {locked / GIB:.3g} GiB of locked memory"
+    if files < 8192:
+        return Finding(WARNING, text, "ulimit -n 65536; docker run --ulimit nofile=65536")
+    if locked < 8 * GIB and count_gpus():
+        fix = "ulimit -l unlimited; docker run --ulimit memlock=-1; for slurmd LimitMEMLOCK"
+        return Finding(WARNING, f"{text}: InfiniBand may fail to register its buffers", fix)
+    return Finding(OK, text)
 
 
-def shared_memory(folder: Path = SHARED_MEMORY, total: int | None = None) -> Finding:
-    """NCCL and the workers of data loaders pass buffers through it."""
-    if not folder.is_dir():
-        return warning(f"there is no {folder}", "mount a tmpfs there")
-    if total is None:
-        total = shutil.disk_usage(folder).total
-    if total < ENOUGH_SHARED:
-        return warning(size(total), "docker run --ipc=host, or --shm-size=16g")
-    return ok(size(total))
+def shared_memory() -> Finding:
+    """NCCL and the workers of data loaders pass buffers through shared memory."""
+    total = shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else 0
+    text = f"{total / GIB:.3g} GiB in {SHARED_MEMORY}"
+    if total < GIB:
+        return Finding(WARNING, text, "docker run --ipc=host, or --shm-size=16g")
+    return Finding(OK, text)
 
 
-def disk(folder: Path, free: int | None = None) -> Finding:
-    """Checkpoints and logs go to the run folder."""
-    try:
-        with tempfile.TemporaryFile(dir=_nearest_folder(folder)):
-            pass
-    except OSError as error:
-        return failed(f"{folder}: {error.strerror}", "name a folder that this user may write to")
-    if free is None:
-        free = shutil.disk_usage(_nearest_folder(folder)).free
-    text = f"{size(free)} free for {folder}"
-    if free < LEAST_DISK:
-        return failed(text, "free some space, or use another --run-dir")
-    if free < ENOUGH_DISK:
-        return warning(text, "a few checkpoints will fill it: free some, or use another --run-dir")
-    return ok(text)
+def disk(run_dir: Path) -> Finding:
+    """Checkpoints and logs go to the run directory, which the run makes if it is not there."""
+    folder = next(one for one in (run_dir, *run_dir.absolute().parents) if one.is_dir())
+    with tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    text, fix = f"{free / GIB:.3g} GiB free for {run_dir}", "free some, or use another --run-dir"
+    if free < 20 * GIB:
+        return Finding(FAILED if free < GIB else WARNING, text, fix)
+    return Finding(OK, text)
 
 
-def size(count: float) -> str:
-    """Say a number of bytes in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
+def write(file: Path) -> Finding:
+    """Make the file in the shared folder that `read` looks for on all ranks."""
+    file.touch()
+    return Finding(OK, f"{file.parent} can be written to")
 
 
-def _nearest_folder(path: Path) -> Path:
-    """A run folder is made by the run; what counts before that is where it will be made."""
-    return next(one for one in (path, *path.absolute().parents) if one.is_dir())
-
-
-def _is_enough(limit: int, wanted: int) -> bool:
-    return limit == resource.RLIM_INFINITY or limit >= wanted
-
-
-def _unless_unlimited(limit: int, text: str) -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else text
+def read(file: Path) -> Finding:
+    """Look for the file that rank 0 made in the shared folder."""
+    if not file.exists():
+        fix = "mount the same file system on every node, and into every container"
+        return Finding(FAILED, f"rank 0's file is not seen in {file.parent}", fix)
+    return Finding(OK, f"{file.parent} is the same folder on all ranks")

@@ -1,0 +1,75 @@
+"""The norm of a mean gradient that no rank holds, from a small random projection of its terms.
+
+With compressed gradient sync no rank averages the gradients of Dion's matrices over replicas, but
+clipping needs the norm of their average. The projection is linear: ranks average that instead.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dion.algorithm.counter_random import signs
+
+DRAWS = 64
+# Shares no factor but 4 with the usual widths of layers: a gradient whose rows are all alike is cut
+# into rows that are not. A multiple of 4 keeps rows aligned.
+WIDTH = 4 * 1021
+
+
+def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
+    """Multiplies gradients by random signs: a linear map that keeps the norm in expectation.
+
+    All gradients together, cut into rows of `WIDTH` elements (the last row of each is padded), are
+    a matrix A; the result is Y = S A / sqrt(DRAWS), where the elements of S are -1 or +1. For a row
+    s of S, ||s A||_F^2 has the expectation ||A||_F^2, since products of two different signs have
+    the expectation 0, and the variance 2 sum_(i != j) (A A^T)_ij^2 <= 2 ||A A^T||_F^2. The rows of
+    S are independent, so the relative standard deviation of ||Y||_F^2 is at most
+
+        sqrt(2 / DRAWS) / sqrt(e),   e = ||A||_F^4 / ||A A^T||_F^2 >= 1.
+
+    e, the effective rank of A, is n for n orthogonal rows of equal norm. The norm has half of that
+    deviation: at most 9 %, and below 1 % from e = 80 on.
+
+    Args:
+        gradients: any shapes, on one device.
+        seed: of the run.
+        purpose: the same (seed, purpose) gives the same map for gradients of the same sizes.
+
+    Returns:
+        (DRAWS, WIDTH) float32, on the device of the gradients.
+    """
+    gradients = list(gradients)
+    device = gradients[0].device if gradients else None
+    projected = torch.zeros(DRAWS, WIDTH, device=device)
+    for index, gradient in enumerate(gradients):
+        flat = gradient.flatten().float()
+        whole, rest = divmod(flat.numel(), WIDTH)
+        rows = torch.arange(whole + 1, device=flat.device)
+        factors = signs(seed, f"{purpose}/{index}", rows, DRAWS).T / DRAWS**0.5  # (DRAWS, rows)
+        projected.addmm_(factors[:, :whole], flat[: whole * WIDTH].view(whole, WIDTH))
+        projected[:, :rest].addr_(factors[:, whole], flat[whole * WIDTH :])
+    return projected
+
+
+def projected_mean(
+    gradients: Iterable[Tensor], replicas: ProcessGroup, scale: float, seed: int, step: int
+) -> Tensor:
+    """The projection of the replicas' mean gradient: one all_reduce of DRAWS * WIDTH floats, 1 MB.
+
+    Args:
+        gradients: of this replica.
+        replicas: the ranks that hold the same parts of the parameters.
+        scale: multiplies gradients before they are averaged.
+        seed: of the run.
+        step: number of the step; each has signs of its own.
+
+    Returns:
+        (DRAWS, WIDTH) float32, the same on all replicas.
+    """
+    projected = project(gradients, seed, f"gradient norm/{step}")
+    projected = projected.to(torch.cuda.current_device())  # this rank may hold no gradient at all
+    dist.all_reduce(projected, group=replicas)
+    return projected.mul_(scale / replicas.size())

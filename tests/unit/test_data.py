@@ -1,0 +1,329 @@
+"""The steps from a text corpus to Megatron's datasets."""
+
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_dion_tools import cli
+from megatron_dion_tools.data import corpus, preprocess
+from megatron_dion_tools.data.files import make_once, read_documents, sha256_of_file
+from megatron_dion_tools.errors import ToolError
+
+# --- Files that are made once
+
+
+def write_abc(folder: Path) -> Mapping[str, Any]:
+    (folder / "data.bin").write_bytes(b"abc")
+    return {"bytes": 3}
+
+
+def write_half(folder: Path) -> Mapping[str, Any]:
+    (folder / "data.bin").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def test_files_are_made_again_when_recipe_or_file_changes(tmp_path: Path) -> None:
+    manifest = tmp_path / "out" / "data.json"
+    assert make_once(manifest, {"size": 3}, write_abc)
+    assert json.loads(manifest.read_text())["bytes"] == 3
+    assert not make_once(manifest, {"size": 3}, write_half)
+    assert make_once(manifest, {"size": 4}, write_abc)
+    data = manifest.with_name("data.bin")
+    data.write_bytes(b"abd")
+    assert make_once(manifest, {"size": 4}, write_abc)
+    data.unlink()
+    assert make_once(manifest, {"size": 4}, write_abc)
+    assert data.read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"recipe": {}}', "null"])
+def test_damaged_manifest_vouches_for_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.json").write_text(content)
+    assert make_once(tmp_path / "data.json", {}, write_abc)
+
+
+def test_interruption_leaves_what_was_there(tmp_path: Path) -> None:
+    manifest = tmp_path / "data.json"
+    make_once(manifest, {"size": 3}, write_abc)
+    with pytest.raises(KeyboardInterrupt):
+        make_once(manifest, {"size": 4}, write_half)
+    assert not make_once(manifest, {"size": 3}, write_half)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.json"]
+
+
+# --- Documents
+
+
+def test_documents_come_in_order_from_text_and_json_lines(tmp_path: Path) -> None:
+    text, lines = tmp_path / "one.txt", tmp_path / "two.jsonl"
+    text.write_text("first\n\nstill first\n")
+    lines.write_text('{"text": "second", "name": "x"}\n\n{"text": "third"}\n')
+    documents = list(read_documents([text, lines], "text", ""))
+    assert documents == ["first\n\nstill first\n", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "good"}\n{"text": \n', r"input\.jsonl:2: not JSON"),
+        (b'{"text": "good"}\n\n{"body": "bad"}\n', r"jsonl:3: no text under 'text' \(keys: body"),
+        (b'["text"]\n', r"input\.jsonl:1: not a JSON object"),
+        (b'{"text": 3}\n', r"input\.jsonl:1: no text under 'text'"),
+        (b'{"text": "\xff"}\n', r"input\.jsonl:1: not UTF-8"),
+    ],
+)
+def test_faulty_lines_are_told_with_their_place(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ToolError, match=message):
+        list(read_documents([path], "text", ""))
+
+
+# --- Corpus
+
+DOCUMENTS = {f"docs/part{i % 3}/page{i}.txt": f"Page {i}: café\n    indented\n" for i in range(60)}
+OTHERS = {"docs/conf.py": "x = 1\n", "tests/docs/no.txt": "no\n", "README.txt": "no\n"}
+
+
+def make_archive(path: Path, texts: Mapping[str, str]) -> corpus.Pin:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in texts.items():
+            member = tarfile.TarInfo(f"example-1.0/{name}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return corpus.Pin("example", "1.0", sha256_of_file(path))
+
+
+def split(folder: Path, name: str) -> dict[str, str]:
+    lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+    return {line["name"]: line["text"] for line in lines}
+
+
+def test_corpus_is_the_documents_in_two_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from a local archive or, the same, from pip, which is given the pinned hash."""
+    archive = tmp_path / "example-1.0.tar.gz"
+    pin = make_archive(archive, dict(reversed([*DOCUMENTS.items(), *OTHERS.items()])))
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        requirements = Path(command[command.index("-r") + 1]).read_text()
+        assert requirements == f"example==1.0 --hash=sha256:{pin.sha256}\n"
+        shutil.copy(archive, command[command.index("-d") + 1])
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(corpus.subprocess, "run", pip)
+    for source in (archive, None):
+        out = tmp_path / str(source is None)
+        assert corpus.fetch_corpus(out, source, pin)
+        train, validation = split(out, "train"), split(out, "validation")
+        assert {**train, **validation} == DOCUMENTS
+        assert len(train) + len(validation) == len(DOCUMENTS)
+        assert 0 < len(validation) < len(DOCUMENTS) / 4
+        assert list(train) == sorted(train)
+        assert not corpus.fetch_corpus(out, source, pin)
+
+
+def test_failed_download_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = "WARNING: retrying\nERROR: DO NOT MATCH\n  Expected sha256 a\n       Got b\n"
+    failed = subprocess.CompletedProcess([], 1, stderr=stderr)
+    monkeypatch.setattr(corpus.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ToolError, match=r"failed: DO NOT MATCH Expected sha256 a Got b$"):
+        corpus.fetch_corpus(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("other", "wrong sha256: expected 000, got "),
+        ("broken", "not a readable"),
+        ("truncated", "not a readable"),
+        ("empty", "no docs"),
+    ],
+)
+def test_faulty_archives_are_refused(tmp_path: Path, fault: str, message: str) -> None:
+    archive = tmp_path / "example-1.0.tar.gz"
+    pin = make_archive(archive, {} if fault == "empty" else DOCUMENTS)
+    if fault in ("broken", "truncated"):
+        archive.write_bytes(b"no" if fault == "broken" else archive.read_bytes()[:-200])
+        pin = pin._replace(sha256=sha256_of_file(archive))
+    elif fault == "other":
+        pin = pin._replace(sha256="000")
+    with pytest.raises(ToolError, match=message):
+        corpus.fetch_corpus(tmp_path / "out", archive, pin)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- Tokenizer and datasets
+
+TEXTS = [f"Document {i}\n  has the café number {i * i}.\n" * (i % 5 + 1) for i in range(40)]
+VOCAB_SIZE, EOD = 300, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 40 documents, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [json.dumps({"text": text, "title": text[:10]}) + "\n" for text in TEXTS]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    train_tokenizer(folder / "corpus.jsonl", folder / "tokenizer")
+    return folder
+
+
+def train_tokenizer(source: Path, prefix: Path, vocab_size: int = VOCAB_SIZE) -> Any:
+    words = f"data tokenizer --input {source} --output-prefix {prefix} --vocab-size {vocab_size}"
+    args = cli.parse(words.split())
+    return args.step(args)
+
+
+def tokenize(source: Path, prefix: Path, flags: str) -> Any:
+    words = f"data preprocess --input {source} --output-prefix {prefix} {flags}"
+    args = cli.parse(words.split())
+    return args.step(args)
+
+
+def sentencepiece_flags(folder: Path) -> str:
+    kind = "--tokenizer-type SentencePieceTokenizer"
+    return f"{kind} --tokenizer-model {folder / 'tokenizer.model'} --append-eod"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["".join(TEXTS), "  two\n\n\tspaces \u00a0ﬁ", "new: Ωμέγα 漢字 🙂", "</s> is text"],
+)
+def test_decoding_gives_the_text_back(folder: Path, text: str) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert pieces.get_piece_size() == VOCAB_SIZE
+    assert [pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()] == [0, 1, 2, 3]
+    ids = pieces.encode_as_ids(text)
+    assert pieces.unk_id() not in ids
+    assert pieces.decode_ids(ids) == text
+
+
+def test_training_is_deterministic_and_done_once(folder: Path, tmp_path: Path) -> None:
+    source = folder / "corpus.jsonl"
+    assert train_tokenizer(source, tmp_path / "again")
+    made = (tmp_path / "again.model").read_bytes()
+    assert made == (folder / "tokenizer.model").read_bytes()
+    assert not train_tokenizer(source, tmp_path / "again")
+    assert train_tokenizer(source, tmp_path / "again", VOCAB_SIZE - 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "reason"), [(50_000, "too high"), (100, "smaller than"), (0, "vocab_size")]
+)
+def test_impossible_vocabulary(folder: Path, tmp_path: Path, vocab_size: int, reason: str) -> None:
+    with pytest.raises(ToolError, match=f"--vocab-size {vocab_size}: .*{reason}"):
+        train_tokenizer(folder / "corpus.jsonl", tmp_path / "no", vocab_size)
+    assert not list(tmp_path.iterdir())
+
+
+def read_dataset(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def test_dataset_holds_the_documents_and_its_description_the_facts(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert tokenize(folder / "corpus.jsonl", tmp_path / "data", sentencepiece_flags(folder))
+    documents = read_dataset(tmp_path / "data_text_document")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert [ids[-1] for ids in documents] == [EOD] * len(TEXTS)
+    assert [pieces.decode_ids(ids[:-1]) for ids in documents] == TEXTS
+
+    facts = json.loads((tmp_path / "data_text_document.json").read_text())
+    ids = np.concatenate([np.array(ids) for ids in documents])
+    shares = np.unique(ids, return_counts=True)[1] / ids.size
+    entropy = facts.pop("unigram_entropy_nats")
+    assert math.isclose(entropy, -np.sum(shares * np.log(shares)))
+    assert {key: facts[key] for key in facts if key not in ("recipe", "files")} == {
+        "tokenizer_type": "SentencePieceTokenizer",
+        "tokenizer_model_sha256": sha256_of_file(folder / "tokenizer.model"),
+        "vocab_size": VOCAB_SIZE,
+        "tokens": ids.size,
+        "documents": len(TEXTS),
+        "append_eod": True,
+    }
+
+
+def test_dataset_is_made_once(folder: Path, tmp_path: Path) -> None:
+    source, flags = folder / "corpus.jsonl", sentencepiece_flags(folder)
+    assert tokenize(source, tmp_path / "data", flags)
+    assert not tokenize(source, tmp_path / "data", flags)
+    assert tokenize(source, tmp_path / "data", flags.replace("--append-eod", ""))
+    assert all(EOD not in ids for ids in read_dataset(tmp_path / "data_text_document"))
+    (tmp_path / "data_text_document.bin").write_bytes(b"")
+    assert tokenize(source, tmp_path / "data", flags.replace("--append-eod", ""))
+
+
+def test_bytes_do_not_depend_on_the_workers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "BATCH", 7)  # several batches and messages, the last one short
+    monkeypatch.setattr(preprocess, "CHUNK", 2)
+    flags = f"{sentencepiece_flags(folder)} --json-key title"
+    for workers in (1, 2):
+        prefix = tmp_path / str(workers)
+        tokenize(folder / "corpus.jsonl", prefix, f"{flags} --workers {workers}")
+    assert len(read_dataset(tmp_path / "1_title_document")) == len(TEXTS)
+    for ending in ("bin", "idx"):
+        one, two = (tmp_path / f"{workers}_title_document.{ending}" for workers in (1, 2))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_empty_documents_are_left_out(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "some.jsonl"
+    source.write_text('{"text": ""}\n{"text": "x"}\n{"text": ""}\n')
+    tokenize(source, tmp_path / "data", sentencepiece_flags(folder))
+    assert len(read_dataset(tmp_path / "data_text_document")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ('{"text": ""}\n', "", r"bad\.jsonl: there is no text in it"),
+        ('{"text": "good"}\nbad\n', "--workers 1", r"bad\.jsonl:2: not JSON"),
+        ('{"text": "good"}\nbad\n', "--workers 2", r"bad\.jsonl:2: not JSON"),
+        ('{"text": "good"}\n', "--workers 0", "--workers must be at least 1, not 0"),
+        (
+            '{"text": "a word"}\n',
+            "--tokenizer-type NullTokenizer --vocab-size 9 --workers 2",
+            "refuses 'a word'",
+        ),
+        ("{}", "--tokenizer-model absent", "cannot load SentencePieceTokenizer from absent: "),
+        ("{}", "--tokenizer-type NoSuch", "cannot load NoSuch from "),
+    ],
+)
+def test_mistakes_leave_nothing(
+    folder: Path, tmp_path: Path, content: str, flags: str, message: str
+) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text(content)
+    with pytest.raises(ToolError, match=message):
+        tokenize(source, tmp_path / "data", f"{sentencepiece_flags(folder)} {flags}")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("step", ["tokenizer", "preprocess --tokenizer-type NullTokenizer"])
+def test_missing_input_is_one_line(tmp_path: Path, step: str) -> None:
+    command = [sys.executable, "-m", "megatron_dion_tools", "data", *step.split()]
+    command += ["--input", "absent.jsonl", "--output-prefix", "x"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    expected = "error: absent.jsonl: No such file or directory\n"
+    assert (finished.returncode, finished.stderr) == (2, expected)
