@@ -135,18 +135,18 @@ def test_given_rates_train_with_all_seeds(laboratory: Laboratory) -> None:
     assert best_rate(runs.losses("", "New")) == 0.024
 
 
-def test_finished_runs_are_shared_and_an_interrupted_sweep_goes_on(laboratory: Laboratory) -> None:
+def test_equal_runs_are_shared_and_an_interrupted_sweep_goes_on(laboratory: Laboratory) -> None:
     laboratory.trained_runs(ONE_SETTING)
     before = len(laboratory.trained)
-    again = laboratory.runs(TEXT, "another")  # its setting "128" has the flags of the first study
-    again.train(1, lambda line: None)
+    twice = TEXT.replace("  New:", "  Same: {flags: --optimizer adam, lr: 0.004}\n  New:")
+    runs = laboratory.runs(twice, "another")  # its setting 128 has the flags of the first study
+    runs.train(1, lambda line: None)
     assert len(laboratory.trained) == 2 * before
     folders = [run.folder for run in laboratory.trained]
     assert len(set(folders)) == len(folders)
-    (folders[3] / "finished.json").unlink()
-    assert [
-        run.folder for s in ("64", "128") for m in ("Base", "New") for run in again.missing(s, m)
-    ]
+    (folders[before] / "finished.json").unlink()
+    pairs = [(setting, name) for setting in ("64", "128") for name in ("Base", "Same", "New")]
+    assert {run.folder for pair in pairs for run in runs.missing(*pair)} == {folders[before]}
 
 
 def test_what_a_study_found(laboratory: Laboratory) -> None:

@@ -82,6 +82,7 @@ def draw_study(result: Result) -> Figure:
         _finish(left, title, "learning rate", "validation loss (nats per token)")
         _finish(right, title, "step", "training loss at the best rate")
         left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
         for axes in (left, right):  # Higher losses would hide how the others differ.
             lowest = min(value for line in axes.lines for value in line.get_ydata())
             axes.set_ylim(top=min(axes.get_ylim()[1], lowest + _NATS_SHOWN))
@@ -96,6 +97,7 @@ def draw_study(result: Result) -> Figure:
         _finish(left, "", result["axis"], f"validation loss minus that of {result['baseline']}")
         _finish(right, "", result["axis"], "best learning rate")
         right.set_yscale("log", base=2)
+        right.yaxis.set_major_formatter("{x:g}")
     return figure
 
 
