@@ -95,16 +95,6 @@ def test_the_band_is_as_wide_as_its_share_of_the_noise(share: float, sign: int) 
         assert f"at most {size * share:.3g} of the seed noise" in verdict.finding
 
 
-@pytest.mark.parametrize("start", [1, 17, STEPS])
-def test_a_jump_is_noticed_within_a_window(start: int) -> None:
-    seeds = seeds_of(np.random.default_rng(0))
-    reference = seeds[0].curve("x")
-    ours = curves({i: value + 2.0 * (i >= start) for i, value in reference.items()})
-    divergent = follows(ours, curves(reference), "x", 0.1, seeds).divergent
-    assert divergent is not None
-    assert start <= divergent < start + window_of(reference)
-
-
 def test_a_planted_mistake_must_be_noticed() -> None:
     verdicts = repeats({1: 1.0}, [1.0]), repeats({1: 2.0}, [1.0])
     assert [verdict.is_good for verdict in verdicts] == [True, False]
