@@ -48,7 +48,7 @@ REMOVED = {
     "--dion-oversample": "Dion has one orthonormalizer, without a sketch: leave the flag out",
     "--dion-right-factor": "the columns of right factors are normalized (colnorm): leave the flag "
     "out, and add --dion-reinit-factors once where a checkpoint has orth",
-    "--dion-print-plan": "megatron-dion plan has what ranks hold, send and compute: leave the flag out",
+    "--dion-print-plan": "leave the flag out; megatron-dion plan says what ranks need",
     "--fp8-emulation": "FP8 needs a GPU with Transformer Engine: leave the flag out",
 }
 

@@ -13,6 +13,9 @@ from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, like_views, ring_bytes
 from megatron_dion.sharding.plan import Hop, Tile
 
+_CACHE_NUMBERS = 1 << 18
+"""Numbers of P that a CPU orthonormalizes together, 1 MiB."""
+
 
 class LeftFactorExchange:
     """The P of a step.
@@ -107,11 +110,14 @@ class _Rows:
         return [self.view(tile) for tile in tiles]
 
     def batches(self) -> Iterator[Tensor]:
-        """All rows, (batch, rows, r), those of equal shape together."""
+        """All rows, (batch, rows, r), those of equal shape together; on a CPU what its cache holds."""
+        is_cpu = self.memory.device.type == "cpu"
         for shape, alike in groupby(self._views, key=lambda view: view.shape):
-            first, *others = alike
-            start, count = first.storage_offset(), 1 + len(others)
-            yield self.memory[start : start + count * shape.numel()].view(count, *shape)
+            views = list(alike)
+            most = max(1, _CACHE_NUMBERS // max(shape.numel(), 1)) if is_cpu else len(views)
+            for first in range(0, len(views), most):
+                count, start = len(views[first : first + most]), views[first].storage_offset()
+                yield self.memory[start : start + count * shape.numel()].view(count, *shape)
 
 
 class _HopExchange:
