@@ -40,7 +40,5 @@ def _template(message: ast.expr) -> str:
             return text
         case ast.JoinedStr(values=values):
             return "".join(map(_template, values))
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _template(left) + _template(right)
         case _:
             return ANYTHING

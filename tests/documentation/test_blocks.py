@@ -88,7 +88,6 @@ def run(block: Block, project: Path) -> None:
     ("text", "fault"),
     [
         ("```bash\nls\n```", None),
-        ("```bash gpu\nnvidia-smi\n```", None),
         ("<!-- tests in: tests/project.py -->\n```bash tested\nls\n```", None),
         ("<!-- tests in: tests/none.py -->\n```bash tested\nls\n```", "there is no tests/none.py"),
         ("<!-- tests in: tests/project.py -->\n```bash gpu\nls\n```", "the mark 'tested' and"),
@@ -97,7 +96,6 @@ def run(block: Block, project: Path) -> None:
         ("```text\nB = M + G\n```", None),
         ("```text\nmake train\n```", "a command that is not run"),
         ("```sh\nls\n```", "the language 'sh'"),
-        ("    ls", "the language ''"),
         ("* in a list\n\n  ```console\n  ls\n  ```", "the language 'console'"),
     ],
 )
@@ -105,10 +103,3 @@ def test_blocks_without_a_verdict_are_noticed(text: str, fault: str | None) -> N
     [block] = blocks_in("page", text)
     assert (block.fault or "").startswith(fault or "")
     assert bool(block.fault) == bool(fault)
-
-
-def test_comments_before_a_block_are_read() -> None:
-    [block] = blocks_in("page", "<!-- tests run: ls -l -->\n```bash\nls\n```")
-    assert (block.variant, block.prelude) == ("ls -l", None)
-    [block] = blocks_in("page", "<!-- tests prepend: a.py -->\n```python\n1\n```")
-    assert (block.variant, block.prelude) == (None, "a.py")

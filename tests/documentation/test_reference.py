@@ -35,17 +35,11 @@ def own_flags() -> dict[str, Any]:
 
 def as_written(default: Any) -> str:
     """A default as the page writes it."""
-    match default:
-        case None | []:
-            return "none"
-        case False:
-            return "off"
-        case str(name):
-            return f"`{name}`"
-        case [*names]:
-            return f"`{','.join(names)}`"
-        case number:
-            return str(number)
+    if isinstance(default, list):
+        default = ",".join(default) or None
+    if isinstance(default, str):
+        return f"`{default}`"
+    return {None: "none", False: "off"}.get(default, str(default))
 
 
 @pytest.mark.slow
