@@ -11,9 +11,19 @@ from megatron_dion_tools import cli
 from megatron_dion_tools.errors import ToolError, run_tool
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_dion", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def failing(error: Exception) -> int:
+    raise error
+
+
+def line_of(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a mistake ends."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    [line] = said.err.splitlines()
+    return line
 
 
 def test_list_of_subcommands_needs_no_torch() -> None:
@@ -27,22 +37,14 @@ def test_list_of_subcommands_needs_no_torch() -> None:
     assert set(cli.COMMANDS) <= set(ended.stdout.split())
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "data corpus"])
 def test_each_describes_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert f"usage: megatron-dion {name}" in said
     assert len(said.splitlines()) > 5
-
-
-@pytest.mark.parametrize("step", ["corpus", "tokenizer", "preprocess"])
-def test_steps_of_data(step: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["data", step, "--help"])
-    assert end.value.code == 0
-    assert f"usage: megatron-dion data {step}" in capsys.readouterr().out
 
 
 def test_flags_of_a_run_go_to_the_command_that_takes_them() -> None:
@@ -51,10 +53,6 @@ def test_flags_of_a_run_go_to_the_command_that_takes_them() -> None:
     assert cli.parse("launch recipe.yaml --nodes 2".split()).flags == []
     with pytest.raises(ToolError, match="nothing may follow --, as --lr 1 does"):
         cli.parse("doctor -- --lr 1".split())
-
-
-def failing(error: Exception) -> int:
-    raise error
 
 
 @pytest.mark.parametrize(
@@ -81,37 +79,34 @@ def test_faults_of_our_own_are_not_hidden() -> None:
         run_tool(lambda: failing(ModuleNotFoundError("no", name="megatron_dion.plan")))
 
 
-def test_away_from_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    ended = run("plan", "160M", "--dp", "8", "--optimizer", "dion:1/4")
-    assert ended.returncode == 0, ended.stderr
-    for words, named in (
-        ("convergence check", "no cases in tests/convergence: name some, or start in a checkout"),
-        ("launch recipe.yaml --nodes 1", "recipe.yaml: No such file or directory"),
-        ("inspect .", ". holds no checkpoint"),
-    ):
-        ended = run(*words.split())
-        assert ended.returncode == 2
-        assert named in ended.stderr
-        assert len(ended.stderr.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("plan 8B --hardwear cpu --tp 2", "--hardwear cpu: did you mean --hardware?"),
+        ("", "the following arguments are required: COMMAND"),
         ("data tokenizer --input a --output-prefix b --vocab-sze 3", "did you mean --vocab-size?"),
-        ("--foo plan 8B", "unrecognized arguments: --foo "),
-        ("plan 8B --tp 0", "argument --tp: "),
-        ("plann", "invalid choice: 'plann'"),
+        ("data tokenizer --input a --json-keys a b", "--output-prefix"),
+        ("--foo doctor", "unrecognized arguments: --foo "),
+        ("doctor --timeout 0", "--timeout: must be a positive number of seconds, not 0"),
+        ("doctor --timeout inf", "--timeout: must be a positive number of seconds, not inf"),
+        ("nurse", "invalid choice: 'nurse'"),
+        ("advise runs/1", "use `megatron-dion report`"),
+        ("study run a.yaml", "use `megatron-dion convergence sweep`"),
+        ("launch recipe.yaml --nodes 1", "recipe.yaml: No such file or directory"),
     ],
 )
-def test_mistakes_of_the_command_line_are_one_line(words: str, said: str) -> None:
-    done = run(*words.split())
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+def test_mistakes_of_the_command_line_are_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = line_of(words, capsys)
     assert line.startswith("error: ")
     assert said in line
+
+
+def test_module_is_the_command(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "megatron_dion_tools", "inspect", "."]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: . holds no checkpoint")
 
 
 @pytest.mark.parametrize("main", ["print('x' * 10**6)", "[print('help'), exit(0)]"])

@@ -1,13 +1,14 @@
-"""Say what a checkpoint holds, and whether it is whole.
+"""Say what a checkpoint holds and, with --verify, whether it is whole.
 
 DIR is a folder of checkpoints, of which the newest complete one is taken, or one checkpoint
-(iter_0000100). For each logical matrix of Dion's: rows, columns, rank, types, and the Frobenius
-norms of weight, momentum and right factor.
+(iter_0000100). For each logical matrix of Dion's: rows, columns, rank and types; with --verify also
+the Frobenius norms of weight, momentum and right factor.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,42 +16,64 @@ from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.error_line import tell
-from megatron_dion.optimizer.record import KINDS, Record
+from megatron_dion.optimizer.record import (
+    DION_PREFIX,
+    KINDS,
+    MOMENTUM,
+    RIGHT_FACTOR,
+    WEIGHT,
+    Record,
+)
 from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.saved_matrices import SavedMatrix, saved_matrices
 from megatron_dion_tools.terminal import progress_bar, quiet_imports
 
-HEADER = ("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in KINDS))
+
+class SavedMatrix(NamedTuple):
+    """A logical matrix in a checkpoint.
+
+    Attributes:
+        name: Of the matrix.
+        rows: m.
+        columns: n.
+        rank: r.
+        dtypes: Of weight, momentum and right factor.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    rank: int
+    dtypes: tuple[str, ...]
+
+    def key(self, kind: str) -> str:
+        """Return the checkpoint's key of a tensor, one of `KINDS`."""
+        return f"{DION_PREFIX}.{kind}.{self.name}"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print it; the exit code is 1 if the checkpoint is not whole."""
-    try:
-        folder = _folder(Path(args.folder), args.ckpt_step)
-    except CheckpointError as error:
-        raise ToolError(str(error)) from error
-    try:
-        contents = Contents(folder)
-        problems = contents.damaged_files() or _show(contents, not args.no_norms)
-        if args.verify and not problems:
-            problems = _damage(contents)
-    except CheckpointError as error:
-        tell(error)
-        return 1
-    if problems:
-        tell(f"{contents.folder} is NOT whole: {'; '.join(problems)}")
-        return 1
-    if args.verify:
-        print(f"\n{contents.folder} is whole")
-    return 0
+def saved_matrices(contents: Contents) -> tuple[list[SavedMatrix], list[str]]:
+    """Return all logical matrices, and what is missing or does not fit together."""
+    matrices, problems = [], []
+    start = f"{DION_PREFIX}.{WEIGHT}."
+    for name in (key.removeprefix(start) for key in contents.tensors if key.startswith(start)):
+        entries = {kind: contents.tensors.get(f"{DION_PREFIX}.{kind}.{name}") for kind in KINDS}
+        there = {kind: entry for kind, entry in entries.items() if entry is not None}
+        if missing := [kind for kind in KINDS if kind not in there]:
+            problems.append(f"{name} has no {' and no '.join(missing)}")
+            continue
+        sizes = {kind: tuple(entry.size) for kind, entry in there.items()}
+        if sizes[MOMENTUM] != sizes[WEIGHT] or sizes[RIGHT_FACTOR][0] != sizes[WEIGHT][0]:
+            listed = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
+            problems.append(f"{name}: {listed} do not fit together")
+        dtypes = (str(entry.properties.dtype).removeprefix("torch.") for entry in there.values())
+        matrices.append(SavedMatrix(name, *sizes[WEIGHT], sizes[RIGHT_FACTOR][1], tuple(dtypes)))
+    return sorted(matrices, key=lambda matrix: in_order_of_layers(matrix.name)), problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--ckpt-step", type=int, help="iteration, in place of the newest")
-    parser.add_argument("--no-norms", action="store_true", help="do not read tensors for norms")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -59,26 +82,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _folder(given: Path, step: int | None) -> Path:
-    if (given / folders.MARKER).exists():
-        return given
-    choice = folders.choose(given, step)
-    for remark in choice.remarks:
-        print(remark)
-    return choice.folder
+def run(args: argparse.Namespace) -> int:
+    """Print what the checkpoint holds; the exit code is 1 if it is not whole."""
+    try:
+        folder = args.folder
+        if not (folder / folders.MARKER).exists():
+            choice = folders.choose(folder, args.ckpt_step)
+            folder = choice.folder
+            print("".join(f"{remark}\n" for remark in choice.remarks), end="")
+    except CheckpointError as error:
+        raise ToolError(str(error)) from error
+    try:
+        problems = _examine(Contents(folder), args.verify)
+    except CheckpointError as error:
+        tell(error)
+        return 1
+    if problems:
+        tell(f"{folder} is NOT whole: {'; '.join(problems)}")
+    elif args.verify:
+        print(f"\n{folder} is whole")
+    return 1 if problems else 0
 
 
-def _show(contents: Contents, with_norms: bool) -> list[str]:
-    """Prints what a checkpoint holds; returns what is missing in it."""
+def _examine(contents: Contents, verify: bool) -> list[str]:
+    """Print what a checkpoint holds and return what is wrong with it."""
+    if problems := contents.damaged_files():
+        return problems
     with quiet_imports():
         import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
     print("\n".join(_summary(contents)))
     matrices, problems = saved_matrices(contents)
-    matrices.sort(key=lambda matrix: in_order_of_layers(matrix.name))
+    norms: dict[str, float] = {}
+    if verify and not problems:
+        problems, norms = _verify(contents)
     if matrices:
-        print()
-        for line in _table(contents, matrices, with_norms):
-            print(line)
+        print("\n" + "\n".join(_table(matrices, norms)))
     return problems
 
 
@@ -100,8 +138,7 @@ def _summary(contents: Contents) -> Iterator[str]:
         state = "" if "optimizer" in common else ", without its state"
         yield f"optimizer   {getattr(args, 'optimizer', 'unknown')}{state}"
         return
-    config = record.to_dict()
-    steps = common["optimizer"]["steps"]
+    config, steps = record.to_dict(), common["optimizer"]["steps"]
     yield f"optimizer   dion, after {steps['dion']} steps"
     yield f"and         {record.scalar_optimizer}, after {steps['scalar']} steps"
     yield f"dion        {', '.join(f'{k} {v}' for k, v in config['config'].items())}"
@@ -109,44 +146,39 @@ def _summary(contents: Contents) -> Iterator[str]:
         yield f"{name:11} {', '.join(config[name]) or 'none'}"
 
 
-def _table(contents: Contents, matrices: list[SavedMatrix], with_norms: bool) -> Iterator[str]:
-    width = max(len(matrix.name) for matrix in matrices)
-    columns = HEADER if with_norms else HEADER[:5]
-    yield _row(columns, width)
-    tensors = len(matrices) * len(KINDS) if with_norms else 0
-    with progress_bar("reading", total=tensors, unit="tensor") as bar:
-        for matrix in matrices:
-            values = [matrix.name, matrix.rows, matrix.columns, matrix.rank, _types(matrix)]
-            for kind in KINDS if with_norms else ():
-                values.append(f"{float(contents.read(matrix.key(kind)).float().norm()):.6g}")
+def _verify(contents: Contents) -> tuple[list[str], dict[str, float]]:
+    """Read everything; return what is wrong, and the Frobenius norm of each tensor by key."""
+    problems, norms = contents.gaps(), {}
+    manifest = hashes.read_manifest(contents.folder)
+    if manifest is None:
+        print("saved without hashes: changed bytes within a tensor cannot be seen")
+    else:
+        problems += hashes.damage(contents.folder, manifest)
+    if not problems:
+        with progress_bar("verifying", total=len(contents.tensors), unit="tensor") as bar:
+            for key in contents.tensors:
+                tensor = contents.read(key)
+                if tensor.is_floating_point():
+                    norms[key] = float(tensor.float().norm())
+                    if not torch.isfinite(tensor.float()).all():
+                        problems.append(f"{key} has numbers that are not finite")
                 bar.update()
-            yield _row(values, width)
+    return problems, norms
 
 
-def _row(values: Sequence[object], width: int) -> str:
-    name, *rest = map(str, values)
-    return " ".join([f"{name:{width}}", *(f"{value:>14}" for value in rest)])
+def _table(matrices: Sequence[SavedMatrix], norms: Mapping[str, float]) -> Iterator[str]:
+    width = max(len(matrix.name) for matrix in matrices)
+    shown = KINDS if norms else ()
+    for row in (
+        ["matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in shown)],
+        *(
+            [*matrix[:4], _types(matrix), *(f"{norms[matrix.key(kind)]:.6g}" for kind in shown)]
+            for matrix in matrices
+        ),
+    ):
+        yield " ".join([f"{row[0]:{width}}", *(f"{value!s:>14}" for value in row[1:])])
 
 
 def _types(matrix: SavedMatrix) -> str:
     short = [dtype.replace("float", "fp").replace("bfp", "bf") for dtype in matrix.dtypes]
     return short[0] if len(set(short)) == 1 else "/".join(short)
-
-
-def _damage(contents: Contents) -> list[str]:
-    """Reads everything; returns what is wrong."""
-    found = contents.gaps()
-    manifest = hashes.read_manifest(contents.folder)
-    if manifest is None:
-        print("\nsaved without hashes: changed bytes within a tensor cannot be seen")
-    else:
-        found += hashes.damage(contents.folder, manifest)
-    if found:
-        return found
-    with progress_bar("verifying", total=len(contents.tensors), unit="tensor") as bar:
-        for key in contents.tensors:
-            tensor = contents.read(key)
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                found.append(f"{key} has numbers that are not finite")
-            bar.update()
-    return found

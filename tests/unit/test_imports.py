@@ -1,0 +1,74 @@
+"""The direction of imports, read from the source: the optimizer knows nothing of the tools."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.project import ROOT
+
+PACKAGE = ROOT / "megatron_dion"
+MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+
+
+def imports_of(source: str, package: str) -> Iterator[str]:
+    """The modules that a module imports anywhere, also in functions, by their full names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(name, package)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def forbidden_to(path: Path) -> tuple[str, ...]:
+    if path.parts[1] in ("algorithm", "sharding"):
+        return ("megatron_dion_tools", "megatron", "megatron_dion.megatron")
+    return ("megatron_dion_tools",)
+
+
+def faults(path: Path, source: str) -> list[str]:
+    """Imports in a module of the package that go the wrong way."""
+    names = imports_of(source, ".".join(path.parent.parts))
+    return [
+        name
+        for name in names
+        if any(name == wrong or name.startswith(f"{wrong}.") for wrong in forbidden_to(path))
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_one_way(path: Path) -> None:
+    assert faults(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("megatron_dion/run.py", "def f():\n    import megatron_dion_tools.cli"),
+        ("megatron_dion/run.py", "from megatron_dion_tools import cli"),
+        ("megatron_dion/sharding/plan.py", "from megatron.core import parallel_state"),
+        ("megatron_dion/sharding/plan.py", "import megatron"),
+        ("megatron_dion/algorithm/step.py", "from ..megatron import arguments"),
+    ],
+)
+def test_wrong_imports_are_noticed(path: str, source: str) -> None:
+    assert faults(Path(path), source)
+
+
+def test_package_needs_torch_only() -> None:
+    """With nothing but the standard library, torch and what torch itself imports."""
+    code = (
+        "import sys, torch\n"
+        "before = {name.partition('.')[0] for name in sys.modules} | sys.stdlib_module_names\n"
+        "import megatron_dion\n"
+        "after = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(*sorted(after - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["megatron_dion"]), done.stderr
