@@ -12,7 +12,6 @@ from megatron_dion.sharding import (
     Layout,
     Rank,
     ShardedExchange,
-    bytes_sent,
     compression_pays,
     make_plan,
     sets_of,
@@ -106,8 +105,8 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
     buffers = []
     for placements, replicas in sets:
         plan = make_plan(layout, rank, placements)
-        found.update(bytes_sent(plan, replicas))
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
+        found.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
         for _, rectangle in plan.rectangles:
             found["products"] += 8 * rectangle.numel * layout.matrices[rectangle.matrix].rank
