@@ -110,7 +110,7 @@ class _Rows:
         return [self.view(tile) for tile in tiles]
 
     def batches(self) -> Iterator[Tensor]:
-        """All rows, (batch, rows, r), those of equal shape together; on a CPU what its cache holds."""
+        """All rows, (batch, rows, r), by shape; on a CPU at most what its cache holds."""
         is_cpu = self.memory.device.type == "cpu"
         for shape, alike in groupby(self._views, key=lambda view: view.shape):
             views = list(alike)

@@ -4,7 +4,6 @@ import argparse
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +48,7 @@ def test_flags_to_start_with_train() -> None:
     world(1).train(*MODEL, *TRAINING, "--train-iters", "3", *shown.split())
 
 
-<<<<<<< HEAD
 def test_every_refusal_is_explained_and_every_explained_message_exists() -> None:
-=======
-def test_shortened_case_is_a_part_of_the_whole(tmp_path: Path) -> None:
-    [text] = [b.code for b in blocks_of("docs/convergence.md") if b.language == "yaml"]
-    (tmp_path / "topologies.yaml").write_text(text)
-    whole_path = ROOT / "tests" / "convergence" / "topologies.yaml"
-    for name in ("tiny.args", "mistakes.py"):
-        shutil.copy(whole_path.with_name(name), tmp_path)
-    shown, whole = read_case(tmp_path / "topologies.yaml"), read_case(whole_path)
-    assert (shown.vocab_size, shown.seeds) == (whole.vocab_size, whole.seeds)
-    assert shown.runs.items() <= whole.runs.items()
-    for check in shown.checks:
-        [other] = [o for o in whole.checks if replace(o, runs=check.runs) == check]
-        assert set(check.runs) <= set(other.runs)
-
-
-def test_every_refusal_is_explained() -> None:
-    unexplained = {message for message in raised_messages(OUR_REFUSALS) if says_something(message)}
-    unexplained -= explained()
-    assert not unexplained
-
-
-def test_every_explained_message_exists() -> None:
-    assert explained() <= raised_messages()
-
-
-def explained() -> set[str]:
-    """The messages that the page about them has an entry for."""
->>>>>>> room-c
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\*\*`(.+)`\*\*", page, re.M))
     # A message that is a variable alone has no words that could be looked for.
