@@ -55,7 +55,7 @@ def row(table: str, check: str, verdict: str) -> str:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_healthy_world(size: int, tmp_path: Path) -> None:
-    answers = run_world(size, examine, f"--shared-folder {tmp_path} --run-dir {tmp_path}")
+    answers = run_world(size, examine, f"--shared-folder {tmp_path}")
     assert [code for code, _, _ in answers] == [0] * size, answers
     table = answers[0][1]
     assert all(said == "" for _, said, _ in answers[1:])
