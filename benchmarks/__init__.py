@@ -1,1 +1,1 @@
-"""Programs that measure, one for each question: `python -m benchmarks.NAME`."""
+"""Programs that measure what a step of Dion costs; README.md says how to run and read them."""

@@ -1,37 +1,22 @@
 """How long does the optimizer's step take on one process, and how long must it?
 
-Two tables. `floor`: Dion's step on many equal matrices against the matrix products that it must do:
-the four of shapes (m, n) and r, timed with the layouts that the step has, and the operations of the
-orthonormalization, those of `auto`, or Householder QR's, at the rate of a product (n, r)
-(r, r). `weights`: AdamW, Megatron's Muon, and
-Dion with products in float32 and in Muon's precision, on the weights of a GPT.
+Two tables. `floor`: Dion's step on equal square matrices, beside the matrix products that it must
+do: the four of shapes (m, n) and r, in the layouts of the step, and the operations of the
+orthonormalization at the rate of a product (n, r) (r, r). `weights`: AdamW, Megatron's Muon and
+Dion on the weights of a GPT.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks._common import (
-    Case,
-    Goal,
-    Row,
-    Timing,
-    interleaved,
-    largest,
-    make_parser,
-    parse,
-    preload_megatron,
-    ratio,
-    report,
-    summary,
-)
+from benchmarks._common import Row, interleaved, make_parser, parse, ratio, report, summary
 from benchmarks._models import (
     LR,
     WEIGHT_DECAY,
@@ -39,28 +24,27 @@ from benchmarks._models import (
     checked_step,
     dion_on_pieces,
     gpt,
+    masters,
     with_gradient,
 )
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import Matrix
-from megatron_dion.platforms.cpu_adam import CpuAdam
-from megatron_dion.sharding.balance import operations
+from megatron_dion.algorithm import orthonormalize_flops
+from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.plan import GptShape
-from megatron_dion_tools.plan.compute import orthonormalization
 
-FRACTIONS = tuple(Fraction(1, k) for k in (16, 8, 4, 2, 1))
+MUON = "Muon"
+Step = Callable[[], object]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print both tables."""
+    """Prints both tables."""
     args = _parse(argv)
     torch.manual_seed(0)
-    goals: list[Goal] = []
     tables = {
-        "floor": [row for alike in args.matrices for row in _floor_rows(alike, args, goals)],
-        "weights": [row for hidden in args.hidden for row in _weight_rows(hidden, args, goals)],
+        "floor": [row for alike in args.matrices for row in _floor_rows(alike, args)],
+        "weights": [row for hidden in args.hidden for row in _weight_rows(hidden, args)],
     }
-    report(args, tables, goals)
+    report(args, tables)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,7 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--matrices",
         type=Alike.parse,
         nargs="*",
-        default=[Alike(4, 1024, 1.15), Alike(64, 256, 1.5)],
+        default=[Alike(4, 1024), Alike(64, 256)],
         metavar="COUNTxSIZE",
         help="square matrices of the first table; none: no such table",
     )
@@ -77,256 +61,133 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--hidden", type=int, nargs="*", default=[512, 1024], help="widths of the second table"
     )
     parser.add_argument("--layers", type=int, default=1, help="layers of the second table")
-    parser.add_argument("--fractions", type=Fraction, nargs="+", default=FRACTIONS)
+    parser.add_argument(
+        "--fractions", type=Fraction, nargs="+", default=[Fraction(1, k) for k in (16, 8, 4, 2, 1)]
+    )
     return parse(parser, argv)
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Some square matrices of one size.
-
-    Attributes:
-        count: how many.
-        size: rows and columns.
-        limit: what a step may take, as a multiple of the floor.
-    """
+    """`count` square matrices of `size` rows and columns."""
 
     count: int
     size: int
-    limit: float = 1.5
 
     @classmethod
     def parse(cls, text: str) -> "Alike":
         """Reads `4x1024`."""
-        count, size = map(int, text.split("x"))
-        return cls(count, size)
+        return cls(*map(int, text.split("x")))
 
 
-def _floor_rows(alike: Alike, args: argparse.Namespace, goals: list[Goal]) -> list[Row]:
-    """A row for each rank fraction; all of them are measured in turns."""
-    floors = {fraction: _Floor(alike, fraction, args.device) for fraction in args.fractions}
-    cases = {
-        f"{fraction} {name}": case
-        for fraction, floor in floors.items()
-        for name, case in floor.cases().items()
-    }
-    timings = interleaved(cases, args.repeats)
-    rows = []
-    for fraction, floor in floors.items():
-        of = {name: timings[f"{fraction} {name}"] for name in floor.cases()}
-        rows.append(floor.row(of))
-    name = f"{alike.count} of {alike.size} x {alike.size}: step / floor, all rank fractions"
-    goals.append(Goal(name, largest(rows, "step_to_floor") or 0, alike.limit))
-    return rows
-
-
-class _Floor:
-    """Dion's step on equal matrices, and the products that it must do."""
-
-    def __init__(self, alike: Alike, fraction: Fraction, device: str) -> None:
-        m = n = alike.size
-        self._alike, self._fraction, self._device = alike, fraction, device
-        config = DionConfig(rank_fraction=float(fraction))
-        self._matrix = Matrix("", m, n, config.rank(m, n))
-        r = self._matrix.rank
-        weights = [
-            with_gradient(0.02 * torch.randn(m, n, device=device)) for _ in range(alike.count)
-        ]
-        self._optimizer = Dion(weights, lr=LR, weight_decay=WEIGHT_DECAY, **vars(config))
-        self._operands = [
-            _Operands(
-                weight=torch.randn(m, n, device=device),
-                total=torch.randn(m, n, device=device),
-                right=torch.randn(m, r, device=device) / m**0.5,
-                left=torch.randn(n, r, device=device) / n**0.5,
-                projection=torch.randn(m, r, device=device) / m**0.5,
-                square=torch.randn(r, r, device=device) / r**0.5,
-            )
-            for _ in range(alike.count)
-        ]
-
-    def cases(self) -> dict[str, Case]:
-        """The step, the four products, the product that stands for the orthonormalization."""
-        return {
-            "step": Case(self._optimizer.step),
-            "products": Case(lambda: _four_products(self._operands)),
-            "square": Case(lambda: [o.left @ o.square for o in self._operands]),
-        }
-
-    def row(self, timings: Mapping[str, Timing]) -> Row:
-        """What was measured, as medians, and the median of each round's ratio."""
-        matrix = self._matrix
-        n, r = matrix.columns, matrix.rank
-        cost = {name: timing.cost(self._device) for name, timing in timings.items()}
-        products = cost["products"]
-        _, householder = orthonormalization(DionConfig(), np.array(float(n)), r, "qr")
-        orthonormalize, fewest = (
-            [count / (2 * n * r**2) * seconds for seconds in cost["square"]]
-            for count in (operations(matrix, n), float(householder))
-        )
-        to_floor, to_fewest = (
-            ratio(cost["step"], [a + b for a, b in zip(products, other, strict=True)])
-            for other in (orthonormalize, fewest)
-        )
-        rate = 8 * matrix.rows * matrix.columns * matrix.rank * self._alike.count / 1e9
-        return {
-            "matrices": f"{self._alike.count} x {self._alike.size}",
-            "fraction": str(self._fraction),
-            "rank": r,
-            "products_ms": 1e3 * summary(products).median,
-            "products_gflops": rate / summary(products).median,
-            "orthonormalize_ms": 1e3 * summary(orthonormalize).median,
-            "step_ms": 1e3 * summary(cost["step"]).median,
-            "step_wall_ms": 1e3 * summary(timings["step"].wall).median,
-            "step_to_floor": to_floor.median,
-            "low": to_floor.low,
-            "high": to_floor.high,
-            "step_to_fewest": to_fewest.median,
-        }
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """Of one matrix: W, B (m, n), Q, R (m, r), P (n, r), and something (r, r)."""
-
-    weight: Tensor
-    total: Tensor
-    right: Tensor
-    left: Tensor
-    projection: Tensor
-    square: Tensor
-
-
-def _four_products(operands: Sequence[_Operands]) -> None:
-    """As in megatron_dion/algorithm/step.py, matrix after matrix in each phase."""
-    for o in operands:
-        torch.mm(o.total.T, o.right, out=o.left)  # (n, r)
-    for o in operands:
-        torch.mm(o.total, o.left, out=o.projection)  # (m, r)
-    for o in operands:
-        o.total.addmm_(o.projection, o.left.T, alpha=-1e-9)
-        o.weight.addmm_(o.right, o.left.T, beta=1 - 1e-6, alpha=-1e-9)
-
-
-def _weight_rows(hidden: int, args: argparse.Namespace, goals: list[Goal]) -> list[Row]:
-    """All optimizers on the same shapes in turns, with fp32 and with bf16 weights."""
-    shape = gpt(hidden, args.layers)
-    optimizers = {
-        "AdamW, torch": _torch_adamw(shape, args.device),
-        "AdamW, Megatron on CPU": _megatron_adamw(shape, args.device),
-        _MUON: _muon(shape, args.device),
-        _MUON_FP32: _muon(shape, args.device, precision="highest"),
-        **{f"Dion {f}": _dion(shape, f, args.device) for f in reversed(args.fractions)},
-        **{
-            f"Dion {f}, {_LIKE_MUON}": _dion(shape, f, args.device, precision="medium")
-            for f in reversed(args.fractions)
-        },
-    }
+def _floor_rows(alike: Alike, args: argparse.Namespace) -> list[Row]:
+    """Returns a row for each rank fraction; all of them are measured in turns."""
+    cases: dict[str, Step] = {}
+    for fraction in args.fractions:
+        cases |= _floor_cases(alike, fraction, args.device)
+    times = interleaved(cases, args.repeats, args.device)
     return [
-        row
-        for dtype in ("fp32", "bf16")
-        for row in _rows_of_dtype(shape, dtype, optimizers, args, goals)
+        _floor_row(alike, f, *(times[f"{f} {name}"] for name in ("step", "products", "square")))
+        for f in args.fractions
     ]
 
 
-@dataclass(frozen=True)
-class _Optimizer:
-    """An optimizer's step, and the float32 weights that it steps."""
+def _floor_cases(alike: Alike, fraction: Fraction, device: str) -> dict[str, Step]:
+    """Returns the step, its four products, and a product (n, r) (r, r), of all matrices."""
+    n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
+    each = range(alike.count)
 
-    step: Callable[[], object]
-    weights: Sequence[Tensor]
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device) / shape[0] ** 0.5
 
-    def with_bf16_weights(self) -> Callable[[], None]:
-        """The step of Megatron with bf16 weights: these are rounded from the masters after it."""
-        rounded = [weight.bfloat16() for weight in self.weights]
-
-        def step() -> None:
-            self.step()
-            torch._foreach_copy_(rounded, list(self.weights))
-
-        return step
-
-
-def _rows_of_dtype(
-    shape: GptShape,
-    dtype: str,
-    optimizers: Mapping[str, _Optimizer],
-    args: argparse.Namespace,
-    goals: list[Goal],
-) -> list[Row]:
-    cases = {
-        name: Case(optimizer.step if dtype == "fp32" else optimizer.with_bf16_weights())
-        for name, optimizer in optimizers.items()
+    weights = [with_gradient(0.02 * random(n, n)) for _ in each]
+    optimizer = Dion(weights, lr=LR, weight_decay=WEIGHT_DECAY, rank_fraction=float(fraction))
+    operands = [(random(n, n), random(n, n), random(n, r), random(n, r)) for _ in each]
+    squares = [(random(n, r), random(r, r)) for _ in each]
+    return {
+        f"{fraction} step": optimizer.step,
+        f"{fraction} products": lambda: _four_products(operands),
+        f"{fraction} square": lambda: [left @ square for left, square in squares],
     }
-    timings = interleaved(cases, args.repeats)
-    muon, in_fp32 = (timings[name].cost(args.device) for name in (_MUON, _MUON_FP32))
-    rows: list[Row] = []
-    for name, timing in timings.items():
-        cost = timing.cost(args.device)
-        to_muon, to_fp32 = ratio(cost, muon), ratio(cost, in_fp32)
-        rows.append(
-            {
-                "hidden": shape.hidden,
-                "layers": shape.layers,
-                "weights": dtype,
-                "optimizer": name,
-                "step_ms": 1e3 * summary(cost).median,
-                "step_wall_ms": 1e3 * summary(timing.wall).median,
-                "to_muon": to_muon.median,
-                "low": to_muon.low,
-                "high": to_muon.high,
-                "to_muon_fp32": to_fp32.median,
-            }
-        )
-        dion, _, in_bf16 = name.partition(", ")
-        if dion in _TO_MUON:
-            label = f"hidden {shape.hidden}, {dtype} weights: {name} / "
-            goals.append(Goal(label + _MUON, to_muon.median, _TO_MUON[dion]))
-            if not in_bf16:
-                goals.append(Goal(label + _MUON_FP32, to_fp32.median, _TO_MUON[dion]))
-    return rows
 
 
-_MUON, _MUON_FP32 = "Muon, Megatron", "Muon, Newton-Schulz in fp32"
-_LIKE_MUON = "products in bf16"
-_TO_MUON = {"Dion 1/4": 1 / 5, "Dion 1/16": 1 / 10}
+def _four_products(operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """Computes P = B^T Q, R = B P, B - R P^T and W - Q P^T as the step does."""
+    for _, total, right, left in operands:
+        torch.mm(total.T, right, out=left)
+    rows = [total @ left for _, total, _, left in operands]
+    for (weight, total, right, left), projection in zip(operands, rows, strict=True):
+        total.addmm_(projection, left.T, alpha=-1e-9)
+        weight.addmm_(right, left.T, beta=1 - 1e-6, alpha=-1e-9)
 
 
-def _masters(shape: GptShape, device: str) -> list[Tensor]:
-    """The weights of a GPT (rows, columns), with gradients."""
-    weights = shape.weights(range(shape.layers))
+def _floor_row(
+    alike: Alike,
+    fraction: Fraction,
+    step: Sequence[float],
+    products: Sequence[float],
+    square: Sequence[float],
+) -> Row:
+    n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
+    share = orthonormalize_flops(n, r) / (2 * n * r**2)
+    orthonormalize = [share * milliseconds for milliseconds in square]
+    floor = [a + b for a, b in zip(products, orthonormalize, strict=True)]
+    to_floor = ratio(step, floor)
+    return {
+        "matrices": f"{alike.count} x {n}",
+        "fraction": str(fraction),
+        "rank": r,
+        "products_ms": summary(products).median,
+        "products_gflops": 8 * n * n * r * alike.count / 1e6 / summary(products).median,
+        "orthonormalize_ms": summary(orthonormalize).median,
+        "step_ms": summary(step).median,
+        "step_to_floor": to_floor.median,
+        "low": to_floor.low,
+        "high": to_floor.high,
+    }
+
+
+def _weight_rows(hidden: int, args: argparse.Namespace) -> list[Row]:
+    """Returns a row for each optimizer; all of them step the same shapes in turns."""
+    shape, device = gpt(hidden, args.layers), args.device
+    adamw = torch.optim.AdamW(masters(shape, device), LR, weight_decay=WEIGHT_DECAY, fused=True)
+    steps: dict[str, Step] = {
+        "AdamW": adamw.step,
+        MUON: _muon(shape, device, "medium"),
+        "Muon, fp32 products": _muon(shape, device, "highest"),
+    }
+    for fraction in reversed(args.fractions):
+        steps[f"Dion {fraction}"] = _dion(shape, fraction, device, "high")
+        steps[f"Dion {fraction}, bf16 products"] = _dion(shape, fraction, device, "medium")
+    times = interleaved(steps, args.repeats, device)
     return [
-        with_gradient(torch.nn.Parameter(0.02 * torch.randn(w.rows, w.columns, device=device)))
-        for w in weights
+        {
+            "hidden": hidden,
+            "layers": args.layers,
+            "optimizer": name,
+            "step_ms": summary(measured).median,
+            "to_muon": (to_muon := ratio(measured, times[MUON])).median,
+            "low": to_muon.low,
+            "high": to_muon.high,
+        }
+        for name, measured in times.items()
     ]
 
 
-def _torch_adamw(shape: GptShape, device: str) -> _Optimizer:
-    weights = _masters(shape, device)
-    adamw = torch.optim.AdamW(weights, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    return _Optimizer(adamw.step, weights)
-
-
-def _megatron_adamw(shape: GptShape, device: str) -> _Optimizer:
-    """What Megatron runs with on CPU; on a GPU it takes apex's or Transformer Engine's."""
-    weights = _masters(shape, device)
-    return _Optimizer(CpuAdam(weights, lr=LR, weight_decay=WEIGHT_DECAY).step, weights)
-
-
-def _muon(shape: GptShape, device: str, precision: str = "medium") -> _Optimizer:
-    """With the options that Megatron gives it; by default (`medium`) Newton-Schulz is in bf16.
+def _muon(shape: GptShape, device: str, precision: str) -> Step:
+    """Returns the step of Megatron's Muon; `medium`, its default, computes products in bf16.
 
     Megatron splits fused query, key and value, and leaves gate and up projection one matrix.
     """
     if device == "cpu":
-        preload_megatron()
+        preload()
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.emerging_optimizers import (
         TensorParallelMuon,
         _muon_config_to_kwargs,
     )
 
-    weights: list[Any] = _masters(shape, device)
+    weights: list[Any] = masters(shape, device)
     for master, weight in zip(weights, shape.weights(range(shape.layers)), strict=True):
         master.is_qkv = "linear_qkv" in weight.name
     config = OptimizerConfig(
@@ -339,16 +200,13 @@ def _muon(shape: GptShape, device: str, precision: str = "medium") -> _Optimizer
             kv_channels=shape.head,
         )
     )
-    options = _muon_config_to_kwargs(config, [model], None)
-    return _Optimizer(TensorParallelMuon(weights, **options).step, weights)
+    return TensorParallelMuon(weights, **_muon_config_to_kwargs(config, [model], None)).step
 
 
-def _dion(shape: GptShape, fraction: Fraction, device: str, precision: str = "high") -> _Optimizer:
-    """By default in float32; on a GPU in TF32."""
+def _dion(shape: GptShape, fraction: Fraction, device: str, precision: Any) -> Step:
     config = DionConfig(rank_fraction=float(fraction), fp32_matmul_prec=precision)
     dion = dion_on_pieces(shape, Topology(), config, device=device)
-    [group] = dion.param_groups
-    return _Optimizer(lambda: checked_step(dion), group["params"])
+    return lambda: checked_step(dion)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Draws the figures of `how_it_works.md` and `performance.md`: `python docs/figures/draw.py`.
+"""Draws the figures of `how_it_works.md` into docs/images: `python docs/figures/draw.py`.
 
-Each of the modules named below has a function `draw`. What they show is computed by the package, or
-was measured and lies in `benchmarks/results`.
+Each module that is named below has a function `draw`; the package computes what it shows.
 """
 
 import argparse
@@ -9,35 +8,38 @@ from importlib import import_module
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
-NAMES = ("step", "low_rank", "error_feedback", "shards", "hops", "step_times")
+NAMES = ("step", "low_rank", "error_feedback", "shards", "hops")
 IMAGES = Path(__file__).parent.parent / "images"
-
 STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.size": 10,
     "legend.frameon": False,
     "svg.hashsalt": "megatron-dion",  # the same file whenever the picture is the same
 }
+STATE, SENT, WORK, EDGE = "#cfe3f5", "#fde0b8", "#f7f7f7", "#444444"
 
 
-def main() -> None:
-    """Draw all figures, or those that are named."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--output", type=Path, default=IMAGES, help="folder for the SVG files")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    plt.rcParams.update(STYLE)
-    for name in args.names or NAMES:
-        figure = import_module(name).draw()
-        figure.savefig(args.output / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+def box(axes: Axes, x: float, y: float, text: str, color: str) -> Text:
+    """A text in a box around (x, y)."""
+    frame = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": EDGE}
+    return axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
+
+
+def arrow(axes: Axes, start: Text, end: Text) -> None:
+    """An arrow from one box to another."""
+    ends = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
+    style = {"arrowstyle": "-|>", "color": EDGE, "shrinkA": 0, "shrinkB": 3}
+    axes.annotate("", end.get_position(), start.get_position(), arrowprops=ends | style)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=IMAGES, help="folder for the SVG files")
+    folder = parser.parse_args().output
+    matplotlib.rcParams.update(STYLE)
+    for name in NAMES:
+        figure = import_module(name).draw()
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})

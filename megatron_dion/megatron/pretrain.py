@@ -59,8 +59,8 @@ def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
     with mock.patch.dict(os.environ, world), _command_line(argv):
         args: argparse.Namespace = arguments.parse_args(extra_args_provider(device))
     args.device = device
-    for check in (*validation.OF_ALL_SCRIPTS, *validation.OF_DATA):
-        if check not in validation.OF_FILES:
+    for check in (*validation.OF_ALL_SCRIPTS, validation.check_data_mode):
+        if check is not validation.check_packages:
             check(args)
     args = validate_as_megatron(args, lambda: arguments.validate_args(args))
     # As a rule the vocabulary's size is the tokenizer's, which is a file.

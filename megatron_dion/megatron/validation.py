@@ -50,13 +50,29 @@ _UNSUPPORTED_DATA: dict[str, object] = {
 
 
 def check_dion_flags(args: argparse.Namespace) -> None:
-    """The flags of Dion are in range, and there only with --optimizer dion."""
-    dion_options(args)
+    """The flags of Dion are in range, have an effect, and are there only with --optimizer dion."""
+    options = dion_options(args)
     given = [] if args.optimizer == "dion" else list(given_dion_flags(args))
     refuse(
         f"{', '.join(given)} has no effect with --optimizer {args.optimizer}: use --optimizer dion "
         "or leave it out",
         when=given,
+    )
+    instances = args.num_distributed_optimizer_instances
+    refuse(
+        "--dion-compressed-sync needs --num-distributed-optimizer-instances of at least 2, not "
+        f"{instances}",
+        when=options.compressed_sync and instances < 2,
+    )
+    refuse(
+        f"--dion-recenter-interval {options.recenter_interval} needs --dion-compressed-sync",
+        when=options.recenter_interval is not None and not options.compressed_sync,
+    )
+    refuse(
+        f"--dion-log-interval {options.log_interval} has nowhere to write: add --run-dir,"
+        " --tensorboard-dir or --wandb-project",
+        when=options.log_interval is not None
+        and not (args.run_dir or args.tensorboard_dir or args.wandb_project),
     )
 
 
@@ -65,41 +81,11 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
     if args.optimizer != "dion":
         return
     for name, (accepted, advice) in _REFUSED_WITH_DION.items():
-        value = getattr(args, name)
-        refuse(
-            f"--optimizer dion does not go with {as_flag(name, value)}: {advice}",
-            when=value != accepted,
-        )
-    refuse(
-        "--optimizer dion works on the shards of the distributed optimizer: "
-        "add --use-distributed-optimizer",
-        when=not args.use_distributed_optimizer,
-    )
-
-
-def check_compressed_sync(args: argparse.Namespace) -> None:
-    """It averages over instances, so there must be several."""
-    instances = args.num_distributed_optimizer_instances
-    refuse(
-        "--dion-compressed-sync averages over the instances of the distributed optimizer, and "
-        f"--num-distributed-optimizer-instances is {instances}: give at least 2",
-        when=args.dion_compressed_sync and instances < 2,
-    )
-    refuse(
-        f"--dion-recenter-interval {args.dion_recenter_interval} has no effect without "
-        "--dion-compressed-sync: add it or leave the interval out",
-        when=args.dion_recenter_interval is not None and not args.dion_compressed_sync,
-    )
-
-
-def check_diagnostics(args: argparse.Namespace) -> None:
-    """Diagnostics have somewhere to go."""
-    refuse(
-        f"--dion-log-interval {args.dion_log_interval} has nowhere to write: add --run-dir,"
-        " --tensorboard-dir or --wandb-project",
-        when=args.dion_log_interval is not None
-        and not (args.run_dir or args.tensorboard_dir or args.wandb_project),
-    )
+        flag = as_flag(name, getattr(args, name))
+        is_refused = getattr(args, name) != accepted
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=is_refused)
+    is_sharded = args.use_distributed_optimizer
+    refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
@@ -108,12 +94,11 @@ def check_latent_attention(args: argparse.Namespace) -> None:
     Rows of `linear_kv_down_proj` that make the rotary key get the gradient of one rank's heads
     (core/transformer/multi_latent_attention.py:739 gathers them; its backward pass sums nothing).
     """
+    is_plain = args.multi_latent_attention and args.transformer_impl == "local"
     refuse(
-        f"--tensor-model-parallel-size {args.tensor_model_parallel_size} does not go with "
-        "--multi-latent-attention and --transformer-impl local, which loses gradients: use 1",
-        when=args.multi_latent_attention
-        and args.transformer_impl == "local"
-        and args.tensor_model_parallel_size > 1,
+        "--multi-latent-attention with --transformer-impl local loses gradients: use "
+        f"--tensor-model-parallel-size 1, not {args.tensor_model_parallel_size}",
+        when=is_plain and args.tensor_model_parallel_size > 1,
     )
 
 
@@ -129,15 +114,12 @@ def check_fp8(args: argparse.Namespace) -> None:
 def check_schedule(args: argparse.Namespace) -> None:
     """What Megatron notices after it has built the model, or divides by."""
     refuse("--lr is missing: give the highest learning rate of the run", when=args.lr is None)
+    has_end = args.train_iters is not None or args.train_samples is not None
+    refuse("the length of the run is missing: give --train-iters", when=not has_end)
+    iterations, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
     refuse(
-        "the length of the run is missing: give --train-iters",
-        when=args.train_iters is None and args.train_samples is None,
-    )
-    iterations = args.lr_decay_iters or args.train_iters
-    refuse(
-        f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of {iterations} iterations: give"
-        " fewer",
-        when=iterations and not args.lr_warmup_fraction and args.lr_warmup_iters >= iterations,
+        f"--lr-warmup-iters {warmup} leaves nothing of {iterations} iterations: give fewer",
+        when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
     refuse(
         f"--eval-interval must be a number of iterations, not {args.eval_interval}: "
@@ -175,11 +157,8 @@ def check_checkpoints_are_ours(args: argparse.Namespace) -> None:
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name, accepted in _UNSUPPORTED_DATA.items():
-        value = getattr(args, name)
-        refuse(
-            f"{as_flag(name, value)} is not supported by pretrain_gpt.py: leave it out",
-            when=value != accepted,
-        )
+        flag, is_given = as_flag(name, getattr(args, name)), getattr(args, name) != accepted
+        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", when=is_given)
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -201,8 +180,6 @@ def check_packages(args: argparse.Namespace) -> None:
 OF_ALL_SCRIPTS: tuple[Check, ...] = (
     check_dion_flags,
     check_dion_surroundings,
-    check_compressed_sync,
-    check_diagnostics,
     check_latent_attention,
     check_fp8,
     check_schedule,
@@ -216,13 +193,9 @@ OF_DATA: tuple[Check, ...] = (check_data_mode, check_data, check_splits)
 # What holds for a run without Dion in a script that is not ours.
 OF_OUR_FLAGS: tuple[Check, ...] = (
     check_dion_flags,
-    check_compressed_sync,
     check_packages,
     check_checkpoints_are_ours,
 )
-
-# Those that look at this machine's packages and files.
-OF_FILES: tuple[Check, ...] = (check_packages, check_data, check_splits)
 
 
 def restore_distributed_optimizer(args: argparse.Namespace) -> None:

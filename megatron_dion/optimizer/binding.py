@@ -23,7 +23,6 @@ from megatron_dion.sharding import (
     Rectangle,
     ShardedExchange,
     average,
-    bytes_sent,
     compression_pays,
     make_plan,
     rank_in,
@@ -92,7 +91,6 @@ class StepSet(NamedTuple):
     plan: Plan
     exchange: ShardedExchange
     blocks: list[Block]
-    replicas: int
 
 
 class Binding:
@@ -147,7 +145,7 @@ class Binding:
         """Bytes that this rank sends to others in a step, in the gradients of replicas too."""
         gradients = 4 * sum(parameter.numel() for parameter in self._dense)
         return ring_bytes(gradients, self._distribution.replicas) + sum(
-            sum(bytes_sent(each.plan, each.replicas).values()) for each in self.sets
+            sum(each.exchange.bytes_sent().values()) for each in self.sets
         )
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
@@ -241,7 +239,7 @@ class Binding:
                     plan.rectangles, exchange.lefts, exchange.projections, strict=True
                 )
             ]
-            return StepSet(plan, exchange, _stacked(blocks), size_of(groups.replicas))
+            return StepSet(plan, exchange, _stacked(blocks))
 
     def _block(self, placement: int, right: RightRows, left: Tensor, projection: Tensor) -> Block:
         """One rectangle, without the dimension k."""

@@ -53,17 +53,16 @@ def count_steps(optimizers: Sequence[DistributedOptimizer]) -> dict[str, int]:
 
     A collective call of all ranks: a rank may have neither.
     """
-    steps = [0, 0]
+    steps = {"dion": 0, "scalar": 0}
     for optimizer in optimizers:
         if not optimizer.is_stub_optimizer:
             # Optimizers count in each group, and torch's in each state of its own.
             places = [*optimizer.param_groups, *optimizer.optimizer.state.values()]
-            is_scalar = not isinstance(optimizer, DionDistributedOptimizer)
-            steps[is_scalar] = max(steps[is_scalar], *(int(one.get("step", 0)) for one in places))
-    everywhere = torch.tensor(steps, device=torch.cuda.current_device())
+            kind = "dion" if isinstance(optimizer, DionDistributedOptimizer) else "scalar"
+            steps[kind] = max([steps[kind], *(int(place.get("step", 0)) for place in places)])
+    everywhere = torch.tensor(list(steps.values()), device=torch.cuda.current_device())
     torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
-    dion, scalar = everywhere.tolist()
-    return {"dion": dion, "scalar": scalar}
+    return dict(zip(steps, everywhere.tolist(), strict=True))
 
 
 def saved_steps(state_dict: dict[str, Any]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dion.algorithm import (
     DionConfig,
     Figures,
+    Matrix,
     dion_step,
     interleave,
     matmul_precision,
@@ -127,7 +128,10 @@ class Dion(torch.optim.Optimizer):
         with matmul_precision("highest"):
             figures = interleave(self._step_of(binding, each) for each in binding.sets)
         if self._is_measured:
-            self._diagnostics = [self._diagnose(one) for several in figures for one in several]
+            matrices = binding.layout.matrices
+            self._diagnostics = [
+                self._diagnose(matrices[one.matrix], one) for several in figures for one in several
+            ]
             self._is_measured = False
         number = self.number_of_steps + 1
         for group in self.param_groups:
@@ -192,7 +196,7 @@ class Dion(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _step_of(self, binding: Binding, step_set: StepSet) -> Generator[None, None, list[Figures]]:
-        plan, exchange, blocks, _ = step_set
+        plan, exchange, blocks = step_set
         binding.add_gradients(blocks)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         groups = [group_of[id(block.parameter)] for block in blocks]
@@ -210,9 +214,8 @@ class Dion(torch.optim.Optimizer):
                 )
             )
 
-    def _diagnose(self, figures: Figures) -> MatrixDiagnostics:
+    def _diagnose(self, matrix: Matrix, figures: Figures) -> MatrixDiagnostics:
         """With P orthonormal, ||B||^2 = ||R||^2 + ||B - R P^T||^2, and M keeps mu of R P^T."""
-        matrix = self.layout().matrices[figures.matrix]
         total, squares = float(figures.total), figures.columns
         norms = squares.sqrt()
         projected = float(squares.sum())

@@ -113,8 +113,7 @@ def get_megatron_dion_optimizer(
     chain = DionChainedOptimizer([*dion, *scalar])
     chain.routing_table = table
     chain.record = Record(dion_config, routes[0].rules, scalar_optimizer)
-    sent = sum(optimizer.exchanged_bytes_per_step for optimizer in dion)
-    total = torch.tensor([sent], device="cuda")
+    total = torch.tensor([sum(one.exchanged_bytes_per_step for one in dion)], device="cuda")
     torch.distributed.all_reduce(total)
     chain.exchanged_bytes_per_step = int(total.item())
     return chain

@@ -28,7 +28,7 @@ from megatron_dion.sharding import Weight, compression_pays
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"  # Megatron's DDP makes buffers by it
-_ROUTE_TAG = "dion_route"
+ROUTE_TAG = "dion_route"  # the `Route` of a parameter of the model
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<linear>linear_fc\d)\.(?P<kind>weight|bias)(?P<number>\d+)"
 )
@@ -130,7 +130,7 @@ def tag_matrices(
         for parameter, route in routes_by_rules(chunk, rules):
             is_dion = route.weight is not None
             setattr(parameter, _BUFFER_TAG, is_dion)
-            setattr(parameter, _ROUTE_TAG, route)
+            setattr(parameter, ROUTE_TAG, route)
             if route.is_fp8:
                 fp8[_is_of_experts(parameter)][is_dion] = route.parameter
         for names in fp8.values():  # DDP asserts it (MC/.../param_and_grad_buffer.py:1703)
@@ -175,14 +175,9 @@ def routes_by_rules(
         yield parameter, Route(name, tuple(shape), reason, weight, is_fp8, rules)
 
 
-def route_of(parameter: Parameter) -> Route | None:
-    """What `tag_matrices` decided; None for a frozen parameter or an untagged model."""
-    return getattr(parameter, _ROUTE_TAG, None)
-
-
 def weight_of(parameter: Parameter) -> Weight | None:
     """The weight that Dion updates, or None for a parameter of the scalar optimizer."""
-    route = route_of(parameter)
+    route: Route | None = getattr(parameter, ROUTE_TAG, None)
     return route.weight if route else None
 
 
@@ -192,7 +187,8 @@ def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
     Raises:
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
-    here = [route_of(p) for chunk in model_chunks for p in chunk.parameters() if p.requires_grad]
+    parameters = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
+    here = [getattr(parameter, ROUTE_TAG, None) for parameter in parameters]
     if None in here:
         raise RuntimeError(
             "the model's parameters have no routes: add"

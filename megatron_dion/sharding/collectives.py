@@ -94,6 +94,11 @@ def rank_in(group: ProcessGroup | None) -> int:
     return 0 if group is None else group.rank()
 
 
+def ring_bytes(nbytes: int, ranks: int) -> int:
+    """What a rank sends in an all_reduce of so many bytes by a ring."""
+    return 2 * nbytes * (ranks - 1) // ranks
+
+
 def like_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Views of consecutive parts of a 1-D buffer with given shapes."""
     sizes = [shape.numel() for shape in shapes]

@@ -1,9 +1,9 @@
 """What `--dion-print-plan` prints."""
 
 from megatron_dion.algorithm import orthonormalize_flops
+from megatron_dion.sharding.exchange import bytes_sent
 from megatron_dion.sharding.layout import Layout
 from megatron_dion.sharding.plan import make_plan
-from megatron_dion.sharding.traffic import bytes_sent
 
 
 def describe_plan(layout: Layout) -> str:

@@ -18,6 +18,7 @@ from megatron_dion.sharding.collectives import (
     Groups,
     GroupSums,
     all_reduce,
+    ring_bytes,
     size_of,
 )
 from megatron_dion.sharding.left_factor import LeftFactorExchange
@@ -47,6 +48,7 @@ class ShardedExchange:
         self, plan: Plan, groups: Groups, device: torch.device, replicas: int | None = None
     ) -> None:
         self.device = device
+        self._plan = plan
         self.row_sums: RowSums = GroupSums(groups.tensor)
         self._groups = groups
         self._memory, self._left_transit, self._right_transit = (Buffers(device) for _ in range(3))
@@ -65,6 +67,19 @@ class ShardedExchange:
     def nbytes(self) -> int:
         """The most bytes that the buffers take at a time."""
         return self._memory.nbytes + max(self._left_transit.nbytes, self._right_transit.nbytes)
+
+    def bytes_sent(self) -> dict[str, int]:
+        """Bytes that this rank hands to collectives for other ranks in a step, as rings send them.
+
+        Returns:
+            Bytes by group: `tensor`, `data` and `replicas`.
+        """
+        sent = self._left.bytes_sent() + self._right.bytes_sent()
+        layout = self._plan.layout
+        numbers = 8 * sum(layout.matrices[k].rank for k in self._plan.members)
+        sent["tensor"] += ring_bytes(numbers, layout.grid.tensor_parallel_size)
+        sent["data"] += ring_bytes(numbers, layout.grid.data_parallel_size)
+        return {name: sent[name] for name in ("tensor", "data", "replicas")}
 
     @contextmanager
     def allocated(self) -> Iterator[None]:
@@ -96,3 +111,8 @@ class ShardedExchange:
     def sum_numbers(self, numbers: Tensor) -> Steps:
         yield from all_reduce(numbers, self._groups.tensor)
         yield from all_reduce(numbers, self._groups.data)
+
+
+def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
+    """`ShardedExchange.bytes_sent` of a rank that need not exist."""
+    return ShardedExchange(plan, Groups(), torch.device("meta"), replicas).bytes_sent()

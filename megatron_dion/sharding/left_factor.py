@@ -1,5 +1,6 @@
 """Sums P over a grid and spreads it again: memory, and two packed hops each way."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -9,7 +10,13 @@ from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Groups, all_reduce, all_to_all, like_views
+from megatron_dion.sharding.collectives import (
+    Groups,
+    all_reduce,
+    all_to_all,
+    like_views,
+    ring_bytes,
+)
 from megatron_dion.sharding.plan import Hop, Plan, Tile
 
 
@@ -40,18 +47,17 @@ class LeftFactorExchange:
         self._wire = wire
         self._replicas = groups.replicas
         self._replica_count = replicas
-        self._ranks = [matrix.rank for matrix in plan.layout.matrices]
-        self._contributed = self._rows_of_p(plan.tiles, memory)
-        source = self._contributed
-        self._hops: list[_HopExchange] = []
-        grid, rank = plan.layout.grid, plan.rank
-        for hop, size, me, group in (
-            (plan.tensor_hop, grid.tensor_parallel_size, rank.tensor_parallel, groups.tensor),
-            (plan.data_hop, grid.data_parallel_size, rank.data_parallel, groups.data),
+        ranks = [matrix.rank for matrix in plan.layout.matrices]
+        self._contributed = source = _Rows(plan.tiles, ranks, memory)
+        self._hops: dict[str, _HopExchange] = {}
+        rank, self._tensor_size = plan.rank, plan.layout.grid.tensor_parallel_size
+        for name, hop, me, group in (
+            ("tensor", plan.tensor_hop, rank.tensor_parallel, groups.tensor),
+            ("data", plan.data_hop, rank.data_parallel, groups.data),
         ):
-            if size > 1:
-                sums = self._rows_of_p(hop.sums, transit)
-                self._hops.append(_HopExchange(hop, me, source, sums, group, transit, wire))
+            if len(hop.sends) > 1:
+                sums = _Rows(hop.sums, ranks, transit)
+                self._hops[name] = _HopExchange(hop, me, source, sums, group, transit, wire)
                 source = sums
         self._owned = source.memory
         self._batches = list(source.batches())
@@ -68,7 +74,7 @@ class LeftFactorExchange:
 
     def sum(self) -> Steps:
         """Sums all tiles at the owners of their rows, and takes the mean over replicas."""
-        for hop in self._hops:
+        for hop in self._hops.values():
             yield from hop.sum()
         if self._replica_count > 1:
             if self._averaged is not self._owned:
@@ -85,11 +91,17 @@ class LeftFactorExchange:
         if self._wire != torch.float32:
             # The owner must use the same numbers as those to whom it sends them.
             self._owned.copy_(self._owned.to(self._wire))
-        for hop in reversed(self._hops):
+        for hop in reversed(self._hops.values()):
             yield from hop.spread()
 
-    def _rows_of_p(self, tiles: Sequence[Tile], buffers: Buffers) -> "_Rows":
-        return _Rows(tiles, self._ranks, buffers)
+    def bytes_sent(self) -> Counter[str]:
+        """Bytes for other ranks in a step, by group, those of the orthonormalization included."""
+        sent = Counter({name: hop.bytes_sent for name, hop in self._hops.items()})
+        # The largest entry of every P, and two Gram matrices.
+        numbers = sum(len(p) * (1 + 2 * p.shape[2] ** 2) for p in self._batches)
+        sent["tensor"] += ring_bytes(4 * numbers, self._tensor_size)
+        sent["replicas"] = ring_bytes(self._averaged.nbytes, self._replica_count)
+        return sent
 
 
 class _Rows:
@@ -129,6 +141,9 @@ class _HopExchange:
         group: the ranks.
         buffers: gives memory for what is sent and received.
         wire: the type in which it travels.
+
+    Attributes:
+        bytes_sent: to other ranks, in both directions.
     """
 
     def __init__(
@@ -151,6 +166,7 @@ class _HopExchange:
         ]
         self._sent = buffers.empty(sum(self._send_sizes), wire)
         self._received = buffers.empty(sum(self._receive_sizes), wire)
+        self.bytes_sent = self._sent.nbytes + self._received.nbytes  # there and back
         self._outgoing = [view for views in sent.values() for view in views]
         self._sent_views = like_views(self._sent, [view.shape for view in self._outgoing])
         self._arrivals = [

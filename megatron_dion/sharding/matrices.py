@@ -5,7 +5,7 @@ queries, then its key, then its value; a tensor-parallel rank's gate, then its u
 description serves them all: the rows of one period, by part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -151,3 +151,9 @@ class Weight:
                 return index, row
             row -= part.rows
         raise AssertionError("the row lies outside of the period")
+
+
+def compression_pays(matrices: Sequence[Matrix]) -> bool:
+    """Whether P and R of all matrices of a weight are smaller than its gradient."""
+    compressed = sum((m.rows + m.columns) * m.rank for m in matrices)
+    return compressed < sum(m.rows * m.columns for m in matrices)

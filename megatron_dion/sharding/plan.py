@@ -177,8 +177,7 @@ def _owned_by(layout: Layout, tensor_parallel_rank: int, tiles: Iterable[Tile]) 
 
 
 def _hulls(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """One tile for each matrix, in the same order on every rank; matrices of equal shape stand
-    side by side."""
+    """One tile for each matrix: in the same order on every rank, equal shapes side by side."""
     hulls: dict[int, Tile] = {}
     for tile in tiles:
         hull = hulls.get(tile.matrix, tile)

@@ -1,5 +1,6 @@
 """Rows of R and Q that several ranks hold: sums of R, and the stored columns of Q."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from megatron_dion.sharding.collectives import (
     all_to_all,
     like_views,
     reduce_scatter,
+    ring_bytes,
 )
 from megatron_dion.sharding.plan import CutRow, Plan
 
@@ -47,7 +49,8 @@ class RightFactorExchange:
         self._groups = groups
         self._replicas = replicas
         self._transit = transit
-        tensor_size = plan.layout.grid.tensor_parallel_size
+        self._wire = wire
+        self._tensor_size = tensor_size = plan.layout.grid.tensor_parallel_size
         shapes, partial = [], 0
         for placement, rectangle in plan.rectangles:  # first those with partial sums
             shapes.append(torch.Size((rectangle.rows, plan.layout.matrices[rectangle.matrix].rank)))
@@ -81,6 +84,17 @@ class RightFactorExchange:
                 yield from self._average()
             # Last, so that the copies of a row have the same bits.
             yield from self._cut_rows.sum()
+
+    def bytes_sent(self) -> Counter[str]:
+        """Bytes for other ranks in a step, by group."""
+        size = self._wire.itemsize
+        averaged = len(self._share) + len(self._other)
+        return Counter(
+            tensor=ring_bytes(size * len(self._partial), self._tensor_size)
+            + self._stored_columns.bytes_sent,
+            data=self._cut_rows.bytes_sent,
+            replicas=ring_bytes(size * averaged, self._replicas),
+        )
 
     def _average(self) -> Steps:
         tensor, replicas = self._groups.tensor, self._groups.replicas
@@ -127,6 +141,7 @@ class _StoredColumns:
         dtype = TORCH_DTYPES[layout.config.factor_dtype]
         self._sent = transit.empty(size, dtype)
         self._received = transit.empty(size * len(peers), dtype)
+        self.bytes_sent = self._sent.nbytes * max(len(peers) - 1, 0)
         self._mine = self._of_peers[plan.rank.tensor_parallel] if peers else []
         self._place = like_views(self._sent, [view.shape for view in self._mine])
         self._places = [
@@ -171,6 +186,7 @@ class _CutRows:
         shapes = [view.shape for view in self._outgoing]
         self._sent = transit.empty(sum(self._sizes), wire)
         self._received = transit.empty(sum(self._sizes), wire)
+        self.bytes_sent = self._sent.nbytes
         self._sent_views = like_views(self._sent, shapes)
         arriving = iter(like_views(self._received, shapes))
         arrivals = [[next(arriving) for _ in views] for views in self._parts]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
@@ -57,10 +58,16 @@ def load(folder: Path) -> list[str]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the last checkpoint: the model's and the optimizer's."""
+    """All tensors of the last checkpoint: the model's and the optimizer's, in one reading."""
     contents = Contents(folder_of(folder, END))
     assert not contents.gaps()
-    return {key: contents.read(key) for key in contents.tensors if "rng_state" not in key}
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in contents.tensors.items()
+        if "rng_state" not in key
+    }
+    dcp.load(state, storage_reader=dcp.FileSystemReader(contents.folder), no_dist=True)
+    return state
 
 
 @pytest.fixture(scope="module")

@@ -1,200 +1,94 @@
-"""Planned operations are those that steps make."""
+"""What is planned of an optimizer's part in a step, against counts and against all plans."""
 
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import PRECISIONS
-from megatron_dion.algorithm.orthonormalize import (
-    ONCE,
-    factor,
-    orthonormalize,
-    orthonormalize_part,
-    summed_rows,
-)
-from megatron_dion.algorithm.products import products_in
-from megatron_dion.sharding import Grid, Placement, Planner, Weight
-from megatron_dion_tools.plan.compute import (
-    dion_operations,
-    newton_schulz,
-    optimizer_work,
-    orthonormalization,
-)
-from megatron_dion_tools.plan.memory import memory
-from megatron_dion_tools.plan.models import GptShape
-from megatron_dion_tools.plan.rounding import copied_bytes
-from megatron_dion_tools.plan.stage import DionPart, Optimizer, Run, Stage
-from megatron_dion_tools.plan.topology import Group, Topology
-from tests.counted_operations import CountedOperations
+from megatron_dion import DionConfig
+from megatron_dion.algorithm import orthonormalize_flops
+from megatron_dion.sharding import Grid, Layout, bytes_sent, make_plan, sets_of
+from megatron_dion_tools.plan import GptShape, place
+from megatron_dion_tools.plan.dion import busiest_ranks, dion
+from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
+from megatron_dion_tools.plan.topology import Topology
+from megatron_dion_tools.plan.updates import muon, newton_schulz
 
-SHAPES = ((40, 24), (24, 40), (16, 16))
-
-
-def whole(config: DionConfig, shapes: Sequence[tuple[int, int]] = SHAPES) -> DionPart:
-    placements = [
-        Placement(Weight(str(i), m, n), start=0, bucket_numel=m * n)
-        for i, (m, n) in enumerate(shapes)
-    ]
-    planner = Planner(placements, Grid(), config)
-    return DionPart(planner, False, Group(1, 1, 8), (1,))
-
-
-@pytest.mark.parametrize("fraction", [1 / 16, 1 / 4, 1.0])
-@pytest.mark.parametrize("method", ["auto", "rcqr", "cqr", "qr"])
-@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
-def test_a_step_of_whole_matrices(fraction: float, method: str, right_factor: str) -> None:
-    config = DionConfig(rank_fraction=fraction, orthonormalizer=method, right_factor=right_factor)
-    torch.manual_seed(0)  # `cqr` breaks down on a few square matrices
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    optimizer = Dion(parameters, lr=0.01, **vars(config))
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.init_state()
-    with CountedOperations() as counted:
-        optimizer.step()
-    assert optimizer.fallbacks == 0
-    products, float32_products, factorizations = dion_operations(whole(config), device="cpu")
-    ranks = [config.rank(*shape) for shape in SHAPES]
-    assert products.sum() == sum(8 * m * n * r for (m, n), r in zip(SHAPES, ranks, strict=True))
-    assert counted.found["products"] == products.sum() + float32_products.sum()
-    assert counted.found["factorizations"] == pytest.approx(factorizations.sum(), rel=1e-12)
-    assert counted.found["factorizations"] > 0
-
-
-@pytest.mark.parametrize("method", [ONCE, "rcqr", "cqr"])
-@pytest.mark.parametrize("rank", [8, 33, 70])
-def test_a_part_of_a_divided_matrix(method: str, rank: int) -> None:
-    config, rows = DionConfig(), 200
-    part = torch.randn(3, rows, rank)
-    with CountedOperations() as counted:
-        sums = orthonormalize_part(part, method, lambda k: torch.randn(1, k, rows), 1.25)
-        values = next(sums)
-        for _ in range(len(summed_rows(method, rank, 1.25)) - 1):
-            values = sums.send(values)
-        with pytest.raises(StopIteration):
-            sums.send(values)
-    each = orthonormalization(
-        config, torch.tensor([rows] * 3).double().numpy(), rank, method, "cpu"
-    )
-    assert counted.found["products"] == each[0].sum()
-    assert counted.found["factorizations"] == pytest.approx(each[1].sum(), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("method", "size", "fraction"),
-    [
-        *((method, 2, 1 / 4) for method in ("rcqr", "cqr", "qr")),
-        *((method, 4, 1 / 2) for method in ("auto", "rcqr", "cqr", "qr")),
-        ("auto", 4, 1),
-    ],
-)
-def test_triangles_of_a_row_parallel_matrix(method: str, size: int, fraction: float) -> None:
-    """Sections of more rows than r, and of fewer."""
-    config, columns = DionConfig(orthonormalizer=method, rank_fraction=fraction), 40
-    weights = [Weight("row", 24, columns // size, 1, size), Weight("other", 60, 120, 0, size)]
-    placements = [Placement(w, 0, w.rows * w.columns) for w in weights]
-    planner = Planner(placements, Grid(size, 1), config)
-    assert list(planner.owners) == [0]
-    both = DionPart(planner, False, Group(1, size, 8), (1,))
-    other = DionPart(Planner(placements[1:], Grid(size, 1), config), False, Group(1, size, 8), (1,))
-    products, float32_products, factorizations = (
-        a.sum() - b.sum()
-        for a, b in zip(dion_operations(both, "cpu"), dion_operations(other, "cpu"), strict=True)
-    )
-    rank = planner.layout.matrices[0].rank
-    torch.manual_seed(0)
-    sections = torch.randn(1, columns, rank).chunk(size, dim=1)
-
-    def sketch(rows: int) -> Callable[[int], Tensor]:
-        return lambda k: torch.randn(1, k, rows)
-
-    with CountedOperations() as counted:
-        found = [factor(p, method, sketch(columns // size), 1.25) for p in sections]
-        stack = torch.cat([triangle for _, triangle, _ in found], dim=1)
-        joined, _ = orthonormalize(stack, method, sketch(stack.shape[1]), 1.25)
-        for (base, _, _), part in zip(found, joined.chunk(size, dim=1), strict=True):
-            base @ part
-    assert products == 8 * 24 * columns * rank
-    assert counted.found["products"] == float32_products
-    assert counted.found["factorizations"] == pytest.approx(factorizations, rel=1e-12)
+SHAPE = GptShape(6, 512, 1376, 8, 4, vocab=1000, sequence=256)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_muons_iterations(shape: tuple[int, int]) -> None:
-    muon = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon_utils")
-    with CountedOperations() as counted:
-        muon.newton_schulz(torch.randn(shape), steps=5)
-    assert counted.found["products"] == newton_schulz(*shape, 5)
+    utils = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon_utils")
+    with FlopCounterMode(display=False) as counter:
+        utils.newton_schulz(torch.randn(shape), steps=5)
+    assert counter.get_total_flops() == newton_schulz(*shape)
 
 
-class Allocated(TorchDispatchMode):
-    """The most bytes at a time of tensors that operations make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[list[weakref.ref[Tensor]], int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        self._made = {k: v for k, v in self._made.items() if any(ref() is not None for ref in v[0])}
-        storage = result.untyped_storage()
-        if storage._cdata in self._made:
-            self._made[storage._cdata][0].append(weakref.ref(result))
-        elif storage._cdata not in given:
-            self._made[storage._cdata] = [weakref.ref(result)], storage.nbytes()
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._made.values()))
-        return result
-
-
-@pytest.mark.parametrize("stack", [(1, 5, 70), (3, 40, 6)])
-@pytest.mark.parametrize("rank", [2, 5])
-def test_copies_of_products_in_bf16(stack: tuple[int, int, int], rank: int) -> None:
-    """Of a block of few rows, and of one of many, where the rounded factor is what counts."""
-    count, rows, columns = stack
-    total, right, left = (torch.randn(s) for s in (stack, (count, rows, rank), (columns, rank)))
-    with products_in("medium") as products:
-        peaks = []
-        for multiply in (
-            lambda: products.add_left(left, total, right),
-            lambda: products.set_right(right, total, left),
-            lambda: products.add_outer(total, right, left, beta=1, alpha=2),
-        ):
-            with Allocated() as allocated:
-                multiply()
-            peaks.append(allocated.peak)
-    assert max(peaks) == copied_bytes(
-        np.array(total.numel()), np.array(count * rows), columns, rank
+def test_muon_on_more_ranks_than_weights_does_a_whole_one() -> None:
+    run = Run(SHAPE, Topology(tp=2, dp=64), Optimizer("muon"), global_batch=64)
+    stage = Stage(run, 0)
+    found = muon(stage, stage.sections[0])
+    assert found.elements == 2 * 1376 * 512 // 2
+    assert found.products == newton_schulz(1376, 512)  # gate and up of a tensor-parallel rank
+    duplicated = Run(
+        SHAPE, run.topology, Optimizer("muon", muon_tp_mode="duplicated"), global_batch=64
     )
+    gathering = muon(Stage(duplicated, 0), stage.sections[0])
+    assert gathering.products == newton_schulz(2752, 512)
+    assert gathering.collectives[0].bytes == 4 * found.elements
 
 
-def test_only_medium_copies_and_passes_more() -> None:
-    shape = GptShape(2, 64, 128, 4, 4)
-    run = Run(shape, Topology(tp=2, dp=2), Optimizer("dion"))
-    stages = {
-        precision: Stage(
-            replace(run, optimizer=Optimizer("dion", DionConfig(fp32_matmul_prec=precision))), 0
-        )
-        for precision in PRECISIONS
-    }
-    kept = {precision: memory(stage)["bf16 copies"] for precision, stage in stages.items()}
-    assert not kept["highest"].any()
-    assert not kept["high"].any()
-    assert kept["medium"].shape == (2, 2)
-    assert (kept["medium"] > 0).all()
-    largest = 64 * 64, 64, 64, 16  # a tensor rank's gate, up, query, or half of the last weight
-    assert kept["medium"].max() == copied_bytes(*map(np.array, largest[:2]), *largest[2:])
-    passes = {precision: optimizer_work(stage).passes for precision, stage in stages.items()}
-    assert (passes["high"] == passes["highest"]).all()
-    assert (passes["medium"] > passes["high"]).all()
+@pytest.mark.parametrize(
+    ("topology", "bucket_size"),
+    [
+        (Topology(tp=2, dp=4), 0),
+        (Topology(tp=4, dp=24), 300_000),
+        (Topology(dp=64), 0),
+        (Topology(dp=48), 1_000_000),
+    ],
+)
+def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_size: int) -> None:
+    """What is planned is what the plans of all ranks say, but for a per cent."""
+    config = DionConfig(rank_fraction=0.25, comm_dtype="bf16")
+    run = Run(SHAPE, topology, Optimizer("dion", config), bucket_size, global_batch=192)
+    stage = Stage(run, 0)
+    update = dion(stage, stage.sections[0])
+    placements = place(stage.sections[0].weights, topology.dp, stage.bucket_size)
+    layout = Layout(placements, Grid(topology.tp, topology.dp), config)
+    sets = sets_of(layout, range(len(placements)), layout.grid.size)
+    most: Counter[str] = Counter()
+    for rank in layout.grid.ranks():
+        plans = [make_plan(layout, rank, each) for each in sets]
+        sent = Counter(operations=0)
+        for plan in plans:
+            sent.update(bytes_sent(plan))
+            for tile in plan.data_hop.sums:
+                r = layout.matrices[tile.matrix].rank
+                sent["operations"] += orthonormalize_flops(tile.stop - tile.start, r)
+        most |= sent
+    assert len(busiest_ranks(layout)) <= 16
+    planned = {one.group.link: one.bytes for one in update.collectives}
+    planned["operations"] = update.float32_products + update.factorizations
+    for name in ("tensor", "data", "replicas", "operations"):
+        # Products and factorizations have their maxima on different ranks.
+        assert 0.99 * most[name] <= planned[name] <= 1.05 * most[name], name
+    matrices = sum(weight.rows * weight.columns for weight in stage.sections[0].weights)
+    assert update.memory["momenta"] == 4 * matrices / topology.dp
+    # Of a plan with all weights in it, on all ranks together.
+    total = sum(8 * m.rows * m.columns * m.rank for m in layout.matrices)
+    assert 1 <= update.products * layout.grid.size / total < 2.5
+
+
+def test_compressed_sync_averages_what_is_smaller() -> None:
+    """P and R over instances, and gradients of weights whose P and R are no smaller."""
+    topology = Topology(dp=4, instances=2)
+    sent = {}
+    for fraction in (1 / 16, 1.0):
+        optimizer = Optimizer("dion", DionConfig(rank_fraction=fraction), compressed_sync=True)
+        stage = Stage(Run(SHAPE, topology, optimizer, 0, global_batch=4), 0)
+        update = dion(stage, stage.sections[0])
+        sent[fraction] = {one.group.link: one.bytes for one in update.collectives}["replicas"]
+    assert sent[1.0] == 4 * stage.sections[0].matrices / 2  # an all-reduce over two
+    assert 0 < sent[1 / 16] < sent[1.0] / 4

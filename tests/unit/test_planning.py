@@ -1,7 +1,8 @@
-"""Shapes and layouts for any sizes; tests/distributed has the comparison with Megatron."""
+"""Shapes, layouts and flags; tests/distributed has the comparison with Megatron."""
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from megatron_dion import DionConfig
 from megatron_dion.sharding import Placement, Weight
 from megatron_dion_tools.plan import PRESETS, GptShape, default_bucket_size, place
+from megatron_dion_tools.plan.flags import read_model, shape_from_flags
+from megatron_dion_tools.plan.models import Experts
+from megatron_dion_tools.plan.topology import Group, Topology
 
 TINY = GptShape(layers=6, hidden=24, ffn=40, heads=8, query_groups=4)
 sizes = st.integers(1, 40)
@@ -21,46 +25,24 @@ def end(placement: Placement) -> int:
     return placement.start + placement.weight.rows * placement.weight.columns
 
 
-def buckets(placements: list[Placement]) -> list[list[Placement]]:
-    """Only a bucket's first weight starts at its start."""
-    firsts = [index for index, placement in enumerate(placements) if placement.start == 0]
-    return [placements[a:b] for a, b in pairwise([*firsts, len(placements)])]
-
-
 @given(weight_lists, st.integers(1, 300), bucket_sizes)
-def test_weights_lie_in_reverse_order_as_close_as_alignment_allows(
-    weights: list[Weight], data_parallel_size: int, bucket_size: int | None
-) -> None:
-    placements = place(weights, data_parallel_size, bucket_size)
+def test_layout(weights: list[Weight], ranks: int, bucket_size: int | None) -> None:
+    """Weights lie in reverse order; a bucket ends with the weight that fills it."""
+    placements = place(weights, ranks, bucket_size)
     assert [placement.weight for placement in placements] == weights[::-1]
-    for bucket in buckets(placements):
-        for before, after in pairwise(bucket):
-            assert after.start % 64 == 0
-            assert 0 <= after.start - end(before) < 64
-
-
-@given(weight_lists, st.integers(1, 300), bucket_sizes)
-def test_buckets_are_cut_evenly_and_padded_no_further(
-    weights: list[Weight], data_parallel_size: int, bucket_size: int | None
-) -> None:
-    for bucket in buckets(place(weights, data_parallel_size, bucket_size)):
+    firsts = [index for index, placement in enumerate(placements) if placement.start == 0]
+    buckets = [placements[a:b] for a, b in pairwise([*firsts, len(placements)])]
+    for bucket in buckets:
+        assert all(0 <= after.start - end(before) < 64 for before, after in pairwise(bucket))
+        assert all(placement.start % 64 == 0 for placement in bucket)
         (numel,) = {placement.bucket_numel for placement in bucket}
-        assert numel % data_parallel_size == numel % 128 == 0
-        assert 0 <= numel - end(bucket[-1]) < math.lcm(data_parallel_size, 128)
-
-
-@given(weight_lists, st.integers(1, 4000))
-def test_a_bucket_ends_with_the_weight_that_fills_it(
-    weights: list[Weight], bucket_size: int
-) -> None:
-    found = buckets(place(weights, 2, bucket_size))
-    assert all(end(bucket[-1]) >= bucket_size for bucket in found[:-1])
-    assert all(end(placement) < bucket_size for bucket in found for placement in bucket[:-1])
-
-
-@given(weight_lists)
-def test_one_bucket_without_a_bucket_size(weights: list[Weight]) -> None:
-    assert len(buckets(place(weights, 2, None))) == min(len(weights), 1)
+        assert numel % ranks == numel % 128 == 0
+        assert 0 <= numel - end(bucket[-1]) < math.lcm(ranks, 128)
+    if bucket_size is None:
+        assert len(buckets) == min(len(weights), 1)
+    else:
+        assert all(end(bucket[-1]) >= bucket_size for bucket in buckets[:-1])
+        assert all(end(p) < bucket_size for bucket in buckets for p in bucket[:-1])
 
 
 @pytest.mark.parametrize(
@@ -94,51 +76,86 @@ def test_matrices_of_a_layer() -> None:
     ]
 
 
-def test_width_of_heads_and_gate_are_free() -> None:
-    shape = GptShape(1, 24, 40, 8, 2, kv_channels=5, gated=False)
-    found = [(weight.rows, weight.columns) for weight in shape.weights([0])]
-    assert found == [(24, 40), (60, 24), (40, 24), (24, 40)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
 def test_stages_share_the_layers(size: int) -> None:
+    """At 4 and 8 the embedding and the loss count as layers."""
     stages = [TINY.stage_layers(size, stage) for stage in range(size)]
     assert [layer for stage in stages for layer in stage] == list(range(6))
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("8B", 8_030_261_248), ("70B", 70_553_706_496), ("405B", 405_853_388_800)],
+    [
+        ("8B", 8_030_261_248),
+        ("70B", 70_553_706_496),
+        ("405B", 405_853_388_800),
+        ("16B-MoE", 16_375_728_128),
+    ],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     assert PRESETS[name].parameters == parameters
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="--num-attention-heads 4 does not divide --hidden-size 10: take 2 or 5"
-    ):
-        GptShape(1, 10, 8, 4, 2)
-    with pytest.raises(
-        ValueError, match="--num-query-groups 3 does not divide --num-attention-heads 4"
-    ):
-        GptShape(1, 8, 8, 4, 3)
-    with pytest.raises(
-        ValueError, match="--tp 3 does not divide the model's 8 attention heads: take 1, 2, 4 or 8"
-    ):
-        TINY.weights([0], 3)
-    with pytest.raises(
-        ValueError,
-        match="--tp 16 does not divide the model's 40 columns of its feed-forward layer: take 1,",
-    ):
-        GptShape(1, 32, 40, 16, 16).weights([0], 16)
-    with pytest.raises(
-        ValueError, match="--tp 4 does not divide the model's 6 query groups: take 1 or 2"
-    ):
-        GptShape(1, 24, 40, 12, 6).weights([0], 4)
-    with pytest.raises(
-        ValueError, match="--pp 4 does not divide the model's 6 layers: take 3 or 6"
-    ):
-        TINY.stage_layers(4, 0)
-    with pytest.raises(ValueError, match="stage 2 is none of 2"):
-        TINY.stage_layers(2, 2)
+def test_shapes_of_flags() -> None:
+    flags = (
+        "--num-layers 28 --hidden-size 2048 --num-attention-heads 16 --max-position-embeddings 99"
+    )
+    flags += " --num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 1408 --unknown 3 4"
+    shape = shape_from_flags([*flags.split(), "--moe-layer-freq", "([0]*1+[1]*27)"])
+    assert shape.experts == Experts(64, 6, 1408, dense_layers=1)
+    assert (shape.ffn, shape.gated, shape.tied, shape.vocab) == (8192, False, True, None)
+    assert (shape.query_groups, shape.sequence) == (16, 99)
+    gated = shape_from_flags(
+        [*"--num-layers=2 --hidden-size=768 --num-attention-heads=8".split(), "--swiglu"]
+    )
+    assert gated.ffn == 2048
+
+
+def test_settings_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.args"
+    flags = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 # --bf16"
+    file.write_text(flags)
+    sizes = {"micro-batch-size": 0, "global-batch-size": 0}
+    assert read_model(str(file))[1] == {**sizes, "weight-bytes": 4}
+    file.write_text(f"--fp16 --global-batch-size 12 {flags}")
+    settings = {"micro-batch-size": 0, "global-batch-size": 12, "weight-bytes": 2}
+    assert read_model(str(file))[1] == settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num-layers two", "--num-layers two is no whole number"),
+        ("--num-layers", "--num-layers  is no whole number"),
+        ("--hidden-size 8", "need --num-layers, --num-attention-heads"),
+        ("--num-layers 'two", "quotation"),
+        ("--multi-latent-attention", "--multi-latent-attention is not planned"),
+        (
+            "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --num-experts 2"
+            " --moe-layer-freq every",
+            r"--moe-layer-freq every: .*\(\[0\]\*1\+\[1\]\*27\)",
+        ),
+        (
+            "--num-layers 2 --hidden-size 10 --num-attention-heads 4",
+            "--num-attention-heads 4 does not divide --hidden-size 10: take 2 or 5",
+        ),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path: Path, flags: str, words: str) -> None:
+    file = tmp_path / "model.args"
+    file.write_text(flags)
+    with pytest.raises(ValueError, match=f"MODEL {file}: .*{words}"):
+        read_model(str(file))
+
+
+def test_links_leave_nodes() -> None:
+    """A ring over nodes leaves each of them once; of what goes to all others, most leaves."""
+    topology = Topology(tp=4, pp=2, dp=16, ranks_per_node=8)
+    assert topology.group("tensor") == Group("tensor", 4, 4)
+    assert topology.group("tensor").leaving(to_peers=False) == 0
+    assert topology.group("data") == Group("data", 16, 2)
+    assert topology.group("data").leaving(to_peers=False) == 1 / 2
+    assert topology.group("data").leaving(to_peers=True) == 14 / 15
+    assert topology.group("pipeline").leaving(to_peers=True) == 1
+    experts = Topology(dp=16, ep=4, ranks_per_node=8)
+    assert experts.group("data", is_experts=True) == Group("data", 4, 2)

@@ -65,7 +65,7 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_dion.algorithm import DionConfig
-    from megatron_dion.optimizer.routing import route_of, tag_matrices
+    from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
     ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
     found: dict[str, Any] = {}
@@ -85,8 +85,7 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
         ):
             [chunk] = tag_matrices([chunk_of(experts)])
             for parameter in chunk.parameters():
-                route = route_of(parameter)
-                assert route is not None
+                route = getattr(parameter, ROUTE_TAG)
                 assert route.parameter not in found
                 matrices = route.weight.matrices(DionConfig()) if route.weight else []
                 found[route.parameter] = {

@@ -49,13 +49,16 @@ MISTAKES = [
     ("--no-checkpoint-hashes --verify-integrity", "contradicts --verify-integrity"),
     ("--no-ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save writes checkpoints"),
     ("--save x", "save_interval is not None"),
-    ("--dion-compressed-sync", "--num-distributed-optimizer-instances is 1: give at least 2"),
-    ("--dion-recenter-interval 5", "has no effect without --dion-compressed-sync"),
+    ("--dion-compressed-sync", "needs --num-distributed-optimizer-instances of at least 2, not 1"),
+    ("--dion-recenter-interval 5", "--dion-recenter-interval 5 needs --dion-compressed-sync"),
     ("--dion-recenter-interval 0", "--dion-recenter-interval must be at least 1, not 0"),
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
     ("--dion-log-interval 5", "--dion-log-interval 5 has nowhere to write: add --run-dir"),
     (FP8, "--fp8-format hybrid has no effect with --transformer-impl local"),
-    ("--multi-latent-attention --tensor-model-parallel-size 2", "loses gradients: use 1"),
+    (
+        "--multi-latent-attention --tensor-model-parallel-size 2",
+        "loses gradients: use --tensor-model-parallel-size 1, not 2",
+    ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
     ("--eval-interval 0", "--eval-interval must be a number of iterations, not 0"),
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
@@ -111,7 +114,7 @@ def test_what_is_right_passes(said: dict[str, str | None], flags: str) -> None:
 @pytest.mark.parametrize(
     ("without", "named"),
     [
-        ("--use-distributed-optimizer", "add --use-distributed-optimizer"),
+        ("--use-distributed-optimizer", "--optimizer dion needs --use-distributed-optimizer"),
         ("--lr", "--lr is missing"),
         ("--train-iters", "the length of the run is missing"),
         ("--eval-interval", "--eval-interval must be a number of iterations, not None"),

@@ -8,30 +8,24 @@ Defaults are in brackets.
 
 import argparse
 import json
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import PRECISIONS
-from megatron_dion.algorithm.config import DTYPES
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.local.flags import read_flags
-from megatron_dion_tools.plan import tables
-from megatron_dion_tools.plan.flags import positive, run_from_flags, shape_from_flags
-from megatron_dion_tools.plan.hardware import PRESETS as MACHINES
-from megatron_dion_tools.plan.hardware import Hardware, hardware
-from megatron_dion_tools.plan.models import PRESETS, GptShape
-from megatron_dion_tools.plan.prediction import Prediction, predict
-from megatron_dion_tools.plan.search import search
+from megatron_dion_tools.plan.flags import PRESETS, read_model
+from megatron_dion_tools.plan.hardware import MACHINES, hardware
+from megatron_dion_tools.plan.prediction import ASSUMPTIONS, predict, search
 from megatron_dion_tools.plan.stage import Optimizer, Run
-from megatron_dion_tools.plan.timing import assumptions
-from megatron_dion_tools.plan.topology import Batch, Topology
+from megatron_dion_tools.plan.tables import details, overview, plot, quantity
+from megatron_dion_tools.plan.topology import Topology
 
 OPTIMIZERS = ("adamw", "muon", "muon-duplicated", "dion:1", "dion:1/4", "dion:1/16")
+_DION = ("fp32_matmul_prec", "comm_dtype", "momentum_dtype", "factor_dtype", "exchange_buffer_mib")
+_BEST = 10
+"""Topologies that `--search` shows for each optimizer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,122 +35,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"{', '.join(PRESETS)}, or a file of flags such as examples/quick_start.args",
     )
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument("--tp", type=positive, default=1, help="tensor-parallel size (1)")
-    ranks.add_argument("--pp", type=positive, default=1, help="pipeline stages (1)")
-    ranks.add_argument(
-        "--dp",
-        type=positive,
-        nargs="+",
-        help="data-parallel sizes (8, or the most below that divide a global batch that is given)",
-    )
-    ranks.add_argument("--cp", type=positive, default=1, help="context-parallel size (1)")
-    ranks.add_argument("--ep", type=positive, default=1, help="expert-parallel size (1)")
-    ranks.add_argument(
-        "--instances", type=positive, default=1, help="distributed-optimizer instances (1)"
-    )
-    ranks.add_argument(
+    add = parser.add_argument_group("ranks").add_argument
+    for name, what in {
+        "tp": "tensor-parallel size",
+        "pp": "pipeline stages",
+        "cp": "context-parallel size",
+        "ep": "expert-parallel size",
+        "instances": "distributed-optimizer instances",
+    }.items():
+        add(f"--{name}", type=positive, default=1, help=f"{what} (1)")
+    add("--dp", type=positive, nargs="+", default=[8], help="data-parallel sizes (8)")
+    add(
         "--search",
         type=positive,
         metavar="RANKS",
         help="look for the fastest topologies of so many ranks that fit (off)",
     )
-    run = parser.add_argument_group("run")
-    run.add_argument(
+    add = parser.add_argument_group("run").add_argument
+    add(
         "--optimizer",
         nargs="+",
-        default=OPTIMIZERS,
-        help="any of adam or adamw, muon, muon-duplicated, these two with -unpadded, dion:FRACTION,"
-        f" dion-compressed:FRACTION; the rank fraction is in (0, 1] ({' '.join(OPTIMIZERS)})",
+        type=optimizer,
+        default=list(map(optimizer, OPTIMIZERS)),
+        help="any of adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the"
+        f" rank fraction is in (0, 1] ({' '.join(OPTIMIZERS)})",
     )
-    run.add_argument(
+    add(
         "--bucket-size",
-        type=_bucket_size,
+        type=lambda text: 0 if text == "0" else positive(text),
         nargs="+",
+        default=[None],
         help="elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's:"
         " 40 million, or a million for each data-parallel rank if that is more)",
     )
-    run.add_argument(
-        "--micro-batch-size", type=positive, help="sequences of a micro batch (the file's, or 1)"
-    )
-    run.add_argument(
+    add("--micro-batch-size", type=positive, help="sequences of a micro batch (the file's, or 1)")
+    add(
         "--global-batch-size",
         type=positive,
         help="sequences of a step (the file's, or on each data-parallel rank 8 micro batches, or"
         " 4 x --pp; with --search one for each rank)",
     )
-    run.add_argument("--seq-length", type=positive, help="tokens of a sequence (the model's)")
-    run.add_argument(
+    add("--seq-length", type=positive, help="tokens of a sequence (the model's)")
+    add(
         "--recompute",
         choices=("none", "selective", "full"),
         default="selective",
         help="activations that are computed again; `selective` is attention (selective)",
     )
-    run.add_argument(
-        "--dtype",
-        choices=("bf16", "fp16", "fp32"),
-        help="type of the weights (the file's, which is fp32 without --bf16 and --fp16; a preset's"
-        " is bf16)",
-    )
-    run.add_argument(
-        "--dion-fp32-matmul-prec",
-        choices=PRECISIONS,
-        default="high",
-        help="precision of Dion's products: float32, TF32 or bf16 (high)",
-    )
-    run.add_argument(
-        "--dion-comm-dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="type in which Dion's factors travel (fp32)",
-    )
-    run.add_argument(
-        "--dion-momentum-dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="type in which Dion keeps momenta (fp32)",
-    )
-    run.add_argument(
-        "--dion-exchange-buffer-mib",
-        type=_positive_number,
-        metavar="MIB",
-        help="limit of Dion's exchange buffers on a rank (none)",
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--hardware",
-        default="h100",
-        help=f"{', '.join(MACHINES)}, or a YAML file of rates (h100)",
-    )
-    machine.add_argument(
-        "--memory",
-        type=_positive_number,
-        metavar="GIB",
-        help="limit of a rank's memory (the machine's)",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print all figures as JSON (off)")
-    output.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw a picture too; needs matplotlib (off)"
-    )
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (the file's)")
+    for each in (each for each in fields(DionConfig) if each.name in _DION):
+        choices = get_args(each.type) if get_origin(each.type) is Literal else None
+        add(
+            f"--dion-{each.name.replace('_', '-')}",
+            type=str if choices else positive,
+            choices=choices,
+            default=each.default,
+            help=f"as in training ({each.default or 'off'})",
+        )
+    add = parser.add_argument_group("machine").add_argument
+    add("--hardware", default="h100", help=f"{', '.join(MACHINES)}, or a TOML file (h100)")
+    add("--memory", type=positive, metavar="GIB", help="limit of a rank's memory (the machine's)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print all figures as JSON (off)")
+    add("--plot", type=Path, metavar="FILE.png", help="draw a picture over --dp too (off)")
 
 
-def _bucket_size(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+def positive(text: str) -> int:
+    """A size on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
+    return int(text)
 
 
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return number
+def optimizer(text: str) -> Optimizer:
+    """An optimizer on the command line."""
+    name, _, fraction = text.partition(":")
+    if name in ("dion", "dion-compressed"):
+        try:
+            rank_fraction = float(Fraction(fraction or "1/4"))
+        except (ValueError, ZeroDivisionError):
+            rank_fraction = 0
+        if not 0 < rank_fraction <= 1:
+            raise argparse.ArgumentTypeError(
+                f"{text}: a rank fraction is in (0, 1], and written dion:FRACTION, such as dion:1/4"
+            )
+        return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
+    known = {
+        "adam": Optimizer("adamw"),
+        "adamw": Optimizer("adamw"),
+        "muon": Optimizer("muon"),
+        "muon-duplicated": Optimizer("muon", muon_tp_mode="duplicated"),
+    }
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text}: write {', '.join(known)} or dion:FRACTION")
+    return known[text]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print tables of one kind."""
+    """Print tables, or JSON."""
     try:
         _plan(args)
     except ValueError as error:
@@ -166,196 +142,43 @@ def run(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     machine = hardware(args.hardware)
     limit = args.memory * 2**30 if args.memory else machine.memory
-    shape = _shape(args)
-    of_file = _take_from_file(args, shape)
-    if args.search:
-        print(of_file, end="")
-        _search(args, shape, machine, limit)
-        return
-    started = time.perf_counter()
-    sizes = args.bucket_size or [None]
-    dps = _data_parallel_sizes(args)
-    headline = f"{_headline(args, shape, *dps)}\n{of_file}"
-    found = {
-        (dp, size): [_predict(args, shape, machine, dp, size, o) for o in _optimizers(args)]
-        for dp in dps
-        for size in sizes
+    shape, given = read_model(args.model)
+    if args.seq_length:
+        shape = replace(shape, sequence=args.seq_length)
+    micro = args.micro_batch_size or given["micro-batch-size"] or 1
+    global_ = args.global_batch_size or given["global-batch-size"]
+    weight_bytes = {"fp32": 4, None: given["weight-bytes"]}.get(args.dtype, 2)
+    dion = {name: getattr(args, f"dion_{name}") for name in _DION}
+    optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
+    title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
+    title += f" micro batches of {micro} x {shape.sequence} tokens, {args.hardware}"
+    common: dict[str, Any] = {
+        "weight_bytes": weight_bytes,
+        "micro_batch": micro,
+        "recompute": args.recompute,
     }
-    seconds = time.perf_counter() - started
-    if args.json:
-        print(
-            json.dumps([row for rows in found.values() for row in tables.as_json(rows)], indent=1)
-        )
-    elif len(found) == 1:
-        [rows] = found.values()
-        print(f"{headline}\n{tables.describe(rows, limit)}")
-    else:
-        print(f"{headline}\n{tables.compare(found, limit)}")
-    if not args.json:
-        print(f"\n{assumptions(machine)}\nPlanned in {seconds:.1f} s.")
+    predictions = []
+    if args.search:
+        for one in optimizers:
+            batch = global_ or args.search * micro
+            run = Run(shape, Topology(), one, global_batch=batch, **common)
+            predictions += search(run, args.search, machine, limit)[:_BEST]
+    for dp in [] if args.search else args.dp:
+        sizes = args.tp, args.pp, dp, args.cp, args.ep, args.instances
+        topology = Topology(*sizes, machine.ranks_per_node)
+        batch = global_ or micro * dp * max(8, 4 * args.pp)
+        for size in args.bucket_size:
+            for one in optimizers:
+                run = Run(shape, topology, one, size, global_batch=batch, **common)
+                predictions.append(predict(run, machine))
     if args.plot:
-        from megatron_dion_tools.plan.pictures import plot
-
-        one_size = {dp: rows for (dp, size), rows in found.items() if size == sizes[0]}
-        try:
-            plot(one_size, args.plot, _headline(args, shape, *dps))
-        except ValueError as error:
-            raise ToolError(f"--plot {args.plot}: {error}: take another name") from error
-
-
-def _shape(args: argparse.Namespace) -> GptShape:
-    if args.model in PRESETS:
-        shape = PRESETS[args.model]
-    elif Path(args.model).is_file():
-        shape = _of_file(args.model, shape_from_flags)
-    else:
-        raise ToolError(
-            f"MODEL {args.model}: no file of flags, and no preset ({', '.join(PRESETS)})"
-        )
-    return replace(shape, sequence=args.seq_length) if args.seq_length else shape
-
-
-def _of_file[Found](name: str, read: Callable[[Sequence[str]], Found]) -> Found:
-    """What the flags of a file say; mistakes in it name it."""
-    try:
-        return read(read_flags(Path(name)))
-    except ValueError as error:
-        raise ToolError(f"MODEL {name}: {error}") from error
-
-
-def _take_from_file(args: argparse.Namespace, shape: GptShape) -> str:
-    """Completes options by what the file of flags says, and else by defaults; says the former."""
-    defaults = {"micro_batch_size": 1, "global_batch_size": None, "dtype": "bf16"}
-    found = {} if args.model in PRESETS else _of_file(args.model, run_from_flags)
-    taken = {name: value for name, value in found.items() if getattr(args, name) is None}
-    for name, value in {**defaults, **taken}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in taken.items()]
-    said = f"From {args.model}: {', '.join(words)}.\n" if words else ""
+        plot(predictions, args.plot, title)
+    if args.json:
+        print(json.dumps([asdict(prediction) for prediction in predictions], indent=1))
+        return
+    print(f"{title}\n")
     if shape.vocab is None:
-        said += "It has no --vocab-size: the embedding and the output layer are left out; add it to"
-        said += " the file to count them.\n"
-    return said
-
-
-def _data_parallel_sizes(args: argparse.Namespace) -> list[int]:
-    if args.dp:
-        return list(args.dp)
-    batch, micro = args.global_batch_size, args.micro_batch_size
-    fitting = [
-        dp
-        for dp in range(1, 9)
-        if (batch is None or batch % (micro * dp) == 0)
-        and dp % args.instances == 0
-        and dp * args.cp % (args.ep * args.instances) == 0
-    ]
-    return fitting[-1:] or [8]
-
-
-def _optimizers(args: argparse.Namespace) -> list[Optimizer]:
-    return [_optimizer(text, args) for text in args.optimizer]
-
-
-def _optimizer(text: str, args: argparse.Namespace) -> Optimizer:
-    name, _, fraction = text.partition(":")
-    kind, *options = name.split("-")
-    if kind == "dion" and set(options) <= {"compressed"}:
-        config = DionConfig(
-            rank_fraction=_rank_fraction(text, fraction or "1/4"),
-            fp32_matmul_prec=args.dion_fp32_matmul_prec,
-            comm_dtype=args.dion_comm_dtype,
-            momentum_dtype=args.dion_momentum_dtype,
-            exchange_buffer_mib=args.dion_exchange_buffer_mib,
-        )
-        return Optimizer("dion", config, compressed_sync="compressed" in options)
-    if kind == "muon" and not fraction and set(options) <= {"duplicated", "unpadded"}:
-        mode = "duplicated" if "duplicated" in options else "blockwise"
-        return Optimizer("muon", muon_tp_mode=mode, layer_wise_layout="unpadded" not in options)
-    if text in ("adam", "adamw"):
-        return Optimizer("adamw")
-    raise ToolError(
-        f"--optimizer {text}: write adam, muon, muon-duplicated, muon-unpadded,"
-        " muon-duplicated-unpadded, dion:FRACTION or dion-compressed:FRACTION"
-    )
-
-
-def _rank_fraction(text: str, written: str) -> float:
-    try:
-        found = float(Fraction(written))
-    except (ValueError, ZeroDivisionError):
-        found = 0
-    if not 0 < found <= 1:
-        raise ToolError(
-            f"--optimizer {text}: a rank fraction is in (0, 1], and written dion:FRACTION,"
-            " such as dion:1/4"
-        )
-    return found
-
-
-def _batch(args: argparse.Namespace, dp: int, pp: int) -> Batch:
-    share = args.micro_batch_size * dp
-    return Batch(
-        args.micro_batch_size, args.global_batch_size or share * max(8, 4 * pp), args.recompute
-    )
-
-
-def _predict(
-    args: argparse.Namespace,
-    shape: GptShape,
-    machine: Hardware,
-    dp: int,
-    bucket_size: int | None,
-    optimizer: Optimizer,
-) -> Prediction:
-    topology = Topology(
-        args.tp,
-        args.pp,
-        dp,
-        args.cp,
-        args.ep,
-        args.instances,
-        shape.needs_ends(args.pp),
-        machine.ranks_per_node,
-    )
-    run = Run(shape, topology, optimizer, bucket_size, _weight_bytes(args))
-    return predict(run, _batch(args, dp, args.pp), machine)
-
-
-def _weight_bytes(args: argparse.Namespace) -> int:
-    return 4 if args.dtype == "fp32" else 2
-
-
-def _headline(args: argparse.Namespace, shape: GptShape, *dps: int) -> str:
-    sizes = {"TP": args.tp, "PP": args.pp, "CP": args.cp, "EP": args.ep}
-    words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-    words.append("DP" + "/".join(map(str, dps)))
-    batch = _batch(args, dps[0], args.pp)
-    count = batch.global_ // (batch.micro * dps[0])
-    return (
-        f"{args.model} ({tables.parameters(shape.parameters)}), {' x '.join(words)},"
-        f" {count} micro batch{'es' * (count != 1)} of {batch.micro} x"
-        f" {shape.sequence} tokens, {args.hardware}"
-    )
-
-
-def _search(args: argparse.Namespace, shape: GptShape, machine: Hardware, limit: float) -> None:
-    ignored = [name for name in ("tp", "pp", "cp", "ep", "instances") if getattr(args, name) > 1]
-    ignored += [name for name in ("dp", "bucket_size", "json", "plot") if getattr(args, name)]
-    if ignored:
-        raise ToolError(
-            f"--{ignored[0].replace('_', '-')}: --search has no use for it: leave it out"
-        )
-    batch = Batch(args.micro_batch_size, args.global_batch_size or args.search, args.recompute)
-    for optimizer in _optimizers(args):
-        found = search(
-            *(shape, args.search, batch, optimizer, machine, limit),
-            weight_bytes=_weight_bytes(args),
-        )
-        print(
-            f"{args.model} with {optimizer.label} on {args.search} ranks, batches of"
-            f" {batch.global_} sequences, at most {limit / 2**30:.0f} GiB\n"
-        )
-        print(tables.describe_search(found))
-        print()
-    print(assumptions(machine))
+        print("Without --vocab-size in the file the embedding and output layer are left out.\n")
+    if len(predictions) == len(optimizers) and not args.search:
+        print(f"{details(predictions)}\n")
+    print(f"{overview(predictions, limit)}\n\n{ASSUMPTIONS.format(**vars(machine))}")

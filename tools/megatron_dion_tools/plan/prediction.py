@@ -1,57 +1,27 @@
-"""All that is planned of a run, over the ranks of all its pipeline stages."""
+"""All that is planned of a run, and a model of times: arithmetic on counts and assumed rates."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_dion_tools.plan.compute import (
-    activation_bytes,
-    model_work,
-    optimizer_work,
-)
+from megatron_dion_tools.plan.costs import activations, gradients_and_weights, memory, model_work
+from megatron_dion_tools.plan.dion import dion
 from megatron_dion_tools.plan.hardware import Hardware
-from megatron_dion_tools.plan.memory import KINDS, memory
 from megatron_dion_tools.plan.stage import Run, Stage
-from megatron_dion_tools.plan.timing import (
-    OptimizerTime,
-    iteration_time,
-    optimizer_time,
-    stage_time,
-)
-from megatron_dion_tools.plan.topology import Batch
-from megatron_dion_tools.plan.traffic import Traffic, traffic
+from megatron_dion_tools.plan.topology import topologies
+from megatron_dion_tools.plan.updates import ADAMW_BYTES, Collective, Update, adamw, muon
 
-ACTIVATIONS = "activations"
+ASSUMPTIONS = """\
+Rates: {source}.
+Times are a model, not measured. Products take {product_share:.0%} of the sheet's rate (the model's
+in the type of its weights, Muon's in bf16, Dion's with B, M and W in TF32 or what
+--dion-fp32-matmul-prec says, those that orthonormalize in float32), factorizations
+{factorization_share:.0%} of its float32 rate, memory {bandwidth_share:.0%}, links {link_share:.0%},
+a collective {latency:.0e} s besides. Both links work at a time. A step is the sum of its parts,
+each on the rank where it takes longest; nothing of Dion's exchange is hidden. Gradients are reduced
+behind a micro batch's backward pass and weights gathered behind its forward pass; what takes longer
+is exposed. The pipeline is 1F1B."""
 
-
-@dataclass(frozen=True)
-class Figure:
-    """Of one quantity, what the rank with most has, and the mean of all ranks."""
-
-    busiest: float
-    mean: float
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Bytes that a rank sends in a step in one kind of collective.
-
-    Attributes:
-        sent: all of them.
-        network: those that leave the node.
-        calls: number of calls of the stage with most.
-        when: as in `traffic.Sent`.
-        is_estimate: as there.
-    """
-
-    sent: Figure
-    network: Figure
-    calls: int
-    when: str
-    is_estimate: bool
+_UPDATES = {"adamw": adamw, "muon": muon, "dion": dion}
 
 
 @dataclass(frozen=True)
@@ -60,129 +30,143 @@ class Prediction:
 
     Attributes:
         run: the run.
-        memory: bytes by kind; `busiest` are those of the rank that has most in all.
-        collectives: by name.
-        operations: of the optimizer's products and factorizations.
-        model_operations: forward and backward, of all micro batches.
-        step: time of the optimizer's step in the stage where it is longest.
+        memory: bytes by kind, of the rank that needs most.
+        collectives: of the stage that sends most in each.
+        operations: of the optimizer, on the rank with most.
+        model_operations: forward and backward, of all micro batches, on the rank with most.
+        step: seconds of the optimizer's step by part, in the stage where it is longest.
         seconds: of an iteration.
     """
 
     run: Run
-    memory: dict[str, Figure]
-    collectives: dict[str, Collective]
-    operations: Figure
-    model_operations: Figure
-    step: OptimizerTime
+    memory: dict[str, float]
+    collectives: list[Collective]
+    operations: float
+    model_operations: float
+    step: dict[str, float]
     seconds: float
 
     @property
     def bytes_needed(self) -> float:
         """Memory of the rank that needs most."""
-        return sum(figure.busiest for figure in self.memory.values())
+        return _total(self.memory)
 
-    def sent(self, when: str | None = None, network: bool | None = None) -> float:
-        """Bytes of the busiest ranks' collectives, of all or some times, on all links or one."""
-        total = 0.0
-        for found in self.collectives.values():
-            if when in (None, found.when):
-                on_network = found.network.busiest
-                total += {
-                    None: found.sent.busiest,
-                    True: on_network,
-                    False: found.sent.busiest - on_network,
-                }[network]
-        return total
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of the optimizer's step."""
+        return _total(self.step)
+
+    def sent(self, network: bool, when: str | None = None) -> float:
+        """Bytes that leave the node or that stay on it, of collectives of all times or of one."""
+        return sum(
+            one.network if network else one.bytes - one.network
+            for one in self.collectives
+            if when in (None, one.when)
+        )
 
 
-def predict(run: Run, batch: Batch, machine: Hardware) -> Prediction:
+def predict(run: Run, machine: Hardware) -> Prediction:
     """Plans all stages of a run that differ.
 
     Raises:
         ValueError: Megatron could not divide the model in this way, in words that name flags.
     """
-    micro_batches = batch.micro_batches(run.topology)
-    stages = list(distinct_stages(run))
-    counts = [count for _, count in stages]
-    memories, sent, works, models = [], [], [], []
-    for stage, _ in stages:
-        memories.append({**memory(stage), ACTIVATIONS: np.array(activation_bytes(stage, batch))})
-        sent.append(traffic(stage, batch))
-        works.append(optimizer_work(stage, machine.device))
-        models.append(model_work(stage, batch))
-    steps = [
-        optimizer_time(work, found, machine, run.optimizer.precision)
-        for work, found in zip(works, sent, strict=True)
-    ]
-    times = [
-        stage_time(model, found, machine, micro_batches, run.weight_bytes)
-        for model, found in zip(models, sent, strict=True)
-    ]
-    operations = [work.operations for work in works]
-    passes = [micro_batches * (model.forward + model.backward) for model in models]
+    rate = (machine.half if run.weight_bytes == 2 else machine.single) * machine.product_share
+    memories, operations, models, steps, slots, exposed = [], [], [], [], [], []
+    most_sent: dict[tuple[str, str], Collective] = {}
+    for stage in _distinct_stages(run):
+        updates = [_UPDATES[run.optimizer.kind](stage, section) for section in stage.sections]
+        collectives = [*gradients_and_weights(stage), *activations(stage)]
+        collectives += [one for update in updates for one in update.collectives]
+        collectives = [one for one in collectives if one.bytes]
+        for one in collectives:
+            key = one.name, one.group.link
+            most_sent[key] = max(one, most_sent.get(key, one), key=lambda each: each.bytes)
+        times = ("layer", "forward", "backward", "step")
+        waits = {when: _seconds(collectives, machine, when) for when in times}
+        forward, backward = model_work(stage)
+        memories.append(memory(stage, updates))
+        operations.append(sum(u.products + u.float32_products + u.factorizations for u in updates))
+        models.append(run.micro_batches * (forward + backward))
+        steps.append({**_computing(stage, updates, machine), "exchange": waits["step"]})
+        slots.append((forward + backward) / rate + waits["layer"] / run.micro_batches)
+        exposed.append(
+            max(waits["backward"] - backward / rate, 0) + max(waits["forward"] - forward / rate, 0)
+        )
+    step = max(steps, key=_total)
+    # A pipeline takes as long as its slowest stage; so do what is exposed, and the step.
+    seconds = (run.micro_batches + run.topology.pp - 1) * max(slots) + max(exposed) + _total(step)
     return Prediction(
         run=run,
-        memory=_memory(memories, counts),
-        collectives=_collectives(sent, counts),
-        operations=_figure(operations, counts),
-        model_operations=_figure([np.array(value) for value in passes], counts),
-        step=max(steps, key=lambda step: step.total),
-        seconds=iteration_time(times, steps, micro_batches, run.topology.pp),
+        memory=max(memories, key=_total),
+        collectives=list(most_sent.values()),
+        operations=max(operations),
+        model_operations=max(models),
+        step=step,
+        seconds=seconds,
     )
 
 
-def distinct_stages(run: Run) -> Iterator[tuple[Stage, int]]:
-    """One of each kind of stage, and how many there are of it.
+def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Prediction]:
+    """Tries all `topologies` of a number of ranks, with Megatron's default buckets and with one.
 
-    Stages are of a kind if they have as many layers of each kind, and are neither first nor last.
+    Args:
+        run: the run, whose topology and buckets do not count.
+        ranks: how many there are.
+        machine: gives rates.
+        limit: bytes of a device's memory.
+
+    Returns:
+        Those that fit the memory, the fastest first.
     """
-    found: dict[tuple[object, ...], list[int]] = {}
-    shape, topology = run.shape, run.topology
-    for index in range(topology.pp):
-        layers = shape.stage_layers(topology.pp, index, topology.account_for_ends)
-        kinds = tuple(shape.has_experts(layer) for layer in layers)
-        ends = index == 0, index == topology.pp - 1
-        found.setdefault((kinds, ends), []).append(index)
-    for indices in found.values():
-        yield Stage(run, indices[0]), len(indices)
+    found = []
+    for topology in topologies(run.shape, ranks, machine.ranks_per_node):
+        for bucket_size in (None, 0):
+            try:
+                other = replace(run, topology=topology, bucket_size=bucket_size)
+                found.append(predict(other, machine))
+            except ValueError:  # Megatron cannot divide the model so
+                break
+    fitting = (one for one in found if one.bytes_needed <= limit)
+    return sorted(fitting, key=lambda one: one.seconds)
 
 
-def _memory(memories: list[dict[str, NDArray[Any]]], counts: list[int]) -> dict[str, Figure]:
-    totals = [sum(found.values()) for found in memories]
-    worst = max(range(len(totals)), key=lambda i: float(np.max(totals[i])))
-    place = np.unravel_index(np.argmax(totals[worst]), np.shape(totals[worst]))
+def _distinct_stages(run: Run) -> Iterable[Stage]:
+    """The first stage, the last one, and of others one for each number of layers of each kind."""
+    found: dict[object, Stage] = {}
+    for index in range(run.topology.pp):
+        stage = Stage(run, index)
+        kinds = tuple(map(run.shape.has_experts, stage.layers))
+        found.setdefault((kinds, stage.is_first, stage.is_last), stage)
+    return found.values()
+
+
+def _computing(stage: Stage, updates: list[Update], machine: Hardware) -> dict[str, float]:
+    """Seconds of what an optimizer's step computes."""
+    rates = {"highest": machine.single, "high": machine.tf32, "medium": machine.half}
+    optimizer = stage.run.optimizer
+    rate = rates[optimizer.dion.fp32_matmul_prec if optimizer.kind == "dion" else "medium"]
+    products = sum(u.products / rate + u.float32_products / machine.single for u in updates)
+    factorizations = sum(update.factorizations for update in updates) / machine.single
+    passed = sum(update.bytes_passed for update in updates)
+    passed += sum(ADAMW_BYTES * section.others / section.group.size for section in stage.sections)
     return {
-        kind: Figure(
-            float(np.broadcast_to(memories[worst][kind], np.shape(totals[worst]))[place]),
-            _mean([found[kind] for found in memories], counts),
-        )
-        for kind in (*KINDS, ACTIVATIONS)
+        "products": products / machine.product_share,
+        "factorizations": factorizations / machine.factorization_share,
+        "passes": passed / machine.bandwidth / machine.bandwidth_share,
     }
 
 
-def _collectives(sent: list[Traffic], counts: list[int]) -> dict[str, Collective]:
-    names = dict.fromkeys(name for found in sent for name in found)
-    zero = np.zeros(1)
-    result = {}
-    for name in names:
-        here = [found[name] for found in sent if name in found]
-        result[name] = Collective(
-            sent=_figure([np.asarray(f[name].bytes) if name in f else zero for f in sent], counts),
-            network=_figure(
-                [np.asarray(f[name].network) if name in f else zero for f in sent], counts
-            ),
-            calls=max(found.calls for found in here),
-            when=here[0].when,
-            is_estimate=here[0].is_estimate,
-        )
-    return result
+def _seconds(collectives: Iterable[Collective], machine: Hardware, when: str) -> float:
+    """Of all collectives of a time: latency of the calls, and the slower of both links."""
+    seconds = 0.0
+    for one in collectives:
+        if one.when == when:
+            node = (one.bytes - one.network) / machine.node_link
+            slower = max(one.network / machine.network, node)
+            seconds += one.calls * machine.latency + slower / machine.link_share
+    return seconds
 
 
-def _figure(values: list[NDArray[Any]], counts: list[int]) -> Figure:
-    return Figure(max(float(np.max(value)) for value in values), _mean(values, counts))
-
-
-def _mean(values: list[NDArray[Any]], counts: list[int]) -> float:
-    """Over the ranks of all stages, of which there are so many of each kind."""
-    means = [float(np.mean(value)) for value in values]
-    return sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
+def _total(parts: dict[str, float]) -> float:
+    return sum(parts.values())

@@ -1,29 +1,20 @@
-"""A pipeline stage under an optimizer: its parameters in buffers, and Dion's plans."""
+"""A pipeline stage under an optimizer: what of the model its ranks share, and where it lies.
 
-from collections.abc import Callable, Iterator, Sequence
+Line numbers are those of megatron-core 0.19.2 (MC).
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dion.algorithm import DionConfig
-from megatron_dion.sharding import Grid, Placement, Planner, sets_of
-from megatron_dion.sharding.traffic import compression_pays
-from megatron_dion_tools.plan.divisors import check_divides
-from megatron_dion_tools.plan.holdings import Counts, pieces
-from megatron_dion_tools.plan.layout import (
-    Buffer,
-    default_bucket_size,
-    layer_wise_buffer,
-    plain_buffer,
-    stock_buffer,
-)
-from megatron_dion_tools.plan.models import GptShape, Parameter
+from megatron_dion.sharding import Placement, Weight
+from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.topology import Group, Topology
 
-MUON_TP_MODES = ("blockwise", "duplicated")
+# MC/optimizer/param_layout.py:23, :28
+_START_MULTIPLE = 64
+_BUCKET_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -31,38 +22,23 @@ class Optimizer:
     """An optimizer of the matrices; AdamW has all the rest, over the distributed optimizer.
 
     Attributes:
-        kind: `adamw`, `muon` (Megatron's, layer-wise distributed) or `dion`.
+        kind: `adamw`, `muon` (Megatron's, as `pretrain_gpt.py` makes it) or `dion`.
         dion: hyperparameters of `dion`.
         compressed_sync: of `dion`, over instances.
-        muon_tp_mode: how `muon` treats a matrix that tensor-parallel ranks share: `blockwise` takes
-            each rank's part for a matrix, `duplicated` gathers the matrix and does the same work on
-            each rank.
-        muon_steps: Newton-Schulz iterations.
-        layer_wise_layout: whether `muon` pads a buffer so that each rank's share is as large as
-            the largest (the default), or, with `--no-use-layer-wise-param-layout`, reduces whole
-            gradients on all ranks.
+        muon_tp_mode: `blockwise` takes each tensor-parallel rank's part for a matrix; `duplicated`
+            gathers the matrix, and each rank does the same work.
     """
 
     kind: str
     dion: DionConfig = field(default_factory=DionConfig)
     compressed_sync: bool = False
     muon_tp_mode: str = "blockwise"
-    muon_steps: int = 5
-    layer_wise_layout: bool = True
-
-    @property
-    def precision(self) -> str:
-        """Of the products, one of `algorithm.PRECISIONS`; Megatron's default for Muon."""
-        return self.dion.fp32_matmul_prec if self.kind == "dion" else "medium"
 
     @property
     def label(self) -> str:
-        if self.kind == "dion":
-            return f"dion {self.dion.rank_fraction:g}"
-        if self.kind == "muon":
-            layout = "" if self.layer_wise_layout else ", no layout"
-            return f"muon {self.muon_tp_mode}{layout}"
-        return self.kind
+        """Its name in tables."""
+        names = {"dion": f"dion {self.dion.rank_fraction:g}", "muon": f"muon {self.muon_tp_mode}"}
+        return names.get(self.kind, self.kind) + " compressed" * self.compressed_sync
 
 
 @dataclass(frozen=True)
@@ -73,9 +49,15 @@ class Run:
         shape: the model.
         topology: the ranks.
         optimizer: of the matrices.
-        bucket_size: elements, None for Megatron's default (`default_bucket_size`), 0 for one bucket
-            per stage (a run without `--overlap-grad-reduce`).
+        bucket_size: elements of a bucket, None for Megatron's default (`default_bucket_size`), 0
+            for one bucket per stage, as without `--overlap-grad-reduce`.
         weight_bytes: of a number of the model's weights: 2 for bf16, 4 for fp32.
+        micro_batch: sequences.
+        global_batch: sequences of a step over all ranks.
+        recompute: `none`, `selective` (attention) or `full` recomputation of activations.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
     """
 
     shape: GptShape
@@ -83,78 +65,46 @@ class Run:
     optimizer: Optimizer
     bucket_size: int | None = None
     weight_bytes: int = 2
+    micro_batch: int = 1
+    global_batch: int = 1
+    recompute: str = "selective"
+
+    def __post_init__(self) -> None:
+        share = self.micro_batch * self.topology.dp
+        if self.global_batch % share:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch} is no multiple of --micro-batch-size"
+                f" {self.micro_batch} x --dp {self.topology.dp}:"
+                f" take {-(-self.global_batch // share) * share}, or another --dp"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches of a step on each rank."""
+        return self.global_batch // (self.micro_batch * self.topology.dp)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Parameters that share a buffer.
+    """Parameters of a rank that the same data-parallel ranks, `group`, share.
 
-    Attributes:
-        buffer: their buffer.
-        is_matrices: whether they are the optimizer's matrices, and not AdamW's.
-        is_experts: whether they lie on the expert-data-parallel grid.
-        group: the ranks over which the buffer is cut.
-        is_reduced_whole: whether every rank has the whole gradient.
+    The optimizer's matrices are `weights`; all other parameters have `others` elements.
     """
 
-    buffer: Buffer[Parameter]
-    is_matrices: bool
+    weights: list[Weight]
+    others: int
     is_experts: bool
     group: Group
-    is_reduced_whole: bool = False
-
-    def held(self, wanted: Callable[[Parameter], bool]) -> Counts:
-        """Elements of the wanted parameters that each rank's optimizer has: (ranks,)."""
-        ranks = self.buffer.ranks
-        total = np.zeros(ranks, np.int64)
-        if self.is_reduced_whole:
-            for parameter, owner in self.owners():
-                total[owner] += parameter.numel if wanted(parameter) else 0
-            return total
-        for slot in self.buffer.slots:
-            if wanted(slot.parameter):
-                first, last = pieces(slot.start, slot.numel, slot.bucket_numel, ranks)
-                total += last - first
-        return total
-
-    def owners(self) -> Iterator[tuple[Parameter, int]]:
-        """Of a buffer of whole parameters each one, and the rank whose optimizer has it.
-
-        Without a layout of their own they are dealt out, the smallest first, to the first rank up
-        to the last and from the last down to the first (MC/optimizer/layer_wise_optimizer.py:651).
-        """
-        ranks = self.buffer.ranks
-        if not self.is_reduced_whole:
-            for slot in self.buffer.slots:
-                yield slot.parameter, slot.start // (slot.bucket_numel // ranks)
-            return
-        slots = sorted(self.buffer.slots, key=lambda slot: slot.numel)
-        for number, slot in enumerate(slots):
-            place = number % (2 * ranks)
-            yield slot.parameter, min(place, 2 * ranks - 1 - place)
-
-
-@dataclass(frozen=True)
-class DionPart:
-    """A Dion optimizer of the stage: of dense weights, or of experts.
-
-    Attributes:
-        planner: of its ranks.
-        is_experts: which.
-        group: its data-parallel ranks.
-        replicas: for each of the planner's sets how many instances average P and R.
-    """
-
-    planner: Planner
-    is_experts: bool
-    group: Group
-    replicas: tuple[int, ...]
 
     @property
-    def averaged(self) -> set[int]:
-        """Placements of which instances average P and R, and not gradients."""
-        sets = zip(self.planner.sets, self.replicas, strict=True)
-        return {index for members, count in sets if count > 1 for index in members}
+    def matrices(self) -> int:
+        """Elements of the matrices."""
+        return sum(map(numel_of, self.weights))
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return self.matrices + self.others
 
 
 class Stage:
@@ -164,6 +114,11 @@ class Stage:
         run: the run.
         index: number of the stage.
 
+    Attributes:
+        layers: their global numbers.
+        sections: dense parameters, and experts if there are any.
+        bucket_size: elements at which a bucket of this stage is full, None for one bucket.
+
     Raises:
         ValueError: Megatron could not divide the model in this way.
     """
@@ -171,118 +126,76 @@ class Stage:
     def __init__(self, run: Run, index: int) -> None:
         shape, topology = run.shape, run.topology
         self.run, self.index = run, index
-        experts = shape.experts
-        if experts is None and topology.ep > 1:
+        if shape.experts is None and topology.ep > 1:
             raise ValueError(f"--ep {topology.ep}: the model has no experts: take 1")
-        if experts is not None:
-            check_divides("--ep", topology.ep, experts.count, f"its {experts.count} experts")
         if run.optimizer.kind == "muon" and topology.instances > 1:
             raise ValueError(
                 f"--instances {topology.instances}: Megatron's Muon refuses them: take 1, or leave"
                 " muon out of --optimizer"
             )
-        self.layers = shape.stage_layers(topology.pp, index, topology.account_for_ends)
-        self.parameters = shape.stage(self.layers, topology.tp, (0, topology.ep))
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.run.topology.pp - 1
-
-    @property
-    def bucket_size(self) -> int | None:
-        """Elements at which a bucket of this stage is full."""
-        if self.run.bucket_size is None:
-            return default_bucket_size(self.run.topology.replicated, self.index)
-        return self.run.bucket_size or None if self.is_first else None
-
-    @cached_property
-    def sections(self) -> list[Section]:
-        """The buffers, as DDP makes them."""
-        found = []
-        for is_experts in (False, True):
-            for is_matrices in (True, False):
-                chosen = [
-                    p
-                    for p in self.parameters
-                    if p.is_expert == is_experts and self.is_matrix(p) == is_matrices
-                ]
-                if chosen:
-                    found.append(self._section(chosen, is_matrices, is_experts))
-        return found if self.run.optimizer.kind == "dion" or self._pads else self._together()
-
-    @cached_property
-    def dion_parts(self) -> list[DionPart]:
-        """Dion's optimizers; none of another kind."""
-        if self.run.optimizer.kind != "dion":
-            return []
-        return [self._dion_part(section) for section in self.sections if section.is_matrices]
-
-    def is_matrix(self, parameter: Parameter) -> bool:
-        """Whether the optimizer has the parameter; Muon takes all 2-D ones but the vocabulary."""
-        if self.run.optimizer.kind == "dion":
-            return parameter.weight is not None
-        return len(parameter.shape) == 2 and not parameter.is_vocabulary
-
-    @property
-    def _pads(self) -> bool:
-        optimizer = self.run.optimizer
-        return optimizer.kind == "muon" and optimizer.layer_wise_layout
-
-    def _section(
-        self, parameters: Sequence[Parameter], is_matrices: bool, is_experts: bool
-    ) -> Section:
-        group = self.run.topology.data(is_experts)
-        make = layer_wise_buffer if is_matrices and self._pads else stock_buffer
-        buffer = make(parameters, group.size, self.bucket_size)
-        return Section(buffer, is_matrices, is_experts, group)
-
-    def _together(self) -> list[Section]:
-        """AdamW, and Muon without its layout, have one buffer for matrices and all others."""
-        found = []
-        is_muon = self.run.optimizer.kind == "muon"
-        for is_experts in (False, True):
-            chosen = [p for p in self.parameters if p.is_expert == is_experts]
-            if chosen:
-                group = self.run.topology.data(is_experts)
-                make = plain_buffer if is_muon else stock_buffer
-                buffer = make(chosen, group.size, self.bucket_size)
-                found.append(Section(buffer, is_muon, is_experts, group, is_muon))
-        return found
-
-    def _dion_part(self, section: Section) -> DionPart:
-        config, topology = self.run.optimizer.dion, self.run.topology
-        placements = [
-            Placement(slot.parameter.weight, slot.start, slot.bucket_numel)
-            for slot in section.buffer.slots
-            if slot.parameter.weight is not None
-        ]
-        grid = Grid(topology.tp, section.group.size)
-        replicas = topology.instances if self.run.optimizer.compressed_sync else 1
-        averaged = [
-            replicas > 1 and compression_pays(placement.weight.matrices(config))
-            for placement in placements
-        ]
-        planner = Planner(placements, grid, config)
-        sets, counts = [], []
-        for count, chosen in (
-            (replicas, [i for i, found in enumerate(averaged) if found]),
-            (1, [i for i, found in enumerate(averaged) if not found]),
-        ):
-            dealt = sets_of(planner, chosen, grid.size * replicas, count)
-            sets += dealt
-            counts += [count] * len(dealt)
-        planner = planner.in_sets(sets)
-        return DionPart(planner, section.is_experts, section.group, tuple(counts))
+        self.layers = shape.stage_layers(topology.pp, index)
+        self.is_first, self.is_last = index == 0, index == topology.pp - 1
+        dense = shape.weights(self.layers, topology.tp)
+        others = shape.other_elements(self.layers, topology.tp)
+        experts = shape.expert_weights(self.layers, topology.tp, topology.ep)
+        self.sections = [Section(dense, others, False, topology.group("data"))]
+        if experts:
+            self.sections.append(Section(experts, 0, True, topology.group("data", True)))
+        self.bucket_size = default_bucket_size(topology.replicated, index)
+        if run.bucket_size is not None and self.is_first:
+            self.bucket_size = run.bucket_size or None
 
 
-def of_all(counts: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    """Figures of expert-data-parallel ranks (E, T), or alike on tensor ranks, on all ranks (D, T).
+def numel_of(weight: Weight) -> int:
+    """Elements of a weight on a rank."""
+    return weight.rows * weight.columns
 
-    With Megatron's order, an expert-data-parallel rank is as many consecutive data-parallel ones as
-    there are expert-parallel ranks.
+
+def default_bucket_size(data_parallel_size: int, pipeline_stage: int = 0) -> int | None:
+    """The bucket size, in elements, of a run with `--overlap-grad-reduce` and no size of its own.
+
+    Without that flag Megatron makes one bucket (None), and in any case in pipeline stages after
+    the first (MC/distributed/distributed_data_parallel.py:68, :105).
+
+    Args:
+        data_parallel_size: data-parallel x context-parallel ranks, those of all
+            distributed-optimizer instances together.
+        pipeline_stage: the stage.
     """
-    return np.broadcast_to(np.repeat(counts, shape[0] // len(counts), axis=0), shape)
+    return max(40_000_000, 1_000_000 * data_parallel_size) if pipeline_stage == 0 else None
+
+
+def place(
+    weights: Sequence[Weight], data_parallel_size: int, bucket_size: int | None
+) -> list[Placement]:
+    """Where Megatron puts Dion's weights, which have a flat buffer to themselves.
+
+    As `DistributedOptimizer._compute_per_buffer_param_layout` does without
+    `--ddp-pad-buckets-for-high-nccl-busbw` (MC/optimizer/distrib_optimizer.py:506).
+
+    Args:
+        weights: in the order in which Megatron makes them, as `GptShape.weights` gives them.
+        data_parallel_size: ranks over which a bucket is cut: data-parallel x context-parallel ones
+            of one distributed-optimizer instance; for experts those of the expert-data-parallel
+            group.
+        bucket_size: elements at which a bucket is full, None for one bucket.
+
+    Returns:
+        In the order in which `DionDistributedOptimizer` lists them, the last weight first.
+    """
+    placements: list[Placement] = []
+    bucket: list[tuple[Weight, int]] = []
+    end = 0
+    for number, weight in enumerate(reversed(weights), 1):
+        start = _round_up(end, _START_MULTIPLE)
+        bucket.append((weight, start))
+        end = start + numel_of(weight)
+        if number == len(weights) or (bucket_size is not None and end >= bucket_size):
+            numel = _round_up(end, math.lcm(data_parallel_size, _BUCKET_MULTIPLE))
+            placements += [Placement(weight, start, numel) for weight, start in bucket]
+            bucket, end = [], 0
+    return placements
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

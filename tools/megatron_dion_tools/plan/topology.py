@@ -1,32 +1,30 @@
 """How many ranks share what, and which of them share a node."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_dion_tools.plan.divisors import check_divides
+from megatron_dion_tools.plan.models import GptShape, check_divides, divisors
 
 
 @dataclass(frozen=True)
 class Group:
     """Ranks that talk to each other, `stride` apart in Megatron's order.
 
-    Attributes:
-        size: number of ranks.
-        stride: distance of neighbours.
-        ranks_per_node: GPUs of a node.
+    `link` is what joins them, as in `Topology.group`; `per_node` of them share a node.
     """
 
+    link: str
     size: int
-    stride: int
-    ranks_per_node: int
+    per_node: int
 
-    @property
-    def per_node(self) -> int:
-        """How many ranks of the group share a node."""
-        return min(self.size, max(1, self.ranks_per_node // self.stride))
+    def leaving(self, to_peers: bool) -> float:
+        """The share of what a rank sends that leaves its node, averaged over the ranks.
 
-    @property
-    def leaving(self) -> float:
-        """The share of a ring's traffic that goes to another node, averaged over the ranks."""
+        Args:
+            to_peers: whether it goes to all others alike, and not around a ring.
+        """
+        if to_peers:
+            return (self.size - self.per_node) / max(self.size - 1, 1)
         return 0.0 if self.per_node == self.size else 1 / self.per_node
 
 
@@ -35,16 +33,13 @@ class Topology:
     """Parallel sizes of a run; names are short for those of Megatron's flags.
 
     Ranks are put on nodes in Megatron's default order, tp-cp-ep-dp-pp: tensor-parallel neighbours
-    first, pipeline stages last (MC/parallel_state.py).
+    first, pipeline stages last (MC/parallel_state.py). Tensor parallelism is with sequence
+    parallelism, the pipeline without interleaving; experts have the tensor-parallel size of other
+    weights.
 
     Attributes:
-        tp: tensor-parallel size; with more than one, sequence parallelism too.
-        pp: pipeline stages, without interleaving.
         dp: data-parallel size, of all instances together, experts' ranks included.
-        cp: context-parallel size.
-        ep: expert-parallel size; experts have the tensor-parallel size of other weights.
         instances: distributed-optimizer instances.
-        account_for_ends: see `GptShape.stage_layers`.
         ranks_per_node: GPUs of a node.
 
     Raises:
@@ -57,22 +52,12 @@ class Topology:
     cp: int = 1
     ep: int = 1
     instances: int = 1
-    account_for_ends: bool = False
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "cp", "ep", "instances"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is not positive")
         check_divides("--instances", self.instances, self.dp, f"--dp {self.dp}")
-        # Experts have ranks of the data-parallel groups.
-        share = self.replicated // self.instances
         words = f"--dp {self.dp} x --cp {self.cp} / --instances {self.instances}"
-        check_divides("--ep", self.ep, share, words)
-
-    @property
-    def world(self) -> int:
-        return self.tp * self.pp * self.replicated
+        check_divides("--ep", self.ep, self.replicated // self.instances, words)
 
     @property
     def replicated(self) -> int:
@@ -80,60 +65,42 @@ class Topology:
         return self.dp * self.cp
 
     @property
-    def tensor(self) -> Group:
-        return self._group(self.tp, 1)
+    def world(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp * self.replicated
 
-    @property
-    def context(self) -> Group:
-        return self._group(self.cp, self.tp)
+    def group(self, link: str, is_experts: bool = False) -> Group:
+        """The ranks that a link joins.
 
-    @property
-    def expert(self) -> Group:
-        return self._group(self.ep, self.tp)
-
-    @property
-    def pipeline(self) -> Group:
-        return self._group(self.pp, self.tp * self.replicated)
-
-    def data(self, experts: bool = False) -> Group:
-        """The ranks over which one instance cuts a buffer of dense weights or of experts."""
-        ep = self.ep if experts else 1
-        return self._group(self.replicated // (ep * self.instances), self.tp * ep)
-
-    @property
-    def replicas(self) -> Group:
-        """The same piece in all instances."""
-        return self._group(self.instances, self.tp * self.replicated // self.instances)
-
-    def _group(self, size: int, stride: int) -> Group:
-        return Group(size, stride, self.ranks_per_node)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step sees.
-
-    Attributes:
-        micro: sequences of a micro batch.
-        global_: sequences of a step over all ranks.
-        recompute: `none`, `selective` (attention) or `full` recomputation of activations.
-    """
-
-    micro: int = 1
-    global_: int = 1
-    recompute: str = "selective"
-
-    def micro_batches(self, topology: Topology) -> int:
-        """Micro batches of a step on each rank.
-
-        Raises:
-            ValueError: the batch cannot be divided evenly.
+        Args:
+            link: `tensor`, `context`, `expert`, `pipeline`, `replicas` (the same piece in all
+                instances), or `data` (the ranks over which one instance cuts a buffer).
+            is_experts: whether `data` is that of experts, and not of dense weights.
         """
-        share = self.micro * topology.dp
-        if self.global_ % share:
-            enough = -(-self.global_ // share) * share
-            raise ValueError(
-                f"--global-batch-size {self.global_} is no multiple of --micro-batch-size"
-                f" {self.micro} x --dp {topology.dp}: take {enough}, or another of these"
-            )
-        return self.global_ // share
+        ep = self.ep if is_experts else 1
+        size, stride = {
+            "tensor": (self.tp, 1),
+            "context": (self.cp, self.tp),
+            "expert": (self.ep, self.tp),
+            "pipeline": (self.pp, self.tp * self.replicated),
+            "data": (self.replicated // (ep * self.instances), self.tp * ep),
+            "replicas": (self.instances, self.tp * self.replicated // self.instances),
+        }[link]
+        return Group(link, size, min(size, max(1, self.ranks_per_node // stride)))
+
+
+def topologies(shape: GptShape, ranks: int, ranks_per_node: int) -> Iterator[Topology]:
+    """All topologies whose sizes multiply to a number of ranks.
+
+    Tensor parallelism stays within a node; context parallelism is in powers of two and leaves a
+    rank 4096 tokens.
+    """
+    experts = 1 if shape.experts is None else shape.experts.count
+    contexts = [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or shape.sequence // cp >= 4096]
+    for tp in divisors(ranks_per_node):
+        for pp in range(1, shape.layers + 1):
+            for cp in contexts:
+                for ep in divisors(experts):
+                    dp, rest = divmod(ranks, tp * pp * cp)
+                    if rest == 0 and dp * cp % ep == 0:
+                        yield Topology(tp, pp, dp, cp, ep, 1, ranks_per_node)

@@ -1,0 +1,120 @@
+"""Dion's part in a step, from the plans by which training itself works."""
+
+from collections import Counter
+
+import torch
+
+from megatron_dion.algorithm import IN_FLIGHT, orthonormalize_flops
+from megatron_dion.sharding import (
+    TORCH_DTYPES,
+    Grid,
+    Groups,
+    Layout,
+    Rank,
+    ShardedExchange,
+    bytes_sent,
+    compression_pays,
+    make_plan,
+    sets_of,
+)
+from megatron_dion_tools.plan.stage import Section, Stage, numel_of, place
+from megatron_dion_tools.plan.updates import Collective, Update
+
+_PLANNED = 16
+"""A grid with no more ranks is planned rank by rank; of a larger one only the busiest ranks are."""
+
+_CALLS = {"tensor": 8, "data": 4, "replicas": 3}
+"""About how many collectives a set of weights makes in a step (docs/design.md)."""
+
+
+def dion(stage: Stage, section: Section) -> Update:
+    """Dion over the distributed optimizer.
+
+    Raises:
+        ValueError: the limit of exchange buffers is too small for some weight.
+    """
+    optimizer, topology = stage.run.optimizer, stage.run.topology
+    config, grid = optimizer.dion, Grid(topology.tp, section.group.size)
+    layout = Layout(place(section.weights, section.group.size, stage.bucket_size), grid, config)
+    replicas = topology.instances if optimizer.compressed_sync else 1
+    averaged = [
+        index
+        for index, indices in enumerate(layout.matrices_of)
+        if replicas > 1 and compression_pays([layout.matrices[k] for k in indices])
+    ]
+    reduced = sorted(set(range(len(layout.placements))) - set(averaged))
+    sets = [(each, replicas) for each in sets_of(layout, averaged, grid.size * replicas)]
+    sets += [(each, 1) for each in sets_of(layout, reduced, grid.size * replicas)]
+    loads = [_load(layout, rank, sets) for rank in busiest_ranks(layout)]
+    most = {name: max(load[name] for load in loads) for name in loads[0]}
+    if replicas > 1:  # gradients of weights for which P and R are no smaller
+        elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
+        most["replicas"] += 8 * elements / section.group.size * (replicas - 1) / replicas
+    elements = section.matrices / section.group.size
+    factors = sum(matrix.rows * matrix.rank for matrix in layout.matrices) / grid.size
+    return Update(
+        elements,
+        {
+            "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * elements,
+            "right factors": TORCH_DTYPES[config.factor_dtype].itemsize * factors,
+            "exchange": most["exchange"],
+        },
+        # The gradient is checked and added to the momentum; of B two reads, and one change.
+        bytes_passed=58 * elements,
+        products=most["products"],
+        float32_products=most["float32 products"],
+        factorizations=most["factorizations"],
+        collectives=[
+            Collective(
+                f"dion{' of experts' * section.is_experts}",
+                topology.group(link, section.is_experts),
+                most[link],
+                calls * len(sets),
+                to_peers=link == "data",
+            )
+            for link, calls in _CALLS.items()
+        ],
+    )
+
+
+def busiest_ranks(layout: Layout) -> list[Rank]:
+    """The ranks that are planned.
+
+    Of a large grid those that orthonormalize most, to whom others send most, and who hold parts of
+    most P; of each tensor-parallel group two, as its ranks are alike up to roundings.
+    """
+    grid = layout.grid
+    if grid.size <= _PLANNED:
+        return list(grid.ranks())
+    work, received, held = Counter[int](), Counter[int](), Counter[int]()
+    for placement, indices in enumerate(layout.matrices_of):
+        for k in indices:
+            matrix, holders = layout.matrices[k], layout.holders[k]
+            numbers = matrix.columns * matrix.rank
+            work[layout.owners[k]] += numbers * matrix.rank
+            received[layout.owners[k]] += numbers * (len(holders) - 1)
+            if layout.shares_rows(placement):  # R is summed within the group, and not P
+                numbers = 2 * matrix.rows * matrix.rank // len(holders)
+            held.update(dict.fromkeys(holders, numbers))
+    chosen = {rank for load in (work, received, held) for rank, _ in load.most_common(2)}
+    return [Rank(t, d) for d in sorted(chosen) for t in {0, grid.tensor_parallel_size - 1}]
+
+
+def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Counter[str]:
+    """What a rank sends and computes, and the bytes of its exchange buffers."""
+    found: Counter[str] = Counter(exchange=0)
+    buffers = []
+    for placements, replicas in sets:
+        plan = make_plan(layout, rank, placements)
+        found.update(bytes_sent(plan, replicas))
+        exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
+        buffers.append(exchange.nbytes)
+        for _, rectangle in plan.rectangles:
+            found["products"] += 8 * rectangle.numel * layout.matrices[rectangle.matrix].rank
+        for tile in plan.data_hop.sums:
+            r = layout.matrices[tile.matrix].rank
+            found["factorizations"] += orthonormalize_flops(0, r)
+            found["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)
+            found["float32 products"] -= orthonormalize_flops(0, r)
+    found["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:])
+    return found
