@@ -15,12 +15,10 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
 COMPRESSED = "--dion-compressed-sync"
 CASES = {
-    "dp2": (2, []),
     "dp4": (4, []),
-    "dp4-overlap": (4, OVERLAP),
-    "tp2-dp2": (4, TP2),
-    "half-rank": (4, ["--dion-rank-fraction", "0.6"]),  # compression pays for some weights only
-    "mean-in-collective": (4, [*OVERLAP, "--ddp-average-in-collective"]),
+    "tp2-dp2": (4, [*TP2, *OVERLAP]),
+    # Compression pays for some weights only.
+    "half-rank": (4, ["--dion-rank-fraction", "0.6", *OVERLAP, "--ddp-average-in-collective"]),
     "experts": (
         4,
         "--num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 40"
@@ -37,8 +35,9 @@ def train_watched(argv: Sequence[str]) -> list[list[torch.Tensor]]:
 
     def watched(self: Dion, closure: None = None) -> None:
         step(self, closure)
-        weights.append([block.tensors.weight.clone() for block in self.held_blocks()])
-        watched.momenta = [block.tensors.momentum.clone() for block in self.held_blocks()]
+        held = [parameter for group in self.param_groups for parameter in group["params"]]
+        weights.append([parameter.clone() for parameter in held])
+        watched.momenta = [self.state[parameter]["momentum"].clone() for parameter in held]
 
     Dion.step = watched
     train([*MODEL, *TRAINING, *DION, *INSTANCES, *argv])
@@ -71,8 +70,8 @@ def test_same_losses_as_dense_sync_and_equal_replicas(
         assert not all(torch.equal(a, b) for a, b in zip(momenta, drifted, strict=True))
 
 
-def test_clipping_by_the_sketched_norm(nursery: Nursery, tmp_path: Path) -> None:
-    """The norm is within 3 % of the true one, and the run follows the dense one to that."""
+def test_clipping_by_the_estimated_norm(nursery: Nursery, tmp_path: Path) -> None:
+    """The norm is near the true one, as near as `project` derives, and the run follows."""
     clip = ["--clip-grad", "0.3"]
     dense, _ = run(nursery, 4, tmp_path / "dense", clip)
     compressed, _ = run(nursery, 4, tmp_path / "compressed", [*clip, COMPRESSED])
