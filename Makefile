@@ -10,13 +10,14 @@ SOURCES := megatron_dion benchmarks docs examples tools tests setup.py pretrain_
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test docs convergence test-te test-gpu lint format clean
+.PHONY: help setup train test test-all docs convergence test-te test-gpu lint format clean
 
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
 	@echo 'make train   fetch a corpus, make a tokenizer and data, pretrain a small GPT with Dion'
 	@echo "             ARGS='--train-iters 50' (more than the 30 of the warm-up) adds or overrides flags of pretrain_gpt.py"
-	@echo 'make test    run all tests'
+	@echo 'make test    run the tests of what must never break: 10 minutes on two cores'
+	@echo 'make test-all  run the others too'
 	@echo 'make docs    build the documentation site into build/docs'
 	@echo 'make convergence   train all cases in tests/convergence and check their curves'
 	@echo 'make test-te   build Transformer Engine into $(TE_VENV) (once, 25 minutes of processor time)'
@@ -42,10 +43,15 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 train: setup
 	@$(PYTHON_IN_VENV) tools/quick_start.py $(if $(ARGS),-- $(ARGS))
 
-# Two files at a time: each starts worlds of ranks of its own. In alphabetical order short files come
-# last, so that neither worker waits long for the other.
+# Two files at a time: each pytest process has worlds of ranks of its own. In alphabetical order short
+# files come last, so that neither process waits long for the other.
+PYTEST := $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not slow'
+
+test-all: setup
+	$(PYTEST)
 
 docs: setup
 	$(PYTHON_IN_VENV) -m sphinx -W --keep-going -n -q -j auto docs build/docs
@@ -58,8 +64,9 @@ test-te:
 	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
 
 # Not in $(VENV): a container, or `pip install --no-build-isolation ".[te]"`, has Transformer Engine.
+# It fails where no test could run.
 test-gpu:
-	python -m pytest tests/gpu
+	REQUIRE_GPU_TESTS=1 python -m pytest tests/gpu
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff check $(SOURCES)

@@ -67,6 +67,10 @@ class World:
         results: list[Any] = in_host(run_world, self._size, function, *args)
         return results
 
+    def fork_in_group(self, function: Function, *args: Any) -> list[Any]:
+        """As `fork`, inside a gloo group."""
+        return self.fork(_in_group, function, args)
+
     def train(self, *flags: str) -> None:
         """Train as pretrain_gpt.py does with these flags."""
         self.fork(_train, flags)
@@ -262,6 +266,13 @@ def _leave_groups() -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that left earlier would break the connections of the others
         dist.destroy_process_group()
+
+
+def _in_group(function: Function, args: Sequence[Any]) -> Any:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=_COLLECTIVE_SECONDS))
+    result = function(*args)
+    _leave_groups()
+    return result
 
 
 def _train(flags: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Stand-in for torch.cuda, so that the unmodified megatron-core wheel trains on CPU with gloo.
 
 Megatron-core 0.19.2 takes a CUDA device for granted in many small places. This module is the whole
-list of what has to be different without one; each entry says where megatron (MC: megatron/core, MT:
+list of what has to be different without one; comments say where megatron (MC: megatron/core, MT:
 megatron/training) forces it. `install()` comes before the first import of megatron,
 `install_megatron_patches()` after it. `torch.cuda.is_available()` stays false.
 
@@ -16,7 +16,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,25 +37,6 @@ _NOT_ABOUT_THE_RUN = (
 _installed: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Patch:
-    """One attribute that is replaced, and what makes that necessary."""
-
-    owner: Any
-    name: str
-    value: Any
-    reason: str
-
-    def apply(self) -> None:
-        """Replace the attribute; fail where there is nothing to replace."""
-        if not hasattr(self.owner, self.name):
-            raise RuntimeError(
-                f"the CPU platform patches {self.owner.__name__}.{self.name}, which this version "
-                "of torch or megatron-core does not have"
-            )
-        setattr(self.owner, self.name, self.value)
-
-
 def install(*, hide_gpus: bool = False) -> None:
     """Replace what megatron uses of torch.cuda. Call it before megatron is imported.
 
@@ -75,8 +55,9 @@ def install(*, hide_gpus: bool = False) -> None:
         )
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU platform must be installed before megatron is imported")
-    for patch in _torch_patches():
-        patch.apply()
+    _replace_devices_and_streams()
+    _replace_generators()
+    _replace_tensor_functions()
     _silence_warnings_about_cuda()
     _installed.add("torch")
 
@@ -91,8 +72,7 @@ def install_megatron_patches() -> None:
         raise RuntimeError("call megatron_dion.platforms.cpu.install() before megatron is imported")
     if "megatron" in _installed:
         return
-    for patch in _megatron_patches():
-        patch.apply()
+    _replace_functions_of_megatron()
     _silence_rng_fork_warning()
     _installed.add("megatron")
 
@@ -100,177 +80,119 @@ def install_megatron_patches() -> None:
 # --- torch ------------------------------------------------------------------------------------
 
 
-def _torch_patches() -> list[Patch]:
-    return [
-        *_device_patches(),
-        *_stream_patches(),
-        *_random_patches(),
-        *_memory_patches(),
-        *_tensor_patches(),
-        Patch(dist, "all_gather", _uneven_all_gather(dist.all_gather), "see _uneven_all_gather"),
-        Patch(torch, "compile", _run_eagerly, "MC/jit.py:21: compiling takes longer than a test"),
-    ]
+def _replace(owner: Any, **values: Any) -> None:
+    """Replace attributes.
+
+    Raises:
+        RuntimeError: There is nothing to replace.
+    """
+    for name, value in values.items():
+        if not hasattr(owner, name):
+            raise RuntimeError(
+                f"the CPU platform patches {owner.__name__}.{name}, which this version of torch or "
+                "megatron-core does not have"
+            )
+        setattr(owner, name, value)
 
 
-def _device_patches() -> list[Patch]:
-    cuda = torch.cuda
+def _replace_devices_and_streams() -> None:
     properties = SimpleNamespace(
         name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
     )
-    return [
-        Patch(cuda, "is_available", lambda: False, "hides real devices, where asked to"),
-        Patch(cuda, "current_device", lambda: CPU, "MC/tensor_parallel/mappings.py:95 and many"),
-        Patch(cuda, "device_count", lambda: 1, "MT/initialize.py:358: with 0, no parallel groups"),
-        Patch(cuda, "set_device", _no_op(), "MT/initialize.py:282"),
-        Patch(
-            cuda,
-            "get_device_properties",
-            lambda device=None: properties,
-            "MT/arguments.py:1414: from 10 on no CUDA_DEVICE_MAX_CONNECTIONS is needed",
-        ),
-        Patch(cuda, "get_device_capability", lambda device=None: (10, 0), "MT/arguments.py:1339"),
-        Patch(cuda, "synchronize", _no_op(), "MC/timers.py:152"),
-        Patch(cuda, "_lazy_init", _no_op(), "MC/tensor_parallel/random.py:120"),
-        Patch(
-            cuda,
-            "_lazy_call",
-            lambda function, **kwargs: function(),
-            "MC/tensor_parallel/random.py:174: the real one queues the call for ever",
-        ),
-    ]
-
-
-def _stream_patches() -> list[Patch]:
-    cuda = torch.cuda
-    return [
-        Patch(cuda, "Stream", _Stream, "MC/distributed/distributed_data_parallel.py:297"),
-        Patch(cuda, "Event", _Event, "MC/pipeline_parallel, optional overlaps"),
-        Patch(cuda, "current_stream", lambda device=None: _STREAM, "MC/timers.py, DDP"),
-        Patch(cuda, "default_stream", lambda device=None: _STREAM, "MC/distributed"),
-        Patch(cuda, "set_stream", _no_op(), "MT/initialize.py:289"),
-        Patch(cuda, "stream", lambda stream: contextlib.nullcontext(), "MC/distributed"),
-        Patch(cuda.nvtx, "range_push", _no_op(), "MC/utils.py:2729"),
-        Patch(cuda.nvtx, "range_pop", _no_op(), "MC/utils.py:2758"),
-        Patch(torch.Tensor, "record_stream", _no_op(), "MC/distributed"),
-    ]
-
-
-def _random_patches() -> list[Patch]:
-    """The default CPU generator is the "CUDA" generator."""
-    cuda = torch.cuda
-
-    def get_rng_state(device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-    reason = "MC/tensor_parallel/random.py:114, 303"
-    return [
-        Patch(
-            cuda, "manual_seed", torch.manual_seed, "random.py:305: the real one queues for ever"
-        ),
-        Patch(cuda, "get_rng_state", get_rng_state, reason),
-        Patch(cuda, "set_rng_state", set_rng_state, "MT/checkpointing.py:2665"),
-        Patch(cuda.random, "get_rng_state", get_rng_state, reason),
-        Patch(cuda.random, "set_rng_state", set_rng_state, reason),
-        Patch(
-            cuda,
-            "default_generators",
-            {CPU: torch.default_generator},
-            "MC/tensor_parallel/random.py:166 indexes it by torch.cuda.current_device()",
-        ),
-        Patch(
-            torch.utils.data.DataLoader,
-            "__init__",
-            _with_generator_of_its_own(torch.utils.data.DataLoader.__init__),
-            "see _with_generator_of_its_own",
-        ),
-    ]
-
-
-def _memory_patches() -> list[Patch]:
-    cuda = torch.cuda
-    counters = (
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-        "device_memory_used",
+    _replace(
+        torch.cuda,
+        # Real devices are hidden, where asked to.
+        is_available=lambda: False,
+        # MC/tensor_parallel/mappings.py:95, MT/initialize.py:282, MC/timers.py:152 and many
+        current_device=lambda: CPU,
+        set_device=_no_op(),
+        synchronize=_no_op(),
+        # MT/initialize.py:358: with 0, no parallel groups
+        device_count=lambda: 1,
+        # MT/arguments.py:1339, 1414: from 10 on no CUDA_DEVICE_MAX_CONNECTIONS is needed
+        get_device_properties=lambda device=None: properties,
+        get_device_capability=lambda device=None: (10, 0),
+        # MC/tensor_parallel/random.py:120, 174: the real ones fail, or queue the call for ever
+        _lazy_init=_no_op(),
+        _lazy_call=lambda function, **kwargs: function(),
+        # MT/utils/common_utils.py:322 reports memory
+        memory_allocated=_zero(),
+        max_memory_allocated=_zero(),
+        memory_reserved=_zero(),
+        max_memory_reserved=_zero(),
+        device_memory_used=_zero(),
+        reset_peak_memory_stats=_no_op(),
+        empty_cache=_no_op(),
+        # MC/distributed/distributed_data_parallel.py:297, MC/pipeline_parallel, MC/timers.py
+        Stream=_Done,
+        Event=_Done,
+        current_stream=lambda device=None: _STREAM,
+        default_stream=lambda device=None: _STREAM,
+        set_stream=_no_op(),
+        stream=lambda stream: contextlib.nullcontext(),
     )
-    return [
-        *(
-            Patch(cuda, name, lambda device=None: 0, "MT/utils/common_utils.py:322 reports memory")
-            for name in counters
-        ),
-        Patch(cuda, "empty_cache", _no_op(), "MT/training.py, --empty-unused-memory-level"),
-        Patch(cuda, "reset_peak_memory_stats", _no_op(), "MT/training.py"),
-    ]
 
 
-def _tensor_patches() -> list[Patch]:
-    return [
-        *(
-            Patch(
-                torch,
-                name,
-                _on_cpu(getattr(torch, name)),
-                "device='cuda' in MC/optimizer/optimizer.py:690, MT/training.py:1131 and many",
-            )
-            for name in ("tensor", "zeros", "ones", "full", "empty", "empty_like")
-        ),
-        Patch(
-            torch.Tensor,
-            "cuda",
-            lambda self, *args, **kwargs: self,
-            "MC/models/common/embeddings/rope_utils.py:64, MT/models/dist_utils.py",
-        ),
-        Patch(
-            torch.Tensor,
-            "type",
-            _cuda_type_names(torch.Tensor.type),
-            "MC/optimizer/distrib_optimizer.py:401, 466, clip_grads.py:174 compare type names",
-        ),
-    ]
+def _replace_generators() -> None:
+    """The default CPU generator is the "CUDA" generator."""
+    # MC/tensor_parallel/random.py:114, 303, MT/checkpointing.py:2665
+    for owner in (torch.cuda, torch.cuda.random):
+        _replace(
+            owner,
+            get_rng_state=lambda device=None: torch.get_rng_state(),
+            set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        )
+    # MC/tensor_parallel/random.py:166, 305: generators are indexed by current_device()
+    _replace(
+        torch.cuda,
+        manual_seed=torch.manual_seed,
+        default_generators={CPU: torch.default_generator},
+    )
+    loader = torch.utils.data.DataLoader
+    _replace(loader, __init__=_with_generator_of_its_own(loader.__init__))
 
 
-class _Event:
-    """Nothing to order: work on CPU is done when the call returns."""
+def _replace_tensor_functions() -> None:
+    # device="cuda" in MC/optimizer/optimizer.py:690, MT/training.py:1131 and many
+    for name in ("tensor", "zeros", "ones", "full", "empty", "empty_like"):
+        _replace(torch, **{name: _on_cpu(getattr(torch, name))})
+    _replace(
+        torch.Tensor,
+        # MC/models/common/embeddings/rope_utils.py:64, MT/models/dist_utils.py
+        cuda=lambda self, *args, **kwargs: self,
+        # MC/optimizer/distrib_optimizer.py:401, 466, clip_grads.py:174 compare type names.
+        type=_cuda_type_names(torch.Tensor.type),
+        # MC/distributed
+        record_stream=_no_op(),
+    )
+    _replace(dist, all_gather=_uneven_all_gather(dist.all_gather))
+    # MC/jit.py:21: compiling takes longer than a test.
+    _replace(torch, compile=_run_eagerly)
+
+
+class _Done:
+    """A stream or an event: work on CPU is done when the call returns."""
+
+    cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record(self, stream: Any = None) -> None:
+    def wait(self, *args: Any) -> None:
         """Do nothing."""
 
-    def wait(self, stream: Any = None) -> None:
-        """Do nothing."""
-
-    def synchronize(self) -> None:
-        """Do nothing."""
+    record = synchronize = wait_stream = wait_event = wait
 
     def query(self) -> bool:
         """Everything is done."""
         return True
 
-
-class _Stream(_Event):
-    """A stream on which everything has already happened."""
-
-    cuda_stream = 0
-
-    def wait_stream(self, stream: Any) -> None:
-        """Do nothing."""
-
-    def wait_event(self, event: Any) -> None:
-        """Do nothing."""
-
-    def record_event(self, event: _Event | None = None) -> _Event:
+    def record_event(self, event: Any = None) -> Any:
         """Return an event that has happened."""
-        return event or _Event()
+        return event or self
 
 
-_STREAM = _Stream()
+_STREAM = _Done()
 
 
 def _silence_warnings_about_cuda() -> None:
@@ -285,6 +207,10 @@ def _silence_warnings_about_cuda() -> None:
 def _no_op() -> Callable[..., None]:
     """Make a new function each time: torch._dynamo refuses one object under two torch names."""
     return lambda *args, **kwargs: None
+
+
+def _zero() -> Callable[..., int]:
+    return lambda *args, **kwargs: 0
 
 
 def _run_eagerly(model: Any = None, **options: Any) -> Any:
@@ -364,7 +290,7 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 # --- megatron ---------------------------------------------------------------------------------
 
 
-def _megatron_patches() -> list[Patch]:
+def _replace_functions_of_megatron() -> None:
     from megatron.core import optimizer as optimizers
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.backends import LocalSpecProvider
@@ -376,50 +302,24 @@ def _megatron_patches() -> list[Patch]:
     from megatron_dion.platforms.cpu_adam import CpuAdam
     from megatron_dion.platforms.cpu_attention import GatheringDotProductAttention
 
-    adam = "torch's Adam cannot load a distributed checkpoint, see CpuAdam"
-    return [
-        Patch(optimizers, "Adam", CpuAdam, adam),
-        Patch(optimizers, "USING_PYTORCH_OPTIMIZER", False, adam),
-        Patch(distrib_optimizer, "Adam", CpuAdam, adam),
-        Patch(distrib_optimizer, "HAVE_APEX_OR_TE", True, adam),
-        Patch(distrib_optimizer, "USING_APEX_OPTIMIZER", True, adam),
-        Patch(
-            training,
-            "initialize_megatron",
-            functools.partial(training.initialize_megatron, allow_no_cuda=True),
-            "MT/initialize.py:64 asserts that CUDA is available",
-        ),
-        Patch(
-            training,
-            "set_jit_fusion_options",
-            _no_op(),
-            "MT/initialize.py:473: its warm-up of fused kernels draws random numbers",
-        ),
-        Patch(
-            WrappedTorchNorm,
-            "__new__",
-            _norm_with_sequence_parallelism(WrappedTorchNorm.__new__),
-            "MC/transformer/torch_norm.py:50 refuses sequence parallelism",
-        ),
-        Patch(
-            LocalSpecProvider,
-            "core_attention",
-            lambda self: GatheringDotProductAttention,
-            "MC/transformer/dot_product_attention.py:43 knows no v_channels, and line 58 no CP",
-        ),
-        Patch(
-            param_and_grad_buffer,
-            "_coalescing_manager",
-            _one_type_at_a_time(param_and_grad_buffer._coalescing_manager),
-            "see _one_type_at_a_time",
-        ),
-        Patch(
-            token_dispatcher,
-            "maybe_move_tensor_to_cpu",
-            _to_numpy_if_asked,
-            "MC/transformer/moe/moe_utils.py:1184 converts only tensors that are on a GPU",
-        ),
-    ]
+    # torch's Adam cannot load a distributed checkpoint, see CpuAdam.
+    _replace(optimizers, Adam=CpuAdam, USING_PYTORCH_OPTIMIZER=False)
+    _replace(distrib_optimizer, Adam=CpuAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+    _replace(
+        training,
+        # MT/initialize.py:64 asserts that CUDA is available.
+        initialize_megatron=functools.partial(training.initialize_megatron, allow_no_cuda=True),
+        # MT/initialize.py:473: its warm-up of fused kernels draws random numbers.
+        set_jit_fusion_options=_no_op(),
+    )
+    # MC/transformer/torch_norm.py:50 refuses sequence parallelism.
+    _replace(WrappedTorchNorm, __new__=_norm_with_sequence_parallelism(WrappedTorchNorm.__new__))
+    # MC/transformer/dot_product_attention.py:43 knows no v_channels, and line 58 no CP.
+    _replace(LocalSpecProvider, core_attention=lambda self: GatheringDotProductAttention)
+    buffers = param_and_grad_buffer
+    _replace(buffers, _coalescing_manager=_one_type_at_a_time(buffers._coalescing_manager))
+    # MC/transformer/moe/moe_utils.py:1184 converts only tensors that are on a GPU.
+    _replace(token_dispatcher, maybe_move_tensor_to_cpu=_to_numpy_if_asked)
 
 
 def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..., Any]:

@@ -75,8 +75,8 @@ def loading(folder: Path) -> str:
         ("mxfp8", "dp2"),
         *itertools.starmap(
             slow,
-            [("delayed", "dp4"), ("tensorwise", "dp2"), ("tensorwise", "tp2-dp2"), ("blockwise", "dp4"),
-             ("mxfp8", "tp2-dp2")],
+            [("delayed", "dp4"), ("tensorwise", "dp2"), ("tensorwise", "tp2-dp2"),
+             ("blockwise", "dp4"), ("mxfp8", "tp2-dp2")],
         ),
     ],
 )  # fmt: skip

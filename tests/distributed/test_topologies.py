@@ -71,7 +71,7 @@ SIZES = {
         "mlp.shared_experts.linear_fc1.weight[up]": "48x72",
         "mlp.experts.local_experts.3.linear_fc1.weight[gate]": "40x72",
     },
-    "gated heads": {"linear_qkv.weight[gate.3.1]": "10x72", "linear_qkv.weight[key.1]": "10x72"},
+    "gated heads": {"linear_qkv.weight[gate.1.3]": "10x72", "linear_qkv.weight[key.1]": "10x72"},
     "several-tokens": {"mtp.layers.1.eh_proj.weight": "72x144"},
 }
 # Matrices that stay with the scalar optimizer, if the model has them.

@@ -1,25 +1,23 @@
+"""Puts torch in the place of Transformer Engine's kernels, or skips where it is not installed."""
+
 from importlib.util import find_spec
 
 import pytest
 
-from tests.distributed.nursery import Nursery
+from tests.worlds import in_host
 
 
-@pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest) -> Nursery:
-    """The nursery, in which the kernels of Transformer Engine are torch's."""
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> None:
     if find_spec("transformer_engine") is None:
         pytest.skip(
             "Transformer Engine is not installed here: tools/build_transformer_engine.sh, then"
             " make test-te"
         )
-    # Only now: it takes seconds to start.
-    nursery: Nursery = request.getfixturevalue("nursery")
-    nursery.call(_emulate)
-    return nursery
+    in_host(_replace_kernels)
 
 
-def _emulate() -> None:
+def _replace_kernels() -> None:
     # Imports Transformer Engine, which the process of the tests does without.
     from tests.transformer_engine import kernels
 

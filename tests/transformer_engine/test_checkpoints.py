@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion_tools.local.world import gloo_world
-from tests.distributed.nursery import Nursery
 from tests.fp8_emulation.checks import check_forms, masters_of
 from tests.transformer_engine.test_weights import kept_now
+from tests.worlds import world
 
 
 def save(folder: Path, recipe: str, sizes_of: str) -> dict[str, Any]:
@@ -73,15 +72,15 @@ def whole(ranks: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     ],
 )
 def test_state_survives_and_weights_are_made_of_it(
-    engine: Nursery, tmp_path: Path, saved: str, loads: tuple[str, ...]
+    tmp_path: Path, saved: str, loads: tuple[str, ...]
 ) -> None:
     sizes_of = "mxfp8" if "mxfp8" in loads else ""
-    first = engine.call(gloo_world, 4, save, tmp_path, saved, sizes_of)
+    first = world(4).fork_in_group(save, tmp_path, saved, sizes_of)
     expected = whole(first)
     assert any("right_factor" in key for key in expected)
     masters = masters_of([rank["weights"] for rank in first])
     for recipe in loads:
-        then = engine.call(gloo_world, 2, load, tmp_path, recipe, sizes_of)
+        then = world(2).fork_in_group(load, tmp_path, recipe, sizes_of)
         found = whole(then)
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())

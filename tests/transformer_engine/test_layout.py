@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dion_tools.local.world import gloo_world
-from tests.distributed.nursery import Nursery
+from tests.worlds import world
 
 CLASSES = {
     "delayed": "Float8Tensor",
@@ -37,9 +36,9 @@ def layout(recipe: str, sizes_of: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", CLASSES)
-def test_layout_is_that_of_bf16(engine: Nursery, recipe: str) -> None:
-    found = engine.call(gloo_world, 4, layout, recipe, recipe)
-    in_bf16 = engine.call(gloo_world, 4, layout, "bf16", recipe)
+def test_layout_is_that_of_bf16(recipe: str) -> None:
+    found = world(4).fork_in_group(layout, recipe, recipe)
+    in_bf16 = world(4).fork_in_group(layout, "bf16", recipe)
     assert [rank["blocks"] for rank in found] == [rank["blocks"] for rank in in_bf16]
     for rank in found:
         assert rank["classes"] == [CLASSES[recipe]] * 3

@@ -1,7 +1,7 @@
 """Weights kept in FP8 by Transformer Engine itself, with kernels that torch computes.
 
 Bytes and scales on every rank are compared with those of whole weights, as in
-tests.fp8_emulation.checks.py, which has the arithmetic.
+tests/fp8_emulation/checks.py, which has the arithmetic.
 """
 
 import itertools
@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dion_tools.local.world import gloo_world
-from tests.distributed.nursery import Nursery
 from tests.fp8_emulation.checks import Kept, check_forms, masters_of, weights_of
+from tests.worlds import world
 
 STEPS = 4
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -51,9 +50,9 @@ def train(recipe: str, is_hopper: bool) -> dict[str, Any]:
     [*((recipe, False) for recipe in RECIPES), ("delayed", True), ("tensorwise", True)],
 )
 def test_bytes_and_scales_are_those_of_whole_weights(
-    engine: Nursery, recipe: str, is_hopper: bool, ranks: int
+    recipe: str, is_hopper: bool, ranks: int
 ) -> None:
-    found = engine.call(gloo_world, ranks, train, recipe, is_hopper)
+    found = world(ranks).fork_in_group(train, recipe, is_hopper)
     steps = [[rank["kept"][step] for rank in found] for step in range(STEPS + 1)]
     cuts = {one.start % one.values.shape[1] for rank in steps[0] for one in rank}
     assert any(cut % 128 for cut in cuts), "no cut is within a row, and a block"
