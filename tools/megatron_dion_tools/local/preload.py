@@ -3,6 +3,8 @@
 import argparse
 import functools
 import gc
+import tempfile
+from pathlib import Path
 
 
 def preload() -> None:
@@ -16,6 +18,7 @@ def preload() -> None:
     cpu.install_megatron_patches()
 
     _read_help_texts_once()
+    _load_what_trainings_use()
     start_queues_by("fork")
     gc.freeze()  # the collector of a rank would write to memory that all share
 
@@ -31,6 +34,16 @@ def _read_help_texts_once() -> None:
     )
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+
+
+def _load_what_trainings_use() -> None:
+    """The modules of a training, and the fonts of a picture."""
+    from megatron_dion.megatron import plot, pretrain  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        plot.draw_loss(
+            [{"kind": "train", "iteration": 1, "lm_loss": 1.0}], Path(folder, "loss.png"), None
+        )
 
 
 def start_queues_by(method: str) -> None:
