@@ -5,12 +5,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from tests.distributed import test_models, test_topologies
+from tests.distributed import test_topologies
 from tests.documentation.pages import blocks_of
 
-ORTHONORMALIZER, SPLIT, MODEL, TOPOLOGY = (
+SPLIT, OPTION, TOPOLOGY = (
     block.code for block in blocks_of("docs/contributing.md") if block.language == "python"
 )
 
@@ -29,25 +27,6 @@ def changed(name: str, place: str, code: str) -> ModuleType:
     return made
 
 
-def test_orthonormalizer() -> None:
-    """A P of one part: its sums are what it yields."""
-    branch = r'^    elif method == "cqr":\n(?:        .*\n)+'
-    made = changed("megatron_dion.algorithm.orthonormalize", branch, ORTHONORMALIZER)
-    p = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(1))
-    for method, sums in (("cqr", 4), ("cqr3", 5)):
-        part = made.orthonormalize_part(p, method, None, 1.25)
-        total, count = next(part), 0
-        while True:
-            try:
-                total, count = part.send(total), count + 1
-            except StopIteration as end:
-                q, has_broken_down = end.value
-                break
-        assert count + 1 == sums
-        assert not has_broken_down.any()
-        torch.testing.assert_close(q.mT @ q, torch.eye(6).expand(2, 6, 6))
-
-
 def test_split() -> None:
     before = r"^(?=    if \"heads\" in split:)"
     made = changed("megatron_dion.optimizer.fused", before, SPLIT)
@@ -57,14 +36,17 @@ def test_split() -> None:
     assert made.split_weight(weight, None, frozenset()) == weight
 
 
-def test_model() -> None:
-    [(_, (flags, grid, matrices))] = eval(f"{{{MODEL}}}", vars(test_models)).items()
-    assert flags.endswith("--dion-split qkv,gate,halves")
-    assert grid in [grid for _, grid, _ in test_models.CASES.values()]
-    assert matrices == {"mlp.linear_fc2.weight[upper]": "36x200"}
-
-
-def test_topology() -> None:
-    [case] = eval(f"{{{TOPOLOGY}}}", vars(test_topologies)).values()
-    assert case.model in {known.model for known in test_topologies.CASES.values()}
-    assert 12 % (case.ranks * case.micro) == 0
+def test_cases() -> None:
+    """They are complete, and their samples divide by the ranks that share them."""
+    names = dict(vars(test_topologies))
+    for table in ("OPTIONS", "CASES", "SIZES"):
+        names[table] = dict(names[table])
+    exec(f"{OPTION}\n{TOPOLOGY}", names)
+    assert names["OPTIONS"].keys() - test_topologies.OPTIONS.keys() == {"halves"}
+    assert names["SIZES"].keys() - test_topologies.SIZES.keys() == {"dense halves"}
+    new = names["CASES"].keys() - test_topologies.CASES.keys()
+    assert new == {"halves-tp2-pp2", "dp6"}
+    for case in (names["CASES"][name] for name in new):
+        assert case.model in test_topologies.MODELS
+        assert case.option in names["OPTIONS"]
+    assert test_topologies.SAMPLES % (6 * names["CASES"]["dp6"].micro) == 0

@@ -15,8 +15,9 @@ CLASSES = {
 
 
 def layout(recipe: str, sizes_of: str) -> dict[str, Any]:
-    """On a rank: the weights' classes, the buffers, and this rank's blocks of the matrices."""
+    """On a rank: the weights' classes, the buffers, and what this rank holds of the matrices."""
     from megatron_dion.optimizer.routing import weight_of
+    from tests.distributed.recording import rectangles_of
     from tests.transformer_engine.model import Training
 
     training = Training(recipe, sizes_of)
@@ -31,7 +32,9 @@ def layout(recipe: str, sizes_of: str) -> dict[str, Any]:
             )
             for buffer in training.chunk.buffers
         ],
-        "blocks": [(block.matrix.name, block.rectangle) for block in dion.held_blocks()],
+        "rectangles": [
+            (matrix.name, rectangle) for matrix, _, rectangle in rectangles_of(dion.optimizer)
+        ],
     }
 
 
@@ -39,7 +42,7 @@ def layout(recipe: str, sizes_of: str) -> dict[str, Any]:
 def test_layout_is_that_of_bf16(recipe: str) -> None:
     found = world(4).fork_in_group(layout, recipe, recipe)
     in_bf16 = world(4).fork_in_group(layout, "bf16", recipe)
-    assert [rank["blocks"] for rank in found] == [rank["blocks"] for rank in in_bf16]
+    assert [rank["rectangles"] for rank in found] == [rank["rectangles"] for rank in in_bf16]
     for rank in found:
         assert rank["classes"] == [CLASSES[recipe]] * 3
         # Megatron has called bfloat16() on the model in between.
