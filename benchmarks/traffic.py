@@ -7,9 +7,11 @@ plan` computes the bytes of models that are too large to run here.
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,22 +93,21 @@ def _rows(case: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         optimizers["Dion, compressed sync"] = f"{dion} --dion-compressed-sync"
     elif BUCKETS not in flags:
         optimizers["Muon"] = MUON
-    adamw = 0
+    adamw = 0  # bytes of its gradient sync
     for optimizer, choice in optimizers.items():
         sent = run_world(ranks, count_iteration, f"{MODEL} {flags} {choice}".split())
-        sync, step, planned = (
-            sum((getattr(rank, name) for rank in sent), Counter())
-            for name in ("sync", "step", "planned")
-        )
+        sync = sum((rank.sync for rank in sent), Counter[str]())
+        step = sum((rank.step for rank in sent), Counter[str]())
+        planned = sum((rank.planned for rank in sent), Counter[str]())
         total = sync.total() + step.total()
-        adamw = adamw or total
+        adamw = adamw or sync.total()
         yield {
             "case": case,
             "optimizer": optimizer,
             "sync_kB": sync.total() / 1e3,
             "step_kB": step.total() / 1e3,
             "planned_kB": planned.total() / 1e3,
-            "to_adamw": total / adamw,
+            "to_adamw": total / adamw if adamw else None,
             "calls": list(_calls(case, optimizer, sent[0].calls, step)),
         }
 
@@ -128,6 +129,8 @@ def count_iteration(argv: Sequence[str]) -> Sent:
     """Trains on a rank, and returns what it sent in the last iteration."""
     from megatron_dion.megatron.launch import train
 
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     sent = Sent()
     optimizers: list[Dion] = []
     distribute = Dion.distribute

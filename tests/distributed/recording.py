@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm import Matrix
-from tests.reference import ReferenceMatrix
 from megatron_dion.sharding import Rectangle
 from tests.distributed.nursery import TRAINING, Nursery, train
+from tests.reference import ReferenceMatrix
 
 # The name of a matrix, rows and columns of a rectangle of it, and its values.
 Frame = list[tuple[str, slice, slice, Tensor]]

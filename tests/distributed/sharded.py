@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
-from tests.reference import ReferenceMatrix
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight
+from tests.reference import ReferenceMatrix
 from tests.worlds import world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10

@@ -5,7 +5,7 @@ import os
 import pickle
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from megatron_dion.checkpointing.folders import TRACKER, complete_iterations, folder_of
 from megatron_dion.optimizer.record import FORMAT
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
-from tests.distributed.test_loading_options import exit_of_rank
+from tests.unit.test_command_line import exit_of_rank
 from tests.unit.test_inspect_checkpoint import inspect
 
 RUN = [
@@ -155,7 +155,7 @@ def test_dion_state_of_a_later_version(nursery: Nursery, tmp_path: Path) -> None
     assert "install a newer one" in said
 
 
-def save_with_later_format(argv: Sequence[str]) -> tuple[object, str]:
+def save_with_later_format(argv: list[str]) -> tuple[object, str]:
     from megatron_dion.optimizer import record
 
     record.FORMAT += 1
@@ -170,7 +170,7 @@ def test_load_is_no_folder(nursery: Nursery, tmp_path: Path) -> None:
     assert f"{file} cannot be read as a folder of checkpoints" in said
 
 
-def run_with_small_files(limit: int, argv: Sequence[str]) -> tuple[object, str]:
+def run_with_small_files(limit: int, argv: list[str]) -> tuple[object, str]:
     """On a rank: as on a disk that is full when a file has `limit` bytes; rank 1 only."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -224,7 +224,7 @@ def test_reader_leaves_a_save_in_progress_alone(nursery: Nursery, folder: Path) 
     assert contents(folder) == before
 
 
-def train_watching_the_marker(argv: Sequence[str]) -> list[list[str]]:
+def train_watching_the_marker(argv: list[str]) -> list[list[str]]:
     """On a rank: the files beside the marker of a complete checkpoint when it is written."""
     from megatron.core.dist_checkpointing import serialization
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from megatron_dion import DionConfig
-from tests.reference import ReferenceMatrix
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
 from megatron_dion_tools.local.world import gloo_world
@@ -30,6 +29,7 @@ from tests.distributed.test_sharded_dion import (
     name_of,
     values,
 )
+from tests.reference import ReferenceMatrix
 
 STEPS = 3
 WORLDS = [World(*grid) for grid in [(1, 1), (2, 1), (1, 3), (2, 2), (1, 2, 2)]]

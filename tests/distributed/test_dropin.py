@@ -180,7 +180,7 @@ def test_too_late(tmp_path: Path) -> None:
         ("from beside import WORD; import sys; print(WORD, __name__, sys.argv[1:])\nexit(7)", 7,
          "beside __main__ ['--device', 'cpu', 'a b']"),
         # What Python makes of the signal, which a process in the background is not given.
-        ("raise KeyboardInterrupt", 130, "interrupted"),
+        pytest.param("raise KeyboardInterrupt", 130, "interrupted", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_started_as_if_by_itself(tmp_path: Path, body: str | None, code: int, said: str) -> None:

@@ -4,15 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_dion.checkpointing.folders import complete_iterations
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses
-from tests.distributed.test_loading_options import exit_of_rank
 from tests.project import ROOT
+from tests.unit.test_command_line import exit_of_rank
 
 RUN = [
     *MODEL, *TRAINING, *DION, "--num-layers", "2", "--seq-length", "16",
@@ -21,7 +20,7 @@ RUN = [
 STOP_AFTER = 3
 
 
-def stop_after(how: str, argv: Sequence[str]) -> tuple[object, str]:
+def stop_after(how: str, argv: list[str]) -> tuple[object, str]:
     """On a rank: in iteration `STOP_AFTER` the last rank hears a signal, or the time is over."""
     from megatron.training import training
 

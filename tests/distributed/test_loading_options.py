@@ -141,8 +141,10 @@ def test_adam_to_dion_keeps_masters_and_the_state_of_scalars(
 def test_dion_to_adam_keeps_masters(
     nursery: Nursery, dion: Path, tmp_path: Path, grid: str
 ) -> None:
-    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0 --save".split()
-    said = run(nursery, grid, *ADAM, "--switch-optimizer", *load(dion), *still, str(tmp_path))
+    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0".split()
+    said = run(
+        nursery, grid, *ADAM, "--switch-optimizer", *load(dion), *RESAVE[2:], str(tmp_path), *still
+    )
     assert "from --optimizer dion to --optimizer adam: master weights are kept" in said
     assert_same_masters(dion, tmp_path, iteration=5)  # Megatron's Adam has no state to save at 4
 

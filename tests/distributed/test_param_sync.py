@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.unit.test_command_line import exit_of_rank
 
 VPP = (
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --train-iters 4"
@@ -71,12 +72,10 @@ def test_order_of_buckets_does_not_matter(by_order: Any) -> None:
     assert by_order[False][0] == by_order[True][0]
 
 
-def test_nothing_to_compress_is_refused(nursery: Nursery, tmp_path: Path) -> None:
-    from tests.unit.test_command_line import exit_of
-
+def test_nothing_to_compress_is_refused(nursery: Nursery) -> None:
     argv = [*MODEL, *TRAINING, *DION, "--train-iters", "1", "--dion-compressed-sync"]
     argv += ["--num-distributed-optimizer-instances", "2", "--dion-rank-fraction", "1"]
-    for code, said in nursery.run(2, exit_of, argv):
+    for code, said in nursery.run(2, exit_of_rank, argv):
         assert code == 2
         assert "compressed gradient sync compresses nothing" in said
 

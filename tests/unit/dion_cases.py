@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from tests.reference import ReferenceMatrix
 from megatron_dion.optimizer.binding import Distribution, RightRows
 from megatron_dion.sharding import Part, Placement, Weight
+from tests.reference import ReferenceMatrix
 
 Shape = tuple[int, int]
 SHAPES: list[Shape] = [(1, 7), (6, 1), (1, 1), (8, 8), (20, 6), (6, 20)]

@@ -27,11 +27,19 @@ def exit_of(argv: list[str]) -> tuple[object, str]:
     return 0, said.getvalue()
 
 
-def output_of(argv: list[str]) -> str:
-    """On a rank: what a run says on stdout."""
+def exit_of_rank(argv: list[str]) -> tuple[object, str]:
+    """On a rank: as `exit_of`, and all that it says; none waits for a launcher to end it."""
+    from megatron_dion.megatron import errors
+
+    errors._LAUNCHER_GRACE_SECONDS = 0.0
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        exit_of(argv)
-    return said.getvalue()
+        code, complaint = exit_of(argv)
+    return code, said.getvalue() + complaint
+
+
+def output_of(argv: list[str]) -> str:
+    """On a rank: what a run says."""
+    return exit_of_rank(argv)[1]
 
 
 def test_report_of_torchrun_ends_with_the_refusal(

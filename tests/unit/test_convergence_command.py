@@ -1,7 +1,6 @@
-"""The command line of convergence tests, with made-up training."""
+"""`megatron-dion convergence check`, `update` and `compare`, with training that is made up."""
 
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dion_tools import cli
-from megatron_dion_tools.convergence import command as tool
-from megatron_dion_tools.convergence import trainer
+from megatron_dion_tools.convergence import case_runs, command
+from megatron_dion_tools.convergence.case import read_case
+from megatron_dion_tools.convergence.case_runs import CaseRuns
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.runs import Run
 
@@ -19,186 +19,166 @@ CASE = """
 description: a case
 arguments: model.args
 seeds: [1, 2, 3]
-short: true
 runs:
   one: {}
-  two: {processes: 2}
+  two: {processes: 2, flags: --lr 1 --two}
+  too fast: {flags: --lr 2}
+  early: {continues: one, at: 10}
+  late: {continues: one, at: 25, processes: 4, patch: "mistakes.py:forget"}
 golden: [one]
 checks:
-  - band: {run: two, reference: one}
-controls:
-  too fast: {instead_of: one, flags: --lr 2, noticed_by: [exact, band]}
+  - {runs: [two], reference: one}
+  - {runs: [early], reference: one, share: 0}
+  - {runs: [too fast], reference: one, notices: true}
 """
 
-Losses = Callable[[Run, int], list[float]]
 
-
-def losses(run: Run, seed: int) -> list[float]:
-    """By seed; with another learning rate they fall faster."""
-    chance = random.Random(seed)
-    shift = chance.gauss(0, 0.1)
-    lr = float(run.flags[run.flags.index("--lr") + 1])
-    return [5 + shift - lr * i / STEPS + chance.gauss(0, 0.01) for i in range(STEPS)]
+def flag(run: Run, name: str) -> str:
+    return run.flags[run.flags.index(name) + 1]
 
 
 class Laboratory:
     """A folder with a case, and training that writes metrics without training."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.losses: Losses = losses
         self.trained: list[str] = []
-        self._monkeypatch = monkeypatch
+        self.shift: dict[str, float] = {}
         (folder / "model.args").write_text("--lr 1\n")
-        (folder / "small.yaml").write_text(CASE)
-        monkeypatch.setattr(tool, "preload", lambda: None)
-        monkeypatch.setattr(trainer, "execute", self._execute)
+        (folder / "mistakes.py").write_text("")
+        self.write(CASE)
 
-    def _execute(self, runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> None:
+    def write(self, text: str) -> None:
+        (self.folder / "small.yaml").write_text(text)
+
+    def execute(self, runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> None:
         for run in runs:
+            if run.is_finished():
+                continue
             self.trained.append(run.name)
-            values = self.losses(run, int(run.flags[run.flags.index("--seed") + 1]))
+            chance = random.Random(flag(run, "--seed"))
+            level, lr = 5 + chance.gauss(0, 0.1), float(flag(run, "--lr"))
+            level += self.shift.get(run.name.partition(",")[0], 0.0)
+            losses = [level - lr * i / STEPS + chance.gauss(0, 0.01) for i in range(STEPS)]
+            start = int(flag(run, "--ckpt-step")) if "--load" in run.flags else 0
             run.folder.mkdir(parents=True)
             lines = [
-                json.dumps({"kind": "train", "iteration": i, "lm_loss": loss, "grad_norm": loss})
-                for i, loss in enumerate(values, start=1)
+                {"kind": "train", "iteration": i, "lm_loss": loss, "grad_norm": loss}
+                for i, loss in enumerate(losses, start=1)
+                if i > start
             ]
-            run.metrics.write_text("\n".join(lines) + "\n")
+            run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
             run.mark_finished()
 
-    def call(self, command: str, *argv: str) -> None:
+    def call(self, action: str, *words: str) -> int | None:
         case = [str(self.folder / "small.yaml"), "--output", str(self.folder / "runs")]
-        self.call_exactly(command, *case, *argv)
-
-    def call_exactly(self, *argv: str) -> None:
-        cli.call(["convergence", *argv])
-
-    @property
-    def golden(self) -> Path:
-        return self.folder / "golden" / "small.jsonl"
+        return cli.call(["convergence", action, *case, *words])
 
 
 @pytest.fixture
 def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
-    return Laboratory(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def with_golden(laboratory: Laboratory) -> Laboratory:
-    laboratory.call("update", "--write")
-    laboratory.trained.clear()
+    laboratory = Laboratory(tmp_path)
+    monkeypatch.setattr(command, "preload", lambda: None)
+    monkeypatch.setattr(case_runs, "execute", laboratory.execute)
     return laboratory
 
 
-def test_update_writes_only_when_told(
-    laboratory: Laboratory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    laboratory.call("update")
-    assert laboratory.trained == ["one, seed 1", "one, seed 2", "one, seed 3"]
-    assert not laboratory.golden.exists()
-    said = capsys.readouterr().out
-    assert "small: one: new, 3 seeds" in said
-    assert "nothing written; --write" in said
-
-    laboratory.call("update", "--write")
-    assert laboratory.golden.exists()
-
-
-def test_update_shows_what_changes(
-    with_golden: Laboratory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with_golden.losses = lambda run, seed: [*losses(run, seed)[:-1], 1.0]
-    with_golden.call("update")
-    assert "small: one: lm_loss: differs from iteration 40" in capsys.readouterr().out
-
-
-def test_update_refuses_what_is_not_finite(with_golden: Laboratory) -> None:
-    before = with_golden.golden.read_bytes()
-    with_golden.losses = lambda run, seed: [*losses(run, seed)[:-1], math.nan]
-    with pytest.raises(ToolError, match=r"one, seed 1: .* is nan at iteration 40.*nothing was"):
-        with_golden.call("update", "--write")
-    assert with_golden.golden.read_bytes() == before
-
-
-def test_check_trains_and_reports(
-    with_golden: Laboratory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with_golden.call("check", "--controls")
-    assert with_golden.trained == ["one, seed 1", "two, seed 1", "too fast, seed 1"]
-    said = capsys.readouterr().out
-    assert "1 case, 1 passed, 0 failed" in said
-    assert "2 of 2 mistakes noticed" in said
-    assert (
-        "<h1>Convergence: 1 case, 1 passed" in (with_golden.folder / "runs/report.html").read_text()
-    )
-    assert (with_golden.folder / "runs" / "small.png").read_bytes()[1:4] == b"PNG"
-
-    with_golden.trained.clear()
-    with_golden.call("report", "--controls")
-    assert with_golden.trained == []
-    assert "1 case, 1 passed" in capsys.readouterr().out
-
-
-def test_check_fails_where_a_run_differs(
-    with_golden: Laboratory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shift = 0.05
-    with_golden.losses = lambda run, seed: [
-        loss + shift * (run.processes == 2 and i >= 20) for i, loss in enumerate(losses(run, seed))
-    ]
-    with pytest.raises(SystemExit) as stop:
-        with_golden.call("check")
-    assert stop.value.code == 1
-    first = capsys.readouterr().out.splitlines()[1]
-    assert first.startswith("FAILED  small: two, seed 1 follows one, seed 1")
-    assert "leaves the band at iteration 2" in first
-
-
-def test_check_fails_where_a_mistake_is_not_noticed(
-    with_golden: Laboratory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (with_golden.folder / "small.yaml").write_text(CASE.replace("--lr 2", "--lr 1"))
-    with pytest.raises(SystemExit) as stop:
-        with_golden.call("check", "--controls")
-    assert stop.value.code == 1
-    assert "NOT NOTICED" in capsys.readouterr().out
-
-
-def test_check_refuses_changed_flags_before_training(with_golden: Laboratory) -> None:
-    (with_golden.folder / "model.args").write_text("--lr 1.5\n")
-    with pytest.raises(ToolError, match=r"made with other flags.*then '--lr 1', now '--lr 1.5'"):
-        with_golden.call("check")
-    assert with_golden.trained == []
-
-
-def test_check_without_golden_curves_says_so_before_training(laboratory: Laboratory) -> None:
-    with pytest.raises(ToolError, match="no golden curves yet; make them with `update`"):
+def test_check_without_golden_curves_ends_before_training(laboratory: Laboratory) -> None:
+    with pytest.raises(ToolError, match="other data and flags: `convergence update` makes new"):
         laboratory.call("check")
     assert laboratory.trained == []
 
 
-def test_only_short_cases(laboratory: Laboratory) -> None:
-    (laboratory.folder / "small.yaml").write_text(CASE.replace("short: true", "short: false"))
-    with pytest.raises(ToolError, match="--short leaves out all"):
-        laboratory.call("run", "--short")
+def test_golden_runs_train_with_all_seeds_and_checks_with_the_first(laboratory: Laboratory) -> None:
+    assert laboratory.call("update") == 0
+    assert laboratory.trained == ["one, seed 1", "one, seed 2", "one, seed 3"]
+    laboratory.trained.clear()
+    assert laboratory.call("check") == 0
+    names = ["one", "two", "too fast", "early"]
+    assert laboratory.trained == [f"{name}, seed 1" for name in names]
+    assert (laboratory.folder / "runs" / "small.png").stat().st_size > 10_000
+    laboratory.trained.clear()
+    assert laboratory.call("check", "--reuse") == 0
+    assert laboratory.trained == []
 
 
-def test_compare_runs(with_golden: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
-    with_golden.call("run", "--controls")
-    runs = with_golden.folder / "runs" / "small"
-    one, two = str(runs / "one" / "seed-1"), str(runs / "two" / "seed-1")
-    with_golden.call_exactly("compare", one, two)
-    assert "the same numbers in 40 iterations" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("run", "shift", "said"),
+    [
+        ("one", 0.1, "FAILED  one follows golden one within 0.1 of the seed noise: lm_loss"),
+        ("two", 0.1, "FAILED  two follows one within 0.1"),
+        ("early", 1e-15, "FAILED  early follows one bit for bit: lm_loss: differs at iteration 11"),
+    ],
+)
+def test_what_is_wrong_is_said_and_ends_with_status_1(
+    laboratory: Laboratory, capsys: pytest.CaptureFixture[str], run: str, shift: float, said: str
+) -> None:
+    laboratory.call("update")
+    laboratory.shift = {run: shift}
+    assert laboratory.call("check") == 1
+    assert said in capsys.readouterr().out
 
-    other = str(runs / "too fast" / "seed-1")
-    page = with_golden.folder / "out"
-    with pytest.raises(SystemExit) as stop:
-        with_golden.call_exactly("compare", one, other, "--output", str(page))
-    assert stop.value.code == 1
-    assert "first differs at iteration 2" in capsys.readouterr().out
-    assert {file.name for file in page.iterdir()} == {"comparison.png", "comparison.html"}
+
+def test_a_mistake_that_nobody_notices_ends_with_status_1(
+    laboratory: Laboratory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laboratory.write(CASE.replace("too fast: {flags: --lr 2}", "too fast: {}"))
+    laboratory.call("update")
+    assert laboratory.call("check") == 1
+    assert "small: NOT NOTICED  too fast follows one" in capsys.readouterr().out
 
 
-def test_compare_needs_two_runs(laboratory: Laboratory) -> None:
-    with pytest.raises(ToolError, match="needs two runs or more"):
-        laboratory.call_exactly("compare", str(laboratory.folder))
+@pytest.mark.parametrize(
+    ("change", "said"), [("--lr 3\n", "other flags"), ("--lr 1 --data-path DATA\n", "data and fl")]
+)
+def test_golden_curves_of_other_runs_are_refused(
+    laboratory: Laboratory, change: str, said: str
+) -> None:
+    laboratory.call("update")
+    (laboratory.folder / "data.bin").write_text("tokens")
+    data = str(laboratory.folder / "data")
+    (laboratory.folder / "model.args").write_text(change.replace("DATA", data))
+    with pytest.raises(ToolError, match=said):
+        laboratory.call("check")
+
+
+def test_what_diverged_never_becomes_golden(laboratory: Laboratory) -> None:
+    laboratory.call("update")
+    golden = laboratory.folder / "golden" / "small"
+    before = {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}
+    assert len(before) == 4
+    laboratory.shift = {"one": float("nan")}
+    with pytest.raises(ToolError, match="one, seed 1: a loss is not finite"):
+        laboratory.call("update")
+    assert before == {path: path.read_bytes() for path in golden.rglob("*") if path.is_file()}
+
+
+def test_flags_of_runs_that_are_saved_and_continued(laboratory: Laboratory) -> None:
+    folder = laboratory.folder / "runs"
+    runs = CaseRuns(read_case(laboratory.folder / "small.yaml"), folder)
+    saved = f"{folder}/one/seed-2/checkpoints"
+    one, late = runs.run("one", 2), runs.run("late", 2)
+    assert " ".join(one.flags) == f"--lr 1 --seed 2 --save {saved} --save-interval 5"
+    assert " ".join(late.flags) == f"--lr 1 --seed 2 --load {saved} --ckpt-step 25"
+    assert (late.processes, late.patch) == (4, f"{laboratory.folder}/mistakes.py:forget")
+    assert late.folder == folder / "late" / "seed-2"
+
+
+def test_compare_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, last in (("a", 2.0), ("b", 2.0), ("c", 2.5)):
+        lines = [{"iteration": 1, "lm_loss": 3.0}, {"iteration": 2, "lm_loss": last}]
+        text = "".join(json.dumps({"kind": "train", **line}) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    assert cli.call(["convergence", "compare", a, b]) == 0
+    output = tmp_path / "pictures"
+    assert cli.call(["convergence", "compare", a, b, c, "--output", str(output)]) == 1
+    said = capsys.readouterr().out
+    assert "c.jsonl follows" in said
+    assert "differs at iteration 2: 2.5 against 2.0; means at the end differ by +0.5" in said
+    assert (output / "comparison.png").exists()
+
+
+def test_removed_subcommand_names_what_to_use() -> None:
+    with pytest.raises(ToolError, match="study was removed: use megatron-dion convergence sweep"):
+        cli.call(["study", "run", "studies/width.yaml"])

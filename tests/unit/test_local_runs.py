@@ -1,8 +1,9 @@
-"""Which runs are trained when, and what is said of those that fail; nothing is trained here."""
+"""Which runs train when, what is said of those that fail, and that no process is left behind."""
 
 import dataclasses
 import multiprocessing
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dion_tools.local import runs as runs_module
-from megatron_dion_tools.local.flags import effective, read_flags, split_flags
+from megatron_dion_tools.local.flags import effective, read_flags
 from megatron_dion_tools.local.runs import Run, RunFailed, execute, train
+from megatron_dion_tools.local.world import run_world
 
 FORK = multiprocessing.get_context("fork")
 TOO_LONG = 60  # seconds, after which a test that hangs fails
@@ -24,9 +26,7 @@ Fake = Callable[[str], None]
     ("given", "kept"),
     [
         ("", ""),
-        ("--lr 1 --bf16", "--lr 1 --bf16"),
         ("--lr 1 --bf16 --lr 2", "--lr 2 --bf16"),
-        ("--lr 1 --lr 2 --lr 3", "--lr 3"),
         ("--betas 0.9 0.95 --seed 1 --betas 0.8", "--betas 0.8 --seed 1"),
         ("--lr 1 --lr=2 --lr 3", "--lr 3"),
         ("--lr=1 --bf16 --lr=-2", "--lr=-2 --bf16"),
@@ -40,39 +40,36 @@ def test_the_later_of_two_flags_counts(given: str, kept: str) -> None:
 def test_flags_are_read_as_a_shell_would(tmp_path: Path) -> None:
     (tmp_path / "small.args").write_text("--lr 1  # --lr 2\n# nothing\n--name 'a b'\n")
     assert read_flags(tmp_path / "small.args") == ("--lr", "1", "--name", "a b")
-    assert split_flags(" --name 'a b' --lr  1\n") == ("--name", "a b", "--lr", "1")
+
+
+@pytest.fixture
+def train_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Fake], Path]:
+    """Takes the place of training: a rank calls a function with the name of its run.
+
+    Returns the file in which ranks note what they begin and what they have done.
+    """
+    events = tmp_path / "events"
+    events.touch()
+
+    def note(what: str) -> None:
+        with events.open("a") as file:
+            file.write(what + "\n")
+
+    def replace(function: Fake) -> Path:
+        def fake(flags: Sequence[str], patch: str | None) -> None:
+            assert flags[2] == "--run-dir"
+            note(f"+{flags[1]}")
+            function(flags[1])
+            note(f"-{flags[1]}")
+
+        monkeypatch.setattr(runs_module, "train", fake)
+        return events
+
+    return replace
 
 
 def named(folder: Path, name: str, processes: int = 1) -> Run:
     return Run(name, folder / name, ("--name", name), processes)
-
-
-@pytest.fixture
-def events(tmp_path: Path) -> Path:
-    """Where ranks write, in the order in which they do things."""
-    (tmp_path / "events").touch()
-    return tmp_path / "events"
-
-
-def note(events: Path, what: str) -> None:
-    with events.open("a") as file:
-        file.write(what + "\n")
-
-
-@pytest.fixture
-def train_by(monkeypatch: pytest.MonkeyPatch, events: Path) -> Callable[[Fake], None]:
-    """Takes the place of training: ranks call a function with the name of their run."""
-
-    def replace(function: Fake) -> None:
-        def fake(flags: Sequence[str], patch: str | None) -> None:
-            assert flags[2] == "--run-dir"
-            note(events, f"+ {flags[1]}")
-            function(flags[1])
-            note(events, f"- {flags[1]}")
-
-        monkeypatch.setattr(runs_module, "train", fake)
-
-    return replace
 
 
 def nothing(_: str) -> None:
@@ -80,13 +77,7 @@ def nothing(_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [
-        {"flags": ("--lr", "2")},
-        {"flags": ("--lr", "1", "--bf16")},
-        {"processes": 2},
-        {"patch": "module:function"},
-    ],
+    "other", [{"flags": ("--lr", "2")}, {"processes": 2}, {"patch": "module:function"}]
 )
 def test_a_run_is_finished_with_the_same_settings_only(
     tmp_path: Path, other: dict[str, object]
@@ -97,96 +88,60 @@ def test_a_run_is_finished_with_the_same_settings_only(
     assert run.is_finished()
     assert dataclasses.replace(run, name="another name").is_finished()
     assert not dataclasses.replace(run, **other).is_finished()
-
-
-def test_a_run_whose_end_was_not_written_to_the_end_is_not_finished(tmp_path: Path) -> None:
-    run = Run("run", tmp_path, ("--lr", "1"))
-    run.mark_finished()
-    (tmp_path / "finished.json").write_text((tmp_path / "finished.json").read_text()[:20])
+    mark = tmp_path / "finished.json"
+    mark.write_text(mark.read_text()[:20])  # a machine that lost its power
     assert not run.is_finished()
 
 
-def test_finished_runs_are_not_trained_again(
-    tmp_path: Path, events: Path, train_by: Callable[[Fake], None]
+def test_only_what_is_not_finished_trains_and_starts_from_nothing(
+    tmp_path: Path, train_by: Callable[[Fake], Path]
 ) -> None:
-    train_by(nothing)
+    events = train_by(say_output)
     said: list[str] = []
     one, two = named(tmp_path, "one"), named(tmp_path, "two")
     execute([one], 1, said.append)
+    (two.folder).mkdir()
+    (two.folder / "metrics.jsonl").write_text("of other flags")
     execute([one, two], 1, said.append)
-    assert events.read_text().split() == ["+", "one", "-", "one", "+", "two", "-", "two"]
-    assert one.is_finished()
-    assert two.is_finished()
-    assert [line.partition(" s,")[0].rpartition(":")[0] for line in said if "min" in line] == [
-        "run 1/1: one",
-        "run 1/1: two",
-    ]
-    assert said[1] == "1 of 2 runs were finished before"
+    assert events.read_text().split() == ["+one", "-one", "+two", "-two"]
+    assert said[2:] == ["1 of 2 runs to train", "trained two; 0 runs left"]
+    assert {path.name for path in two.folder.iterdir()} == {"finished.json", "train.log"}
+    assert (two.folder / "train.log").read_text() == "output\n"
 
 
-def test_a_run_with_other_flags_starts_from_nothing(
-    tmp_path: Path, train_by: Callable[[Fake], None]
+def say_output(_: str) -> None:
+    os.write(1, b"output\n")
+
+
+def raise_error(_: str) -> None:
+    os.write(1, b"".join(b"line %d\n" % i for i in range(100)))
+    raise ValueError("the loss is not finite")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [(raise_error, "ValueError: the loss is not finite"), (lambda _: os._exit(0), "rank 0 died")],
+)
+def test_a_failure_shows_the_end_of_its_log(
+    tmp_path: Path,
+    train_by: Callable[[Fake], Path],
+    capfd: pytest.CaptureFixture[str],
+    function: Fake,
+    said: str,
 ) -> None:
-    train_by(nothing)
-    run = named(tmp_path, "one")
-    execute([run], 1, nothing)
-    (run.folder / "metrics.jsonl").write_text("old")
-    other = dataclasses.replace(run, flags=("--name", "other"))
-    execute([other], 1, nothing)
-    assert sorted(path.name for path in run.folder.iterdir()) == ["finished.json", "train.log"]
-    assert other.is_finished()
-    assert not run.is_finished()
-
-
-def test_what_ranks_print_is_in_the_log(tmp_path: Path, train_by: Callable[[Fake], None]) -> None:
-    def write(_: str) -> None:
-        os.write(1, b"output\n")
-        os.write(2, b"errors\n")
-
-    train_by(write)
-    run = named(tmp_path, "one")
-    execute([run], 1, nothing)
-    assert (run.folder / "train.log").read_text() == "output\nerrors\n"
-
-
-def test_a_failure_explains_itself_by_the_end_of_its_log(
-    tmp_path: Path, train_by: Callable[[Fake], None], capfd: pytest.CaptureFixture[str]
-) -> None:
-    def fail(_: str) -> None:
-        os.write(1, b"".join(b"line %d\n" % i for i in range(100)))
-        raise ValueError("the loss is not finite")
-
-    train_by(fail)
+    train_by(function)
     run = named(tmp_path, "one")
     with capfd.disabled(), pytest.raises(RunFailed) as error:  # a rank prints where pytest listens
         execute([run], 1, nothing)
     *log, last = str(error.value).splitlines()
     assert last == f"one failed; its log is {run.folder / 'train.log'}"
-    assert "ValueError: the loss is not finite" in log
-    assert len(log) == 15
-    assert (run.folder / "train.log").read_text().startswith("line 0\n")
+    assert said in log
+    assert len(log) <= 15
     assert not run.is_finished()
 
 
-def test_a_rank_that_dies_is_a_failure(
-    tmp_path: Path, train_by: Callable[[Fake], None], capfd: pytest.CaptureFixture[str]
-) -> None:
-    train_by(lambda _: os._exit(0))
-    with capfd.disabled(), pytest.raises(RunFailed, match=r"^rank 0 died\none failed; its log is"):
-        execute([named(tmp_path, "one")], 1, nothing)
-
-
-def test_a_run_that_cannot_write_its_log_fails(
-    tmp_path: Path, train_by: Callable[[Fake], None]
-) -> None:
-    train_by(nothing)
-    (tmp_path / "one").touch()
-    with pytest.raises(RunFailed, match=r"^below one failed; its log is"):
-        execute([Run("below one", tmp_path / "one" / "run", ())], 1, nothing)
-
-
 def test_a_failure_ends_the_runs_beside_it_and_starts_no_others(
-    tmp_path: Path, events: Path, train_by: Callable[[Fake], None]
+    tmp_path: Path, train_by: Callable[[Fake], Path]
 ) -> None:
     together = FORK.Barrier(2)
 
@@ -198,28 +153,12 @@ def test_a_failure_ends_the_runs_beside_it_and_starts_no_others(
         signal.alarm(TOO_LONG)
         signal.pause()
 
-    train_by(fail_or_wait)
-    long, bad, later = (named(tmp_path, name) for name in ("long", "bad", "later"))
+    events = train_by(fail_or_wait)
     with pytest.raises(RunFailed, match="bad failed"):
-        execute([long, bad, later], 2, nothing)
+        execute([named(tmp_path, name) for name in ("long", "bad", "later")], 2, nothing)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "long.pid").read_text()), 0)
-    assert sorted(events.read_text().splitlines()) == ["+ bad", "+ long"]
-    assert not long.is_finished()
-
-
-def test_as_many_runs_at_a_time_as_there_are_slots(
-    tmp_path: Path, train_by: Callable[[Fake], None]
-) -> None:
-    together = FORK.Barrier(3)
-
-    def meet(_: str) -> None:
-        together.wait(TOO_LONG)
-
-    train_by(meet)
-    runs = [named(tmp_path, name) for name in "abcdef"]
-    execute(runs, 3, nothing)
-    assert all(run.is_finished() for run in runs)
+    assert sorted(events.read_text().split()) == ["+bad", "+long"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +201,9 @@ def test_never_more_processes_than_jobs_unless_a_run_alone_has_more(
     assert seen == beside
 
 
-def test_a_mistake_is_made_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_patch_is_applied_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     done: list[object] = []
     launch = SimpleNamespace(train=lambda flags: done.append(flags), done=done)
     monkeypatch.setitem(sys.modules, "megatron_dion.megatron.launch", launch)
@@ -273,3 +214,58 @@ def test_a_mistake_is_made_before_training(monkeypatch: pytest.MonkeyPatch, tmp_
     train(["--lr", "1"], None)
     train(["--lr", "2"], f"{mistakes}:make")
     assert done == [["--lr", "1"], "mistake", ["--lr", "2"]]
+
+
+# No process is left behind
+
+
+def wait_for_ever(write_end: int) -> None:
+    """On a rank: start a helper, as a rank that saves does, say so, and never come back."""
+    helper = FORK.Process(target=signal.pause)
+    helper.start()
+    os.write(write_end, b"x")
+    helper.join()
+
+
+def leave(read_end: int) -> None:
+    """Close what belongs to the test, and print no traceback of an interrupt."""
+    os.close(read_end)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def run_a_world(read_end: int, write_end: int) -> None:
+    leave(read_end)
+    run_world(2, wait_for_ever, write_end)
+
+
+def train_runs(read_end: int, write_end: int, folder: Path) -> None:
+    leave(read_end)
+    runs_module.train = lambda flags, patch: wait_for_ever(write_end)
+    execute([named(folder, name) for name in ("one", "two")], 2, nothing)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("what", ["world", "runs"])
+def test_no_process_outlives_its_parent(tmp_path: Path, what: str, how: signal.Signals) -> None:
+    """The pipe of ranks and helpers ends when the last process that holds it has ended."""
+    read_end, write_end = os.pipe()
+    target, args = {
+        "world": (run_a_world, ()),
+        "runs": (train_runs, (tmp_path,)),
+    }[what]
+    parent = FORK.Process(target=target, args=(read_end, write_end, *args))
+    parent.start()
+    os.close(write_end)
+    for _ in range(2):
+        assert read_byte(read_end) == b"x"
+    assert parent.pid is not None
+    os.kill(parent.pid, how)
+    assert read_byte(read_end) == b""
+    parent.join(TOO_LONG)
+    os.close(read_end)
+
+
+def read_byte(end: int) -> bytes:
+    ready, _, _ = select.select([end], [], [], TOO_LONG)
+    assert ready, "processes go on"
+    return os.read(end, 1)

@@ -55,7 +55,10 @@ MISTAKES = [
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
     ("--dion-log-interval 5", "--dion-log-interval 5 has nowhere to write: add --run-dir"),
     (FP8, "--fp8-format hybrid has no effect with --transformer-impl local"),
-    ("--multi-latent-attention --tensor-model-parallel-size 2", "loses gradients: use --tensor-model-parallel-size 1, not 2"),
+    (
+        "--multi-latent-attention --tensor-model-parallel-size 2",
+        "loses gradients: use --tensor-model-parallel-size 1, not 2",
+    ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
     ("--eval-interval 0", "--eval-interval must be a number of iterations, not 0"),
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),

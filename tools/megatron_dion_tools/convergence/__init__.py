@@ -1,1 +1,1 @@
-"""Whether training converges as it did: cases, golden curves, checks and reports."""
+"""Does training converge as it did: cases with golden curves, comparisons of runs, and sweeps."""

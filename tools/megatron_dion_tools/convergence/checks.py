@@ -1,210 +1,163 @@
-"""The checks: each looks at curves and says whether they are what they should be, and where not."""
+"""Compares curves: is one within a share of the seed noise around the other?"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from megatron_dion_tools.convergence.curves import Curve, Curves
-from megatron_dion_tools.convergence.noise import estimate, seed_noise, smoothed, window_of
+import numpy as np
+
+from megatron_dion_tools.convergence.curves import QUANTITIES, Curve, Curves
+from megatron_dion_tools.convergence.noise import seed_noise, smoothed, window_of
+from megatron_dion_tools.errors import ToolError
 
 SHARE = 0.1
-"""Of the seed noise, that a change which ought to change nothing may move a curve. To tell a shift
-of a tenth of a standard deviation from chance takes some eight hundred seeds on either side: nobody
-who trains would see it."""
+"""The share of the seed noise by which a change that should change nothing may move a curve. Nobody
+would see such a shift: to tell it from chance takes about eight hundred seeds on either side."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found for one quantity.
+    """What a check says of one quantity.
 
     Attributes:
-        check: what was checked, in words.
-        quantity: of which curve.
-        passed: whether it is as it should be.
-        finding: one sentence, with numbers.
-        divergent: the first iteration at which it was not, if there is one.
-        curves: for the picture, by name; after each run follows what it is held against.
-        band: how far a smoothed curve may be from what it is held against, by iteration; if any.
-        window: number of points over which curves were averaged.
+        run: Name of the run.
+        reference: Name of the run with which it was compared.
+        quantity: Name of the curves.
+        share: The allowed share of the seed noise; 0 for equality.
+        finding: One sentence with numbers.
+        divergent: The first iteration at which something is wrong; None if nothing is.
+        curves: Those of the run and of the reference.
+        distance: Run minus reference by iteration, averaged.
+        allowed: How far the averaged curves may be apart, by iteration; empty for equality.
+        notices: Whether the run has a planted mistake, which the check must notice.
     """
 
-    check: str
+    run: str
+    reference: str
     quantity: str
-    passed: bool
+    share: float
     finding: str
     divergent: int | None
-    curves: Mapping[str, Curve]
-    band: Curve | None = None
-    window: int = 1
+    curves: tuple[Curve, Curve]
+    distance: Curve
+    allowed: Curve
+    notices: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong, or a planted mistake was noticed."""
+        return (self.divergent is None) != self.notices
+
+    def __str__(self) -> str:
+        words = ("noticed", "NOT NOTICED") if self.notices else ("passed", "FAILED")
+        how = f"within {self.share:g} of the seed noise" if self.share else "bit for bit"
+        return (
+            f"{words[not self.is_good]}  {self.run} follows {self.reference} {how}: "
+            f"{self.quantity}: {self.finding}"
+        )
 
 
-def exact(run: Curves, reference: Curves, quantity: str, after: int | None = None) -> Verdict:
-    """Whether a run has the very numbers of another.
-
-    Numbers that are not finite are never right.
-
-    Args:
-        run: the run in question.
-        reference: what it should repeat.
-        quantity: name of the curves.
-        after: the iteration with which the run starts, so that it has exactly the later ones;
-            None takes its own first one.
-
-    Raises:
-        ConvergenceError: no such curves.
-    """
-    ours, theirs = run.curve(quantity), reference.curve(quantity)
-    divergent = _first_missing(ours, theirs, after)
-    if divergent is not None:
-        finding = _missing(run, divergent, ours)
-    else:
-        wrong = (i for i in ours if ours[i] != theirs.get(i) or not math.isfinite(ours[i]))
-        divergent = next(wrong, None)
-        finding = f"the same numbers in {len(ours)} iterations"
-        if divergent is not None:
-            finding = f"first differs {_against(divergent, ours, theirs)}"
-    return Verdict(
-        check=f"{run.name} repeats {reference.name}",
-        quantity=quantity,
-        passed=divergent is None,
-        finding=finding,
-        divergent=divergent,
-        curves={run.name: ours, reference.name: theirs},
-    )
-
-
-def band(
+def follows(
     run: Curves,
     reference: Curves,
-    seeds: Sequence[Curves],
-    share: float,
     quantity: str,
-    after: int | None = None,
+    share: float,
+    seeds: Sequence[Curves] = (),
+    after: int = 0,
 ) -> Verdict:
-    """Whether a run stays as close to another of the same seed as the noise of seeds allows.
+    """Check that a run stays as close to a reference with the same seed as seed noise allows.
 
-    Smoothed, their difference must be at most `share` times the standard deviation that smoothed
-    curves have over seeds.
+    Both curves are averaged over a window. At each iteration their difference must be at most
+    `share` times the standard deviation that such averages have over seeds. With a share of 0,
+    both must have the same numbers, bit for bit. Numbers that are not finite fail.
 
     Args:
-        run: the run in question.
-        reference: with the same seed, so that the noise of batches cancels.
-        seeds: runs like the reference, one for each seed.
-        share: of the standard deviation.
-        quantity: name of the curves.
-        after: as for `exact`.
+        run: The run in question.
+        reference: A run with the same seed, so that the noise of batches cancels.
+        quantity: Name of the curves.
+        share: Of the seed noise.
+        seeds: Runs like the reference, one for each seed; three or more where `share` is not 0.
+        after: Iteration of the checkpoint from which the run starts. The run must have all later
+            iterations of the reference, and only those.
 
     Raises:
-        ConvergenceError: there are fewer than three seeds, or no such curves.
+        ToolError: There are too few seeds, or a run has no such curve.
     """
     ours, theirs = run.curve(quantity), reference.curve(quantity)
-    window = window_of(theirs)
-    noise = seed_noise([one.curve(quantity) for one in seeds], window)
-    limits = {iteration: share * value for iteration, value in noise.items()}
-    divergent = _first_missing(ours, theirs, after)
+    window = window_of(theirs) if share else 1
+    noise = seed_noise([one.curve(quantity) for one in seeds], window) if share else {}
+    allowed = {i: share * value for i, value in noise.items()}
+    common = [i for i in ours if i in theirs and i > after]
+    distance = smoothed({i: ours[i] - theirs[i] for i in common}, window)
+    needed = sorted({*ours, *(i for i in theirs if i > after)})
+    # `not <=` is also true of NaN.
+    wrong = (i for i in needed if not abs(distance.get(i, math.nan)) <= allowed.get(i, 0.0))
+    divergent = next(wrong, None)
+    shares = {abs(d) / noise[i]: i for i, d in distance.items() if noise.get(i)}
+    finding = f"the same numbers in {len(common)} iterations"
+    if share and shares:
+        most = max(filter(math.isfinite, shares), default=math.nan)
+        finding = f"at most {most:.3g} of the seed noise away (iteration {shares.get(most)})"
     if divergent is not None:
-        finding = _missing(run, divergent, ours)
-    else:
-        compared = [i for i in ours if i in theirs and i in limits]
-        distance = smoothed({i: ours[i] - theirs[i] for i in compared}, window)
-        # `not <=` is also true of NaN.
-        outside = (i for i in ours if i not in distance or not abs(distance[i]) <= limits[i])
-        divergent = next(outside, None)
-        finding = _widest(distance, noise, share)
-        if divergent is not None and divergent not in distance:
-            finding = f"nothing to compare iteration {divergent} with; {finding}"
-        elif divergent is not None:
-            finding = (
-                f"leaves the band {_against(divergent, ours, theirs)} (mean of {window} "
-                f"iterations off by {distance[divergent]:+.3g}, allowed are "
-                f"{limits[divergent]:.3g}); {finding}"
-            )
+        values = " against ".join(str(curve.get(divergent, "nothing")) for curve in (ours, theirs))
+        first = f"differs at iteration {divergent}: {values}"
+        if divergent <= after:
+            first = f"has iteration {divergent}, which is not after that of its checkpoint"
+        finding = f"{first}; {finding}" if share else first
+    curves = (ours, theirs)
     return Verdict(
-        check=f"{run.name} follows {reference.name} within {share:g} of the seed noise",
-        quantity=quantity,
-        passed=divergent is None,
-        finding=finding,
-        divergent=divergent,
-        curves={run.name: ours, reference.name: theirs},
-        band=limits,
-        window=window,
+        run.name, reference.name, quantity, share, finding, divergent, curves, distance, allowed
     )
 
 
-def below(runs: Sequence[Curves], others: Sequence[Curves], at: int, quantity: str) -> Verdict:
-    """Whether runs lie below others at an iteration, beyond doubt: 95 % over pairs of seeds.
+def compare(
+    runs: Sequence[Curves], noise: Sequence[Curves], share: float, quantities: Sequence[str]
+) -> list[Verdict]:
+    """Compare runs, which need not be logged alike, with the first of them.
+
+    Only iterations that all curves have count, but a run that ends before the reference fails.
+    Numbers are rounded to float32, which is what TensorBoard keeps.
 
     Args:
-        runs: one for each seed.
-        others: of the same seeds, in the same order.
-        at: the iteration; curves are averaged over the window that ends with it.
-        quantity: name of the curves.
+        runs: Two runs or more with different names; the first is the reference.
+        noise: Three runs or more that differ in their seed only. With them, runs must stay within
+            a share of the seed noise; without them, runs must be equal.
+        share: Of the seed noise.
+        quantities: Names of curves; none for those of `QUANTITIES` that all runs have.
 
     Raises:
-        ConvergenceError: no such curves.
+        ToolError: There is nothing to compare; the message says what is missing.
     """
-    pairs = [
-        (run.curve(quantity), other.curve(quantity))
-        for run, other in zip(runs, others, strict=True)
+    names = [run.name for run in runs]
+    if len(set(names)) < max(2, len(names)):
+        raise ToolError(f"compare needs two different runs or more, not {', '.join(names)}")
+    common = [q for q in QUANTITIES if all(q in one.quantities for one in (*runs, *noise))]
+    if not (quantities or common):
+        raise ToolError(f"none of {', '.join(QUANTITIES)} is in all of the runs")
+    return [
+        _compare([run, runs[0], *noise], share if noise else 0.0, quantity)
+        for run in runs[1:]
+        for quantity in quantities or common
     ]
-    window = window_of(pairs[0][0])
-    name, other = without_seed(runs[0].name), without_seed(others[0].name)
-    curves: dict[str, Curve] = {}
-    for run, reference, (ours, theirs) in zip(runs, others, pairs, strict=True):
-        curves |= {run.name: ours, reference.name: theirs}
-    if any(at not in curve for pair in pairs for curve in pair):
-        passed, finding = False, f"a run does not reach iteration {at}"
-    else:
-        gaps = [smoothed(ours, window)[at] - smoothed(theirs, window)[at] for ours, theirs in pairs]
-        found = estimate(gaps)
-        passed = found.mean + found.margin < 0
-        finding = f"{found.mean:+.4f} ± {found.margin:.4f} over {found.seeds} seeds"
-    return Verdict(
-        check=f"{name} is below {other} at iteration {at}",
-        quantity=quantity,
-        passed=passed,
-        finding=finding,
-        divergent=None if passed else at,
-        curves=curves,
-        window=window,
+
+
+def _compare(given: Sequence[Curves], share: float, quantity: str) -> Verdict:
+    curves = [one.curve(quantity) for one in given]
+    common = sorted(set.intersection(*map(set, curves)))
+    if not common:
+        raise ToolError(
+            f"no iteration of {quantity} is in {' and in '.join(c.name for c in given)}"
+        )
+    ours, theirs, *seeds = (
+        Curves(one.name, {quantity: {i: float(np.float32(curve[i])) for i in common}})
+        for one, curve in zip(given, curves, strict=True)
     )
-
-
-def _first_missing(ours: Curve, theirs: Curve, after: int | None) -> int | None:
-    """The first iteration that a run has too early, or that it should have and has not."""
-    if not ours:
-        return next(iter(theirs), 0)
-    first = min(ours)
-    if after is not None and first <= after:
-        return first
-    start = first if after is None else after + 1
-    return next((i for i in theirs if i >= start and i not in ours), None)
-
-
-def _missing(run: Curves, iteration: int, ours: Curve) -> str:
-    if iteration in ours:
-        return f"{run.name} starts with iteration {iteration} and not from its checkpoint"
-    last = f"its last is {max(ours)}" if ours else "it has none"
-    return f"{run.name} has no iteration {iteration} ({last})"
-
-
-def _against(iteration: int, ours: Curve, theirs: Curve) -> str:
-    other = repr(theirs[iteration]) if iteration in theirs else "nothing"
-    return f"at iteration {iteration}: {ours[iteration]!r} against {other}"
-
-
-def _widest(distance: Curve, noise: Curve, share: float) -> str:
-    finite = {i: abs(value) for i, value in distance.items() if math.isfinite(value)}
-    compared = {i: value / noise[i] for i, value in finite.items() if noise[i]}
-    if not compared:
-        return "nothing to compare"
-    where = max(compared, key=compared.__getitem__)
-    return (
-        f"at most {compared[where]:.3g} of the seed noise away (iteration {where}); "
-        f"allowed are {share:g}"
-    )
-
-
-def without_seed(name: str) -> str:
-    """The name of a run, whatever its seed."""
-    return name.partition(", seed")[0]
+    verdict = follows(ours, theirs, quantity, share, seeds)
+    last = [np.mean(list(curve.values())[-window_of(curve) :]) for curve in verdict.curves]
+    notes = [verdict.finding, f"means at the end differ by {last[0] - last[1]:+.3g}"]
+    if len(common) < max(map(len, curves)):
+        notes.append(f"compared in {len(common)} common iterations")
+    if max(curves[0]) < max(curves[1]):
+        notes.append(f"ends at iteration {max(curves[0])} and not at {max(curves[1])}")
+        verdict = replace(verdict, divergent=verdict.divergent or max(curves[0]) + 1)
+    return replace(verdict, finding="; ".join(notes))

@@ -1,250 +1,141 @@
-"""Convergence regression tests: train the runs of cases, and check how their curves lie.
+"""Check that training converges as it did, compare runs, and sweep learning rates.
 
-A case is a yaml file that says what is trained and what must hold. Its golden curves are in the
-folder `golden` beside it.
+A case is a YAML file that says what is trained and what must be true of the curves; its golden
+curves are in the folder `golden` beside the case. A study is a YAML file that compares methods of
+training, each at its own best learning rate.
 """
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_dion_tools.convergence import comparison, page, pictures
-from megatron_dion_tools.convergence.case import Case, read_case
-from megatron_dion_tools.convergence.checks import SHARE
+from megatron_dion_tools.convergence.case import read_case
+from megatron_dion_tools.convergence.case_runs import CaseRuns
+from megatron_dion_tools.convergence.checks import SHARE, Verdict, compare
 from megatron_dion_tools.convergence.curves import read_curves
-from megatron_dion_tools.convergence.environment import Environment, describe
-from megatron_dion_tools.convergence.errors import ConvergenceError
-from megatron_dion_tools.convergence.evaluation import (
-    evaluate,
-    require_comparable,
-    wanted_by_checks,
-    wanted_by_golden,
-)
-from megatron_dion_tools.convergence.golden import (
-    Golden,
-    difference,
-    read_golden,
-    require_finite,
-    write_golden,
-)
-from megatron_dion_tools.convergence.trainer import Trainer
-from megatron_dion_tools.data.prepared import data_flags, data_with_vocabulary, prepare
+from megatron_dion_tools.convergence.results import collect, to_json, to_markdown
+from megatron_dion_tools.convergence.study import StudyRuns, read_study
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.preload import preload
-from megatron_dion_tools.local.runs import RunFailed
 
 CASES = Path("tests", "convergence")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Do what the action says; exit with status 1 if runs differ where they must not."""
-    try:
-        arguments.command(arguments)
-    except (ConvergenceError, RunFailed) as error:
-        raise ToolError(str(error)) from error
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    commands = parser.add_subparsers(required=True, metavar="ACTION")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    def command(name: str, what: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    def action(name: str, function: object, what: str) -> Callable[..., object]:
+        subparser = actions.add_parser(name, help=what, description=what)
+        subparser.set_defaults(action=function)
+        return subparser.add_argument
 
-    train = command("run", "train the runs that checks need, and check nothing")
-    check = command("check", "train, check, and write the report; status 1 if a check fails")
-    report = command("report", "check once more what was trained last, and write the report")
-    update = command("update", "train golden runs and show what changes; --write keeps them")
-    compare = command("compare", "compare runs of your own, the first of them being the reference")
-    for parser_of_cases, function in (
-        (train, run_cases),
-        (check, check_cases),
-        (report, report_cases),
-        (update, update_cases),
+    def add_training_flags(add: Callable[..., object], folder: str) -> None:
+        default, jobs = Path("runs", folder), os.cpu_count()
+        add("--output", type=Path, default=default, metavar="DIR", help="default: %(default)s")
+        add("--jobs", type=int, default=jobs, help="ranks at a time (default: %(default)s)")
+
+    for name, function, what in (
+        ("check", check_cases, "train, check the curves, and draw them; status 1 if a check fails"),
+        ("update", update_cases, "train golden runs with all seeds, and keep their curves"),
     ):
-        _add_cases(parser_of_cases)
-        parser_of_cases.set_defaults(command=function)
-    for parser_with_controls in (train, check, report):
-        parser_with_controls.add_argument(
-            "--controls", action="store_true", help="and runs with a known mistake, which must fail"
-        )
-    update.add_argument("--write", action="store_true", help="make the new curves the golden ones")
-    _add_comparison(compare)
-    compare.set_defaults(command=compare_runs)
+        add = action(name, function, what)
+        add("cases", type=Path, nargs="*", help=f"YAML files (default: all in {CASES})")
+        add("--reuse", action="store_true", help="keep finished runs with the same flags")
+        add_training_flags(add, "convergence")
+    add = action("sweep", sweep_rates, "train studies, and write tables and pictures")
+    add("studies", type=Path, nargs="+", help="YAML files; what is finished is not trained again")
+    add("--pool", type=Path, default=Path("runs", "pool"), metavar="DIR", help="for the runs")
+    add_training_flags(add, "studies")
+    add = action("compare", compare_runs, "compare any runs with the first of them")
+    run = "a metrics.jsonl, its folder, or a folder of TensorBoard"
+    add("runs", type=Path, nargs="+", metavar="RUN", help=run)
+    noise = "three runs or more like the first one, which differ in their seed only"
+    add("--noise", type=Path, nargs="+", default=[], metavar="RUN", help=noise)
+    share = "share of the seed noise by which a run may be away (default: %(default)s)"
+    add("--share", type=float, default=SHARE, help=share)
+    add("--quantity", action="append", default=[], help="such as lm_loss")
+    add("--output", type=Path, metavar="DIR", help="for a picture")
 
 
-def _add_cases(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "cases", type=Path, nargs="*", help="yaml files (default: all in tests/convergence)"
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="only cases that call themselves short"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs", "convergence"), metavar="DIR",
-        help="for runs and report",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (one per core)"
-    )
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked; return 1 if runs differ, or a planted mistake was not noticed."""
+    code: int = arguments.action(arguments)
+    return code
 
 
-def _add_comparison(parser: argparse.ArgumentParser) -> None:
-    what = "a metrics.jsonl, its folder, or a folder of TensorBoard"
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
-    parser.add_argument(
-        "--noise", type=Path, nargs="+", default=[], metavar="RUN",
-        help="three runs or more like the first, which differ in their seed only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--share", type=float, default=SHARE,
-        help="of the seed noise that a run may be away (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--quantity", action="append", default=[], help="such as lm_loss")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for a picture and a page")
+def check_cases(arguments: argparse.Namespace) -> int:
+    """Train the runs of cases and check their curves."""
+    given = [(runs, runs.read_golden()) for runs in _cases(arguments)]  # Fails before training.
+    verdicts = []
+    for runs, golden in given:
+        case = runs.case
+        names = [run for check in case.checks for run in (*check.runs, check.reference)]
+        names = list(dict.fromkeys([*case.golden, *names]))
+        runs.train(names, case.seeds[:1], arguments.jobs, _say, arguments.reuse)
+        verdicts += _report(case.name, list(runs.verdicts(golden)), arguments.output)
+    good = sum(verdict.is_good for verdict in verdicts)
+    _say(f"{good} of {len(verdicts)} checks are as they must be; pictures in {arguments.output}")
+    return int(good < len(verdicts))
 
 
-def run_cases(arguments: argparse.Namespace) -> None:
-    """Train."""
-    for trainer in trainers(arguments):
-        trainer.train(wanted_by_checks(trainer.case, arguments.controls), arguments.jobs, say)
+def update_cases(arguments: argparse.Namespace) -> int:
+    """Train golden runs with all seeds, and keep their curves."""
+    for runs in _cases(arguments):
+        case = runs.case
+        runs.train(case.golden, case.seeds, arguments.jobs, _say, arguments.reuse)
+        runs.write_golden()
+        _say(f"wrote {case.golden_folder}")
+    return 0
 
 
-def check_cases(arguments: argparse.Namespace) -> None:
-    """Train and check."""
-    found = trainers(arguments)
-    for trainer in found:  # before hours of training, not after
-        golden = read_golden(golden_path(arguments, trainer.case))
-        require_comparable(trainer, golden, environment_of(trainer))
-    for trainer in found:
-        trainer.train(wanted_by_checks(trainer.case, arguments.controls), arguments.jobs, say)
-    judge(arguments, found)
+def compare_runs(arguments: argparse.Namespace) -> int:
+    """Compare any runs."""
+    runs, noise = ([read_curves(p, str(p)) for p in ps] for ps in (arguments.runs, arguments.noise))
+    verdicts = compare(runs, noise, arguments.share, arguments.quantity)
+    _report("comparison", verdicts, arguments.output)
+    return int(not all(verdict.is_good for verdict in verdicts))
 
 
-def report_cases(arguments: argparse.Namespace) -> None:
-    """Check what was trained last."""
-    judge(arguments, trainers(arguments))
+def sweep_rates(arguments: argparse.Namespace) -> int:
+    """Train studies, and write NAME.md, NAME.json and NAME.png."""
+    from megatron_dion_tools.convergence.pictures import draw_study
+
+    given = [StudyRuns(read_study(path), arguments.pool) for path in arguments.studies]
+    preload()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for runs in given:
+        runs.train(arguments.jobs, _say)
+        result, path = collect(runs), arguments.output / runs.study.name
+        Path(f"{path}.json").write_text(to_json(result), encoding="utf-8")
+        Path(f"{path}.md").write_text(to_markdown(result), encoding="utf-8")
+        draw_study(result).savefig(f"{path}.png", dpi=120)
+        _say(to_markdown(result))
+    return 0
 
 
-def judge(arguments: argparse.Namespace, trained: Sequence[Trainer]) -> None:
-    """Check, write the report, and exit with status 1 if a check failed."""
-    sections = [section(arguments, trainer) for trainer in trained]
-    outcomes = [one.outcome for one in sections]
-    for outcome in outcomes:
-        picture = arguments.output / f"{outcome.case.name}.png"
-        picture.write_bytes(pictures.png(pictures.draw_case(outcome)))
-    report = arguments.output / "report.html"
-    report.write_text(page.render(sections), encoding="utf-8")
-    say(f"report: {report}")
-    print(page.text(outcomes), end="")
-    if not all(outcome.passed for outcome in outcomes):
-        sys.exit(1)
-
-
-def section(arguments: argparse.Namespace, trainer: Trainer) -> page.Section:
-    """What became of a case."""
-    golden = read_golden(golden_path(arguments, trainer.case))
-    here = environment_of(trainer)
-    return page.Section(
-        outcome=evaluate(trainer, golden, here, arguments.controls),
-        golden=golden.environment,
-        here=here,
-        commands=commands_of(trainer),
-    )
-
-
-def update_cases(arguments: argparse.Namespace) -> None:
-    """Train golden runs with all seeds, show what changes, and keep them if asked to."""
-    found = trainers(arguments)
-    here = [environment_of(trainer) for trainer in found]  # before a file changes the revision
-    for trainer, environment in zip(found, here, strict=True):
-        case, path = trainer.case, golden_path(arguments, trainer.case)
-        old = read_golden(path) if path.exists() else None
-        trainer.train(wanted_by_golden(case), arguments.jobs, say)
-        new = Golden(
-            environment=environment,
-            commands={name: trainer.command(case.runs[name]) for name in case.golden},
-            curves={
-                name: {seed: trainer.curves(case.runs[name], seed) for seed in case.seeds}
-                for name in case.golden
-            },
-        )
-        require_finite(new)
-        for line in difference(old, new):
-            say(f"{case.name}: {line}")
-        if arguments.write:
-            write_golden(path, new)
-            say(f"{case.name}: wrote {path}")
-        else:
-            say(f"{case.name}: nothing written; --write makes these the golden curves")
-
-
-def compare_runs(arguments: argparse.Namespace) -> None:
-    """Compare any runs; exit with status 1 if they differ."""
-    if len(arguments.runs) < 2:
-        raise ToolError("compare needs two runs or more, the first of them being the reference")
-    verdicts = comparison.compare(
-        [read_curves(path) for path in arguments.runs],
-        [read_curves(path) for path in arguments.noise],
-        arguments.share,
-        arguments.quantity,
-    )
-    print("\n".join(page.verdict_line(verdict) for verdict in verdicts))
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        picture = arguments.output / "comparison.png"
-        picture.write_bytes(pictures.png(pictures.draw_comparison(verdicts)))
-        report = arguments.output / "comparison.html"
-        report.write_text(page.render_comparison(verdicts), encoding="utf-8")
-        say(f"report: {report}")
-    if not all(verdict.passed for verdict in verdicts):
-        sys.exit(1)
-
-
-def trainers(arguments: argparse.Namespace) -> list[Trainer]:
-    """The cases that were asked for, with their data prepared."""
-    paths = arguments.cases or sorted(CASES.glob("*.yaml"))
-    cases = [read_case(path) for path in paths]
-    wanted = [case for case in cases if case.short or not arguments.short]
+def _cases(arguments: argparse.Namespace) -> list[CaseRuns]:
+    """Read the cases that were asked for, and prepare their data and this process."""
+    cases = [read_case(path) for path in arguments.cases or sorted(CASES.glob("*.yaml"))]
     if not cases:
         raise ToolError(f"there are no cases in {CASES}: name some, or start in a checkout")
-    if not wanted:
-        raise ToolError("no case to run: --short leaves out all that were named")
+    runs = [CaseRuns(case, arguments.output / case.name) for case in cases]
     preload()
-    return [Trainer(case, arguments.output / case.name, data_of(case)) for case in wanted]
+    return runs
 
 
-def data_of(case: Case) -> list[str]:
-    """Prepare the corpus that a case trains on; the flags that name it."""
-    if case.vocab_size is None:
-        return []
-    data = data_with_vocabulary(case.vocab_size)
-    prepare(data)
-    return data_flags(data)
+def _report(title: str, verdicts: Sequence[Verdict], output: Path | None) -> list[Verdict]:
+    """Print verdicts, those that are not as they must be first, and draw them."""
+    verdicts = sorted(verdicts, key=lambda verdict: verdict.is_good)
+    _say("\n".join(f"{title}: {verdict}" for verdict in verdicts))
+    if output is not None:
+        from megatron_dion_tools.convergence.pictures import draw_verdicts
+
+        output.mkdir(parents=True, exist_ok=True)
+        draw_verdicts(title, verdicts).savefig(output / f"{title}.png", dpi=120)
+    return verdicts
 
 
-def environment_of(trainer: Trainer) -> Environment:
-    """This machine, and the data of a case, whether prepared or named by its own flags."""
-    return describe((*trainer.case.flags, *trainer.data))
-
-
-def commands_of(trainer: Trainer) -> dict[str, str]:
-    """The flags of each run, and the checkpoint it starts from."""
-    return {
-        name: trainer.command(run)
-        + (f" (continues {run.continues} at iteration {run.at})" if run.continues else "")
-        for name, run in trainer.case.runs.items()
-    }
-
-
-def golden_path(arguments: argparse.Namespace, case: Case) -> Path:
-    """Where the golden curves of a case are: beside its file."""
-    paths = {path.stem: path.parent for path in arguments.cases}
-    return paths.get(case.name, CASES) / "golden" / f"{case.name}.jsonl"
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, flush=True)
+def _say(text: str) -> None:
+    print(text, flush=True)

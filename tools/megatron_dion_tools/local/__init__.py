@@ -1,1 +1,1 @@
-"""Worlds of ranks on this machine, forked from a process that has imported Megatron once."""
+"""Ranks and training runs on this machine, forked from one process that has imported Megatron."""

@@ -1,4 +1,4 @@
-"""Imports and computes, before a fork, what every rank would spend more than a second on."""
+"""Does once, before ranks are forked, what would take every rank more than a second."""
 
 import argparse
 import functools
@@ -8,23 +8,24 @@ from pathlib import Path
 
 
 def preload() -> None:
-    """Make this process a parent of ranks that train on CPU.
+    """Prepare this process to fork ranks that train on the CPU.
 
-    Installs the CPU platform, which changes torch for the whole process and for its children.
+    The CPU platform that this function installs changes torch for the whole process and for its
+    children.
     """
     from megatron_dion.platforms import cpu
 
     cpu.install(hide_gpus=True)
     cpu.install_megatron_patches()
 
-    _read_help_texts_once()
+    _cache_help_texts()
     _load_what_trainings_use()
     start_queues_by("fork")
-    gc.freeze()  # the collector of a rank would write to memory that all share
+    gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
 
 
-def _read_help_texts_once() -> None:
-    """Megatron's parser takes its help texts from source files, again for each parser."""
+def _cache_help_texts() -> None:
+    """Megatron's parser reads its help texts from source files each time that it is built."""
     import megatron.training.arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
 
@@ -37,7 +38,7 @@ def _read_help_texts_once() -> None:
 
 
 def _load_what_trainings_use() -> None:
-    """The modules of a training, and the fonts of a picture."""
+    """A run imports modules when it trains, and matplotlib looks for fonts when it draws."""
     from megatron_dion.megatron import plot, pretrain  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +48,12 @@ def _load_what_trainings_use() -> None:
 
 
 def start_queues_by(method: str) -> None:
-    """How a rank that saves starts the process of its queue; spawned ones import torch again."""
+    """Choose how a rank that saves a checkpoint starts the process of its queue.
+
+    Args:
+        method: Of multiprocessing. A process that is spawned imports torch again, one that is
+            forked does not.
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import (
         get_write_results_queue,
     )

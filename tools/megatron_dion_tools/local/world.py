@@ -1,90 +1,133 @@
-"""Runs a function in a world of forked processes and brings their results back.
+"""Runs a function on every rank of a world of forked processes, and returns the results.
 
-Forking shares what the parent has imported, so a world starts in milliseconds. Every process is a
-rank with the environment that torchrun would set.
+A fork shares what the parent has imported, so a world starts in milliseconds. Each rank has the
+environment variables that torchrun would set. Ranks, and the processes that ranks fork, end with
+their parent, however the parent ends.
 """
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-import torch._dynamo  # the first torch.optim.Optimizer of a process imports these two, in seconds
+import torch._dynamo  # The first torch.optim.Optimizer of a process imports these two, in seconds.
 import torch.distributed as dist
 import torch.distributed.tensor
 
 from megatron_dion.platforms.ports import free_port
 
 _FORK = multiprocessing.get_context("fork")
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 class RankError(AssertionError):
-    """A rank of the world failed; carries its traceback."""
+    """A rank raised or died; the message has its traceback."""
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Calls `function(*args)` on every rank of a world and returns the results by rank.
+    """Call `function(*args)` on every rank of a new world.
+
+    Args:
+        size: Number of ranks.
+        function: What each rank calls.
+        args: Its arguments.
+
+    Returns:
+        The results, by rank.
 
     Raises:
-        RankError: a rank raised or died; the others are ended first.
+        RankError: A rank raised or died. The other ranks were ended.
     """
     port = str(free_port())
-    ends = [_FORK.Pipe(duplex=False) for _ in range(size)]
+    pipes = [_FORK.Pipe(duplex=False) for _ in range(size)]
     ranks = [
-        _FORK.Process(target=_run_rank, args=(rank, size, port, ends[rank][1], function, args))
+        _FORK.Process(target=_run_rank, args=(rank, size, port, pipes[rank][1], function, args))
         for rank in range(size)
     ]
-    for process, (_, child_end) in zip(ranks, ends, strict=True):
-        process.start()
-        child_end.close()
     try:
-        return _collect([parent_end for parent_end, _ in ends])
+        for process, (_, rank_end) in zip(ranks, pipes, strict=True):
+            process.start()
+            rank_end.close()
+        return _receive_results([parent_end for parent_end, _ in pipes])
     finally:
         for process in ranks:
-            end(process)
-
-
-def end(process: BaseProcess) -> None:
-    """Ends a rank, and the helpers that it has started, which would outlive it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)
-    process.kill()  # it may not have come to make a group of its own
-    process.join()
+            if process.pid is not None:
+                end(process)
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """As `run_world`, inside an initialized gloo process group."""
+    """Do as `run_world` does, with an initialized gloo process group on every rank."""
     return run_world(size, _with_gloo, function, args)
 
 
-def _collect(ends: list[Connection]) -> list[Any]:
+def end(process: BaseProcess) -> None:
+    """End a rank and the helpers that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()  # The rank may not have made its own process group yet.
+    process.join()
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process, and all that it forks later, when its parent ends.
+
+    A forked process that nobody tells of an interrupt of its parent would go on as an orphan. Call
+    this function first in such a process. It has no effect where the system is not Linux.
+    """
+    os.register_at_fork(after_in_child=_ask_for_parent_death_signal)
+    _ask_for_parent_death_signal()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # It ended before the kernel was asked.
+        os._exit(1)
+
+
+def _ask_for_parent_death_signal() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def environment_of(rank: int, size: int, port: str) -> dict[str, str]:
+    """Return the variables that torchrun would set for a rank on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def _receive_results(ends: Sequence[Connection]) -> list[Any]:
+    ranks = {end: rank for rank, end in enumerate(ends)}
     results: dict[int, Any] = {}
     while len(results) < len(ends):
-        failed = []
-        for end in wait([end for rank, end in enumerate(ends) if rank not in results]):
-            rank = ends.index(end)  # type: ignore[arg-type]
+        failures = []
+        for end in wait([end for end, rank in ranks.items() if rank not in results]):
+            rank = ranks[end]  # type: ignore[index]
             try:
                 message = end.recv_bytes()  # type: ignore[union-attr]
             except EOFError:
-                failed.append(f"rank {rank} died")
+                failures.append(f"rank {rank} died")
                 continue
-            ok, value = torch.load(io.BytesIO(message), weights_only=False)
-            if ok:
+            succeeded, value = torch.load(io.BytesIO(message), weights_only=False)
+            if succeeded:
                 results[rank] = value
             else:
-                failed.append(f"rank {rank}:\n{value}")
-        # All so far: the first may only have lost its connection to the one that went wrong.
-        if failed:
-            raise RankError("\n".join(failed))
+                failures.append(f"rank {rank}:\n{value}")
+        # All of them: the first may only have lost its connection to the rank that is to blame.
+        if failures:
+            raise RankError("\n".join(failures))
     return [results[rank] for rank in range(len(ends))]
 
 
@@ -96,6 +139,7 @@ def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    end_with_parent()
     os.setpgrp()
     os.environ |= environment_of(rank, size, port)
     torch.set_num_threads(1)
@@ -103,25 +147,13 @@ def _run_rank(
         result = (True, function(*args))
     except BaseException:
         result = (False, traceback.format_exc())
-    # Not `send`: it passes tensors as shared memory, which is gone with this process.
+    # `end.send` would pass tensors as shared memory, which ends with this process.
     buffer = io.BytesIO()
     torch.save(result, buffer)
     end.send_bytes(buffer.getvalue())
     end.close()
     sys.stdout.flush()
-    os._exit(0)  # the parent's threads and exit handlers are not this process's
-
-
-def environment_of(rank: int, size: int, port: str) -> dict[str, str]:
-    """What torchrun would set for a rank on one machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    os._exit(0)  # The parent's threads and exit handlers do not exist in this process.
 
 
 def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

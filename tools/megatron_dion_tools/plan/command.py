@@ -152,7 +152,11 @@ def _plan(args: argparse.Namespace) -> None:
     optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
     title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
     title += f" micro batches of {micro} x {shape.sequence} tokens, {args.hardware}"
-    common: dict[str, Any] = {"weight_bytes": weight_bytes, "micro_batch": micro, "recompute": args.recompute}
+    common: dict[str, Any] = {
+        "weight_bytes": weight_bytes,
+        "micro_batch": micro,
+        "recompute": args.recompute,
+    }
     predictions = []
     if args.search:
         for one in optimizers:

@@ -85,9 +85,7 @@ def plot(predictions: Sequence[Prediction], path: Path, title: str) -> None:
 
     quantities: dict[str, Callable[[Prediction], float]] = {
         "optimizer's step, ms (a model)": lambda p: 1e3 * p.step_seconds,
-        "sent in the step, GB": lambda p: (
-            (p.sent(True, "step") + p.sent(False, "step")) / 1e9
-        ),
+        "sent in the step, GB": lambda p: (p.sent(True, "step") + p.sent(False, "step")) / 1e9,
         "memory without activations, GiB": lambda p: (
             (p.bytes_needed - p.memory["activations ~"]) / 2**30
         ),

@@ -1,1 +1,0 @@
-"""What methods of training do: each at its own best learning rate, over settings and seeds."""
