@@ -57,7 +57,7 @@ docs: setup
 	$(PYTHON_IN_VENV) -m sphinx -W --keep-going -n -q -j auto docs build/docs
 
 convergence: setup
-	$(PYTHON_IN_VENV) -m megatron_dion_tools convergence check --controls
+	$(PYTHON_IN_VENV) -m megatron_dion_tools convergence check
 
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)

@@ -1,25 +1,40 @@
-"""The short cases pass, and notice every mistake that is made on purpose."""
+"""The cases of the project: their checks pass, and every planted mistake is noticed."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_dion_tools.convergence.curves import VALIDATION_LOSS, read_curves
+from megatron_dion_tools.convergence.results import estimate
 from tests.project import ROOT, words_from_make
 
-MODULE = ["-m", "megatron_dion", "convergence"]
+GOLDEN = ROOT / "tests" / "convergence" / "golden"
+COMMAND = ["-m", "megatron_dion_tools", "convergence", "check"]
 
 
-def test_short_cases_and_their_mistakes(tmp_path: Path) -> None:
-    """What `make convergence` does to all cases; then one more look, at the file of the page."""
-    assert words_from_make("convergence") == [*MODULE, "check", "--controls"]
-    run("check", "--short", "--controls", "--output", str(tmp_path))
-    assert (tmp_path / "report.html").exists()
-    run("report", "tests/convergence/topologies.yaml", "--controls", "--output", str(tmp_path))
+def test_make_checks_all_cases() -> None:
+    assert words_from_make("convergence") == COMMAND
 
 
-def run(*words: str) -> None:
-    """The command, which finds nothing wrong."""
-    command = [sys.executable, *MODULE, *words]
+@pytest.mark.slow
+def test_topologies_and_their_mistakes(tmp_path: Path) -> None:
+    command = [sys.executable, *COMMAND, "tests/convergence/topologies.yaml"]
+    command += ["--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "NOT NOTICED" not in done.stdout
+    assert done.stdout.count(" noticed ") == 7
+    assert (tmp_path / "topologies.png").exists()
+
+
+@pytest.mark.parametrize("other", ["AdamW", "a sixteenth"])
+def test_full_rank_is_ahead_beyond_its_interval(other: str) -> None:
+    """In the golden curves, which `megatron-dion convergence check` finds again."""
+
+    def last(name: str, seed: int) -> float:
+        path = GOLDEN / "optimizers" / name / f"seed-{seed}.jsonl"
+        return list(read_curves(path, name).curve(VALIDATION_LOSS).values())[-1]
+
+    gap = estimate([last("full rank", seed) - last(other, seed) for seed in (1, 2, 3)])
+    assert gap["mean"] + gap["margin"] < -0.05

@@ -15,7 +15,6 @@ import pytest
 from megatron_dion_tools.local import runs as runs_module
 from megatron_dion_tools.local.flags import effective, read_flags
 from megatron_dion_tools.local.runs import Run, RunFailed, execute, train
-from megatron_dion_tools.local.world import run_world
 
 FORK = multiprocessing.get_context("fork")
 TOO_LONG = 60  # seconds, after which a test that hangs fails
@@ -227,33 +226,18 @@ def wait_for_ever(write_end: int) -> None:
     helper.join()
 
 
-def leave(read_end: int) -> None:
-    """Close what belongs to the test, and print no traceback of an interrupt."""
-    os.close(read_end)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def run_a_world(read_end: int, write_end: int) -> None:
-    leave(read_end)
-    run_world(2, wait_for_ever, write_end)
-
-
 def train_runs(read_end: int, write_end: int, folder: Path) -> None:
-    leave(read_end)
+    os.close(read_end)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for the traceback of an interrupt
     runs_module.train = lambda flags, patch: wait_for_ever(write_end)
     execute([named(folder, name) for name in ("one", "two")], 2, nothing)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("what", ["world", "runs"])
-def test_no_process_outlives_its_parent(tmp_path: Path, what: str, how: signal.Signals) -> None:
-    """The pipe of ranks and helpers ends when the last process that holds it has ended."""
+def test_no_process_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    """The pipe of ranks and helpers ends when the last process that has it open has ended."""
     read_end, write_end = os.pipe()
-    target, args = {
-        "world": (run_a_world, ()),
-        "runs": (train_runs, (tmp_path,)),
-    }[what]
-    parent = FORK.Process(target=target, args=(read_end, write_end, *args))
+    parent = FORK.Process(target=train_runs, args=(read_end, write_end, tmp_path))
     parent.start()
     os.close(write_end)
     for _ in range(2):

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from megatron_dion_tools.convergence.curves import QUANTITIES, Curve, Curves
 from megatron_dion_tools.convergence.noise import seed_noise, smoothed, window_of
@@ -69,7 +67,8 @@ def follows(
 
     Both curves are averaged over a window. At each iteration their difference must be at most
     `share` times the standard deviation that such averages have over seeds. With a share of 0,
-    both must have the same numbers, bit for bit. Numbers that are not finite fail.
+    both must have the same numbers, bit for bit. Numbers that are not finite fail, and
+    iterations that only one of the curves has.
 
     Args:
         run: The run in question.
@@ -77,34 +76,32 @@ def follows(
         quantity: Name of the curves.
         share: Of the seed noise.
         seeds: Runs like the reference, one for each seed; three or more where `share` is not 0.
-        after: Iteration of the checkpoint from which the run starts. The run must have all later
-            iterations of the reference, and only those.
+        after: Iteration of the checkpoint from which the run starts; it must have later ones only.
 
     Raises:
         ToolError: There are too few seeds, or a run has no such curve.
     """
     ours, theirs = run.curve(quantity), reference.curve(quantity)
+    common = [i for i in ours if i in theirs and i > after]
     window = window_of(theirs) if share else 1
     noise = seed_noise([one.curve(quantity) for one in seeds], window) if share else {}
     allowed = {i: share * value for i, value in noise.items()}
-    common = [i for i in ours if i in theirs and i > after]
     distance = smoothed({i: ours[i] - theirs[i] for i in common}, window)
-    needed = sorted({*ours, *(i for i in theirs if i > after)})
+    needed = {*ours, *(i for i in theirs if i > after)}
     # `not <=` is also true of NaN.
     wrong = (i for i in needed if not abs(distance.get(i, math.nan)) <= allowed.get(i, 0.0))
-    divergent = next(wrong, None)
-    shares = {abs(d) / noise[i]: i for i, d in distance.items() if noise.get(i)}
-    finding = f"the same numbers in {len(common)} iterations"
-    if share and shares:
+    divergent = min(wrong, default=None)
+    last = next(reversed(distance.values()), math.nan)
+    findings = [f"{len(common)} iterations, the last differ by {last:+.3g}"]
+    if share:
+        shares = {abs(d) / noise[i]: i for i, d in distance.items() if noise.get(i)}
         most = max(filter(math.isfinite, shares), default=math.nan)
-        finding = f"at most {most:.3g} of the seed noise away (iteration {shares.get(most)})"
+        findings.append(f"at most {most:.3g} of the seed noise (iteration {shares.get(most)})")
     if divergent is not None:
         values = " against ".join(str(curve.get(divergent, "nothing")) for curve in (ours, theirs))
-        first = f"differs at iteration {divergent}: {values}"
-        if divergent <= after:
-            first = f"has iteration {divergent}, which is not after that of its checkpoint"
-        finding = f"{first}; {finding}" if share else first
-    curves = (ours, theirs)
+        early = " (which is before its checkpoint)" if divergent <= after else ""
+        findings.insert(0, f"differs at iteration {divergent}{early}: {values}")
+    finding, curves = "; ".join(findings), (ours, theirs)
     return Verdict(
         run.name, reference.name, quantity, share, finding, divergent, curves, distance, allowed
     )
@@ -113,10 +110,9 @@ def follows(
 def compare(
     runs: Sequence[Curves], noise: Sequence[Curves], share: float, quantities: Sequence[str]
 ) -> list[Verdict]:
-    """Compare runs, which need not be logged alike, with the first of them.
+    """Compare runs with the first of them, in the iterations that all curves have.
 
-    Only iterations that all curves have count, but a run that ends before the reference fails.
-    Numbers are rounded to float32, which is what TensorBoard keeps.
+    Runs need not be logged alike, but one that ends before the reference fails.
 
     Args:
         runs: Two runs or more with different names; the first is the reference.
@@ -134,30 +130,25 @@ def compare(
     common = [q for q in QUANTITIES if all(q in one.quantities for one in (*runs, *noise))]
     if not (quantities or common):
         raise ToolError(f"none of {', '.join(QUANTITIES)} is in all of the runs")
-    return [
-        _compare([run, runs[0], *noise], share if noise else 0.0, quantity)
-        for run in runs[1:]
-        for quantity in quantities or common
-    ]
+    verdicts = []
+    for run in runs[1:]:
+        for quantity in quantities or common:
+            ours, theirs, *seeds = _align([run, runs[0], *noise], quantity)
+            verdicts.append(follows(ours, theirs, quantity, share if noise else 0.0, seeds))
+    return verdicts
 
 
-def _compare(given: Sequence[Curves], share: float, quantity: str) -> Verdict:
-    curves = [one.curve(quantity) for one in given]
-    common = sorted(set.intersection(*map(set, curves)))
+def _align(all_curves: Sequence[Curves], quantity: str) -> list[Curves]:
+    """Keep the iterations that all curves have, and those that the first one ends before."""
+    common = set.intersection(*(set(one.curve(quantity)) for one in all_curves))
     if not common:
-        raise ToolError(
-            f"no iteration of {quantity} is in {' and in '.join(c.name for c in given)}"
+        names = " and ".join(one.name for one in all_curves)
+        raise ToolError(f"{names} have no iteration of {quantity} in common")
+    end = max(all_curves[0].curve(quantity))
+    return [
+        Curves(
+            one.name,
+            {quantity: {i: x for i, x in one.curve(quantity).items() if i in common or i > end}},
         )
-    ours, theirs, *seeds = (
-        Curves(one.name, {quantity: {i: float(np.float32(curve[i])) for i in common}})
-        for one, curve in zip(given, curves, strict=True)
-    )
-    verdict = follows(ours, theirs, quantity, share, seeds)
-    last = [np.mean(list(curve.values())[-window_of(curve) :]) for curve in verdict.curves]
-    notes = [verdict.finding, f"means at the end differ by {last[0] - last[1]:+.3g}"]
-    if len(common) < max(map(len, curves)):
-        notes.append(f"compared in {len(common)} common iterations")
-    if max(curves[0]) < max(curves[1]):
-        notes.append(f"ends at iteration {max(curves[0])} and not at {max(curves[1])}")
-        verdict = replace(verdict, divergent=verdict.divergent or max(curves[0]) + 1)
-    return replace(verdict, finding="; ".join(notes))
+        for one in all_curves
+    ]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion_tools.errors import ToolError
 
@@ -105,8 +107,11 @@ def _from_tensorboard(folder: Path) -> dict[str, Curve]:
 
 
 def _by_quantity(points: Iterable[tuple[str, int, float]]) -> dict[str, Curve]:
-    """Collect curves. Later values win: a resumed run writes repeated iterations a second time."""
+    """Collect curves, rounded to float32 as TensorBoard has them.
+
+    Later values win: a resumed run writes repeated iterations a second time.
+    """
     curves: dict[str, dict[int, float]] = {}
     for name, iteration, value in points:
-        curves.setdefault(name, {})[iteration] = value
+        curves.setdefault(name, {})[iteration] = float(np.float32(value))
     return {name: dict(sorted(curve.items())) for name, curve in sorted(curves.items())}

@@ -75,16 +75,17 @@ def draw_study(result: Result) -> Figure:
     for setting, (left, right) in zip(settings, panels, strict=False):
         for cell in (cell for cell in result["cells"] if cell["setting"] == setting):
             style = {"label": cell["method"], **methods[cell["method"]]}
-            losses = {lr: next(iter(of_seeds.values())) for lr, of_seeds in cell["losses"].items()}
-            _plot(left, losses, marker="o", **style)
+            by_rate = {lr: next(iter(of_seeds.values())) for lr, of_seeds in cell["losses"].items()}
+            _plot(left, by_rate, marker="o", **style)
             _plot(right, cell["curve"], **style)
         title = f"{result['axis']} {setting}".strip()
         _finish(left, title, "learning rate", "validation loss (nats per token)")
         _finish(right, title, "step", "training loss at the best rate")
         left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
         for axes in (left, right):  # Higher losses would hide how the others differ.
-            lowest = min(value for line in axes.lines for value in line.get_ydata())
-            axes.set_ylim(top=min(axes.get_ylim()[1], lowest + _NATS_SHOWN))
+            losses = filter(math.isfinite, (y for line in axes.lines for y in line.get_ydata()))
+            axes.set_ylim(top=min(axes.get_ylim()[1], min(losses, default=0.0) + _NATS_SHOWN))
     if has_axis:
         left, right = panels[-1]
         for method, style in methods.items():
@@ -96,6 +97,7 @@ def draw_study(result: Result) -> Figure:
         _finish(left, "", result["axis"], f"validation loss minus that of {result['baseline']}")
         _finish(right, "", result["axis"], "best learning rate")
         right.set_yscale("log", base=2)
+        right.yaxis.set_major_formatter("{x:g}")
     return figure
 
 

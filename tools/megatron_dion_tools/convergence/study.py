@@ -96,9 +96,10 @@ class StudyRuns:
             RunFailed: A run failed.
         """
         cells = [(setting, name) for setting in self.study.settings for name in self.study.methods]
-        while missing := [run for cell in cells for run in self.missing(*cell)]:
-            report(f"{self.study.name}: {len(missing)} runs")
-            execute(missing, jobs, report)
+        # By folder: two methods may need the same run.
+        while missing := {run.folder: run for cell in cells for run in self.missing(*cell)}:
+            report(f"{self.study.name}:")
+            execute(list(missing.values()), jobs, report)
 
     def run(self, setting: str, method: str, lr: float, seed: int) -> Run:
         """Return a run of the study."""

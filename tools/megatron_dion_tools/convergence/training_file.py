@@ -80,9 +80,10 @@ def read_training_file[T: TrainingFile](path: Path, kind: type[T]) -> T:
 def _parse_fields(kind: Any, content: Any, where: str, given: Mapping[str, Any]) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{where} is {content!r} and not a mapping")
-    hints = get_type_hints(kind, include_extras=True)
+    all_hints = get_type_hints(kind, include_extras=True).items()
+    hints = {name: hint for name, hint in all_hints if name not in given}
     for key in content:
-        if key not in hints or key in given:
+        if key not in hints:
             raise ValueError(f"{where}: unknown key {key!r} (there are {', '.join(hints)})")
     for field in dataclasses.fields(kind):
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2

@@ -81,7 +81,8 @@ def execute(runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> No
         RunFailed: A run failed. The runs beside it were ended.
     """
     waiting = [run for run in runs if not run.is_finished()]
-    report(f"{len(waiting)} of {len(runs)} runs to train")
+    if runs:
+        report(f"{len(waiting)} of {len(runs)} runs to train")
     busy: dict[Any, tuple[BaseProcess, Run]] = {}
     try:
         while waiting or busy:
