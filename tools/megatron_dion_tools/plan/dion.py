@@ -45,7 +45,8 @@ def dion(stage: Stage, section: Section) -> Update:
     sets = [(each, replicas) for each in sets_of(layout, averaged, grid.size * replicas)]
     sets += [(each, 1) for each in sets_of(layout, reduced, grid.size * replicas)]
     loads = [_load(layout, rank, sets) for rank in busiest_ranks(layout)]
-    most = {name: float(max(load[name] for load in loads)) for name in loads[0]}
+    names = set[str]().union(*loads)
+    most = {name: float(max(load[name] for load in loads)) for name in names}
     if replicas > 1:  # gradients of weights for which P and R are no smaller
         elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
         most["replicas"] += 8 * elements / section.group.size * (replicas - 1) / replicas
