@@ -36,15 +36,17 @@ class LeftFactorExchange:
         self._replica_count = replicas
         ranks = [matrix.rank for matrix in plan.layout.matrices]
         self._contributed = source = _Rows(plan.tiles, ranks, memory)
-        self._hops: dict[str, _HopExchange] = {}
+        self._hops: list[tuple[str, _HopExchange]] = []
         rank, self._tensor_size = plan.rank, plan.layout.grid.tensor_parallel_size
         for name, hop, me, group in (
             ("tensor", plan.tensor_hop, rank.tensor_parallel, groups.tensor),
-            ("data", plan.data_hop, rank.data_parallel, groups.data),
+            ("data", plan.slice_hop, rank.data_parallel, groups.data),
+            ("data", plan.owner_hop, rank.data_parallel, groups.data),
         ):
-            if len(hop.sends) > 1:
+            if hop is not None and len(hop.sends) > 1:
                 sums = _Rows(hop.sums, ranks, transit)
-                self._hops[name] = _HopExchange(hop, me, source, sums, group, transit, wire)
+                exchange = _HopExchange(hop, me, source, sums, group, transit, wire)
+                self._hops.append((name, exchange))
                 source = sums
         self._owned = source.memory
         self._batches = list(source.batches())
@@ -61,7 +63,7 @@ class LeftFactorExchange:
 
     def sum(self) -> Steps:
         """Sums all tiles at the owners of their rows, and takes the mean over replicas."""
-        for hop in self._hops.values():
+        for _, hop in self._hops:
             yield from hop.sum()
         if self._replica_count > 1:
             if self._averaged is not self._owned:
@@ -78,12 +80,14 @@ class LeftFactorExchange:
         if self._wire != torch.float32:
             # The owner must use the same numbers as those to whom it sends them.
             self._owned.copy_(self._owned.to(self._wire))
-        for hop in reversed(self._hops.values()):
+        for _, hop in reversed(self._hops):
             yield from hop.spread()
 
     def bytes_sent(self) -> Counter[str]:
         """Bytes for other ranks in a step, by group, those of the orthonormalization included."""
-        sent = Counter({name: hop.bytes_sent for name, hop in self._hops.items()})
+        sent: Counter[str] = Counter()
+        for name, hop in self._hops:
+            sent[name] += hop.bytes_sent
         # The largest entry of every P, and two Gram matrices.
         numbers = sum(len(p) * (1 + 2 * p.shape[2] ** 2) for p in self._batches)
         sent["tensor"] += ring_bytes(4 * numbers, self._tensor_size)

@@ -94,12 +94,9 @@ def test_golden_runs_train_with_all_seeds_and_checks_with_the_first(laboratory: 
     assert laboratory.trained == ["one, seed 1", "one, seed 2", "one, seed 3"]
     laboratory.trained.clear()
     assert laboratory.call("check") == 0
-    names = ["one", "two", "too fast", "early"]
+    names = ["one", "two", "too fast", "early"]  # also the run that is there already
     assert laboratory.trained == [f"{name}, seed 1" for name in names]
     assert (laboratory.folder / "runs" / "small.png").stat().st_size > 10_000
-    laboratory.trained.clear()
-    assert laboratory.call("check", "--reuse") == 0
-    assert laboratory.trained == []
 
 
 @pytest.mark.parametrize(

@@ -35,22 +35,15 @@ class CaseRuns:
         self._data = case.prepare_data()
 
     def train(
-        self,
-        names: Sequence[str],
-        seeds: Sequence[int],
-        jobs: int,
-        report: Callable[[str], None],
-        reuse: bool,
+        self, names: Sequence[str], seeds: Sequence[int], jobs: int, report: Callable[[str], None]
     ) -> None:
-        """Train runs, after those that they continue.
+        """Train runs from the beginning, since the code may have changed, after their parents.
 
         Args:
             names: Names of runs.
             seeds: Seeds of each run.
             jobs: How many ranks may run at a time.
             report: Takes a line of progress.
-            reuse: Whether runs that are finished with the same flags are not trained again. The
-                code may have changed since they were.
 
         Raises:
             RunFailed: A run failed.
@@ -60,9 +53,8 @@ class CaseRuns:
         later = dict.fromkeys(name for name in names if parents[name])
         for batch in (first, later):
             runs = [self.run(name, seed) for name in batch for seed in seeds]
-            if not reuse:
-                for run in runs:
-                    run.remove()
+            for run in runs:
+                run.remove()
             execute(runs, jobs, report)
 
     def run(self, name: str, seed: int) -> Run:

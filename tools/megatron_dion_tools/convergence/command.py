@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         add = action(name, function, what)
         add("cases", type=Path, nargs="*", help=f"YAML files (default: all in {CASES})")
-        add("--reuse", action="store_true", help="keep finished runs with the same flags")
         add_training_flags(add, "convergence")
     add = action("sweep", sweep_rates, "train studies, and write tables and pictures")
     add("studies", type=Path, nargs="+", help="YAML files; what is finished is not trained again")
@@ -73,7 +72,7 @@ def check_cases(arguments: argparse.Namespace) -> int:
         case = runs.case
         names = [run for check in case.checks for run in (*check.runs, check.reference)]
         names = list(dict.fromkeys([*case.golden, *names]))
-        runs.train(names, case.seeds[:1], arguments.jobs, _say, arguments.reuse)
+        runs.train(names, case.seeds[:1], arguments.jobs, _say)
         verdicts += _report(case.name, list(runs.verdicts(golden)), arguments.output)
     good = sum(verdict.is_good for verdict in verdicts)
     _say(f"{good} of {len(verdicts)} checks are as they must be; pictures in {arguments.output}")
@@ -84,7 +83,7 @@ def update_cases(arguments: argparse.Namespace) -> int:
     """Train golden runs with all seeds, and keep their curves."""
     for runs in _cases(arguments):
         case = runs.case
-        runs.train(case.golden, case.seeds, arguments.jobs, _say, arguments.reuse)
+        runs.train(case.golden, case.seeds, arguments.jobs, _say)
         runs.write_golden()
         _say(f"wrote {case.golden_folder}")
     return 0

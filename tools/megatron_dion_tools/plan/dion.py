@@ -111,7 +111,7 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
         buffers.append(exchange.nbytes)
         for _, rectangle in plan.rectangles:
             found["products"] += 8 * rectangle.numel * layout.matrices[rectangle.matrix].rank
-        for tile in plan.data_hop.sums:
+        for tile in plan.owner_hop.sums:
             r = layout.matrices[tile.matrix].rank
             found["factorizations"] += orthonormalize_flops(0, r)
             found["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)
