@@ -18,7 +18,7 @@ USER ${USER_ID}
 
 # Does this process have what it needs? It says nothing to other ranks, which may be training.
 HEALTHCHECK --interval=10m --timeout=2m --start-period=2m --retries=3 \
-    CMD ["megatron-dion", "doctor", "--no-collectives", "--run-dir", "/workspace/runs"]
+    CMD ["megatron-dion", "doctor", "--no-collectives"]
 CMD ["megatron-dion", "doctor"]
 
 # Last, because a new revision would make all that follows anew.

@@ -50,8 +50,8 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorde
 test: setup
 	$(PYTEST) -m 'not slow'
 
-test-all: setup
-	$(PYTEST)
+test-all: test
+	$(PYTEST) -m slow
 
 docs: setup
 	$(PYTHON_IN_VENV) -m sphinx -W --keep-going -n -q -j auto docs build/docs

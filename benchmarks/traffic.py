@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from benchmarks._common import Row, make_parser, parse, report
 from megatron_dion import Dion
-from megatron_dion.sharding import bytes_sent
 from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.local.world import run_world
 
@@ -146,7 +145,7 @@ def count_iteration(argv: Sequence[str]) -> Sent:
         train([*argv, "--run-dir", folder])
     for optimizer in optimizers:
         for each in optimizer.step_sets():
-            sent.planned.update(bytes_sent(each.plan, each.replicas))
+            sent.planned.update(each.exchange.bytes_sent())
     return sent
 
 

@@ -81,5 +81,5 @@ if changed=$(grep -vxFf "$scratch/now" "$scratch/installed"); then
 fi
 
 "$python" -W ignore -c 'import torch, megatron.core, megatron_dion'
-# Which optional kernels there are. What fails on the machine that builds may be right on another.
+# What the doctor finds. What fails on the machine that builds may be right on another.
 "$python" -W ignore -m megatron_dion_tools doctor --no-collectives || true

@@ -34,7 +34,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_dion.platforms.ports import free_port
-from megatron_dion_tools.local.world import RankError, end, environment_of, run_world
+from megatron_dion_tools.local.world import (
+    RankError,
+    end,
+    environment_of,
+    gloo_world,
+    run_world,
+)
 from tests.project import ROOT
 
 __all__ = ["RankError", "in_host", "world"]
@@ -69,7 +75,8 @@ class World:
 
     def fork_in_group(self, function: Function, *args: Any) -> list[Any]:
         """As `fork`, inside a gloo group."""
-        return self.fork(_in_group, function, args)
+        results: list[Any] = in_host(gloo_world, self._size, function, *args)
+        return results
 
     def train(self, *flags: str) -> None:
         """Train as pretrain_gpt.py does with these flags."""
@@ -266,13 +273,6 @@ def _leave_groups() -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that left earlier would break the connections of the others
         dist.destroy_process_group()
-
-
-def _in_group(function: Function, args: Sequence[Any]) -> Any:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=_COLLECTIVE_SECONDS))
-    result = function(*args)
-    _leave_groups()
-    return result
 
 
 def _train(flags: Sequence[str]) -> None:

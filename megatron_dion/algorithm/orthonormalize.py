@@ -80,10 +80,11 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     for p, gram, residual in zip(batches, grams, residuals, strict=True):
         shift = _shift(gram.shape[1])
         diagonal = _divide(p, gram, torch.full_like(residual, shift))
-        # The square of a diagonal entry is a squared residual plus the shift.
-        squares = diagonal.square() - shift
+        # The square of a diagonal entry is a squared residual plus the shift, over one plus it.
+        squares = diagonal.square() * (1 + shift) - shift
         is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
-        p *= is_independent.unsqueeze(1)
+        lengthened = diagonal / squares.clamp(min=shift).sqrt()  # by what the shift took
+        p *= torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:

@@ -48,6 +48,7 @@ REMOVED = {
     "--dion-oversample": "Dion has one orthonormalizer, without a sketch: leave the flag out",
     "--dion-right-factor": "the columns of right factors are normalized (colnorm): leave the flag "
     "out, and add --dion-reinit-factors once where a checkpoint has orth",
+    "--dion-print-plan": "leave the flag out; megatron-dion plan says what ranks need",
     "--fp8-emulation": "FP8 needs a GPU with Transformer Engine: leave the flag out",
 }
 
@@ -104,9 +105,6 @@ class DionOptions:
     recenter_interval: int | None = checked(None, _is_interval, "at least 1")
     """With --dion-compressed-sync, replace momenta by their mean over the instances every N
     iterations."""
-
-    print_plan: bool = False
-    """Print the plan of Dion's step on the first pipeline stage."""
 
     log_interval: int | None = checked(None, _is_interval, "at least 1")
     """Log the diagnostics of the step of every N-th iteration, matrix by matrix."""

@@ -25,7 +25,6 @@ from megatron_dion.megatron.flags import (
 from megatron_dion.megatron.progress import describe_processes, say
 from megatron_dion.megatron.recorder import Recorder
 from megatron_dion.megatron.run_directory import replace_file, write_config
-from megatron_dion.sharding import describe_plan
 
 Stock = patches.Stock
 ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -162,9 +161,6 @@ class Join:
             say(table.summary())
             if args.run_dir is not None:
                 replace_file(Path(args.run_dir) / "routing.tsv", table.to_tsv())
-            if options.print_plan:
-                say("plan of Dion's step on the first pipeline stage:")
-                say("\n".join(map(describe_plan, optimizer.layouts())))
         return optimizer
 
     @contextmanager

@@ -14,7 +14,6 @@ from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import RoutingTable
 from megatron_dion.optimizer.rules import in_order_of_layers
-from megatron_dion.sharding import Layout
 
 
 class DionChainedOptimizer(ChainedOptimizer):
@@ -74,10 +73,6 @@ class DionChainedOptimizer(ChainedOptimizer):
         # Instances of the distributed optimizer measure the same.
         found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
         return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
-
-    def layouts(self) -> list[Layout]:
-        """The matrices of this pipeline stage: those of dense weights, and of experts."""
-        return [dion.layout() for dion in self._inner_dions()]
 
     def _inner_dions(self) -> list[Dion]:
         return [optimizer.optimizer for optimizer in self._dions()]

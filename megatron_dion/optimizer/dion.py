@@ -224,9 +224,9 @@ class Dion(torch.optim.Optimizer):
             rows=matrix.rows,
             columns=matrix.columns,
             rank=matrix.rank,
-            captured=min(1.0, math.sqrt(projected / total)) if total else None,
+            captured=math.sqrt(projected / max(total, projected)) if total else None,
             update_norm=figures.scaled_lr * float((norms / (norms + self.config.eps)).norm()),
-            momentum_norm=math.sqrt(max(0.0, total - (1 - self.config.momentum**2) * projected)),
+            momentum_norm=math.sqrt(abs(total - (1 - self.config.momentum**2) * projected)),
         )
 
     @property

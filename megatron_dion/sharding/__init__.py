@@ -9,7 +9,6 @@ from megatron_dion.sharding.collectives import (
     ring_bytes,
     size_of,
 )
-from megatron_dion.sharding.describe import describe_plan
 from megatron_dion.sharding.exchange import ShardedExchange, bytes_sent
 from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight, compression_pays
@@ -32,7 +31,6 @@ __all__ = [
     "boxes",
     "bytes_sent",
     "compression_pays",
-    "describe_plan",
     "make_plan",
     "rank_in",
     "rectangles",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_dion.algorithm import Steps
+from megatron_dion.sharding.plan import Plan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,6 +31,22 @@ class Groups:
     tensor: ProcessGroup | None = None
     data: ProcessGroup | None = None
     replicas: ProcessGroup | None = None
+
+
+class Setup(NamedTuple):
+    """What an exchange is made of.
+
+    Attributes:
+        plan: of this rank.
+        groups: the processes.
+        replicas: number of ranks in `groups.replicas`, over which P and R are averaged.
+        wire: the type in which P and R travel.
+    """
+
+    plan: Plan
+    groups: Groups
+    replicas: int
+    wire: torch.dtype
 
 
 class GroupSums:

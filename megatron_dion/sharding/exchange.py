@@ -17,6 +17,7 @@ from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
     Groups,
     GroupSums,
+    Setup,
     all_reduce,
     ring_bytes,
     size_of,
@@ -39,6 +40,7 @@ class ShardedExchange:
 
     Attributes:
         device: where the matrices are.
+        nbytes: the most bytes that the buffers take at a time.
         row_sums: combines the tensor-parallel ranks, which share the rows of every owned P.
         lefts: for each rectangle of the plan the rows of P, (columns, r), of its columns.
         projections: for each rectangle of the plan its rows of R, (rows, r).
@@ -48,25 +50,20 @@ class ShardedExchange:
         self, plan: Plan, groups: Groups, device: torch.device, replicas: int | None = None
     ) -> None:
         self.device = device
-        self._plan = plan
         self.row_sums: RowSums = GroupSums(groups.tensor)
+        self._plan = plan
         self._groups = groups
-        self._memory, self._left_transit, self._right_transit = (Buffers(device) for _ in range(3))
+        self._memory, self._left_transit, right_transit = (Buffers(device) for _ in range(3))
         count = size_of(groups.replicas) if replicas is None else replicas
-        wire = TORCH_DTYPES[plan.layout.config.comm_dtype]
-        self._left = LeftFactorExchange(plan, groups, count, wire, self._memory, self._left_transit)
-        self._right = RightFactorExchange(
-            plan, groups, count, wire, self._memory, self._right_transit
-        )
+        setup = Setup(plan, groups, count, TORCH_DTYPES[plan.layout.config.comm_dtype])
+        self._left = LeftFactorExchange(setup, self._memory, self._left_transit)
+        self._right = RightFactorExchange(setup, self._memory, right_transit)
         self.lefts = self._left.of_rectangles
         self.projections = self._right.of_rectangles
-        for buffers in (self._memory, self._left_transit, self._right_transit):
+        transit = self._left_transit.nbytes, right_transit.nbytes
+        self.nbytes = self._memory.nbytes + max(transit)
+        for buffers in (self._memory, self._left_transit, right_transit):
             buffers.free()
-
-    @property
-    def nbytes(self) -> int:
-        """The most bytes that the buffers take at a time."""
-        return self._memory.nbytes + max(self._left_transit.nbytes, self._right_transit.nbytes)
 
     def bytes_sent(self) -> dict[str, int]:
         """Bytes that this rank hands to collectives for other ranks in a step, as rings send them.

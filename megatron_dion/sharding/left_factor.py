@@ -10,24 +10,18 @@ from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm import Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import (
-    Groups,
-    all_reduce,
-    all_to_all,
-    like_views,
-    ring_bytes,
-)
-from megatron_dion.sharding.plan import Hop, Plan, Tile
+from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, like_views, ring_bytes
+from megatron_dion.sharding.plan import Hop, Tile
+
+_CACHE_NUMBERS = 1 << 18
+"""Numbers of P that a CPU orthonormalizes together, 1 MiB."""
 
 
 class LeftFactorExchange:
     """The P of a step.
 
     Args:
-        plan: of this rank.
-        groups: the processes; P is averaged over replicas.
-        replicas: number of replicas.
-        wire: the type in which P travels.
+        setup: what the exchange is made of.
         memory: for what lasts from the first product to the last.
         transit: for what lasts from `sum` to `spread`.
 
@@ -35,29 +29,24 @@ class LeftFactorExchange:
         of_rectangles: for each rectangle of the plan the rows of P, (columns, r), of its columns.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        groups: Groups,
-        replicas: int,
-        wire: torch.dtype,
-        memory: Buffers,
-        transit: Buffers,
-    ) -> None:
+    def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
+        plan, groups, replicas, wire = setup
         self._wire = wire
         self._replicas = groups.replicas
         self._replica_count = replicas
         ranks = [matrix.rank for matrix in plan.layout.matrices]
         self._contributed = source = _Rows(plan.tiles, ranks, memory)
-        self._hops: dict[str, _HopExchange] = {}
+        self._hops: list[tuple[str, _HopExchange]] = []
         rank, self._tensor_size = plan.rank, plan.layout.grid.tensor_parallel_size
         for name, hop, me, group in (
             ("tensor", plan.tensor_hop, rank.tensor_parallel, groups.tensor),
-            ("data", plan.data_hop, rank.data_parallel, groups.data),
+            ("data", plan.slice_hop, rank.data_parallel, groups.data),
+            ("data", plan.owner_hop, rank.data_parallel, groups.data),
         ):
-            if len(hop.sends) > 1:
+            if hop is not None and len(hop.sends) > 1:
                 sums = _Rows(hop.sums, ranks, transit)
-                self._hops[name] = _HopExchange(hop, me, source, sums, group, transit, wire)
+                exchange = _HopExchange(hop, me, source, sums, group, transit, wire)
+                self._hops.append((name, exchange))
                 source = sums
         self._owned = source.memory
         self._batches = list(source.batches())
@@ -74,7 +63,7 @@ class LeftFactorExchange:
 
     def sum(self) -> Steps:
         """Sums all tiles at the owners of their rows, and takes the mean over replicas."""
-        for hop in self._hops.values():
+        for _, hop in self._hops:
             yield from hop.sum()
         if self._replica_count > 1:
             if self._averaged is not self._owned:
@@ -91,12 +80,14 @@ class LeftFactorExchange:
         if self._wire != torch.float32:
             # The owner must use the same numbers as those to whom it sends them.
             self._owned.copy_(self._owned.to(self._wire))
-        for hop in reversed(self._hops.values()):
+        for _, hop in reversed(self._hops):
             yield from hop.spread()
 
     def bytes_sent(self) -> Counter[str]:
         """Bytes for other ranks in a step, by group, those of the orthonormalization included."""
-        sent = Counter({name: hop.bytes_sent for name, hop in self._hops.items()})
+        sent: Counter[str] = Counter()
+        for name, hop in self._hops:
+            sent[name] += hop.bytes_sent
         # The largest entry of every P, and two Gram matrices.
         numbers = sum(len(p) * (1 + 2 * p.shape[2] ** 2) for p in self._batches)
         sent["tensor"] += ring_bytes(4 * numbers, self._tensor_size)
@@ -123,24 +114,18 @@ class _Rows:
         return [self.view(tile) for tile in tiles]
 
     def batches(self) -> Iterator[Tensor]:
-        """All rows, (batch, rows, r), those of equal shape together."""
+        """All rows, (batch, rows, r), by shape; on a CPU at most what its cache holds."""
+        is_cpu = self.memory.device.type == "cpu"
         for shape, alike in groupby(self._views, key=lambda view: view.shape):
-            first, *others = alike
-            start, count = first.storage_offset(), 1 + len(others)
-            yield self.memory[start : start + count * shape.numel()].view(count, *shape)
+            views = list(alike)
+            most = max(1, _CACHE_NUMBERS // max(shape.numel(), 1)) if is_cpu else len(views)
+            for first in range(0, len(views), most):
+                count, start = len(views[first : first + most]), views[first].storage_offset()
+                yield self.memory[start : start + count * shape.numel()].view(count, *shape)
 
 
 class _HopExchange:
-    """The memory of a `Hop`, and its two directions.
-
-    Args:
-        hop: what is sent, received and summed.
-        me: this rank's index in the group.
-        tiles: what this rank contributes.
-        sums: where the hop sums.
-        group: the ranks.
-        buffers: gives memory for what is sent and received.
-        wire: the type in which it travels.
+    """The memory of a `Hop` from `tiles` to `sums`, and its two directions.
 
     Attributes:
         bytes_sent: to other ranks, in both directions.

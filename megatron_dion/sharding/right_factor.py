@@ -11,7 +11,7 @@ from megatron_dion.algorithm import Steps, copy_all
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
-    Groups,
+    Setup,
     all_gather,
     all_reduce,
     all_to_all,
@@ -19,17 +19,14 @@ from megatron_dion.sharding.collectives import (
     reduce_scatter,
     ring_bytes,
 )
-from megatron_dion.sharding.plan import CutRow, Plan
+from megatron_dion.sharding.plan import CutRow
 
 
 class RightFactorExchange:
     """The R of a step, in whose memory Q is completed before R is made.
 
     Args:
-        plan: of this rank.
-        groups: the processes; R is averaged over replicas.
-        replicas: number of replicas.
-        wire: the type in which R travels.
+        setup: what the exchange is made of.
         memory: for what lasts from the first product to the last.
         transit: for what a single collective needs.
 
@@ -37,15 +34,8 @@ class RightFactorExchange:
         of_rectangles: for each rectangle of the plan its rows of R, (rows, r).
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        groups: Groups,
-        replicas: int,
-        wire: torch.dtype,
-        memory: Buffers,
-        transit: Buffers,
-    ) -> None:
+    def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
+        plan, groups, replicas, wire = setup
         self._groups = groups
         self._replicas = replicas
         self._transit = transit
@@ -66,8 +56,8 @@ class RightFactorExchange:
         share = len(self._partial) // tensor_size if replicas > 1 else 0
         self._share = transit.empty(share, wire)
         self._has_partial_rows = plan.has_partial_rows
-        self._cut_rows = _CutRows(plan, self.of_rectangles, groups, transit, wire)
-        self._stored_columns = _StoredColumns(plan, self.of_rectangles, groups, transit)
+        self._cut_rows = _CutRows(setup, self.of_rectangles, transit)
+        self._stored_columns = _StoredColumns(setup, self.of_rectangles, transit)
 
     def gather(self) -> Steps:
         """Completes rows of Q of which tensor-parallel ranks store different columns."""
@@ -124,11 +114,9 @@ class RightFactorExchange:
 class _StoredColumns:
     """The columns of Q that tensor-parallel ranks store of the rows that they share."""
 
-    def __init__(
-        self, plan: Plan, projections: Sequence[Tensor], groups: Groups, transit: Buffers
-    ) -> None:
-        self._group = groups.tensor
-        layout = plan.layout
+    def __init__(self, setup: Setup, projections: Sequence[Tensor], transit: Buffers) -> None:
+        plan, layout = setup.plan, setup.plan.layout
+        self._group = setup.groups.tensor
         self._is_needed = plan.has_partial_rows
         peers = layout.grid.tensor_group(plan.rank.data_parallel) if self._is_needed else []
         self._of_peers: list[list[Tensor]] = [[] for _ in peers]
@@ -165,14 +153,8 @@ class _CutRows:
     the last bit.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        projections: Sequence[Tensor],
-        groups: Groups,
-        transit: Buffers,
-        wire: torch.dtype,
-    ) -> None:
+    def __init__(self, setup: Setup, projections: Sequence[Tensor], transit: Buffers) -> None:
+        plan, groups, _, wire = setup
         self._group = groups.data
         self._is_needed = plan.has_cut_rows
         row_of = {

@@ -31,43 +31,40 @@ def sets_of(layout: Layout, placements: Sequence[int], ranks: int) -> list[list[
     limit = layout.config.exchange_buffer_mib
     if limit is None or not placements:
         return _deal(layout, placements, in_flight)
-    capacity = int(limit * _MIB / in_flight)
+    capacity = limit * _MIB / in_flight
     needs = {placement: _buffer_bytes(layout, placement) for placement in placements}
-    largest = max(needs, key=lambda placement: max(needs[placement]))
-    if max(needs[largest]) > capacity:
-        least = math.ceil(100 * in_flight * max(needs[largest]) / _MIB) / 100
+    largest = max(needs, key=needs.__getitem__)
+    if needs[largest] > capacity:
+        least = math.ceil(100 * in_flight * needs[largest] / _MIB) / 100
         raise ValueError(
             f"--dion-exchange-buffer-mib {limit:g} is too small for"
             f" {layout.placements[largest].weight.name}: give at least {least}"
         )
-    for count in range(in_flight, len(placements) + 1):
+    for count in range(in_flight, len(placements)):
         sets = _deal(layout, placements, count)
-        loads = [map(sum, zip(*(needs[p] for p in each), strict=True)) for each in sets]
-        if all(max(load) <= capacity for load in loads):
+        if all(sum(needs[placement] for placement in each) <= capacity for each in sets):
             return sets
     return [[placement] for placement in placements]
 
 
-def _buffer_bytes(layout: Layout, placement: int) -> list[int]:
-    """A bound of the bytes of a weight's buffers, for each data-parallel rank.
+def _buffer_bytes(layout: Layout, placement: int) -> int:
+    """A bound of the bytes of a weight's buffers on any rank.
 
-    Every rank may hold rows of all columns of P, as it contributes them, as it sends, receives and
-    sums them within its tensor-parallel group, and as it sends them to the owner; R as it is and as
-    it is sent; and the gathered columns of Q. The owner has what all holders send, and the sum.
+    That is P as a rank contributes it, as it is sent, received and summed within the
+    tensor-parallel group, and as the owner gets it from all holders; R as it is and as it is sent;
+    and the gathered columns of Q.
     """
     grid, weight = layout.grid, layout.placements[placement].weight
     shard = layout.placements[placement].bucket_numel // grid.data_parallel_size
     rows = min(weight.rows, shard // weight.columns + 2)
-    bounds = [0] * grid.data_parallel_size
+    numbers = 0.0
     for k in layout.matrices_of[placement]:
-        matrix = layout.matrices[k]
-        whole = 4 * matrix.columns * matrix.rank
-        share = -(-whole // grid.tensor_parallel_size)
-        held_rows = min(rows, matrix.rows)
-        for d in layout.holders[k]:
-            bounds[d] += 3 * whole + 2 * share + 4 * 4 * held_rows * matrix.rank
-        bounds[layout.owners[k]] += (len(layout.holders[k]) + 2) * share
-    return bounds
+        matrix, copies = (
+            layout.matrices[k],
+            (len(layout.holders[k]) + 4) / grid.tensor_parallel_size,
+        )
+        numbers += matrix.rank * ((3 + copies) * matrix.columns + 4 * min(rows, matrix.rows))
+    return math.ceil(4 * numbers)
 
 
 def _deal(layout: Layout, placements: Sequence[int], count: int) -> list[list[int]]:

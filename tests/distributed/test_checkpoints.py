@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as read
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
@@ -66,7 +67,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         for key, entry in contents.tensors.items()
         if "rng_state" not in key
     }
-    dcp.load(state, storage_reader=dcp.FileSystemReader(contents.folder), no_dist=True)
+    read(state, storage_reader=FileSystemReader(contents.folder), no_dist=True)
     return state
 
 

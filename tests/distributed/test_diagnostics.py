@@ -1,115 +1,14 @@
-"""Diagnostics on every grid: equal to dense ones, at a known price, and nothing when off."""
+"""Diagnostics of runs: the same on every grid, and where TensorBoard and W&B look for them."""
 
 import csv
-import functools
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_dion import DionConfig
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
-from megatron_dion_tools.local.world import gloo_world
-from tests.dense_diagnostics import DenseDiagnostics, step_and_measure
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
-from tests.distributed.test_collectives import COLLECTIVES, counting
-from tests.distributed.test_sharded_dion import (
-    LR,
-    ODD,
-    TRANSFORMER,
-    WEIGHT_DECAY,
-    Sent,
-    Shape,
-    Shards,
-    World,
-    counted_bytes,
-    name_of,
-    values,
-)
-from tests.reference import ReferenceMatrix
-
-STEPS = 3
-WORLDS = [World(*grid) for grid in [(1, 1), (2, 1), (1, 3), (2, 2), (1, 2, 2)]]
-
-
-def diagnose(
-    world: World, shapes: tuple[Shape, ...], config: DionConfig, watch: bool = True
-) -> tuple[list[MatrixDiagnostics], Sent]:
-    """On a rank: the last of three steps, of which all or none are measured, and what it sent."""
-    shards = Shards(world, shapes, config, bucket=5000)
-    for step in range(1, STEPS + 1):
-        shards.set_gradients(values(shapes, step), step)
-        if watch:
-            shards.optimizer.take_diagnostics()
-            shards.optimizer.diagnose_next_step()
-        with counted_bytes() as sent:
-            shards.optimizer.step()
-    return shards.optimizer.take_diagnostics(), Sent(sent.bytes, sent.calls)
-
-
-def dense(shapes: tuple[Shape, ...], config: DionConfig) -> dict[str, DenseDiagnostics]:
-    """The same step of whole matrices."""
-    matrices = {
-        name: ReferenceMatrix.start(name, weight, config)
-        for shape in shapes
-        for name, weight in shape.matrices(values(shapes, 0)[shape.name]).items()
-    }
-    found: dict[str, DenseDiagnostics] = {}
-    for step in range(1, STEPS + 1):
-        wholes = values(shapes, step)
-        for shape in shapes:
-            for name, gradient in shape.matrices(wholes[shape.name]).items():
-                found[name] = step_and_measure(matrices[name], gradient, LR, WEIGHT_DECAY, config)
-    return found
-
-
-def check(world: World, shapes: tuple[Shape, ...], config: DionConfig, tolerance: float) -> None:
-    """Every matrix is measured by one rank of each replica, and is as the dense one."""
-    expected = dense(shapes, config)
-    results = gloo_world(world.size, diagnose, world, shapes, config)
-    measured = [matrix for matrices, _ in results for matrix in matrices]
-    assert Counter(m.name for m in measured) == dict.fromkeys(expected, world.replicas)
-    for matrix in measured:
-        expected[matrix.name].check(matrix, tolerance)
-        assert matrix.orthonormality_error < (1e-5 if config.comm_dtype == "fp32" else 0.05)
-
-
-@pytest.mark.parametrize("world", WORLDS, ids=name_of)
-@pytest.mark.parametrize("shapes", [TRANSFORMER, ODD], ids=["transformer", "odd"])
-@pytest.mark.parametrize("right_factor", ["colnorm", "orth"])
-def test_every_grid_measures_the_dense_figures(
-    world: World, shapes: tuple[Shape, ...], right_factor: str
-) -> None:
-    check(world, shapes, DionConfig(rank_fraction=0.3, right_factor=right_factor, seed=7), 1e-3)
-
-
-def test_states_in_bf16() -> None:
-    dtypes = dict.fromkeys(("momentum_dtype", "factor_dtype", "comm_dtype"), "bf16")
-    check(World(2, 2), TRANSFORMER, DionConfig(rank_fraction=0.3, seed=7, **dtypes), 0.03)
-
-
-def test_two_exchanges_of_a_set_however_many_matrices() -> None:
-    """Two sets, each one all_to_all over tensor-parallel and one over data-parallel ranks.
-
-    Of TRANSFORMER alone, one of the sets has no matrix that is cut between data-parallel ranks.
-    """
-    for shapes, extra in (
-        (TRANSFORMER, 3),
-        (TRANSFORMER + tuple(Shape(f"more.{i}", 24, 36, 0) for i in range(6)), 4),
-    ):
-        config = DionConfig(rank_fraction=0.3, seed=7)
-        calls = {
-            watch: [
-                sent.calls
-                for _, sent in gloo_world(4, diagnose, World(2, 2), shapes, config, watch)
-            ]
-            for watch in (False, True)
-        }
-        assert [on - off for on, off in zip(calls[True], calls[False], strict=True)] == [extra] * 4
-
 
 MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4".split()]
 # Every expert sees every token: a choice between experts would turn rounding into other routes.
@@ -156,11 +55,9 @@ def train_measured(
 def assert_equal(found: dict[str, MatrixDiagnostics], alone: dict[str, MatrixDiagnostics]) -> None:
     assert found.keys() == alone.keys()
     for name, matrix in found.items():
-        for figure in set(FIGURES) - {"owner_seconds", "orthonormality_error"}:
+        for figure in FIGURES:
             expected = pytest.approx(getattr(alone[name], figure), rel=2e-3)
             assert getattr(matrix, figure) == expected, (name, figure)
-        assert matrix.orthonormality_error < 1e-4
-        assert matrix.owner_seconds > 0
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +72,17 @@ def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
     return train_measured(nursery, start / "alone", MODEL4, 1, 6, "")
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology",
+    ["tp2-dp2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES if t != "tp2-dp2")],
+)
 def test_topologies_measure_what_one_process_does(
     nursery: Nursery, start: Path, alone: dict[str, MatrixDiagnostics], topology: str
 ) -> None:
     assert_equal(train_measured(nursery, start / topology, MODEL4, *TOPOLOGIES[topology]), alone)
 
 
+@pytest.mark.slow
 def test_experts_on_several_ranks(nursery: Nursery, tmp_path: Path) -> None:
     model = [*MODEL4, *EXPERTS]
     save_start(nursery, model, tmp_path / "start")
@@ -243,35 +144,3 @@ def test_wandb_hears_of_the_same(nursery: Nursery, tmp_path: Path) -> None:
     [[(step, tags)]] = nursery.run(1, train_with_wandb, flags)
     assert step == 3
     assert len(tags) == 7 * len(FIGURES) * 3
-
-
-def calls_of_iterations(argv: list[str]) -> list[Counter[str]]:
-    """On a rank: the collectives of each iteration from the second on, measuring included."""
-    import torch.distributed as dist
-    from megatron.training import training
-
-    calls: Counter[str] = Counter()
-    for name in (*COLLECTIVES, "gather_object"):
-        setattr(dist, name, counting(name, getattr(dist, name), calls))
-    seen: list[Counter[str]] = []
-    log = training.training_log
-
-    @functools.wraps(log)  # what is patched must look as it did
-    def logged(*args: Any, **options: Any) -> Any:
-        seen.append(Counter(calls))
-        calls.clear()
-        return log(*args, **options)
-
-    training.training_log = logged
-    train([*MODEL, *TRAINING, *DION, *TP2.split(), "--train-iters", "4", *argv])
-    return seen[1:]
-
-
-def test_only_measured_iterations_cost_collectives(nursery: Nursery, tmp_path: Path) -> None:
-    flags = ["--dion-log-interval", "2", "--run-dir", str(tmp_path)]
-    off, on = (nursery.run(4, calls_of_iterations, argv) for argv in ([], flags))
-    # Two sets, each one exchange over tensor-parallel ranks: no matrix is cut between others.
-    extra = {"all_to_all_single": 2, "gather_object": 1}
-    for never, measured in zip(off, on, strict=True):
-        second, third, fourth = never
-        assert measured == [second + Counter(extra), third, fourth + Counter(extra)]

@@ -2,26 +2,26 @@
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "megatron_dion"
+from tests.project import ROOT
+
+FOLDERS = ("megatron_dion", "tools")
 ANYTHING = "…"
-
-
 # What makes a library's objection one of ours, with some words before it.
 CONTEXT = "in_one_line"
 # Whose names do not end with Error.
-OTHER_ERRORS = ("NothingToLoad", CONTEXT, "refuse")
+OTHERS = ("NothingToLoad", "refuse", CONTEXT)
 
 
 def raised_messages(names: tuple[str, ...] | None = None) -> set[str]:
-    """The messages of all errors that the package makes, or of those with certain names.
+    """Returns the messages of all errors that the code makes, or of those with certain names.
 
-    What a message is told at run time, such as a value, is an ellipsis in it.
+    What is put into a message at run time, such as a value, is an ellipsis in it.
     """
     return {
         _template(call.args[0]) + (f": {ANYTHING}" if name == CONTEXT else "")
-        for path in sorted(PACKAGE.rglob("*.py"))
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
         for name, call in _errors(ast.parse(path.read_text(encoding="utf-8")), names)
     }
 
@@ -30,7 +30,7 @@ def _errors(tree: ast.AST, names: tuple[str, ...] | None) -> Iterator[tuple[str,
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name(id=name), args=[_, *_]):
-                if name in names if names else name.endswith("Error") or name in OTHER_ERRORS:
+                if name in names if names else name.endswith("Error") or name in OTHERS:
                     yield name, node
 
 
@@ -40,7 +40,5 @@ def _template(message: ast.expr) -> str:
             return text
         case ast.JoinedStr(values=values):
             return "".join(map(_template, values))
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _template(left) + _template(right)
         case _:
             return ANYTHING

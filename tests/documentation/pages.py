@@ -5,15 +5,13 @@ A comment on the line before a block may change how:
 
     <!-- tests run: COMMAND -->     this in its place: the same thing, smaller
     <!-- tests prepend: FILE -->    after the content of this file, which is beside this module
-    <!-- tests in: FILE -->         by this test module, which names what the block runs; the block
-                                    is marked `tested`
+    <!-- tests in: FILE -->         by this test module; the block is marked `tested`
 """
 
 import re
 import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from markdown_it import MarkdownIt
 
@@ -31,7 +29,7 @@ SHOWN = ("text", "yaml", "{toctree}", "{eval-rst}")
 
 _COMMENT = re.compile(r"<!-- tests (run|prepend|in): (.+) -->")
 # How commands begin; nothing like it may stand in a block that is only shown.
-COMMAND = re.compile(
+_COMMAND = re.compile(
     r"^([A-Z_]+=\S+ )*(\.venv/bin/)?(python|pip|make|torchrun|megatron-dion|sbatch|srun)3? ", re.M
 )
 
@@ -41,28 +39,22 @@ class Block:
     """A code block.
 
     Attributes:
-        page: path of the page.
-        line: of its fence.
-        language: the fence's first word.
-        mark: the others; empty for a block that is run.
+        place: page and line.
+        language: the first word of the fence.
+        mark: its other words; empty for a block that is run.
         code: what is shown.
         variant: what is run in its place.
         prelude: a file whose content comes first.
         module: the tests that run it, where it is marked `tested`.
     """
 
-    page: str
-    line: int
+    place: str
     language: str
     mark: str
     code: str
     variant: str | None = None
     prelude: str | None = None
     module: str | None = None
-
-    @property
-    def place(self) -> str:
-        return f"{self.page}:{self.line}"
 
     @property
     def is_run(self) -> bool:
@@ -74,47 +66,29 @@ class Block:
         if self.language not in RUN + SHOWN:
             return f"the language {self.language!r} is neither run {RUN} nor shown {SHOWN}"
         if self.language in SHOWN:
-            return "a command that is not run" if COMMAND.search(self.code) else None
+            return "a command that is not run" if _COMMAND.search(self.code) else None
         if self.mark not in MARKS | {""}:
             return f"the mark {self.mark!r} is none of {sorted(MARKS)}"
         if (self.mark == "tested") != bool(self.module):
             return "the mark 'tested' and a comment that names the tests go together"
         if self.module and not (ROOT / self.module).is_file():
             return f"there is no {self.module}"
-        return self._fault_of_module() if self.module else None
-
-    def _fault_of_module(self) -> str | None:
-        """What the block runs and the tests of it do not even name."""
-        tests = (ROOT / str(self.module)).read_text(encoding="utf-8")
-        for line in self.code.splitlines():
-            if command := COMMAND.match(line):
-                named = _what_runs(line[command.end() :].split())
-                if not re.search(rf"\b{re.escape(named)}\b", tests):
-                    return f"{self.module} does not name {named!r}"
         return None
 
 
-def _what_runs(words: list[str]) -> str:
-    """The module, script, target or subcommand of what follows a program's name."""
-    if "-m" in words:
-        return words[words.index("-m") + 1]
-    scripts = [Path(word).stem for word in words if word.endswith(".py")]
-    return [*scripts, *words, ""][0]
-
-
 def blocks_of(page: str) -> list[Block]:
-    """All code blocks of a page, in their order."""
+    """Returns all code blocks of a page, in their order."""
     return list(blocks_in(page, (ROOT / page).read_text(encoding="utf-8")))
 
 
 def links_of(page: str) -> list[str]:
-    """The files to which a page links, relative to its folder; pictures too."""
-    found = (
+    """Returns the files to which a page links, relative to its folder; pictures too."""
+    links = (
         str(child.attrs.get("href") or child.attrs.get("src") or "")
         for token in MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())
         for child in token.children or ()
     )
-    paths = (link.partition("#")[0] for link in found if "://" not in link)
+    paths = (link.partition("#")[0] for link in links if "://" not in link)
     return [path for path in paths if path]
 
 
@@ -129,6 +103,6 @@ def blocks_in(page: str, text: str) -> Iterator[Block]:
         comment = _COMMENT.fullmatch(lines[line - 1].strip()) if line else None
         how = {comment[1]: comment[2]} if comment else {}
         yield Block(
-            *(page, line + 1, language, mark, token.content),
+            *(f"{page}:{line + 1}", language, mark, token.content),
             *(how.get("run"), how.get("prepend"), how.get("in")),
         )

@@ -13,16 +13,8 @@ from megatron_dion.platforms.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "examples" / "slurm"
-STUB = Path(__file__).with_name("container_stub.c")
-# Debian's packages, and programs by which to tell that they are there.
-PACKAGES = {
-    "slurm-wlm": "slurmctld",
-    "munge": "munged",
-    "libslurm-dev": "/usr/include/slurm/spank.h",
-    "gcc": "cc",
-    "libc6-dev": "/usr/include/stdio.h",
-    "shellcheck": "shellcheck",
-}
+# Debian's packages, and a program of each.
+PACKAGES = {"slurm-wlm": "slurmctld", "munge": "munged"}
 # Longer than anything takes here, also on a busy machine.
 SECONDS = 120.0
 _SECONDS_TO_START = 30.0
@@ -42,7 +34,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
-PlugStackConfig={folder}/plugstack.conf
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -66,19 +57,11 @@ NodeName=node[1-2] Name=gpu File=/dev/zero
 """
 
 
-def missing_packages() -> list[str]:
-    return [
-        package
-        for package, sign in PACKAGES.items()
-        if not Path(sign).exists() and not shutil.which(sign)
-    ]
-
-
 def reason_to_skip() -> str | None:
     """Installs what is missing; None if there is everything that a cluster needs."""
     if os.geteuid() != 0:
         return "slurmd needs root"
-    packages = missing_packages()
+    packages = [package for package, program in PACKAGES.items() if not shutil.which(program)]
     if not packages:
         return None
     if not shutil.which("apt-get"):
@@ -110,7 +93,6 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.container_notes = folder / "container-flags"
         self._daemons: list[subprocess.Popen[bytes]] = []
         folder.chmod(0o755)  # munged insists
         self._environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -153,10 +135,6 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(_GPUS)
         (self.folder / "state").mkdir()
-        plugin = self.folder / "container_stub.so"
-        notes = f'-DNOTES="{self.container_notes}"'
-        subprocess.run(["cc", "-shared", "-fPIC", notes, "-o", plugin, STUB], check=True)
-        (self.folder / "plugstack.conf").write_text(f"required {plugin}\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(64))
         key.chmod(0o400)

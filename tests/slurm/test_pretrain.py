@@ -11,7 +11,9 @@ import pytest
 from megatron_dion.checkpointing.folders import tracked
 from megatron_dion.platforms.ports import free_port
 from tests.distributed.nursery import DION, MODEL, TRAINING, losses
-from tests.slurm.cluster import REPOSITORY, SCRIPTS, Cluster, Job, wait_for
+from tests.slurm.cluster import SCRIPTS, Cluster, Job, wait_for
+
+pytestmark = pytest.mark.slow
 
 ITERATIONS = 60
 SAVE_INTERVAL = 20
@@ -67,9 +69,8 @@ class Run:
 
 @pytest.fixture(scope="session")
 def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Job]:
-    """A run in one go, with flags for a container, though a signal comes before it can hear it."""
-    site = "CONTAINER_IMAGE=/images/torch.sqsh\nCONTAINER_MOUNTS=(/data:/data:ro /scratch)\n"
-    run = Run(cluster, tmp_path_factory.mktemp("whole"), site)
+    """A run in one go, though a signal comes before it can hear it."""
+    run = Run(cluster, tmp_path_factory.mktemp("whole"))
     job = run.submit()
     for rank in (0, 1):
         cache = f"{run.folder.parent}/compiled-{job.number}/triton"
@@ -86,24 +87,13 @@ def test_training_ends_and_leaves_its_records(whole: tuple[Run, Job]) -> None:
     (start,) = run.history()
     assert start["job"] == str(job.number)
     assert (start["restart"], start["tasks"], start["iteration"]) == ("0", "2", "0")
-    assert (start["nodes"], start["image"]) == ("node[1-2]", "/images/torch.sqsh")
+    assert (start["nodes"], start["image"]) == ("node[1-2]", "-")
     assert len(start["revision"].removesuffix("-dirty")) == 40
     assert "--swiglu" in (run.folder / "arguments.txt").read_text().splitlines()
     for rank in (0, 1):
         lines = (run.folder / "logs" / f"rank{rank}.log").read_text().splitlines()
         assert lines
         assert {f"{rank}: {line}" for line in lines} <= set(job.text().splitlines())
-
-
-def test_container_flags_are_one_of_a_kind(whole: tuple[Run, Job]) -> None:
-    run, _ = whole
-    mounts = f"{REPOSITORY}:{REPOSITORY},{run.folder}:{run.folder},/data:/data:ro,/scratch"
-    assert run.cluster.container_notes.read_text().splitlines() == [
-        "container-image=/images/torch.sqsh",
-        f"container-mounts={mounts}",
-        f"container-workdir={REPOSITORY}",
-        "no-container-mount-home=",
-    ]
 
 
 def test_early_signal_saves_requeues_and_goes_on(
@@ -203,7 +193,7 @@ def test_the_launcher_submits_a_recipe(
         f'description: tiny\narguments: {flags}\ntopologies: {{2: "--log-interval 1"}}'
     )
     answer = cluster.run(
-        *(sys.executable, "-m", "megatron_dion", "launch", recipe),
+        *(sys.executable, "-m", "megatron_dion_tools", "launch", recipe),
         *("--nodes", "2", "--gpus-per-node", "1", "--run-dir", run.folder),
         SITE_ENV=str(tmp_path / "site.env"),
     )

@@ -1,17 +1,16 @@
 """The scripts without a job: what they would run, what they refuse, how they are written."""
 
 import os
+import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import REPOSITORY, SCRIPTS, Cluster, reason_to_skip
+from tests.slurm.cluster import REPOSITORY, SCRIPTS, Cluster
 
 SCRIPT = SCRIPTS / "pretrain.sbatch"
-ALL = [SCRIPT, SCRIPTS / "rank.sh", SCRIPTS / "site.env"]
 
 
 def dry_run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -60,9 +59,19 @@ def test_torchrun_is_one_task_per_node(recipe: Path) -> None:
     assert {"--ntasks=1", "--ntasks-per-node=1"} <= set(command)
 
 
-def test_no_image_no_container_flags(recipe: Path) -> None:
-    assert not [
-        flag for flag in command_of(dry_run(recipe, GPUS_PER_NODE="1")) if "container" in flag
+def test_flags_of_a_container_come_with_an_image(recipe: Path, tmp_path: Path) -> None:
+    site, run = tmp_path / "site.env", tmp_path / "run"
+    site.write_text("CONTAINER_MOUNTS=(/data:/data:ro /scratch)\n")
+    variables = {"GPUS_PER_NODE": "1", "SITE_ENV": str(site), "RUN_DIR": str(run)}
+    assert not any(
+        word.startswith("--container") for word in command_of(dry_run(recipe, **variables))
+    )
+    command = command_of(dry_run(recipe, CONTAINER_IMAGE="/images/torch.sqsh", **variables))
+    assert [word for word in command if re.match("--(no-)?container", word)] == [
+        "--container-image=/images/torch.sqsh",
+        f"--container-mounts={REPOSITORY}:{REPOSITORY},{run}:{run},/data:/data:ro,/scratch",
+        f"--container-workdir={REPOSITORY}",
+        "--no-container-mount-home",
     ]
 
 
@@ -112,17 +121,6 @@ def test_refused_recipes(tmp_path: Path, text: str | None, message: str) -> None
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("script", ALL, ids=lambda path: path.name)
-def test_shell_has_nothing_to_say(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True)
-
-
-def test_shellcheck_has_nothing_to_say() -> None:
-    if not shutil.which("shellcheck") and (reason := reason_to_skip()):
-        pytest.skip(reason)
-    done = subprocess.run(["shellcheck", "--shell=bash", *ALL], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
+@pytest.mark.slow
 def test_sbatch_would_start_it(cluster: Cluster, recipe: Path) -> None:
     cluster.run("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", SCRIPT, recipe)

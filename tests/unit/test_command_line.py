@@ -119,14 +119,6 @@ def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_plan_is_printed(nursery: Nursery) -> None:
-    argv = [*MODEL, *TRAINING, *DION, "--train-iters", "1", "--dion-print-plan"]
-    said, others = nursery.run(2, output_of, argv)
-    plan = said[said.index("[dion] plan of Dion's step") :].splitlines()
-    assert [line.split()[1:3] for line in plan[2:4]] == [["0", "0"], ["0", "1"]]  # ranks
-    assert "plan of Dion's step" not in others
-
-
 def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
     save = ["--save", str(tmp_path), "--save-interval", "2"]
     evaluate = ["--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1"]

@@ -41,63 +41,18 @@ def arguments(dockerfile: str, instruction: str) -> list[str]:
     return [rest for name, rest in instructions(dockerfile) if name == instruction]
 
 
-def faults(dockerfile: str) -> set[str]:
-    """What is wrong with a Dockerfile, by rules that hadolint has too, or has not."""
-    base = next(rest for rest in arguments(dockerfile, "ARG") if rest.startswith("BASE="))
-    users = arguments(dockerfile, "USER") or ["root"]
-    names = [name for name, _ in instructions(dockerfile)]
-    shells = [*arguments(dockerfile, "CMD"), *arguments(dockerfile, "ENTRYPOINT")]
-    runs = arguments(dockerfile, "RUN")
-    found = {
-        "base is not pinned": not re.search(r":[\w.-]+$|@sha256:", base) or ":latest" in base,
-        "base cannot be chosen": arguments(dockerfile, "FROM") != ["${BASE}"],
-        "ADD in place of COPY": "ADD" in names,
-        "RUN before a shell with pipefail": "pipefail"
-        not in "".join(rest for name, rest in instructions(dockerfile)[: names.index("RUN")]),
-        "root at the end": users[-1].split(":")[0] in ("root", "0"),
-        "a command in a shell": not all(rest.startswith("[") for rest in shells),
-        "pip with a cache": any("pip install" in r and "--no-cache-dir" not in r for r in runs),
-        "sudo": any("sudo " in rest for rest in runs),
-        "no health check": "HEALTHCHECK" not in names,
-    }
-    return {name for name, is_so in found.items() if is_so}
-
-
-def test_dockerfile_keeps_the_rules() -> None:
-    assert faults(DOCKERFILE) == set()
-
-
-@pytest.mark.parametrize(
-    ("good", "bad", "fault"),
-    [
-        (":26.06-py3", "", "base is not pinned"),
-        (":26.06-py3", ":latest", "base is not pinned"),
-        ("FROM ${BASE}", "FROM python", "base cannot be chosen"),
-        ("COPY . .", "ADD . .", "ADD in place of COPY"),
-        ('"-o", "pipefail", ', "", "RUN before a shell with pipefail"),
-        ("USER ${USER_ID}", "USER root", "root at the end"),
-        ('\nCMD ["megatron-dion", "doctor"]', "\nCMD megatron-dion", "a command in a shell"),
-        ("RUN docker/install.sh", "RUN pip install .", "pip with a cache"),
-        ("RUN docker/install.sh", "RUN sudo docker/install.sh", "sudo"),
-        ("HEALTHCHECK", "LABEL", "no health check"),
-    ],
-)
-def test_rules_notice_a_fault(good: str, bad: str, fault: str) -> None:
-    assert good in DOCKERFILE
-    assert faults(DOCKERFILE.replace(good, bad)) == {fault}
+def test_base_is_pinned_and_can_be_chosen_and_the_user_is_not_root() -> None:
+    """The rest of the rules is hadolint's."""
+    [base] = [rest for rest in arguments(DOCKERFILE, "ARG") if rest.startswith("BASE=")]
+    assert re.search(r":[\d.]+-py3$", base)
+    assert arguments(DOCKERFILE, "FROM") == ["${BASE}"]
+    assert arguments(DOCKERFILE, "USER")[-1] == "${USER_ID}"
 
 
 def test_hadolint_has_no_complaint() -> None:
     hadolint = [program("hadolint"), "--no-color", ROOT / "Dockerfile"]
     ended = subprocess.run(hadolint, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "")
-
-
-def test_labels() -> None:
-    [labels] = arguments(DOCKERFILE, "LABEL")
-    found = set(re.findall(r"org\.opencontainers\.image\.(\w+)=", labels))
-    assert found == {"title", "description", "version", "revision", "licenses"}
-    assert f"VERSION={importlib.metadata.version('megatron-dion')}" in arguments(DOCKERFILE, "ARG")
 
 
 def test_commands_of_the_image_are_ours() -> None:
@@ -128,23 +83,12 @@ def in_context(path: str) -> bool:
     [
         ".git/config",
         ".venv/bin/python",
-        ".venv-te/pyvenv.cfg",
         ".env",
-        "tools/.env",
-        ".netrc",
         ".ssh/id_ed25519",
-        "id_rsa",
-        "secrets.json",
-        "examples/.token",
-        "data/corpus.txt",
         "runs/1/loss.png",
-        "checkpoints/iter_0000001/common.pt",
-        "build/lib/megatron_dion/cli.py",
-        "megatron_dion/__pycache__/cli.cpython-312.pyc",
+        "build/lib/megatron_dion/run.py",
+        "megatron_dion/__pycache__/run.cpython-312.pyc",
         "megatron_dion.egg-info/PKG-INFO",
-        ".mypy_cache/x.json",
-        ".hypothesis/x",
-        "tests/unit/test_container.py",
     ],
 )
 def test_image_is_built_without(path: str) -> None:
@@ -158,7 +102,7 @@ def test_image_is_built_without(path: str) -> None:
         "pretrain_gpt.py",
         "tools/quick_start.py",
         "examples/quick_start.args",
-        "megatron_dion/health/doctor.py",
+        "tools/megatron_dion_tools/doctor/command.py",
     ],
 )
 def test_image_is_built_with(path: str) -> None:
@@ -178,23 +122,20 @@ def context() -> Iterator[str]:
         yield from filter(in_context, names)
 
 
-def test_shell_reads_the_install_script() -> None:
-    subprocess.run(["bash", "-n", INSTALL], check=True)
-    assert os.access(INSTALL, os.X_OK)
-
-
-def test_shellcheck_has_no_complaint_about_any_script() -> None:
-    scripts = [INSTALL, ROOT / ".ci" / "run", *(ROOT / "tools").glob("*.sh")]
-    shellcheck = [program("shellcheck"), *scripts]
+@pytest.mark.parametrize(
+    ("flag", "pattern"),
+    [
+        ("--norc", "docker/*.sh"),
+        ("--norc", ".ci/run"),
+        ("--norc", "tools/*.sh"),
+        ("--shell=bash", "examples/slurm/*.s*"),
+        ("--shell=bash", "examples/slurm/*.env"),
+    ],
+)
+def test_shellcheck_has_no_complaint(flag: str, pattern: str) -> None:
+    shellcheck = [program("shellcheck"), flag, *ROOT.glob(pattern)]
     ended = subprocess.run(shellcheck, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "")
-
-
-def test_install_script_brings_no_apex_and_no_transformer_engine() -> None:
-    code = re.sub(r"^\s*#.*$", "", INSTALL.read_text(), flags=re.MULTILINE)
-    assert "apex" not in code
-    assert "transformer" not in code
-    assert "--upgrade" not in code
 
 
 class Base:
@@ -254,6 +195,7 @@ class Base:
         return answer.stdout.strip()
 
 
+@pytest.mark.slow
 def test_install_script_adds_and_replaces_nothing(tmp_path: Path) -> None:
     base = Base(tmp_path)
     for name in Base.LACKING:
@@ -261,7 +203,7 @@ def test_install_script_adds_and_replaces_nothing(tmp_path: Path) -> None:
     ended = base.install()
     assert ended.returncode == 0, ended.stderr
     assert "adding tqdm tensorboard" in ended.stdout
-    assert "optional kernels" in ended.stdout
+    assert "verdict: " in ended.stdout
     assert [base.version(name) for name in Base.LACKING] == ["99.0", "99.0"]
     for name in ("torch", "megatron-core", "numpy"):
         assert base.version(name) == importlib.metadata.version(name)
@@ -270,6 +212,7 @@ def test_install_script_adds_and_replaces_nothing(tmp_path: Path) -> None:
     assert "doctor" in told.stdout
 
 
+@pytest.mark.slow
 def test_requirement_of_another_torch_is_refused(tmp_path: Path) -> None:
     base = Base(tmp_path)
     base.add_wheel("torch")
@@ -282,6 +225,7 @@ def test_requirement_of_another_torch_is_refused(tmp_path: Path) -> None:
     assert base.version("torch") == importlib.metadata.version("torch")
 
 
+@pytest.mark.slow
 def test_torch_that_was_replaced_all_the_same_is_noticed(tmp_path: Path) -> None:
     base = Base(tmp_path, without=())
     swap = f"""

@@ -144,7 +144,8 @@ def without_interleaving(weight: Tensor, block: int) -> Tensor:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_interleaved_gate_and_up_of_grouped_experts(nursery: Nursery, ranks: int) -> None:
-    weight, interleaved = whole(24), {"moe_mlp_glu_interleave_size": 3}
+    weight = whole(24)
+    interleaved: dict[str, Any] = {"moe_mlp_glu_interleave_size": 3}
     of_ranks = [nursery.run(1, without_interleaving, w, 3)[0] for w in weight.chunk(ranks)]
     gates, ups = zip(*(of_rank.chunk(2) for of_rank in of_ranks), strict=True)
     expected = {"gate": torch.cat(gates), "up": torch.cat(ups)}

@@ -21,6 +21,7 @@ from megatron_dion.sharding import (
     make_plan,
     sets_of,
 )
+from megatron_dion.sharding.plan import Hop
 
 sizes = st.integers(1, 12)
 for_any_layout = settings(
@@ -95,19 +96,28 @@ def test_every_row_of_p_reaches_its_owner_from_all_who_hold_it(layout: Layout) -
                 for row in range(tile.start, tile.stop):
                     rows[tile.matrix][row][sender] += 1
         summed[rank] = rows
+    for name in ("slice_hop", "owner_hop"):
+        before, summed = summed, {}
+        for rank, plan in plans.items():
+            hop: Hop | None = getattr(plan, name)
+            assert (hop is None) == (name == "slice_hop" and max(map(len, layout.holders)) < 4)
+            if hop is None:
+                summed[rank] = before[rank]
+                continue
+            rows = {k: [Counter() for _ in range(layout.matrices[k].columns)] for k in plan.members}
+            for d, tiles in enumerate(hop.receives):
+                sender = Rank(rank.tensor_parallel, d)
+                assert tiles == getattr(plans[sender], name).sends[rank.data_parallel]
+                for tile in tiles:
+                    for row in range(tile.start, tile.stop):
+                        rows[tile.matrix][row].update(before[sender][tile.matrix][row])
+            summed[rank] = rows
     for rank, plan in plans.items():
-        rows = {k: [Counter() for _ in range(layout.matrices[k].columns)] for k in plan.members}
-        for d, tiles in enumerate(plan.data_hop.receives):
-            sender = Rank(rank.tensor_parallel, d)
-            assert tiles == plans[sender].data_hop.sends[rank.data_parallel]
-            for tile in tiles:
-                for row in range(tile.start, tile.stop):
-                    rows[tile.matrix][row].update(summed[sender][tile.matrix][row])
-        for tile in plan.data_hop.sums:
+        for tile in plan.owner_hop.sums:
             assert layout.owners[tile.matrix] == rank.data_parallel
             assert (tile.start, tile.stop) == layout.owned_rows(tile.matrix, rank.tensor_parallel)
             for row in range(tile.start, tile.stop):
-                contributors = rows[tile.matrix][row]
+                contributors = summed[rank][tile.matrix][row]
                 assert set(contributors.values()) == {1}
                 assert set(contributors) == {
                     other
@@ -117,7 +127,7 @@ def test_every_row_of_p_reaches_its_owner_from_all_who_hold_it(layout: Layout) -
                 }
     for d in range(grid.data_parallel_size):  # ranks that orthonormalize together, in one order
         orders = {
-            tuple(tile.matrix for tile in plans[rank].data_hop.sums)
+            tuple(tile.matrix for tile in plans[rank].owner_hop.sums)
             for rank in grid.tensor_group(d)
         }
         [order] = orders

@@ -73,6 +73,8 @@ def test_json_of_two_bucket_sizes_and_a_picture(
         ("8B --optimizer dion:2", r"--optimizer: dion:2: .*\(0, 1\]"),
         ("8B --optimizer dion:1/0", r"--optimizer: dion:1/0: .*\(0, 1\]"),
         ("8B --optimizer sgd", "--optimizer: sgd: write adam, .*dion:FRACTION"),
+        ("8B --search 8 --pp 2", "--pp: --search tries all sizes: leave it out"),
+        ("160M --dp 2 --optimizer dion --plot plan.text", "--plot plan.text: .*take another name"),
         ("8B --tp 0", "--tp: 0 is no whole number of 1 or more"),
         ("8B --memory -1", "--memory: "),
         ("8B --micro-batch-size x", "--micro-batch-size: x is no whole number"),

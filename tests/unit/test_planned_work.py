@@ -64,7 +64,7 @@ def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_si
         sent = Counter(operations=0)
         for plan in plans:
             sent.update(bytes_sent(plan))
-            for tile in plan.data_hop.sums:
+            for tile in plan.owner_hop.sums:
                 r = layout.matrices[tile.matrix].rank
                 sent["operations"] += orthonormalize_flops(tile.stop - tile.start, r)
         most |= sent

@@ -66,7 +66,8 @@ def saved_matrices(contents: Contents) -> tuple[list[SavedMatrix], list[str]]:
             listed = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
             problems.append(f"{name}: {listed} do not fit together")
         dtypes = (str(entry.properties.dtype).removeprefix("torch.") for entry in there.values())
-        matrices.append(SavedMatrix(name, *sizes[WEIGHT], sizes[RIGHT_FACTOR][1], tuple(dtypes)))
+        rows, columns = sizes[WEIGHT]
+        matrices.append(SavedMatrix(name, rows, columns, sizes[RIGHT_FACTOR][1], tuple(dtypes)))
     return sorted(matrices, key=lambda matrix: in_order_of_layers(matrix.name)), problems
 
 
@@ -169,14 +170,12 @@ def _verify(contents: Contents) -> tuple[list[str], dict[str, float]]:
 def _table(matrices: Sequence[SavedMatrix], norms: Mapping[str, float]) -> Iterator[str]:
     width = max(len(matrix.name) for matrix in matrices)
     shown = KINDS if norms else ()
-    for row in (
-        ["matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in shown)],
-        *(
-            [*matrix[:4], _types(matrix), *(f"{norms[matrix.key(kind)]:.6g}" for kind in shown)]
-            for matrix in matrices
-        ),
-    ):
-        yield " ".join([f"{row[0]:{width}}", *(f"{value!s:>14}" for value in row[1:])])
+    rows = [("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in shown))]
+    for matrix in matrices:
+        cells = map(str, (*matrix[:4], _types(matrix)))
+        rows.append((*cells, *(f"{norms[matrix.key(kind)]:.6g}" for kind in shown)))
+    for name, *rest in rows:
+        yield " ".join([f"{name:{width}}", *(f"{value:>14}" for value in rest)])
 
 
 def _types(matrix: SavedMatrix) -> str:

@@ -104,7 +104,6 @@ def _own_checks(args: argparse.Namespace, is_first_of_machine: bool) -> dict[str
     if is_first_of_machine:  # all ranks of a machine would find the same
         checks["gpus"] = partial(gpus.gpus, args.expect_gpus)
         checks["shared memory"] = machine.shared_memory
-        checks["disk"] = partial(machine.disk, args.run_dir)
     return checks
 
 

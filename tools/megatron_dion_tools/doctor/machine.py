@@ -2,7 +2,6 @@
 
 import resource
 import shutil
-import tempfile
 from pathlib import Path
 
 from megatron_dion_tools.doctor.findings import FAILED, OK, WARNING, Finding
@@ -33,17 +32,6 @@ def shared_memory() -> Finding:
     text = f"{total / GIB:.3g} GiB in {SHARED_MEMORY}"
     if total < GIB:
         return Finding(WARNING, text, "docker run --ipc=host, or --shm-size=16g")
-    return Finding(OK, text)
-
-
-def disk(run_dir: Path) -> Finding:
-    """Checkpoints and logs go to the run directory, which the run makes if it is not there."""
-    folder = next(one for one in (run_dir, *run_dir.absolute().parents) if one.is_dir())
-    with tempfile.TemporaryFile(dir=folder):
-        free = shutil.disk_usage(folder).free
-    text, fix = f"{free / GIB:.3g} GiB free for {run_dir}", "free some, or use another --run-dir"
-    if free < 20 * GIB:
-        return Finding(FAILED if free < GIB else WARNING, text, fix)
     return Finding(OK, text)
 
 

@@ -159,6 +159,8 @@ def _run_rank(
 def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
-        return function(*args)
+        result = function(*args)
+        dist.barrier()  # A rank that left earlier would break the connections of the others.
+        return result
     finally:
         dist.destroy_process_group()

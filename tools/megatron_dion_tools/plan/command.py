@@ -140,14 +140,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    sizes = ("tp", "pp", "cp", "ep", "instances")
+    if args.search and (given := [name for name in sizes if getattr(args, name) > 1]):
+        raise ValueError(f"--{given[0]}: --search tries all sizes: leave it out")
     machine = hardware(args.hardware)
     limit = args.memory * 2**30 if args.memory else machine.memory
-    shape, given = read_model(args.model)
+    shape, settings = read_model(args.model)
     if args.seq_length:
         shape = replace(shape, sequence=args.seq_length)
-    micro = args.micro_batch_size or given["micro-batch-size"] or 1
-    global_ = args.global_batch_size or given["global-batch-size"]
-    weight_bytes = {"fp32": 4, None: given["weight-bytes"]}.get(args.dtype, 2)
+    micro = args.micro_batch_size or settings["micro-batch-size"] or 1
+    global_ = args.global_batch_size or settings["global-batch-size"]
+    weight_bytes = {"fp32": 4, None: settings["weight-bytes"]}.get(args.dtype, 2)
     dion = {name: getattr(args, f"dion_{name}") for name in _DION}
     optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
     title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
@@ -164,8 +167,8 @@ def _plan(args: argparse.Namespace) -> None:
             run = Run(shape, Topology(), one, global_batch=batch, **common)
             predictions += search(run, args.search, machine, limit)[:_BEST]
     for dp in [] if args.search else args.dp:
-        sizes = args.tp, args.pp, dp, args.cp, args.ep, args.instances
-        topology = Topology(*sizes, machine.ranks_per_node)
+        own = {name: getattr(args, name) for name in sizes}
+        topology = Topology(dp=dp, ranks_per_node=machine.ranks_per_node, **own)
         batch = global_ or micro * dp * max(8, 4 * args.pp)
         for size in args.bucket_size:
             for one in optimizers:

@@ -8,6 +8,7 @@ norms, and counts of tokens.
 
 from collections.abc import Iterator
 
+from megatron_dion.optimizer.norm_estimate import DRAWS, WIDTH
 from megatron_dion_tools.plan.stage import Stage
 from megatron_dion_tools.plan.updates import Collective, Update
 
@@ -108,6 +109,8 @@ def gradients_and_weights(stage: Stage) -> Iterator[Collective]:
         averaged = section.others if optimizer.compressed_sync else section.numel
         sums = 2 * _share(4 * averaged / group.size, replicas.size)
         yield Collective(f"instances all-reduce{of}", replicas, sums, calls, "backward")
+    if optimizer.compressed_sync:  # the norm of gradients that nobody has
+        yield Collective("gradient norm", replicas, 2 * _share(4 * DRAWS * WIDTH, replicas.size), 1)
 
 
 def activations(stage: Stage) -> Iterator[Collective]:

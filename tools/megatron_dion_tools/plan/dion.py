@@ -12,7 +12,6 @@ from megatron_dion.sharding import (
     Layout,
     Rank,
     ShardedExchange,
-    bytes_sent,
     compression_pays,
     make_plan,
     sets_of,
@@ -46,21 +45,22 @@ def dion(stage: Stage, section: Section) -> Update:
     sets = [(each, replicas) for each in sets_of(layout, averaged, grid.size * replicas)]
     sets += [(each, 1) for each in sets_of(layout, reduced, grid.size * replicas)]
     loads = [_load(layout, rank, sets) for rank in busiest_ranks(layout)]
-    most = {name: max(load[name] for load in loads) for name in loads[0]}
+    names = set[str]().union(*loads)
+    most = {name: float(max(load[name] for load in loads)) for name in names}
     if replicas > 1:  # gradients of weights for which P and R are no smaller
         elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
         most["replicas"] += 8 * elements / section.group.size * (replicas - 1) / replicas
-    elements = section.matrices / section.group.size
+    held = section.matrices / section.group.size
     factors = sum(matrix.rows * matrix.rank for matrix in layout.matrices) / grid.size
     return Update(
-        elements,
+        held,
         {
-            "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * elements,
+            "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * held,
             "right factors": TORCH_DTYPES[config.factor_dtype].itemsize * factors,
             "exchange": most["exchange"],
         },
         # The gradient is checked and added to the momentum; of B two reads, and one change.
-        bytes_passed=58 * elements,
+        bytes_passed=58 * held,
         products=most["products"],
         float32_products=most["float32 products"],
         factorizations=most["factorizations"],
@@ -106,12 +106,12 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
     buffers = []
     for placements, replicas in sets:
         plan = make_plan(layout, rank, placements)
-        found.update(bytes_sent(plan, replicas))
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
+        found.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
         for _, rectangle in plan.rectangles:
             found["products"] += 8 * rectangle.numel * layout.matrices[rectangle.matrix].rank
-        for tile in plan.data_hop.sums:
+        for tile in plan.owner_hop.sums:
             r = layout.matrices[tile.matrix].rank
             found["factorizations"] += orthonormalize_flops(0, r)
             found["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)

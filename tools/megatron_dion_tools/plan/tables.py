@@ -102,7 +102,10 @@ def plot(predictions: Sequence[Prediction], path: Path, title: str) -> None:
         axis.set(title=name, xlabel="data-parallel size", xscale="log", yscale="log")
         axis.set_xticks(sizes, list(map(str, sizes)))
     figure.axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:
+        raise ValueError(f"--plot {path}: {error}: take another name") from error
 
 
 def _columns(values: dict[str, dict[str, float]], kind: str) -> str:

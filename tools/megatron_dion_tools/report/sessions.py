@@ -1,4 +1,4 @@
-"""Which iterations a run did since which of its starts."""
+"""The iterations of a run, by the start of the run that did them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Session(NamedTuple):
 
     @property
     def settled(self) -> list[tuple[Record, int]]:
-        """All iterations but the first, which sets up all things."""
+        """All iterations but the first, in which memory and connections are set up."""
         return self.iterations[1:]
 
     @property
@@ -29,27 +29,27 @@ class Session(NamedTuple):
     @property
     def tokens_per_second(self) -> float:
         """The throughput of settled iterations; of the only one, if there is one."""
-        found = self.settled or self.iterations
-        return sum(tokens for _, tokens in found) / sum(r["iteration_seconds"] for r, _ in found)
+        timed = self.settled or self.iterations
+        return sum(tokens for _, tokens in timed) / sum(r["iteration_seconds"] for r, _ in timed)
 
 
 def sessions(training: Sequence[Record], starts: Sequence[Record]) -> list[Session]:
-    """Which iterations were done since which start.
+    """Divides training records by the starts of the run.
 
     Args:
-        training: training records. What they say of tokens counts from the beginning of the model,
-            so it goes on from what was loaded, and not from the record before, at each start.
-        starts: of starts.jsonl; those without an iteration are left out.
+        training: training records; their tokens are counted from the beginning of the model, which
+            a start may have loaded from another run.
+        starts: the lines of starts.jsonl; a start without an iteration makes no session.
     """
-    found: list[Session] = []
+    divided: list[Session] = []
     began = {start["iteration"]: start for start in starts}
     tokens = 0
     for record in training:
         start = began.get(record["iteration"] - 1)
-        if start is not None or not found:
+        if start is not None or not divided:
             start = start or {"iteration": record["iteration"] - 1}
             tokens = start.get("tokens", tokens)
-            found.append(Session(start, []))
-        found[-1].iterations.append((record, record["tokens"] - tokens))
+            divided.append(Session(start, []))
+        divided[-1].iterations.append((record, record["tokens"] - tokens))
         tokens = record["tokens"]
-    return found
+    return divided
