@@ -60,12 +60,15 @@ class Case(TrainingFile):
         runs: The runs, by name.
         golden: Names of the runs whose curves are kept in the repository.
         checks: Between runs.
+        golden_share: The share of the seed noise by which golden runs may leave their golden
+            curves. In bf16, rounding alone, as on another processor, moves curves by most of one.
     """
 
     description: str
     runs: Mapping[str, RunSpec]
     golden: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+    golden_share: float = SHARE
 
     @property
     def golden_folder(self) -> Path:

@@ -132,7 +132,8 @@ class CaseRuns:
         """
         first = self.case.seeds[0]
         for name in self.case.golden:
-            yield from self._compare(Check((name,), name), name, golden[name][first], golden)
+            check = Check((name,), name, self.case.golden_share)
+            yield from self._compare(check, name, golden[name][first], golden)
         for check in self.case.checks:
             for name in check.runs:
                 reference = self._curves(check.reference)
