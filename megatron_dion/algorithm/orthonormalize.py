@@ -49,7 +49,7 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     differs between topologies, does not decide its direction.
 
     A pass turns a singular value x of P, with columns of unit length, into
-    x sqrt((1 + s) / (x^2 + s)), s = `_shift(r)`. So one stays one and no value exceeds 1 + s / 2.
+    x sqrt((1 + s) / (x^2 + s)), s = `_shift`. So one stays one and no value exceeds 1 + s / 2.
     The first pass turns a residual x of a column into about x / sqrt(s), which the second one
     compares with the shift: a column is dependent if x < 4 s, or if x is `NOISE`.
 
@@ -72,18 +72,20 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     sums.add(packed)
     for p, gram in zip(batches, grams, strict=True):
         squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
-        shift = _shift(gram.shape[1])
-        residual = _divide(p, gram, torch.where(squares > 0, shift * squares, 1.0))
+        lengths = torch.where(squares > 0, squares, 1.0)
+        shift = _shift(gram, lengths)
+        residual = _divide(p, gram, shift, lengths)
         residuals.append(residual / squares.amax(dim=1, keepdim=True).sqrt())
     _multiply(batches, grams)
     sums.add(packed)
     for p, gram, residual in zip(batches, grams, residuals, strict=True):
-        shift = _shift(gram.shape[1])
-        diagonal = _divide(p, gram, torch.full_like(residual, shift))
+        ones = torch.ones_like(residual)
+        shift = _shift(gram, ones)
+        diagonal = _divide(p, gram, shift, ones)
         # The square of a diagonal entry is a squared residual plus the shift, over one plus it.
         squares = diagonal.square() * (1 + shift) - shift
         is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
-        lengthened = diagonal / squares.clamp(min=shift).sqrt()  # by what the shift took
+        lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
         p *= torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
 
 
@@ -116,13 +118,23 @@ def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
             block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
-def _shift(rank: int) -> float:
-    """Above the rounding of a Gram matrix (r, r) of unit columns, in the spectral norm."""
-    return (100 + 8 * rank**0.5) * _UNIT_ROUNDOFF
+def _shift(gram: Tensor, squares: Tensor) -> Tensor:
+    """The shift (batch, 1) of Gram matrices of columns of unit length: above their rounding.
+
+    That grows with the Frobenius norm, which is sqrt(r) for orthonormal columns and r for parallel
+    ones.
+
+    Args:
+        gram: (batch, r, r), of which the upper triangle counts.
+        squares: (batch, r), by which the squared lengths of columns are divided.
+    """
+    weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
+    norm = (weights.mT @ (gram.square() @ weights)).squeeze(2).sqrt()  # (batch, 1)
+    return (16 + 6 * norm) * _UNIT_ROUNDOFF
 
 
-def _divide(p: Tensor, gram: Tensor, shifts: Tensor) -> Tensor:
-    """P = P U^-1, in place, with the Cholesky factor U of (G + diag(shifts)) / (1 + s).
+def _divide(p: Tensor, gram: Tensor, shift: Tensor, squares: Tensor) -> Tensor:
+    """P = P U^-1, in place, with the Cholesky factor U of (G + s diag(squares)) / (1 + s).
 
     Both go on together, block of columns by block of columns. (torch's factorization of a large
     matrix takes longer on a CPU than the products with P.)
@@ -130,13 +142,14 @@ def _divide(p: Tensor, gram: Tensor, shifts: Tensor) -> Tensor:
     Args:
         p: (batch, rows, r).
         gram: G, of which the upper triangle is overwritten with U, (batch, r, r).
-        shifts: (batch, r).
+        shift: s, (batch, 1).
+        squares: (batch, r).
 
     Returns:
         The diagonal of U, (batch, r).
     """
-    gram.diagonal(dim1=1, dim2=2).add_(shifts)
-    gram /= 1 + _shift(gram.shape[1])
+    gram.diagonal(dim1=1, dim2=2).add_(shift * squares)
+    gram /= (1 + shift).unsqueeze(2)
     for start, stop in _blocks(gram.shape[1]):
         above = gram[:, :start, start:stop]  # of U
         rows = gram[:, start:stop, start:]  # of the Gram matrix, and then of U

@@ -90,9 +90,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "rank1": ("--dion-rank-fraction 0.01", {"rank_fraction": 0.01}),
     "lion": ("--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1", {}),
 }
-# Among all directions, one is so nearly dependent that float32, on every grid, makes it zero and the
-# reference does not, or the other way round.
-REFERENCE_TOLERANCE = {"full-rank": 2e-4}
+# At full rank the last columns of P are nearly dependent: float32 knows their directions less well.
+REFERENCE_TOLERANCE = {"full-rank": 1.5e-4}
 PRECISION = {
     "fp32": "",
     "bf16": "--bf16",

@@ -58,7 +58,7 @@ def test_lengths_of_columns_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 40])
-@pytest.mark.parametrize(("n", "r"), [(300, 80), (50, 80), (2000, 41)])
+@pytest.mark.parametrize(("n", "r"), [(300, 80), (50, 80), (2000, 41), (600, 512)])
 def test_dependent_columns_are_zero_whatever_the_order_of_sums(n: int, r: int, rank: int) -> None:
     """P = B^T Q in two orders of summation, with rounding of float32 in every column."""
     b, q = draw(512, rank) @ draw(rank, n, seed=1), draw(512, r, seed=2)
@@ -77,7 +77,7 @@ def test_dependent_columns_between_others() -> None:
     p[:, :, 60] = 0
     q = orthonormal(p)
     assert (q[0].norm(dim=0) == 0).nonzero().flatten().tolist() == [20, 40, 60]
-    assert (q - expected(p)).abs().max() < 1e-5
+    assert (q - expected(p)).abs().max() < 5e-5
 
 
 def test_a_broken_matrix_leaves_the_others_alone() -> None:
