@@ -22,7 +22,7 @@ from megatron_dion_tools.plan.updates import Collective, Update
 _PLANNED = 16
 """A grid with no more ranks is planned rank by rank; of a larger one only the busiest ranks are."""
 
-_CALLS = {"tensor": 8, "data": 4, "replicas": 3}
+_CALLS = {"tensor": 8, "data": 6, "replicas": 3}
 """About how many collectives a set of weights makes in a step (docs/design.md)."""
 
 
