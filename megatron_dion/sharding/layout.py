@@ -93,7 +93,7 @@ class Layout:
         self.matrices = tuple(matrices)
         self.matrices_of = tuple(matrices_of)
         # Of the instance: a cached method would keep every layout alive.
-        self.rectangles = lru_cache(maxsize=1024)(self._rectangles)
+        self.rectangles = lru_cache(maxsize=1 << 16)(self._rectangles)
 
     def _rectangles(self, placement: int, rank: Rank) -> tuple[Rectangle, ...]:
         """What a rank holds of the matrices of a weight, in the order of memory."""
