@@ -24,7 +24,6 @@ TOPOLOGIES = {
     "tp2-dp2": (4, 6, TP2),
     "pp2-vpp2": (2, 6, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
     "instances": (2, 6, "--num-distributed-optimizer-instances 2"),
-    "compressed": (2, 6, "--num-distributed-optimizer-instances 2 --dion-compressed-sync"),
 }
 
 
