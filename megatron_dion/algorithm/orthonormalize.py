@@ -48,10 +48,10 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     the result is finite for every finite P, its other columns are orthonormal, and rounding, which
     differs between topologies, does not decide its direction.
 
-    A pass turns a singular value x of P, with columns of unit length, into
-    x sqrt((1 + s) / (x^2 + s)), s = `_shift`. So one stays one and no value exceeds 1 + s / 2.
-    The first pass turns a residual x of a column into about x / sqrt(s), which the second one
-    compares with the shift: a column is dependent if x < 4 s, or if x is `NOISE`.
+    A pass turns a singular value x of P, with columns of unit length, into x / sqrt(x^2 + s),
+    s = `_shift`, so no value exceeds one. The first pass turns a residual x of a column into about
+    x / sqrt(s), which the second one compares with the shift: a column is dependent if x < 4 s, or
+    if x is `NOISE`. In the end every other column gets length one.
 
     Args:
         batches: each (batch, rows, r) float32, the rows of P that this process holds; r may exceed
@@ -63,7 +63,7 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     _scale(batches, sums)
     residuals: list[Tensor] = []
     sizes = [len(p) * p.shape[2] ** 2 for p in batches]
-    packed = torch.zeros(sum(sizes), device=batches[0].device)
+    packed = torch.empty(sum(sizes), device=batches[0].device)
     grams = [
         memory.view(len(p), p.shape[2], p.shape[2])
         for p, memory in zip(batches, packed.split(sizes), strict=True)
@@ -82,8 +82,7 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
         ones = torch.ones_like(residual)
         shift = _shift(gram, ones)
         diagonal = _divide(p, gram, shift, ones)
-        # The square of a diagonal entry is a squared residual plus the shift, over one plus it.
-        squares = diagonal.square() * (1 + shift) - shift
+        squares = diagonal.square() - shift  # of the residuals
         is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
         lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
         p *= torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
@@ -91,7 +90,7 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
     """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
-    blocks = -(-rank // _block_size(rank))
+    blocks = len(_blocks(rank, torch.device("cuda")))
     share = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
     return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
 
@@ -113,7 +112,7 @@ def _scale(batches: Sequence[Tensor], sums: RowSums) -> None:
 def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
     """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
     for p, gram in zip(batches, grams, strict=True):
-        for start, stop in _blocks(p.shape[2]):
+        for start, stop in _blocks(p.shape[2], p.device):
             block = gram[:, start:stop, start:]
             block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
@@ -121,22 +120,27 @@ def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
 def _shift(gram: Tensor, squares: Tensor) -> Tensor:
     """The shift (batch, 1) of Gram matrices of columns of unit length: above their rounding.
 
-    That grows with the Frobenius norm, which is sqrt(r) for orthonormal columns and r for parallel
-    ones.
+    That grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal columns
+    and r for parallel ones.
 
     Args:
-        gram: (batch, r, r), of which the upper triangle counts.
+        gram: (batch, r, r).
         squares: (batch, r), by which the squared lengths of columns are divided.
     """
     weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
-    norm = (weights.mT @ (gram.square() @ weights)).squeeze(2).sqrt()  # (batch, 1)
-    return (16 + 6 * norm) * _UNIT_ROUNDOFF
+    square = torch.zeros_like(weights[:, :1])
+    for start, stop in _blocks(
+        gram.shape[1], gram.device
+    ):  # what is squared at a time fits in a CPU's cache
+        entries = gram[:, start:stop, start:].square()
+        square += weights[:, start:stop].mT @ (entries @ weights[:, start:])
+    return (16 + 6 * square.squeeze(2).sqrt()) * _UNIT_ROUNDOFF
 
 
 def _divide(p: Tensor, gram: Tensor, shift: Tensor, squares: Tensor) -> Tensor:
-    """P = P U^-1, in place, with the Cholesky factor U of (G + s diag(squares)) / (1 + s).
+    """P = P U^-1, in place, with the Cholesky factor U of G + s diag(squares).
 
-    Both go on together, block of columns by block of columns. (torch's factorization of a large
+    Both go on together, half of the columns after the other. (torch's factorization of a large
     matrix takes longer on a CPU than the products with P.)
 
     Args:
@@ -149,28 +153,35 @@ def _divide(p: Tensor, gram: Tensor, shift: Tensor, squares: Tensor) -> Tensor:
         The diagonal of U, (batch, r).
     """
     gram.diagonal(dim1=1, dim2=2).add_(shift * squares)
-    gram /= (1 + shift).unsqueeze(2)
-    for start, stop in _blocks(gram.shape[1]):
-        above = gram[:, :start, start:stop]  # of U
-        rows = gram[:, start:stop, start:]  # of the Gram matrix, and then of U
-        columns = p[:, :, start:stop]
-        if start:
-            rows.baddbmm_(above.mT, gram[:, :start, start:], alpha=-1)
-            columns.baddbmm_(p[:, :, :start], above, alpha=-1)
-        size = stop - start
-        upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
-        identity = torch.eye(size, device=p.device)
-        inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-        rows[:, :, :size] = upper
-        rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
-        columns.copy_(columns @ inverse)
+    _divide_columns(p, gram, 0, gram.shape[1])
     return gram.diagonal(dim1=1, dim2=2)
 
 
-def _blocks(rank: int) -> list[tuple[int, int]]:
-    size = _block_size(rank)
+def _divide_columns(p: Tensor, gram: Tensor, start: int, stop: int) -> None:
+    """Rows start:stop of U, and these columns of P U^-1, from which those before are taken off."""
+    size = stop - start
+    if size > _block_size(gram.shape[1], p.device):
+        middle = start + size // 2
+        _divide_columns(p, gram, start, middle)
+        upper = gram[:, start:middle, middle:]
+        gram[:, middle:stop, middle:].baddbmm_(upper[:, :, : stop - middle].mT, upper, alpha=-1)
+        p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], upper[:, :, : stop - middle], alpha=-1)
+        _divide_columns(p, gram, middle, stop)
+        return
+    rows, columns = gram[:, start:stop, start:], p[:, :, start:stop]
+    upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
+    identity = torch.eye(size, device=p.device)
+    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    rows[:, :, :size] = upper
+    rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
+    columns.copy_(columns @ inverse)
+
+
+def _blocks(rank: int, device: torch.device) -> list[tuple[int, int]]:
+    size = _block_size(rank, device)
     return [(start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
-def _block_size(rank: int) -> int:
-    return max(_LEAST_BLOCK, -(-rank // _BLOCKS))
+def _block_size(rank: int, device: torch.device) -> int:
+    """Columns of which the triangle is not used; on a GPU, few calls are worth more."""
+    return _LEAST_BLOCK if device.type == "cpu" else max(_LEAST_BLOCK, -(-rank // _BLOCKS))
