@@ -43,17 +43,31 @@ class ReferenceMatrix:
         """One step of Dion (paper, algorithm 1) with `gradient` (m, n)."""
         m, n = self.weight.shape
         b = self.momentum + gradient.double()  # (m, n)
-        p = _orthonormal_columns(b.T @ self.right_factor)  # (n, r)
+        p = orthonormal_columns(b.T @ self.right_factor)  # (n, r)
         r = b @ p  # (m, r)
-        self.momentum = b - (1 - config.momentum) * r @ p.T
         norms = r.norm(dim=0)  # (r,)
         q = r / (norms + config.eps)  # (m, r)
-        self.weight = (1 - lr * weight_decay) * self.weight - lr * config.scale(m, n) * q @ p.T
+        if config.residual == "none":
+            self.momentum = b - (1 - config.momentum) * r @ p.T
+            update = q @ p.T
+        else:
+            self.momentum = config.momentum * b
+            update = q @ p.T + _equal_rows(b, b - r @ p.T, config)
+        self.weight = (1 - lr * weight_decay) * self.weight - lr * config.scale(m, n) * update
         # A column without any gradient keeps its direction.
         self.right_factor = torch.where(norms > 0, q, self.right_factor)
 
 
-def _orthonormal_columns(p: Tensor) -> Tensor:
+def _equal_rows(b: Tensor, residual: Tensor, config: DionConfig) -> Tensor:
+    """Rows of the residual (m, n) of B with the length that the missing directions would have."""
+    m, n = b.shape
+    length = math.sqrt((min(m, n) - config.rank(m, n)) / m)
+    size = b.norm(dim=1, keepdim=True)
+    damped = torch.sqrt(residual.norm(dim=1, keepdim=True) ** 2 + (size / 32) ** 2) + config.eps
+    return torch.where(size < 1e19, length / damped * residual, 0.0)
+
+
+def orthonormal_columns(p: Tensor) -> Tensor:
     """Gram-Schmidt on the columns of P (n, r), made twice; a dependent column becomes zero.
 
     Float32 tells a residual from rounding down to some share of the column's own norm and of the

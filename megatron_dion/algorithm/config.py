@@ -56,6 +56,10 @@ class DionConfig:
     momentum: float = checked(0.95, lambda x: 0 <= x < 1, "in [0, 1)")
     """Coefficient mu of momentum and error feedback, in [0, 1)."""
 
+    residual: Literal["none", "rows"] = "none"
+    """How a weight moves along what P does not capture of B: none, with error feedback, is the
+    paper's Dion; with rows, every row of the residual moves by the same length."""
+
     scale_mode: Literal["dion", "spectral", "unit_rms_norm"] = "spectral"
     """How the size of an update depends on the shape m x n of its matrix: spectral is
     0.2 sqrt(max(m, n)), dion and unit_rms_norm are sqrt(m / n)."""
@@ -97,6 +101,14 @@ class DionConfig:
         # The small subtraction keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
         multiples = math.ceil(self.rank_fraction * min(m, n) / multiple - 1e-9)
         return min(m, n, multiple * max(1, multiples))
+
+    def residual_row(self, m: int, n: int) -> float:
+        """Length by which a row of the residual moves, before the scale.
+
+        Q P^T has Frobenius norm sqrt(r); with the residual's, min(m, n) - r, that of an orthonormal
+        matrix of full rank.
+        """
+        return math.sqrt((min(m, n) - self.rank(m, n)) / m)
 
     def scale(self, m: int, n: int) -> float:
         """Factor on the learning rate for the update of an m x n matrix (output x input)."""

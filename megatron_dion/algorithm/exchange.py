@@ -40,6 +40,11 @@ class Exchange(Protocol):
     """Where the matrices are."""
     row_sums: RowSums
     """Combines processes that hold other rows of the same orthonormalized P."""
+    numbers: Tensor
+    """(count,) float64: of each stepped matrix r squares of columns of R; then of each ||B||^2."""
+    has_residual: bool
+    """Whether weights move along the residual, too. Where gradients differ between replicas, they
+    do not: the residuals differ as well."""
 
     def gather_right(self) -> Steps:
         """Completes the `right_factor`s of rows of which processes store different columns."""
@@ -60,5 +65,8 @@ class Exchange(Protocol):
     def sum_right(self) -> Steps:
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
-    def sum_numbers(self, numbers: Tensor) -> Steps:
-        """Sums (count,) float64 over all processes, in place."""
+    def clear_numbers(self) -> None:
+        """Sets `numbers` and the `row_squares` of blocks to zero."""
+
+    def sum_numbers(self) -> Steps:
+        """Sums `numbers` over all processes, and `row_squares` over those that hold the row."""

@@ -9,11 +9,20 @@ For one logical matrix W (m, n) with momentum M (m, n) and right factor Q (m, r)
     Q = R / (||R||_column + eps)                     (m, r)
     W = (1 - lr wd) W - lr scale Q P^T               (m, n)
 
-which is algorithm 1 of the Dion paper (arXiv 2504.05295) applied to W^T. Blocks are rectangles of
-W that share no element. P is a sum over the blocks that share columns, R a sum over those that
-share rows; an `Exchange` carries out these sums across processes.
+which is algorithm 1 of the Dion paper (arXiv 2504.05295) applied to W^T. With `residual="rows"`, W
+moves also along E = B - R P^T, every row of it by the same length, and there is no error feedback:
+
+    M = mu B                                         (m, n)
+    W = (1 - lr wd) W - lr scale (Q P^T + S E)       (m, n)
+    s_i = sqrt((min(m, n) - r) / m) / (sqrt(||E_i||^2 + (FLOOR ||B_i||)^2) + eps)
+
+E is not formed: Q P^T + S E = (Q - S R) P^T + S B, and ||E_i||^2 = ||B_i||^2 - ||R_i||^2.
+
+Blocks are rectangles of W that share no element. P is a sum over the blocks that share columns, R a
+sum over those that share rows; an `Exchange` carries out these sums across processes.
 """
 
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +34,13 @@ from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Matrix
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
+
+FLOOR = 1 / 32
+"""Where less than about this share of a row of B is left in E, the row moves by less than others.
+
+P is orthonormal to 1e-6 or so, and so uncertain is ||E_i||^2 / ||B_i||^2 in float32. With the floor
+that changes s_i by 1e-6 / FLOOR^2 at most, and what rounding leaves in E, 1e-6 ||B_i||, moves a row
+by less than 1e-4 of the others' length."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -51,6 +67,8 @@ class Block:
         left_factor: (columns, r), the rows of P that belong to the block's columns. Blocks of
             a matrix that overlap in columns share this memory.
         projection: (k, rows, r), the rows of R.
+        row_squares: (k, rows) float64, for the squared norms of the rows of B, whole rows of it;
+            (k, 0) in steps without residual.
         multiplied: the rows for which this process computes products with B; of the others, which
             it holds as well, another process does.
         counted: the rows of R whose norms this process counts. Every row of a matrix is counted
@@ -68,6 +86,7 @@ class Block:
     stored_columns: slice
     left_factor: Tensor
     projection: Tensor
+    row_squares: Tensor
     multiplied: slice
     counted: slice
     is_copied: bool = False
@@ -84,14 +103,16 @@ class Figures:
     Attributes:
         matrix: index of the matrix.
         columns: (r,) float64, the squared column norms of R.
-        total: (1,) float64, ||B||_F^2; empty if the step is not measured.
+        total: (1,) float64, ||B||_F^2.
         scaled_lr: lr scale.
+        has_residual: whether the weight moved along the residual, too.
     """
 
     matrix: int
     columns: Tensor
     total: Tensor
     scaled_lr: float
+    has_residual: bool
 
 
 def dion_step(
@@ -115,7 +136,7 @@ def dion_step(
         spread P            from the owner
         project to R        projection = B P (m, r)
         sum R               over the processes that hold columns
-        measure R           column norms (r,)
+        measure             column norms of R (r,), and row norms of B (m,) for the residual
         update M, W, Q      (m, n), (m, n), (m, r)
 
     A step is a generator: it yields whenever it waits for other processes, so that another step,
@@ -129,10 +150,10 @@ def dion_step(
         config: hyperparameters.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
-        is_measured: whether ||B||_F is wanted, too; the same on every process.
+        is_measured: whether figures are wanted; the same on every process.
 
     Returns:
-        The figures of all matrices of which this process has a block.
+        The figures of all matrices of which this process has a block, if the step is measured.
     """
     _load_right(blocks)
     yield from exchange.gather_right()
@@ -143,15 +164,27 @@ def dion_step(
     yield from exchange.spread_left()
     _project_right(blocks, config)
     yield from exchange.sum_right()
-    squares = _Squares(matrices, members, exchange.device, is_measured)
-    squares.count(blocks)
-    yield from exchange.sum_numbers(squares.packed)
+    exchange.clear_numbers()
+    squares = _Squares(matrices, members, exchange.numbers)
+    squares.count(blocks, is_measured)
+    if exchange.has_residual:
+        _measure_rows(blocks)
+    yield from exchange.sum_numbers()
     scales = [config.scale(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks]
     scaled_lrs = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
     shrinks = [1 - lr * decay for lr, decay in zip(learning_rates, weight_decays, strict=True)]
-    _update(blocks, squares.columns, config, scaled_lrs, shrinks)
+    lengths = [
+        config.residual_row(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks
+    ]
+    row_lengths = lengths if exchange.has_residual else None
+    _update(blocks, squares.columns, config, scaled_lrs, shrinks, row_lengths)
+    if not is_measured:
+        return []
     lr_of = {block.matrix: lr for block, lr in zip(blocks, scaled_lrs, strict=True)}
-    return [Figures(k, squares.columns[k], squares.totals[k], lr) for k, lr in lr_of.items()]
+    return [
+        Figures(k, squares.columns[k].clone(), squares.totals[k].clone(), lr, exchange.has_residual)
+        for k, lr in lr_of.items()
+    ]
 
 
 def interleave[Result](steps: Iterable[Generator[None, None, Result]]) -> list[Result]:
@@ -199,39 +232,42 @@ def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
 
 
 class _Squares:
-    """Sums of squares of all members of a step, in one tensor.
+    """Sums of squares of all members of a step.
 
     They are float64, in which the square of every float32 is a normal number, and in which the
     order of a sum, which differs between topologies, does not show after rounding to float32.
 
     Attributes:
-        packed: (count,) all of them.
         columns: for each member the squared norms of the columns of R, (r,).
-        totals: for each member ||B||_F^2, (1,); (0,) in a step that is not measured.
+        totals: for each member ||B||_F^2, (1,).
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[Matrix],
-        members: Sequence[int],
-        device: torch.device,
-        is_measured: bool,
-    ) -> None:
-        sizes = [matrices[k].rank for k in members] + [int(is_measured)] * len(members)
-        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        parts = self.packed.split(sizes) if sizes else ()
+    def __init__(self, matrices: Sequence[Matrix], members: Sequence[int], numbers: Tensor) -> None:
+        sizes = [matrices[k].rank for k in members] + [1] * len(members)
+        parts = numbers.split(sizes) if sizes else ()
         self.columns = dict(zip(members, parts, strict=False))
         self.totals = dict(zip(members, parts[len(members) :], strict=True))
 
-    def count(self, blocks: Sequence[Block]) -> None:
-        """Adds what this process has."""
+    def count(self, blocks: Sequence[Block], is_measured: bool) -> None:
+        """Adds what this process has; totals only if the step is measured."""
         for block in blocks:
             rows = _narrow(block.projection, block.counted, dim=1).double()
             self.columns[block.matrix] += rows.square_().sum(dim=(0, 1))
-            if self.totals[block.matrix].numel():
+            if is_measured:
                 total = block.multiplied_rows(block.total)
                 norm = torch.linalg.vector_norm(total, dtype=torch.float64)
                 self.totals[block.matrix] += norm.square()
+
+
+def _measure_rows(blocks: Sequence[Block]) -> None:
+    """Squares of what this process has of the rows of B.
+
+    The norms are float32, which needs no copy of B. A row whose norm is beyond 1e19, which is
+    infinite in it, does not move along its residual.
+    """
+    for block in blocks:
+        norms = torch.linalg.vector_norm(block.multiplied_rows(block.total), dim=2)  # (k, rows)
+        block.multiplied_rows(block.row_squares).copy_(norms).square_()
 
 
 def _update(
@@ -240,33 +276,47 @@ def _update(
     config: DionConfig,
     scaled_lrs: Sequence[float],
     shrinks: Sequence[float],
+    row_lengths: Sequence[float] | None,
 ) -> None:
+    """M, W and Q; with the lengths by which rows of E move, one for each block, along these too."""
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    with matmul_precision(config.fp32_matmul_prec):
-        for block, projection, left in zip(blocks, projections, lefts, strict=True):
-            outer = _repeated(left.T, len(projection))
-            block.total.baddbmm_(projection, outer, alpha=config.momentum - 1)
-    rounded = [block for block in blocks if block.momentum is not block.total]
-    copy_all([block.momentum for block in rounded], [block.total for block in rounded])
     norms = {k: squares[k].sqrt() for k in {block.matrix for block in blocks}}
     factors = {k: (1 / (norm + config.eps)).float() for k, norm in norms.items()}
-    rights = projections  # R becomes Q in its place
-    for right, block in zip(rights, blocks, strict=True):
-        right *= factors[block.matrix]
-    steps = zip(blocks, rights, lefts, scaled_lrs, shrinks, strict=True)
-    with matmul_precision(config.fp32_matmul_prec):
-        for block, right, left, scaled_lr, shrink in steps:
-            outer = _repeated(left.T, len(right))
-            block.weight.baddbmm_(right, outer, beta=shrink, alpha=-scaled_lr)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
     unchanged = {k: (norm == 0).float() for k, norm in norms.items()}
-    for block, right in zip(blocks, rights, strict=True):
-        stored = block.stored_right
-        stored *= unchanged[block.matrix][block.stored_columns]
-        stored += right[..., block.stored_columns]
+    lengths = row_lengths or [0.0] * len(blocks)
+    steps = zip(blocks, projections, lefts, scaled_lrs, shrinks, lengths, strict=True)
+    with matmul_precision(config.fp32_matmul_prec):
+        for block, right, left, scaled_lr, shrink, length in steps:
+            outer = _repeated(left.T, len(right))  # (k, r, columns)
+            factor = factors[block.matrix]
+            if row_lengths is None:
+                block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
+                direction = right.mul_(factor)  # R becomes Q in its place
+            else:
+                scales = _row_scales(block, right, length, config)  # S, (k, rows, 1)
+                direction = right * (factor - scales)  # Q - S R, (k, rows, r)
+                right *= factor
+            block.weight.baddbmm_(direction, outer, beta=shrink, alpha=-scaled_lr)
+            if row_lengths is not None:
+                block.weight.addcmul_(block.total, scales, value=-scaled_lr)
+                block.total *= config.momentum
+            block.stored_right *= unchanged[block.matrix][block.stored_columns]
+            block.stored_right += right[..., block.stored_columns]
+    rounded = [block for block in blocks if block.momentum is not block.total]
+    copy_all([block.momentum for block in rounded], [block.total for block in rounded])
+
+
+def _row_scales(block: Block, projection: Tensor, length: float, config: DionConfig) -> Tensor:
+    """The diagonal of S, (k, rows, 1), from whole rows of R, (k, rows, r)."""
+    captured = torch.linalg.vector_norm(projection, dim=2).double().square_()  # (k, rows)
+    residual = (block.row_squares - captured).clamp_(min=0)
+    norms = residual.add_(block.row_squares, alpha=FLOOR**2).sqrt_()
+    norms.nan_to_num_(nan=math.inf, posinf=math.inf)  # where float32 had no number for it
+    return (length / (norms + config.eps)).float().unsqueeze(2)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -234,14 +234,25 @@ class Binding:
         }
         with exchange.allocated():  # views of its buffers can be made only then
             blocks = [
-                self._block(placement, next(stored[placement]), left, projection)
-                for (placement, _), left, projection in zip(
-                    plan.rectangles, exchange.lefts, exchange.projections, strict=True
+                self._block(placement, next(stored[placement]), left, projection, row_squares)
+                for (placement, _), left, projection, row_squares in zip(
+                    plan.rectangles,
+                    exchange.lefts,
+                    exchange.projections,
+                    exchange.row_squares,
+                    strict=True,
                 )
             ]
             return StepSet(plan, exchange, _stacked(blocks))
 
-    def _block(self, placement: int, right: RightRows, left: Tensor, projection: Tensor) -> Block:
+    def _block(
+        self,
+        placement: int,
+        right: RightRows,
+        left: Tensor,
+        projection: Tensor,
+        row_squares: Tensor,
+    ) -> Block:
         """One rectangle, without the dimension k."""
         layout, rank, rectangle = self.layout, self._distribution.rank, right.rectangle
         tensor = self._distribution.tensors[placement]
@@ -260,6 +271,7 @@ class Binding:
             stored_columns=right.columns,
             left_factor=left,
             projection=projection,
+            row_squares=row_squares,
             multiplied=share if is_copied else slice(0, rectangle.rows),
             counted=share if right.is_first_of_row else slice(0, 0),
             is_copied=is_copied,
@@ -277,7 +289,10 @@ def _by_gradient_sync(
     return [i for i in everything if pays[i]], [i for i in everything if not pays[i]]
 
 
-_STACKED = ("weight", "total", "momentum", "right_factor", "stored_right", "projection")
+_STACKED = (
+    *("weight", "total", "momentum", "right_factor", "stored_right", "projection"),
+    "row_squares",
+)
 
 
 def _stacked(blocks: Sequence[Block]) -> list[Block]:

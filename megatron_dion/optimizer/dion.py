@@ -215,18 +215,27 @@ class Dion(torch.optim.Optimizer):
             )
 
     def _diagnose(self, matrix: Matrix, figures: Figures) -> MatrixDiagnostics:
-        """With P orthonormal, ||B||^2 = ||R||^2 + ||B - R P^T||^2, and M keeps mu of R P^T."""
-        total, squares = float(figures.total), figures.columns
+        """With P orthonormal, ||B||^2 = ||R||^2 + ||E||^2, and M keeps mu of R P^T, or of B.
+
+        The floor of short rows of E is not looked at.
+        """
+        total, squares, mu = float(figures.total), figures.columns, self.config.momentum
         norms = squares.sqrt()
         projected = float(squares.sum())
+        update = float((norms / (norms + self.config.eps)).square().sum())
+        momentum = total - (1 - mu**2) * projected
+        if figures.has_residual:
+            row = self.config.residual_row(matrix.rows, matrix.columns)
+            update += matrix.rows * row**2 if total > projected else 0.0
+            momentum = mu**2 * total
         return MatrixDiagnostics(
             name=matrix.name,
             rows=matrix.rows,
             columns=matrix.columns,
             rank=matrix.rank,
             captured=math.sqrt(projected / max(total, projected)) if total else None,
-            update_norm=figures.scaled_lr * float((norms / (norms + self.config.eps)).norm()),
-            momentum_norm=math.sqrt(abs(total - (1 - self.config.momentum**2) * projected)),
+            update_norm=figures.scaled_lr * math.sqrt(update),
+            momentum_norm=math.sqrt(abs(momentum)),
         )
 
     @property

@@ -41,12 +41,14 @@ class Setup(NamedTuple):
         groups: the processes.
         replicas: number of ranks in `groups.replicas`, over which P and R are averaged.
         wire: the type in which P and R travel.
+        has_residual: whether weights move along the residual, too.
     """
 
     plan: Plan
     groups: Groups
     replicas: int
     wire: torch.dtype
+    has_residual: bool
 
 
 class GroupSums:

@@ -18,11 +18,10 @@ from megatron_dion.sharding.collectives import (
     Groups,
     GroupSums,
     Setup,
-    all_reduce,
-    ring_bytes,
     size_of,
 )
 from megatron_dion.sharding.left_factor import LeftFactorExchange
+from megatron_dion.sharding.norms import NormExchange
 from megatron_dion.sharding.plan import Plan
 from megatron_dion.sharding.right_factor import RightFactorExchange
 
@@ -42,8 +41,11 @@ class ShardedExchange:
         device: where the matrices are.
         nbytes: the most bytes that the buffers take at a time.
         row_sums: combines the tensor-parallel ranks, which share the rows of every owned P.
+        has_residual: whether weights move along the residual, too; not with replicas.
+        numbers: squared norms of the columns of R and of B, of all members.
         lefts: for each rectangle of the plan the rows of P, (columns, r), of its columns.
         projections: for each rectangle of the plan its rows of R, (rows, r).
+        row_squares: for each rectangle of the plan the squared norms of its rows of B, (rows,).
     """
 
     def __init__(
@@ -51,15 +53,18 @@ class ShardedExchange:
     ) -> None:
         self.device = device
         self.row_sums: RowSums = GroupSums(groups.tensor)
-        self._plan = plan
-        self._groups = groups
         self._memory, self._left_transit, right_transit = (Buffers(device) for _ in range(3))
         count = size_of(groups.replicas) if replicas is None else replicas
-        setup = Setup(plan, groups, count, TORCH_DTYPES[plan.layout.config.comm_dtype])
+        config = plan.layout.config
+        self.has_residual = config.residual == "rows" and count == 1
+        setup = Setup(plan, groups, count, TORCH_DTYPES[config.comm_dtype], self.has_residual)
         self._left = LeftFactorExchange(setup, self._memory, self._left_transit)
         self._right = RightFactorExchange(setup, self._memory, right_transit)
+        self._norms = NormExchange(setup, self._memory)
+        self.numbers = self._norms.of_matrices
         self.lefts = self._left.of_rectangles
         self.projections = self._right.of_rectangles
+        self.row_squares = self._norms.of_rectangles
         transit = self._left_transit.nbytes, right_transit.nbytes
         self.nbytes = self._memory.nbytes + max(transit)
         for buffers in (self._memory, self._left_transit, right_transit):
@@ -71,11 +76,7 @@ class ShardedExchange:
         Returns:
             Bytes by group: `tensor`, `data` and `replicas`.
         """
-        sent = self._left.bytes_sent() + self._right.bytes_sent()
-        layout = self._plan.layout
-        numbers = 8 * sum(layout.matrices[k].rank for k in self._plan.members)
-        sent["tensor"] += ring_bytes(numbers, layout.grid.tensor_parallel_size)
-        sent["data"] += ring_bytes(numbers, layout.grid.data_parallel_size)
+        sent = self._left.bytes_sent() + self._right.bytes_sent() + self._norms.bytes_sent()
         return {name: sent[name] for name in ("tensor", "data", "replicas")}
 
     @contextmanager
@@ -105,9 +106,11 @@ class ShardedExchange:
     def sum_right(self) -> Steps:
         yield from self._right.sum()
 
-    def sum_numbers(self, numbers: Tensor) -> Steps:
-        yield from all_reduce(numbers, self._groups.tensor)
-        yield from all_reduce(numbers, self._groups.data)
+    def clear_numbers(self) -> None:
+        self._norms.clear()
+
+    def sum_numbers(self) -> Steps:
+        yield from self._norms.sum()
 
 
 def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:

@@ -160,17 +160,23 @@ class Layout:
         first, last = tensor_parallel_rank, tensor_parallel_rank + 1
         return length * first // size, length * last // size
 
+    def local_row(self, placement: int, rectangle: Rectangle, rank: Rank) -> int:
+        """The row of the rank's parameter with which a rectangle begins."""
+        where = self.placements[placement]
+        start, _ = where.piece(rank.data_parallel, self.grid.data_parallel_size)
+        return (start + rectangle.offset) // where.weight.columns
+
     def holders_of_cut_row(self, placement: int, rectangle: Rectangle, rank: Rank) -> range:
         """The data-parallel ranks that hold columns of a rectangle's row, if its row is cut."""
         if not rectangle.cut:
             return range(0)
         where = self.placements[placement]
         size, width = self.grid.data_parallel_size, where.weight.columns
-        start, _ = where.piece(rank.data_parallel, size)
-        first = (start + rectangle.offset) // width * width
+        first = self.local_row(placement, rectangle, rank) * width
         return where.holders(size, first, first + width)
 
-    def has_cut_rows(self, placement: int) -> bool:
-        """Whether columns of any row lie on several data-parallel ranks."""
+    def cut_rows(self, placement: int) -> tuple[int, ...]:
+        """Rows of the parameter whose columns lie on several data-parallel ranks."""
         where, size = self.placements[placement], self.grid.data_parallel_size
-        return any(where.piece(d, size)[1] % where.weight.columns for d in where.holders(size))
+        ends = [divmod(where.piece(d, size)[1], where.weight.columns) for d in where.holders(size)]
+        return tuple(dict.fromkeys(row for row, columns in ends if columns))

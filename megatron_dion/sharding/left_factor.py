@@ -30,7 +30,7 @@ class LeftFactorExchange:
     """
 
     def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
-        plan, groups, replicas, wire = setup
+        plan, groups, replicas, wire, _ = setup
         self._wire = wire
         self._replicas = groups.replicas
         self._replica_count = replicas

@@ -59,7 +59,8 @@ class Plan:
     Attributes:
         layout: of all matrices.
         rank: the rank.
-        members: the matrices that are stepped, the same on every rank of the grid.
+        placements: the weights that are stepped, the same on every rank of the grid.
+        members: their matrices.
         rectangles: what this rank holds, (index of the placement, rectangle) each; first those
             whose rows other tensor-parallel ranks have too.
         tiles: the rows of P to which this rank contributes, one tile for each matrix.
@@ -75,6 +76,7 @@ class Plan:
 
     layout: Layout
     rank: Rank
+    placements: tuple[int, ...]
     members: tuple[int, ...]
     rectangles: tuple[tuple[int, Rectangle], ...]
     tiles: tuple[Tile, ...]
@@ -101,6 +103,7 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
     return Plan(
         layout=layout,
         rank=rank,
+        placements=tuple(chosen),
         members=tuple(members),
         rectangles=tuple(rectangles),
         tiles=_tiles(layout, rank, chosen),
@@ -108,7 +111,7 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
         slice_hop=_slice_hop(layout, rank, chosen),
         owner_hop=_owner_hop(layout, rank, chosen),
         cut_rows=_cut_rows(layout, rank, rectangles),
-        has_cut_rows=any(map(layout.has_cut_rows, chosen)),
+        has_cut_rows=any(map(layout.cut_rows, chosen)),
         has_partial_rows=any(map(layout.shares_rows, chosen)),
     )
 

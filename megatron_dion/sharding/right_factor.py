@@ -35,7 +35,7 @@ class RightFactorExchange:
     """
 
     def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
-        plan, groups, replicas, wire = setup
+        plan, groups, replicas, wire, _ = setup
         self._groups = groups
         self._replicas = replicas
         self._transit = transit
@@ -154,7 +154,7 @@ class _CutRows:
     """
 
     def __init__(self, setup: Setup, projections: Sequence[Tensor], transit: Buffers) -> None:
-        plan, groups, _, wire = setup
+        plan, groups, _, wire, _ = setup
         self._group = groups.data
         self._is_needed = plan.has_cut_rows
         row_of = {

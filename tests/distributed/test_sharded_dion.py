@@ -6,10 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import exchange, left_factor, right_factor
+from megatron_dion.sharding import (
+    compression_pays,
+    exchange,
+    left_factor,
+    norms,
+    right_factor,
+)
 from tests.distributed.sharded import (
     ODD,
     STEPS,
@@ -25,6 +32,7 @@ from tests.distributed.sharded import (
 from tests.worlds import world
 
 ALONE = (Shape("alone", 72, 200, 0),)
+RESIDUALS = pytest.mark.parametrize("residual", ["none", "rows"])
 GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 4)]
 
 
@@ -34,8 +42,11 @@ def name_of(mesh: Mesh) -> str:
 
 @pytest.mark.parametrize("mesh", [Mesh(*sizes) for sizes in GRIDS], ids=name_of)
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ODD], ids=["transformer", "odd"])
-def test_any_grid_equals_the_reference(mesh: Mesh, shapes: tuple[Shape, ...]) -> None:
-    config = DionConfig(rank_fraction=0.3, seed=7)
+@RESIDUALS
+def test_any_grid_equals_the_reference(
+    mesh: Mesh, shapes: tuple[Shape, ...], residual: Any
+) -> None:
+    config = DionConfig(rank_fraction=0.3, seed=7, residual=residual)
     expected = reference(shapes, config)
     results = run(mesh, shapes, config, 5000)
     compare(results, expected, tolerance=1e-5)
@@ -46,8 +57,9 @@ def test_any_grid_equals_the_reference(mesh: Mesh, shapes: tuple[Shape, ...]) ->
 
 
 @pytest.mark.parametrize("fraction", [0.01, 1.0])
-def test_options_equal_the_reference(fraction: float) -> None:
-    config = DionConfig(rank_fraction=fraction, scale_mode="dion", momentum=0.8)
+@RESIDUALS
+def test_options_equal_the_reference(fraction: float, residual: Any) -> None:
+    config = DionConfig(rank_fraction=fraction, scale_mode="dion", momentum=0.8, residual=residual)
     shapes = (*TRANSFORMER[1:], *ODD)
     compare(run(Mesh(2, 2), shapes, config, 10**9), reference(shapes, config), tolerance=2e-5)
 
@@ -84,17 +96,21 @@ def one_is_zero(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mesh", [Mesh(1, 1), Mesh(4, 1), Mesh(2, 2)], ids=name_of)
 @pytest.mark.parametrize("shapes", [TRANSFORMER, ALONE], ids=["many", "one"])
 @pytest.mark.parametrize("gradients_of", [rank_one, rank_three, nothing, one_is_zero])
-def test_dependent_columns_of_p(mesh: Mesh, shapes: tuple[Shape, ...], gradients_of: Any) -> None:
-    """Directions that B does not have get no update, on any grid."""
-    config = DionConfig(rank_fraction=0.2)
+@RESIDUALS
+def test_dependent_columns_of_p(
+    mesh: Mesh, shapes: tuple[Shape, ...], gradients_of: Any, residual: Any
+) -> None:
+    """Directions that B does not have get no update, and rounding no residual, on any grid."""
+    config = DionConfig(rank_fraction=0.2, residual=residual)
     results = run(mesh, shapes, config, 10**9, gradients_of)
     compare(results, reference(shapes, config, gradients_of), tolerance=5e-5, states=False)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_sizes_of_gradients_do_not_matter(size: float) -> None:
+@RESIDUALS
+def test_sizes_of_gradients_do_not_matter(size: float, residual: Any) -> None:
     """Nothing overflows; what is lost in eps stands still."""
-    config = DionConfig(rank_fraction=0.3)
+    config = DionConfig(rank_fraction=0.3, residual=residual)
     gradients_of = large if size > 1 else small
     results = run(Mesh(2, 2), TRANSFORMER, config, 5000, gradients_of)
     expected = reference(TRANSFORMER, config, gradients_of)
@@ -113,17 +129,26 @@ def small(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("tp", "dp"), [(3, 1), (2, 2)])
 def test_query_groups_on_any_number_of_tensor_ranks(fusion: str, tp: int, dp: int) -> None:
     shapes = (Shape("qkv", 48, 36, 0, fusion),)
-    config = DionConfig(rank_fraction=0.5)
+    config = DionConfig(rank_fraction=0.5, residual="rows")
     compare(run(Mesh(tp, dp), shapes, config, 10**9), reference(shapes, config), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(2, 2, 2), Mesh(1, 2, 3)], ids=name_of)
 @pytest.mark.parametrize("fraction", [0.3, 0.7])
 def test_replicas_with_other_gradients_follow_their_mean(mesh: Mesh, fraction: float) -> None:
-    """At the larger fraction compression pays for some of the weights only."""
-    config = DionConfig(rank_fraction=fraction)
+    """At the larger fraction compression pays for some of the weights only.
+
+    Those do not move along the residual, which differs between replicas.
+    """
+    config = DionConfig(rank_fraction=fraction, residual="rows")
     results = run(mesh, TRANSFORMER, config, 5000)
-    compare(results, reference(TRANSFORMER, config), tolerance=1e-5, states=False)
+    expected = reference(TRANSFORMER, config)
+    without = reference(TRANSFORMER, replace(config, residual="none"))
+    for shape in TRANSFORMER:
+        if compression_pays(shape.weight(1).matrices(config)):
+            names = shape.matrices(torch.empty(shape.rows, shape.columns))
+            expected |= {name: without[name] for name in names}
+    compare(results, expected, tolerance=1e-5, states=False)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +161,14 @@ def test_replicas_with_other_gradients_follow_their_mean(mesh: Mesh, fraction: f
     ],
 )
 @pytest.mark.parametrize("mesh", [Mesh(1, 1), Mesh(2, 2), Mesh(2, 1, 2)], ids=name_of)
+@RESIDUALS
 def test_half_precision_of_states_and_exchange(
-    mesh: Mesh, dtypes: dict[str, str], tolerance: float
+    mesh: Mesh, dtypes: dict[str, str], tolerance: float, residual: Any
 ) -> None:
-    config = DionConfig(rank_fraction=0.3, **dtypes)
+    config = DionConfig(rank_fraction=0.3, residual=residual, **dtypes)
     results = run(mesh, TRANSFORMER, config, 5000)
-    compare(results, reference(TRANSFORMER, config), tolerance, states=False)
+    alike = config if mesh.replicas == 1 else replace(config, residual="none")
+    compare(results, reference(TRANSFORMER, alike), tolerance, states=False)
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.6])
@@ -184,6 +211,12 @@ def double_tiles(self: Any) -> Any:
         torch._foreach_add_(self._targets[-1], self._arrivals[-1])
 
 
+def only_numbers(self: Any) -> Any:
+    """Sums the numbers of matrices over the whole world, and leaves the rows as they are."""
+    dist.all_reduce(self.of_matrices, group=dist.group.WORLD)
+    yield
+
+
 def nothing_happens(self: Any, *args: Any) -> Any:
     """A generator that does not communicate."""
     yield
@@ -200,6 +233,7 @@ BREAKAGES: dict[str, tuple[Any, str, Any]] = {
     "rows of R not summed": (exchange.ShardedExchange, "sum_right", nothing_happens),
     "cut rows of R not summed": (right_factor._CutRows, "sum", nothing_happens),
     "local norms": (exchange.ShardedExchange, "sum_numbers", nothing_happens),
+    "local rows of B": (norms.NormExchange, "sum", only_numbers),
     "columns of Q not gathered": (right_factor._StoredColumns, "gather", nothing_happens),
     "P of replicas not averaged": (left_factor, "all_reduce", nothing_happens),
     "R of replicas not averaged": (right_factor.RightFactorExchange, "_average", nothing_happens),
@@ -213,7 +247,7 @@ def train_broken(breakage: str, *args: Any) -> Any:
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_broken_exchange_is_noticed(breakage: str) -> None:
-    config = DionConfig(rank_fraction=0.3)
+    config = DionConfig(rank_fraction=0.3, residual="none" if "replicas" in breakage else "rows")
     mesh = Mesh(2, 1, 2) if "replicas" in breakage else Mesh(2, 2)
     results = world(4).run(train_broken, breakage, mesh, TRANSFORMER, config, 5000)
     with pytest.raises(AssertionError):

@@ -184,7 +184,7 @@ def test_owners_share_the_work_evenly() -> None:
     layout = Layout(placements, Grid(1, 4), DionConfig())
     assert Counter(layout.owners) == dict.fromkeys(range(4), 6)
     for plan in plans_of(layout).values():  # where a rank holds a matrix whole, P stays at home
-        assert bytes_sent(plan)["data"] == 2 * 8 * 3 * count * 3 // 4  # column norms alone
+        assert bytes_sent(plan)["data"] == 2 * 8 * (3 + 1) * count * 3 // 4  # norms alone
 
 
 def test_qkv_of_two_groups_on_two_ranks() -> None:

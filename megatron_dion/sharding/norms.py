@@ -1,0 +1,79 @@
+"""Squared norms that ranks sum: of the columns of R, of B, and of rows of B that several hold."""
+
+from collections import Counter
+
+import torch
+
+from megatron_dion.algorithm import Steps
+from megatron_dion.sharding.buffers import Buffers
+from megatron_dion.sharding.collectives import Setup, all_reduce, ring_bytes
+
+
+class NormExchange:
+    """Float64 numbers in one buffer, so ordered that one all_reduce over each group sums them.
+
+        shared rows | shared cut rows | numbers of matrices | other cut rows | other rows
+        --------------------- tensor ----------------------
+                      ------------------------- data ----------------------
+
+    Shared rows are those that tensor-parallel ranks share. Of cut rows, several data-parallel ranks
+    hold columns, and each rank has a place for all of them. A step without residual has no rows.
+
+    Args:
+        setup: what the exchange is made of.
+        memory: for what lasts from the first product to the last.
+
+    Attributes:
+        of_matrices: r numbers for each member of the plan, then one for each; 1-D.
+        of_rectangles: for each rectangle of the plan one number for each row; 1-D.
+    """
+
+    def __init__(self, setup: Setup, memory: Buffers) -> None:
+        plan, layout = setup.plan, setup.plan.layout
+        rectangles = plan.rectangles if setup.has_residual else ()
+        cut: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether they are shared
+        for placement in plan.placements if setup.has_residual else ():
+            rows = layout.cut_rows(placement)
+            cut[layout.shares_rows(placement)] += [(placement, row) for row in rows]
+        whole = {True: 0, False: 0}
+        for placement, rectangle in rectangles:
+            if not rectangle.cut:
+                whole[layout.shares_rows(placement)] += rectangle.rows
+        count = sum(layout.matrices[k].rank + 1 for k in plan.members)
+        sizes = [whole[True], len(cut[True]), count, len(cut[False]), whole[False]]
+        self._memory = memory.empty(sum(sizes), torch.float64)
+        shared, shared_cut, self.of_matrices, other_cut, other = self._memory.split(sizes)
+        self._of_tensor = self._memory[: sum(sizes[:3])]
+        self._of_data = self._memory[sizes[0] : sum(sizes[:4])]
+        self._groups = setup.groups
+        self._grid = layout.grid
+        place = {
+            key: row
+            for keys, part in ((cut[True], shared_cut), (cut[False], other_cut))
+            for key, row in zip(keys, part.view(-1, 1).unbind(), strict=True)
+        }
+        self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)
+        for index, (placement, rectangle) in enumerate(rectangles):
+            if rectangle.cut:
+                row = layout.local_row(placement, rectangle, plan.rank)
+                self.of_rectangles[index] = place[placement, row]
+            elif layout.shares_rows(placement):
+                self.of_rectangles[index], shared = shared.tensor_split([rectangle.rows])
+            else:
+                self.of_rectangles[index], other = other.tensor_split([rectangle.rows])
+
+    def clear(self) -> None:
+        """Sets all numbers to zero."""
+        self._memory.zero_()
+
+    def sum(self) -> Steps:
+        """Sums the numbers over the ranks that have parts of them."""
+        yield from all_reduce(self._of_tensor, self._groups.tensor)
+        yield from all_reduce(self._of_data, self._groups.data)
+
+    def bytes_sent(self) -> Counter[str]:
+        """Bytes for other ranks in a step, by group."""
+        return Counter(
+            tensor=ring_bytes(self._of_tensor.nbytes, self._grid.tensor_parallel_size),
+            data=ring_bytes(self._of_data.nbytes, self._grid.data_parallel_size),
+        )
