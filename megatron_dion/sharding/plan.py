@@ -4,8 +4,10 @@ Every rank plans for itself. The plans fit each other without a word being excha
 of any grid can be planned and tested in one process.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from megatron_dion.sharding.blocks import Rectangle
@@ -97,168 +99,149 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
         placements: indices of the weights, the same on every rank; all by default.
     """
     chosen = sorted(range(len(layout.placements)) if placements is None else placements)
-    members = [k for placement in chosen for k in layout.matrices_of[placement]]
     rectangles = [(p, rectangle) for p in chosen for rectangle in layout.rectangles(p, rank)]
     rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
+    stages = _Stages(layout)
     return Plan(
         layout=layout,
         rank=rank,
         placements=tuple(chosen),
-        members=tuple(members),
+        members=tuple(k for placement in chosen for k in layout.matrices_of[placement]),
         rectangles=tuple(rectangles),
-        tiles=_tiles(layout, rank, chosen),
-        tensor_hop=_tensor_hop(layout, rank, chosen),
-        slice_hop=_slice_hop(layout, rank, chosen),
-        owner_hop=_owner_hop(layout, rank, chosen),
+        tiles=_in_order(layout, [tile for p in chosen for tile in stages.tiles(p, rank)]),
+        tensor_hop=_tensor_hop(stages, rank, chosen),
+        slice_hop=_slice_hop(stages, rank, chosen),
+        owner_hop=_data_hop(stages, rank, chosen, stages.slice_sums, stages.to_owner),
         cut_rows=_cut_rows(layout, rank, rectangles),
         has_cut_rows=any(map(layout.cut_rows, chosen)),
         has_partial_rows=any(map(layout.shares_rows, chosen)),
     )
 
 
-def _tensor_hop(layout: Layout, rank: Rank, placements: Sequence[int]) -> Hop:
+class _Stages:
+    """What any rank has of the P of a weight before each hop, and where it goes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        # The hops of a plan ask for the same things several times.
+        self.tiles = cache(self._tiles)
+        self.tensor_sums = cache(self._tensor_sums)
+        self.slice_sums = cache(self._slice_sums)
+
+    def _tiles(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
+        """The hull of the columns of each matrix of which a rank holds any."""
+        return _hulls(
+            Tile(each.matrix, each.column_start, each.column_stop)
+            for each in self.layout.rectangles(placement, rank)
+        )
+
+    def _tensor_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
+        """After the hop within the tensor-parallel group: a rank's share of the rows."""
+        group = self.layout.grid.tensor_group(rank.data_parallel)
+        tiles = [tile for peer in group for tile in self.tiles(placement, peer)]
+        return _hulls(_owned_by(self.layout, rank.tensor_parallel, tiles))
+
+    def _slice_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
+        """After the hop that sums a P in slices; a P that is not sliced is as it was."""
+        layout = self.layout
+        sums = self.tensor_sums(placement, rank)
+        tiles = [tile for tile in sums if not _is_sliced(layout, tile.matrix)]
+        for k in layout.matrices_of[placement]:
+            slice_ = _slice(layout, k, rank) if _is_sliced(layout, k) else None
+            owned_rows = layout.owned_rows(k, rank.tensor_parallel)
+            if slice_ and (slice_.start < slice_.stop or owned_rows[0] == owned_rows[1]):
+                tiles.append(slice_)
+        return tuple(tiles)
+
+    def to_slices(self, rank: Rank, tile: Tile, receiver: int) -> Tile | None:
+        """What of a rank's tile a data-parallel rank sums; a P that is not sliced stays."""
+        if not _is_sliced(self.layout, tile.matrix):
+            return tile if receiver == rank.data_parallel else None
+        slice_ = _slice(self.layout, tile.matrix, Rank(rank.tensor_parallel, receiver))
+        if slice_ is None:
+            return None
+        start, stop = max(tile.start, slice_.start), min(tile.stop, slice_.stop)
+        return Tile(tile.matrix, start, stop) if start < stop else None
+
+    def to_owner(self, rank: Rank, tile: Tile, receiver: int) -> Tile | None:
+        """The tile, if a data-parallel rank is its owner."""
+        return tile if receiver == self.layout.owners[tile.matrix] else None
+
+
+def _tensor_hop(stages: _Stages, rank: Rank, placements: Sequence[int]) -> Hop:
+    layout = stages.layout
     group = layout.grid.tensor_group(rank.data_parallel)
-    tiles_of_peers = [_tiles(layout, peer, placements) for peer in group]
-    receives = [_owned_by(layout, rank.tensor_parallel, tiles) for tiles in tiles_of_peers]
+    tiles = [
+        _in_order(layout, [tile for p in placements for tile in stages.tiles(p, peer)])
+        for peer in group
+    ]
+    mine = tiles[rank.tensor_parallel]
+    sums = [tile for p in placements for tile in stages.tensor_sums(p, rank)]
     return Hop(
-        sends=tuple(
-            _owned_by(layout, peer.tensor_parallel, tiles_of_peers[rank.tensor_parallel])
-            for peer in group
-        ),
-        receives=tuple(receives),
-        sums=_hulls(layout, [tile for tiles in receives for tile in tiles]),
+        sends=tuple(_owned_by(layout, peer.tensor_parallel, mine) for peer in group),
+        receives=tuple(_owned_by(layout, rank.tensor_parallel, each) for each in tiles),
+        sums=_in_order(layout, sums),
     )
 
 
-def _slice_hop(layout: Layout, rank: Rank, placements: Sequence[int]) -> Hop | None:
-    sliced = [p for p in placements if any(_is_sliced(layout, k) for k in layout.matrices_of[p])]
-    if not sliced:
+def _slice_hop(stages: _Stages, rank: Rank, placements: Sequence[int]) -> Hop | None:
+    layout = stages.layout
+    if not any(_is_sliced(layout, k) for p in placements for k in layout.matrices_of[p]):
         return None
-    sums = _slice_sums(layout, rank, placements)
-    return _hop(layout, rank, placements, _tensor_sums, _slices, sliced, sums)
+    hop = _data_hop(stages, rank, placements, stages.tensor_sums, stages.to_slices)
+    sums = [tile for p in placements for tile in stages.slice_sums(p, rank)]
+    return replace(hop, sums=_in_order(layout, sums))
 
 
-def _owner_hop(layout: Layout, rank: Rank, placements: Sequence[int]) -> Hop:
-    def to_owner(layout: Layout, rank: Rank, tile: Tile) -> Iterator[tuple[int, Tile]]:
-        yield layout.owners[tile.matrix], tile
-
-    owned = [
-        p
-        for p in placements
-        if any(layout.owners[k] == rank.data_parallel for k in layout.matrices_of[p])
-    ]
-    return _hop(layout, rank, placements, _slice_sums, to_owner, owned, None)
-
-
-def _hop(
-    layout: Layout,
+def _data_hop(
+    stages: _Stages,
     rank: Rank,
     placements: Sequence[int],
-    tiles_of: Callable[[Layout, Rank, Sequence[int]], tuple[Tile, ...]],
-    parts_of: Callable[[Layout, Rank, Tile], Iterator[tuple[int, Tile]]],
-    received: Sequence[int],
-    sums: tuple[Tile, ...] | None,
+    tiles_of: Callable[[int, Rank], tuple[Tile, ...]],
+    part_of: Callable[[Rank, Tile, int], Tile | None],
 ) -> Hop:
     """A hop over the data-parallel group.
 
     Args:
-        layout: of all weights.
+        stages: of the layout.
         rank: the rank.
         placements: the weights of the plan.
-        tiles_of: what a rank has before the hop.
-        parts_of: to which data-parallel rank which part of a rank's tile goes.
-        received: those weights of which other ranks may send something.
-        sums: what the hop sums; by default the hulls of what arrives.
+        tiles_of: what a rank has of a weight before the hop.
+        part_of: what of a rank's tile a data-parallel rank gets.
     """
-    d, size = rank.data_parallel, layout.grid.data_parallel_size
-    sends: list[list[Tile]] = [[] for _ in range(size)]
-    for tile in tiles_of(layout, rank, placements):
-        for receiver, part in parts_of(layout, rank, tile):
-            sends[receiver].append(part)
-    of_peer: list[list[int]] = [[] for _ in range(size)]
-    for placement in received:
+    layout, d = stages.layout, rank.data_parallel
+    size = layout.grid.data_parallel_size
+    shared: list[list[int]] = [[] for _ in range(size)]  # by peer, weights of which both hold some
+    for placement in placements:
         holders = layout.placements[placement].holders(size)
         for peer in holders if d in holders else ():
-            if peer != d:
-                of_peer[peer].append(placement)
-    receives = [
-        tuple(
-            part
-            for tile in tiles_of(layout, Rank(rank.tensor_parallel, peer), some)
-            for receiver, part in parts_of(layout, Rank(rank.tensor_parallel, peer), tile)
-            if receiver == d
-        )
-        for peer, some in enumerate(of_peer)
-    ]
-    receives[d] = tuple(sends[d])
-    if sums is None:
-        sums = _hulls(layout, [tile for tiles in receives for tile in tiles])
-    return Hop(tuple(map(tuple, sends)), tuple(receives), sums)
+            shared[peer].append(placement)
+
+    def parts(sender: int, receiver: int, weights: Sequence[int]) -> tuple[Tile, ...]:
+        source = Rank(rank.tensor_parallel, sender)
+        tiles = _in_order(layout, [tile for p in weights for tile in tiles_of(p, source)])
+        every_part = (part_of(source, tile, receiver) for tile in tiles)
+        return tuple(part for part in every_part if part is not None)
+
+    sends = tuple(parts(d, peer, weights) for peer, weights in enumerate(shared))
+    receives = tuple(parts(peer, d, weights) for peer, weights in enumerate(shared))
+    sums = _in_order(layout, _hulls(tile for tiles in receives for tile in tiles))
+    return Hop(sends, receives, sums)
 
 
 def _is_sliced(layout: Layout, matrix: int) -> bool:
     return len(layout.holders[matrix]) > _MOST_TO_ONE
 
 
-def _slices(layout: Layout, rank: Rank, tile: Tile) -> Iterator[tuple[int, Tile]]:
-    """Which holder sums which rows of a tile; if the P is not sliced, the tile stays."""
-    matrix, start, stop = tile
-    if not _is_sliced(layout, matrix):
-        yield rank.data_parallel, tile
-        return
-    for index, holder in enumerate(layout.holders[matrix]):
-        first, last = _slice(layout, matrix, rank.tensor_parallel, index)
-        part = Tile(matrix, max(start, first), min(stop, last))
-        if part.start < part.stop:
-            yield holder, part
-
-
-def _slice(layout: Layout, matrix: int, tensor_parallel_rank: int, index: int) -> tuple[int, int]:
-    """The rows that a matrix's holder of some index sums: an even share of the rank's."""
-    first, last = layout.owned_rows(matrix, tensor_parallel_rank)
-    rows, count = last - first, len(layout.holders[matrix])
-    return first + rows * index // count, first + rows * (index + 1) // count
-
-
-def _slice_sums(layout: Layout, rank: Rank, placements: Sequence[int]) -> tuple[Tile, ...]:
-    """What a rank has before the hop to the owner."""
-    tiles = [
-        tile
-        for tile in _tensor_sums(layout, rank, placements)
-        if not _is_sliced(layout, tile.matrix)
-    ]
-    for placement in placements:
-        for k in layout.matrices_of[placement]:
-            if _is_sliced(layout, k) and rank.data_parallel in layout.holders[k]:
-                index = layout.holders[k].index(rank.data_parallel)
-                first, last = _slice(layout, k, rank.tensor_parallel, index)
-                owned_rows = layout.owned_rows(k, rank.tensor_parallel)
-                if first < last or owned_rows[0] == owned_rows[1]:
-                    tiles.append(Tile(k, first, last))
-    return _hulls(layout, tiles)
-
-
-def _tensor_sums(layout: Layout, rank: Rank, placements: Sequence[int]) -> tuple[Tile, ...]:
-    if not placements:
-        return ()
-    tiles = [
-        tile
-        for peer in layout.grid.tensor_group(rank.data_parallel)
-        for tile in _tiles(layout, peer, placements)
-    ]
-    return _hulls(layout, _owned_by(layout, rank.tensor_parallel, tiles))
-
-
-def _tiles(layout: Layout, rank: Rank, placements: Sequence[int]) -> tuple[Tile, ...]:
-    """The hull of the columns of each matrix of which a rank holds any."""
-    return _hulls(
-        layout,
-        [
-            Tile(rectangle.matrix, rectangle.column_start, rectangle.column_stop)
-            for placement in placements
-            for rectangle in layout.rectangles(placement, rank)
-        ],
-    )
+def _slice(layout: Layout, matrix: int, rank: Rank) -> Tile | None:
+    """The rows that a holder of a matrix sums: an even share of its tensor-parallel rank's."""
+    holders = layout.holders[matrix]  # ascending
+    index = bisect_left(holders, rank.data_parallel)
+    if index == len(holders) or holders[index] != rank.data_parallel:
+        return None
+    first, last = layout.owned_rows(matrix, rank.tensor_parallel)
+    rows, count = last - first, len(holders)
+    return Tile(matrix, first + rows * index // count, first + rows * (index + 1) // count)
 
 
 def _owned_by(layout: Layout, tensor_parallel_rank: int, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
@@ -278,15 +261,24 @@ def _owned_by(layout: Layout, tensor_parallel_rank: int, tiles: Iterable[Tile]) 
     return tuple(parts)
 
 
-def _hulls(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """One tile for each matrix: in the same order on every rank, equal shapes side by side."""
+def _hulls(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    """One tile for each matrix."""
     hulls: dict[int, Tile] = {}
     for tile in tiles:
         hull = hulls.get(tile.matrix, tile)
         start, stop = min(hull.start, tile.start), max(hull.stop, tile.stop)
         hulls[tile.matrix] = Tile(tile.matrix, start, stop)
-    shapes = [(matrix.columns, matrix.rank) for matrix in layout.matrices]
-    return tuple(sorted(hulls.values(), key=lambda tile: (shapes[tile.matrix], tile.matrix)))
+    return tuple(hulls.values())
+
+
+def _in_order(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    """The order that all ranks share, with equal shapes side by side."""
+
+    def key(tile: Tile) -> tuple[int, int, int]:
+        matrix = layout.matrices[tile.matrix]
+        return matrix.columns, matrix.rank, tile.matrix
+
+    return tuple(sorted(tiles, key=key))
 
 
 def _cut_rows(
