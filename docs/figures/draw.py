@@ -1,4 +1,4 @@
-"""Draws the figures of `how_it_works.md` into docs/images: `python docs/figures/draw.py`.
+"""Draws the figures of the documentation into docs/images: `python docs/figures/draw.py`.
 
 Each module that is named below has a function `draw`; the package computes what it shows.
 """
@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-NAMES = ("step", "low_rank", "error_feedback", "shards", "hops")
+NAMES = ("step", "low_rank", "residual", "error_feedback", "shards", "hops")
 IMAGES = Path(__file__).parent.parent / "images"
 STYLE = {
     "axes.spines.right": False,

@@ -3,7 +3,6 @@
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Matrix, Steps
 from megatron_dion.algorithm.orthonormalize import (
-    AllRowsHere,
     RowSums,
     orthonormalize,
     orthonormalize_flops,
@@ -20,7 +19,6 @@ from megatron_dion.algorithm.step import (
 
 __all__ = [
     "IN_FLIGHT",
-    "AllRowsHere",
     "Block",
     "DionConfig",
     "Exchange",

@@ -31,16 +31,6 @@ class RowSums(Protocol):
         """Takes the elementwise maximum over these processes."""
 
 
-class AllRowsHere:
-    """The `RowSums` of a process that holds all rows."""
-
-    def add(self, tensor: Tensor) -> None:
-        pass
-
-    def max(self, tensor: Tensor) -> None:
-        pass
-
-
 def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     """Orthonormalizes the columns of every P, in place.
 

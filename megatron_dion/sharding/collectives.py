@@ -1,6 +1,6 @@
 """What the exchange needs of torch.distributed: calls that yield while they are under way."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from megatron_dion.sharding.plan import Plan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What is averaged over replicas at a time; its copy takes 4 bytes a number.
+# What is averaged over replicas at a time; copies take 4 bytes a number.
 _NUMBERS_AT_A_TIME = 1 << 26
 
 
@@ -130,22 +130,8 @@ def average(tensors: Sequence[Tensor], replicas: ProcessGroup | None) -> None:
     """Replaces tensors by their means over replicas. A collective call."""
     if size_of(replicas) == 1:
         return
-    parts = [part for tensor in tensors for part in tensor.view(-1).split(_NUMBERS_AT_A_TIME)]
-    for together in _limited(parts):
-        sent = torch.cat([part.float() for part in together])
-        dist.all_reduce(sent, group=replicas)
-        sent /= size_of(replicas)
-        torch._foreach_copy_(together, list(sent.split([part.numel() for part in together])))
-
-
-def _limited(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors together, as long as they have not too many numbers."""
-    together: list[Tensor] = []
     for tensor in tensors:
-        numel = sum(each.numel() for each in together) + tensor.numel()
-        if together and numel > _NUMBERS_AT_A_TIME:
-            yield together
-            together = []
-        together.append(tensor)
-    if together:
-        yield together
+        for part in tensor.view(-1).split(_NUMBERS_AT_A_TIME):
+            sent = part.float()
+            dist.all_reduce(sent, group=replicas)
+            part.copy_(sent / size_of(replicas))

@@ -20,13 +20,8 @@ _CACHE_NUMBERS = 1 << 18
 class LeftFactorExchange:
     """The P of a step.
 
-    Args:
-        setup: what the exchange is made of.
-        memory: for what lasts from the first product to the last.
-        transit: for what lasts from `sum` to `spread`.
-
-    Attributes:
-        of_rectangles: for each rectangle of the plan the rows of P, (columns, r), of its columns.
+    `memory` is for what lasts from the first product to the last, `transit` for what lasts from
+    `sum` to `spread`. `of_rectangles` are the rows of P, (columns, r), of each rectangle's columns.
     """
 
     def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:

@@ -19,10 +19,6 @@ class NormExchange:
     Shared rows are those that tensor-parallel ranks share. Of cut rows, several data-parallel ranks
     hold columns, and each rank has a place for all of them. A step without residual has no rows.
 
-    Args:
-        setup: what the exchange is made of.
-        memory: for what lasts from the first product to the last.
-
     Attributes:
         of_matrices: r numbers for each member of the plan, then one for each; 1-D.
         of_rectangles: for each rectangle of the plan one number for each row; 1-D.

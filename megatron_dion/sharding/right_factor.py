@@ -25,13 +25,8 @@ from megatron_dion.sharding.plan import CutRow
 class RightFactorExchange:
     """The R of a step, in whose memory Q is completed before R is made.
 
-    Args:
-        setup: what the exchange is made of.
-        memory: for what lasts from the first product to the last.
-        transit: for what a single collective needs.
-
-    Attributes:
-        of_rectangles: for each rectangle of the plan its rows of R, (rows, r).
+    `memory` is for what lasts from the first product to the last, `transit` for what a single
+    collective needs. `of_rectangles` are the rows of R, (rows, r), of each rectangle of the plan.
     """
 
     def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
