@@ -1,56 +1,36 @@
 """What must be true, and be done, before megatron can be imported."""
 
-import importlib.metadata
+import argparse
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_dion.megatron.errors import ConfigurationError, refuse
-from megatron_dion.platforms import cpu, requested_device, resolve_device
+from megatron_dion.megatron.errors import refuse
+from megatron_dion.platforms import cpu, resolve_device
 from megatron_dion.platforms.ports import free_port
 
 TESTED_MEGATRON_CORE = "0.19.2"
 
 
 def check_megatron_version() -> None:
-    """The join with Megatron rests on details of one version."""
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigurationError(
-            f"megatron-core is not installed: pip install megatron-core=={TESTED_MEGATRON_CORE}"
-        ) from error
+    """The join with Megatron rests on details of one version.
+
+    Beside a script there may be a checkout of Megatron-LM, which is imported in place of what is
+    installed. So the version is that of the files which an import would find.
+    """
+    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
+    refuse(f"megatron-core is not installed: {fix}", when=found is None)
+    folder = Path(str(found and found.origin)).parent
+    numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
+    version = ".".join(numbers)
     refuse(
-        f"megatron-core {version} is installed, tested is {TESTED_MEGATRON_CORE}: pip install"
-        f" megatron-core=={TESTED_MEGATRON_CORE}",
-        when=version != TESTED_MEGATRON_CORE,
-    )
-
-
-def check_apex() -> None:
-    """A web toolkit of the same name as NVIDIA's apex makes Megatron fail in odd places."""
-    spec = importlib.util.find_spec("apex")
-    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
-    refuse(
-        "the installed package 'apex' is not NVIDIA's but an unrelated one of that name: "
-        "pip uninstall apex",
-        when=spec and not any((folder / "multi_tensor_apply").is_dir() for folder in folders),
-    )
-
-
-def check_imported_version() -> None:
-    """A script beside a checkout of Megatron-LM imports that in place of what is installed."""
-    import megatron.core
-
-    # After the plus sign stands the commit of whatever repository the working folder is in.
-    version = megatron.core.__version__.partition("+")[0]
-    refuse(
-        f"{Path(megatron.core.__file__).parent} is megatron-core {version}, tested is "
-        f"{TESTED_MEGATRON_CORE}: use the script of that release",
+        f"{folder} is megatron-core {version}, tested is {TESTED_MEGATRON_CORE}: {fix}",
         when=version != TESTED_MEGATRON_CORE,
     )
 
@@ -64,37 +44,23 @@ def check_megatron_is_not_imported() -> None:
     )
 
 
-def check_device(device: str) -> None:
-    """`--device cuda` needs a device."""
+def prepare(argv: Sequence[str]) -> str:
+    """Do all that must happen before megatron is imported, on CPU together with its import.
+
+    Of the command line, `--device` counts; returns `cuda` or `cpu`. A value that is neither is left
+    to the full parser, which reports it with all other faults of the command line.
+    """
+    check_megatron_version()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    requested = parser.parse_known_args(argv)[0].device
+    device = resolve_device(requested)
     refuse(
         "--device cuda: torch sees no CUDA device; use --device cpu",
         when=device == "cuda" and not torch.cuda.is_available(),
     )
-
-
-CHECKS: tuple[Callable[[], None], ...] = (check_megatron_version, check_apex)
-
-
-def prepare(argv: Sequence[str]) -> str:
-    """Do all that must happen before megatron is imported, on CPU together with its import.
-
-    Args:
-        argv: The command line, of which `--device` counts.
-
-    Returns:
-        The device, `cuda` or `cpu`.
-
-    Raises:
-        ConfigurationError: There is another megatron-core, or not the device that was asked for.
-    """
-    for check in CHECKS:
-        check()
-    requested = requested_device(argv)
-    device = resolve_device(requested)
-    check_device(device)
     if device == "cpu":
         cpu.install(hide_gpus=requested == "cpu")
-        cpu.install_megatron_patches()
     return device
 
 

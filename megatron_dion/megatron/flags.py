@@ -7,39 +7,37 @@ Each field is a flag: its type, its default and the docstring below it are the f
 import argparse
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.algorithm.config import check_fields, checked
-from megatron_dion.megatron.errors import ConfigurationError, refuse
-from megatron_dion.misspelt import with_suggestion
+from megatron_dion.megatron.errors import ConfigurationError
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 
-# What Megatron's defaults have to become on CPU.
-CPU_DEFAULTS: dict[str, Any] = {
-    "distributed_backend": "gloo",  # nccl moves CUDA memory only
-    "transformer_impl": "local",  # Transformer Engine needs CUDA, and so do fused kernels
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "use_cpu_initialization": True,  # weights then do not depend on the tensor-parallel size
-    "async_strategy": "mcore",  # the default needs nvidia-resiliency-ext, which needs CUDA
-    "num_workers": 0,  # worker processes compete with the training for the same cores
-}
+ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-# The same on a CUDA machine without Transformer Engine, which brings these fusions.
+# What Megatron's defaults have to become without Transformer Engine, which brings these fusions.
 PLAIN_TORCH_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
     "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
+}
+
+# The same on CPU.
+CPU_DEFAULTS: dict[str, Any] = {
+    **PLAIN_TORCH_DEFAULTS,
+    "distributed_backend": "gloo",  # nccl moves CUDA memory only
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "use_cpu_initialization": True,  # weights then do not depend on the tensor-parallel size
+    "async_strategy": "mcore",  # the default needs nvidia-resiliency-ext, which needs CUDA
+    "num_workers": 0,  # worker processes compete with the training for the same cores
 }
 
 # Flags that earlier versions had, and what to do instead.
@@ -130,7 +128,7 @@ class RunOptions:
     """What to train on; auto is cuda where there is a CUDA device, else cpu."""
 
     run_dir: str | None = None
-    """Folder for config.json, routing.tsv, metrics.jsonl and loss.png."""
+    """Folder for config.json, routing.tsv, metrics.jsonl and starts.jsonl."""
 
     switch_optimizer: bool = False
     """Load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
@@ -150,42 +148,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def extra_args_provider(
-    device: str,
-) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Make the function that megatron.training calls with its parser.
-
-    Args:
-        device: `cuda` or `cpu`; on CPU, defaults change that have no meaning there.
-    """
-
-    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        _raise_instead_of_printing_usage(parser)
-        actions = {action.dest: action for action in parser._actions}
-        missing = {"optimizer", *CPU_DEFAULTS} - set(actions)
-        refuse(
-            f"this megatron-core has no argument {', '.join(sorted(missing))}: it is not the tested"
-            " version",
-            when=missing,
-        )
-        actions["optimizer"].choices = [*(actions["optimizer"].choices or ()), "dion"]
-        add_flags(parser)
-        _repair_help(parser)
-        has_engine = importlib.util.find_spec("transformer_engine") is not None
-        if device == "cpu" or not has_engine:
-            parser.set_defaults(**(CPU_DEFAULTS if device == "cpu" else PLAIN_TORCH_DEFAULTS))
-        return parser
-
-    return extend
+def extend_parser(parser: argparse.ArgumentParser, device: str) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser, and change defaults that have no meaning on the CPU."""
+    # Megatron's usage is hundreds of lines, and every process would print them.
+    setattr(parser, "error", _refuse)  # noqa: B010  (mypy refuses an assignment to a method)
+    for action in parser._actions:
+        if action.dest == "optimizer":
+            action.choices = [*(action.choices or ()), "dion"]
+        # Some of Megatron's help texts have a bare percent sign, on which --help breaks off.
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
+    add_flags(parser)
+    if device == "cpu":
+        parser.set_defaults(**CPU_DEFAULTS)
+    elif importlib.util.find_spec("transformer_engine") is None:
+        parser.set_defaults(**PLAIN_TORCH_DEFAULTS)
+    return parser
 
 
-def default_arguments(device: str) -> dict[str, Any]:
-    """What each argument is when nobody sets it, before Megatron derives others from it."""
-    # Only now: importing it needs a platform, and the rest of this module none.
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return vars(extra_args_provider(device)(parser).parse_args([]))
+def _refuse(message: str) -> NoReturn:
+    raise ConfigurationError(f"{message} (see --help)")
 
 
 def dion_options(args: argparse.Namespace) -> DionOptions:
@@ -242,22 +223,3 @@ class _Removed(argparse.Action):
     def __call__(self, *args: Any, **options: Any) -> NoReturn:
         [flag] = self.option_strings
         raise ConfigurationError(f"{flag} was removed: {REMOVED[flag]}")
-
-
-def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
-    """Megatron's usage is hundreds of lines, and every process would print them."""
-
-    def error(message: str) -> NoReturn:
-        raise ConfigurationError(f"{with_suggestion(message, parser)} (see --help)")
-
-    setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
-
-
-def _repair_help(parser: argparse.ArgumentParser) -> None:
-    """Some of Megatron's help texts have a bare percent sign, on which --help breaks off."""
-    formatter = parser._get_formatter()
-    for action in (action for action in parser._actions if "%" in (action.help or "")):
-        try:
-            formatter._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = str(action.help).replace("%", "%%")

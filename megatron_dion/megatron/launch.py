@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from types import TracebackType
+from typing import Any
 
 from megatron_dion.error_line import exit_interrupted
 from megatron_dion.megatron import environment
@@ -12,15 +12,12 @@ _installed = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A mistake in it ends the process with one line and code 2.
+    """Train as `argv` or the command line says, which ends with one line and code 2 if it is wrong.
 
     An interrupt from the keyboard ends it with code 130.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
     """
     try:
-        train(sys.argv[1:] if argv is None else list(argv))
+        train(sys.argv[1:] if argv is None else argv)
     except ONE_LINE_ERRORS as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -28,12 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train as the command line says.
-
-    Raises:
-        ConfigurationError: The run cannot start as it was asked for.
-        CheckpointError: A checkpoint cannot be loaded or saved.
-    """
+    """Train as the command line says; what is wrong with it is one of `ONE_LINE_ERRORS`."""
     refuse(
         "this script is megatron-dion's own and has Dion already: start it without"
         " megatron_dion.run and install()",
@@ -63,26 +55,19 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    _report_mistakes_in_one_line()
+    usual_report = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, ONE_LINE_ERRORS):
+            exit_with(error)
+        usual_report(kind, error, traceback)
+
+    sys.excepthook = report
     environment.check_megatron_is_not_imported()
     device = environment.prepare(sys.argv[1:])
-    environment.check_imported_version()
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.megatron.join import Join
 
     Join(device, script_is_ours=False).install()
     _installed = True
-
-
-def _report_mistakes_in_one_line() -> None:
-    before = sys.excepthook
-
-    def report(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, ONE_LINE_ERRORS):
-            exit_with(error)
-        before(kind, error, traceback)
-
-    sys.excepthook = report

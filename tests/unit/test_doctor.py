@@ -52,13 +52,6 @@ def test_other_megatron_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert software.megatron().verdict == FAILED
 
 
-def test_only_nvidias_apex_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_installed(monkeypatch, "apex", tmp_path)
-    assert (software.megatron().verdict, software.megatron().fix) == (FAILED, "pip uninstall apex")
-    (tmp_path / "multi_tensor_apply").mkdir()
-    assert software.megatron().verdict == OK
-
-
 def broken(name: str) -> ModuleType:
     raise OSError("libtransformer_engine.so: undefined symbol")
 

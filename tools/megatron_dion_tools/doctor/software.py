@@ -34,15 +34,13 @@ def pytorch() -> Finding:
 
 
 def megatron() -> Finding:
-    """Megatron-core must be the tested version, and apex, if there is one, NVIDIA's."""
+    """Megatron-core must be the tested version."""
     try:
         environment.check_megatron_version()
-        environment.check_apex()
     except ConfigurationError as error:
         what, _, fix = str(error).rpartition(": ")
         return Finding(FAILED, what, fix)
-    apex = "NVIDIA's" if importlib.util.find_spec("apex") else "no"
-    return Finding(OK, f"megatron-core {environment.TESTED_MEGATRON_CORE}, {apex} apex")
+    return Finding(OK, f"megatron-core {environment.TESTED_MEGATRON_CORE}")
 
 
 def transformer_engine() -> Finding:
