@@ -18,7 +18,7 @@ from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad, o
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
-from megatron_dion.megatron.errors import say
+from megatron_dion.megatron.errors import in_one_line, say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
 from megatron_dion.optimizer.record import Record
@@ -36,12 +36,8 @@ _ERRORS_OF_LOADING = (
 def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
-    Where `--load` is `--save` and holds none, the run starts from `--pretrained-checkpoint` or from
-    random weights. The choice is put into the arguments and into Megatron's reading of the tracker,
-    since Megatron believes the tracker, and starts from random weights without one.
-
-    Raises:
-        CheckpointError: there is no complete checkpoint where there has to be one.
+    Only where `--load` is `--save` may it hold none. The choice is put into the arguments and into
+    Megatron's reading of the tracker, without which Megatron starts from random weights.
     """
     if _saves_into(args, args.load):
         folders.settle(Path(args.load))
@@ -70,20 +66,15 @@ def _look_for(args: argparse.Namespace, flag: str, root: str | None) -> Choice |
                 f"{flag} {error}: correct the path, or leave {flag} out to start from random"
                 " weights"
             ) from error
-        _say(args, f"{flag} {error}: starting from iteration 0")
+        say(f"{flag} {error}: starting from iteration 0")
         return None
     for remark in choice.remarks:
-        _say(args, f"{flag}: {remark}")
+        say(f"{flag}: {remark}")
     return choice
 
 
 def _saves_into(args: argparse.Namespace, root: str | None) -> bool:
     return bool(args.save and root) and Path(args.save).resolve() == Path(root or "").resolve()
-
-
-def _say(args: argparse.Namespace, line: str) -> None:
-    if args.rank == 0:
-        say(line)
 
 
 def check_that_ranks_agree(choice: Choice | None) -> None:
@@ -130,11 +121,7 @@ class Loader:
     def load(
         self, stock: Callable[..., Any], model: Any, optimizer: Any, *others: Any, **options: Any
     ) -> Any:
-        """As `megatron.training.checkpointing.load_checkpoint`.
-
-        Raises:
-            CheckpointError: on all ranks, before anything has been loaded where it can be known.
-        """
+        """As Megatron's; what can be known to be wrong is raised on all ranks before anything."""
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         args = self._args
@@ -149,7 +136,7 @@ class Loader:
         return result
 
     def _say(self, line: str) -> None:
-        _say(self._args, f"{self._folder}: {line}")
+        say(f"{self._folder}: {line}")
 
     def _read_facts(self) -> Facts:
         try:
@@ -188,11 +175,7 @@ class Loader:
             raise self._unusable("; ".join(damage[:5]))
 
     def _prepare(self, optimizer: Any, facts: Facts) -> Any:
-        """Tells the optimizer what the checkpoint has for it; returns the optimizer to load into.
-
-        Raises:
-            CheckpointError: the checkpoint is of a run that cannot go on as this one.
-        """
+        """Tells the optimizer what the checkpoint has for it; returns what is to be loaded."""
         if not facts.has_state:
             raise CheckpointError(
                 f"{self._folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
@@ -208,10 +191,8 @@ class Loader:
         if not isinstance(optimizer, DionChainedOptimizer):
             if facts.record is None:
                 return optimizer  # Megatron's own affair
-            try:
+            with in_one_line("--switch-optimizer"):
                 return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
-            except ValueError as error:
-                raise CheckpointError(f"--switch-optimizer: {error}") from error
         if facts.record is not None:
             source = self._go_on(optimizer.record, facts.record)
         else:

@@ -25,8 +25,8 @@ ONE_LINE_ERRORS = (ConfigurationError, CheckpointError)
 
 
 def say(text: str) -> None:
-    """Print lines of the project's own, beside what Megatron prints."""
-    for line in text.splitlines():
+    """Print lines of the project's own, once for all processes, beside what Megatron prints."""
+    for line in text.splitlines() if os.environ.get("RANK", "0") == "0" else ():
         print(f"[dion] {line}", flush=True)
 
 

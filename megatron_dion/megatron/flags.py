@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.algorithm.config import check_fields, checked
-from megatron_dion.megatron.errors import ConfigurationError
+from megatron_dion.megatron.errors import ConfigurationError, refuse
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 
 ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -22,19 +22,16 @@ ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 # What Megatron's defaults have to become without Transformer Engine, which brings these fusions.
 PLAIN_TORCH_DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
+    **dict.fromkeys(("gradient_accumulation_fusion", "masked_softmax_fusion"), False),
     "apply_rope_fusion": False,
 }
 
 # The same on CPU.
 CPU_DEFAULTS: dict[str, Any] = {
     **PLAIN_TORCH_DEFAULTS,
+    **dict.fromkeys(("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"), False),
     "distributed_backend": "gloo",  # nccl moves CUDA memory only
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
     "use_cpu_initialization": True,  # weights then do not depend on the tensor-parallel size
     "async_strategy": "mcore",  # the default needs nvidia-resiliency-ext, which needs CUDA
     "num_workers": 0,  # worker processes compete with the training for the same cores
@@ -61,17 +58,9 @@ def _split(text: str) -> list[str]:
     return names
 
 
-def _is_interval(iterations: int | None) -> bool:
-    return iterations is None or iterations >= 1
-
-
 @dataclass(frozen=True)
 class DionOptions:
-    """What a run chooses about Dion beside the hyperparameters in `config`.
-
-    Raises:
-        ValueError: a value is outside of its range.
-    """
+    """What a run chooses about Dion beside the hyperparameters in `config`."""
 
     config: DionConfig = field(default_factory=DionConfig)
 
@@ -100,11 +89,11 @@ class DionOptions:
     """Average low-rank factors in place of gradients over the instances of
     --num-distributed-optimizer-instances, where the factors are smaller."""
 
-    recenter_interval: int | None = checked(None, _is_interval, "at least 1")
+    recenter_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
     """With --dion-compressed-sync, replace momenta by their mean over the instances every N
     iterations."""
 
-    log_interval: int | None = checked(None, _is_interval, "at least 1")
+    log_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
     """Log the diagnostics of the step of every N-th iteration, matrix by matrix."""
 
     reinit_factors: bool = False
@@ -140,12 +129,19 @@ class RunOptions:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the project's flags. Megatron must have been prepared for the device."""
+    # Only now: importing megatron needs a platform.
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
     for kind, prefix in ((DionConfig, "dion-"), (DionOptions, "dion-"), (RunOptions, "")):
-        _add_group(parser, kind, prefix)
-    for flag in REMOVED:
-        parser.add_argument(
-            flag, action=_Removed, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        factory = ArgumentGroupFactory(kind)
+        group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
+        for attribute in fields(kind):
+            if attribute.name in ("seed", "config"):
+                continue  # --seed is Megatron's; `config` is a dataclass of its own
+            keywords = factory._build_argparse_kwargs_from_field(attribute)
+            [flag] = keywords.pop("arg_names")
+            keywords["dest"] = prefix.replace("-", "_") + attribute.name
+            group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
 
 
 def extend_parser(parser: argparse.ArgumentParser, device: str) -> argparse.ArgumentParser:
@@ -166,15 +162,13 @@ def extend_parser(parser: argparse.ArgumentParser, device: str) -> argparse.Argu
 
 
 def _refuse(message: str) -> NoReturn:
+    for flag, advice in REMOVED.items():
+        refuse(f"{flag} was removed: {advice}", when=flag in message)
     raise ConfigurationError(f"{message} (see --help)")
 
 
 def dion_options(args: argparse.Namespace) -> DionOptions:
-    """Read what the parsed command line says of Dion.
-
-    Raises:
-        ConfigurationError: a value is outside of its range.
-    """
+    """Read what the parsed command line says of Dion; refuses values that are out of range."""
     try:
         config = DionConfig(seed=args.seed, **_values(DionConfig, args))
         return DionOptions(config, **_values(DionOptions, args))
@@ -200,26 +194,3 @@ def as_flag(name: str, value: object) -> str:
     """An argument as it stands on the command line."""
     flag = "--" + name.replace("_", "-")
     return flag if value is True else f"{flag} {value}"
-
-
-def _add_group(parser: argparse.ArgumentParser, kind: type[Any], prefix: str) -> None:
-    # Only now: importing megatron needs a platform.
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    factory = ArgumentGroupFactory(kind)
-    group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
-    for attribute in fields(kind):
-        if attribute.name in ("seed", "config"):
-            continue  # --seed is Megatron's; `config` is a dataclass of its own
-        keywords = factory._build_argparse_kwargs_from_field(attribute)
-        [flag] = keywords.pop("arg_names")
-        keywords["dest"] = prefix.replace("-", "_") + attribute.name
-        group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
-
-
-class _Removed(argparse.Action):
-    """Refuses a flag that earlier versions had."""
-
-    def __call__(self, *args: Any, **options: Any) -> NoReturn:
-        [flag] = self.option_strings
-        raise ConfigurationError(f"{flag} was removed: {REMOVED[flag]}")

@@ -11,21 +11,22 @@ from typing import Any
 from megatron.training import get_args
 
 from megatron_dion.checkpointing.folders import Choice
-from megatron_dion.megatron import checkpoints, environment, patches, validation
+from megatron_dion.megatron import checkpoints, patches, validation
 from megatron_dion.megatron.errors import in_one_line, refuse, say
 from megatron_dion.megatron.flags import DionOptions, ParserHook, dion_options, extend_parser
+from megatron_dion.megatron.launch import describe_single_process
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
+from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
+from megatron_dion.optimizer.routing import tag_matrices
 
 
 class Join:
-    """The join of a process with megatron.training.
+    """The join of a process with megatron.training, which must have been prepared for the device.
 
-    Args:
-        device: `cuda` or `cpu`; Megatron must have been prepared for it.
-        script_is_ours: whether `megatron_dion.megatron.data` reads the data. In another script,
-            runs that have nothing to do with Dion are left to Megatron but for the flags.
+    If the script is not ours, it may read its data in another way, and runs that have nothing to do
+    with Dion are left to Megatron but for the flags.
     """
 
     def __init__(self, device: str, script_is_ours: bool) -> None:
@@ -82,7 +83,7 @@ class Join:
         """As megatron.training.pretrain."""
         args = get_args()
         if args.world_size == 1:
-            environment.describe_single_process()
+            describe_single_process()
         self._begin_folders(args)
         call = inspect.signature(stock).bind(config, *others, **options)
         if args.optimizer == "dion":
@@ -90,7 +91,10 @@ class Join:
                 config.model.pre_wrap_hooks.append(self._tag)
             provider = call.arguments.get("model_provider")  # given by position or by name
             if provider is not None:
-                call.arguments["model_provider"] = _hooked(provider, self._tag)
+                # It has no hooks; what it returns is one chunk.
+                call.arguments["model_provider"] = wraps(provider)(
+                    lambda *args, **options: self._tag([provider(*args, **options)])[0]
+                )
         if self._cares_for(args):
             checkpoints.use(self._choice, args)
         record = None
@@ -117,15 +121,11 @@ class Join:
 
     def _tag(self, model_chunks: Any) -> Any:
         """Marks the matrices of a model, before mixed precision and DDP wrap it."""
-        from megatron_dion.optimizer.routing import tag_matrices
-
         with in_one_line("the model does not fit --dion-split, --dion-include"):
             return tag_matrices(model_chunks, self._options.rules)
 
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
-        from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
-
         args, options = get_args(), self._options
         if self._cares_for(args):
             checkpoints.check_that_ranks_agree(self._choice)
@@ -166,14 +166,3 @@ def validate_as_megatron(
         # takes the model's (training/checkpointing.py:2613), which are rounded to FP8 by then.
         args.load_main_params_from_ckpt = True
     return args
-
-
-def _hooked(model_provider: Callable[..., Any], hook: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A model provider has no hooks; what it returns is one chunk."""
-
-    @wraps(model_provider)
-    def provide(*args: Any, **options: Any) -> Any:
-        [chunk] = hook([model_provider(*args, **options)])
-        return chunk
-
-    return provide

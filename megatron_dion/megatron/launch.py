@@ -1,13 +1,22 @@
 """The two ways into training: a command line for pretrain_gpt.py, `install()` for other scripts."""
 
+import argparse
+import importlib.util
+import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_dion.error_line import exit_interrupted
-from megatron_dion.megatron import environment
-from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
+import torch
 
+from megatron_dion.error_line import exit_interrupted
+from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
+from megatron_dion.platforms import cpu, resolve_device
+from megatron_dion.platforms.ports import free_port
+
+TESTED_MEGATRON_CORE = "0.19.2"
 _installed = False
 
 
@@ -31,8 +40,8 @@ def train(argv: Sequence[str]) -> None:
         " megatron_dion.run and install()",
         when=_installed,
     )
-    environment.describe_single_process()
-    device = environment.prepare(argv)
+    describe_single_process()
+    device = prepare(argv)
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.megatron.pretrain import pretrain_gpt
@@ -47,10 +56,6 @@ def install() -> None:
     flags, its validation our checks, and `pretrain` whatever else a run gets; the script itself
     needs no change. The device is read from `--device` on the process's command line. An uncaught
     mistake of the user ends the process with one line. A second call does nothing.
-
-    Raises:
-        ConfigurationError: Megatron has been imported, is not the tested version, or there is no
-            such device.
     """
     global _installed
     if _installed:
@@ -63,11 +68,59 @@ def install() -> None:
         usual_report(kind, error, traceback)
 
     sys.excepthook = report
-    environment.check_megatron_is_not_imported()
-    device = environment.prepare(sys.argv[1:])
+    refuse(
+        "megatron has been imported already: call megatron_dion.install() before the first import "
+        "of megatron, or start the script by `python -m megatron_dion.run`",
+        when=sys.modules.keys() & {"megatron.core", "megatron.training"},
+    )
+    device = prepare(sys.argv[1:])
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.megatron.join import Join
 
     Join(device, script_is_ours=False).install()
     _installed = True
+
+
+def check_megatron_version() -> None:
+    """The join rests on details of one version: that of the files which an import would find.
+
+    Beside a script it may be a checkout of Megatron-LM, in place of what is installed.
+    """
+    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
+    refuse(f"megatron-core is not installed: {fix}", when=found is None)
+    folder = Path(str(found and found.origin)).parent
+    numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
+    version = ".".join(numbers)
+    refuse(
+        f"{folder} is megatron-core {version}, tested is {TESTED_MEGATRON_CORE}: {fix}",
+        when=version != TESTED_MEGATRON_CORE,
+    )
+
+
+def prepare(argv: Sequence[str]) -> str:
+    """Do all that must happen before megatron is imported, on CPU together with its import.
+
+    Of the command line, `--device` counts; returns `cuda` or `cpu`. A value that is neither is left
+    to the full parser, which reports it with all other faults of the command line.
+    """
+    check_megatron_version()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    requested = parser.parse_known_args(argv)[0].device
+    device = resolve_device(requested)
+    refuse(
+        "--device cuda: torch sees no CUDA device; use --device cpu",
+        when=device == "cuda" and not torch.cuda.is_available(),
+    )
+    if device == "cpu":
+        cpu.install(hide_gpus=requested == "cpu")
+    return device
+
+
+def describe_single_process() -> None:
+    """Without a launcher, describe a world of one process as torchrun would."""
+    if "RANK" not in os.environ:
+        sizes = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(sizes, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

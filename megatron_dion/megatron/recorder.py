@@ -11,7 +11,6 @@ from megatron.training import get_args
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dion.megatron import patches
-from megatron_dion.megatron.errors import say
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.run_directory import Record, append, drop_later
 from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind, to_record
@@ -92,8 +91,7 @@ class Recorder:
             return
         self._has_begun = True
         args = get_args()
-        if dropped := drop_later(self._run_dir / "metrics.jsonl", args.iteration):
-            say(f"dropped {dropped} lines of metrics.jsonl after iteration {args.iteration}")
+        drop_later(self._run_dir / "metrics.jsonl", args.iteration)
         sizes = [f"{name}_parallel_size" for name in _PARALLELISM]
         start = {
             "iteration": args.iteration,

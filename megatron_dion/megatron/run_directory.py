@@ -51,15 +51,13 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def drop_later(path: Path, iterations_done: int) -> int:
-    """Drop what a run wrote after these iterations, which it will do again; return how many lines.
+def drop_later(path: Path, iterations_done: int) -> None:
+    """Drop what a run wrote after these iterations, which it will do again.
 
     The file is metrics.jsonl, or starts.jsonl: JSON objects, each of them with an iteration.
     """
-    records = read_metrics(path)
-    earlier = [record for record in records if record["iteration"] <= iterations_done]
+    earlier = [one for one in read_metrics(path) if one["iteration"] <= iterations_done]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in earlier))
-    return len(records) - len(earlier)
 
 
 def append(path: Path, record: Record) -> None:

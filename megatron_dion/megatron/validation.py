@@ -12,31 +12,29 @@ from megatron_dion.megatron.data_checks import check_data
 from megatron_dion.megatron.errors import refuse
 from megatron_dion.megatron.flags import as_flag, dion_options, given_dion_flags
 
-Check = Callable[[argparse.Namespace], None]
-
-# Arguments that must keep this value with --optimizer dion, and why, or what to do instead.
-_REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
-    "use_torch_fsdp2": (False, "Dion shards with --use-distributed-optimizer"),
-    "use_megatron_fsdp": (False, "Dion shards with --use-distributed-optimizer"),
-    "optimizer_cpu_offload": (False, "Dion's state stays on the device"),
-    "fp4_param_gather": (False, "its masters and packed weights may lie on different ranks"),
-    "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
-    "use_precision_aware_optimizer": (False, "Dion keeps fp32 master weights and state"),
-    "dump_param_to_param_group_map": (None, "its groups are Megatron's, see routing.tsv"),
-    "use_mup": (False, "Dion has width scaling of its own, see --dion-scale-mode"),
-    "moe_single_grouped_weight": (False, "experts must be separate parameters"),
-    "moe_single_grouped_bias": (False, "experts must be separate parameters"),
-    "mla_down_proj_fusion": (False, "its rows would depend on the tensor-parallel size"),
-    "moe_shared_expert_glu_interleave_size": (None, "gate and up rows must not be interleaved"),
-    "use_grouped_gemm_for_dense_mlp": (False, "gate and up rows must not be interleaved"),
-    "tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
-    "expert_tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
-    "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
-    "freeze_all_layers": (False, "there would be nothing to train"),
-    "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
-    "inprocess_restart": (False, "let the launcher start the run again, with --load"),
-    "non_persistent_ckpt_type": (None, "use --save-interval, with --async-save if it takes long"),
-    "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
+# Arguments that must not be given with --optimizer dion, and why, or what to do instead.
+_REFUSED_WITH_DION = {
+    "use_torch_fsdp2": "Dion shards with --use-distributed-optimizer",
+    "use_megatron_fsdp": "Dion shards with --use-distributed-optimizer",
+    "optimizer_cpu_offload": "Dion's state stays on the device",
+    "fp4_param_gather": "its masters and packed weights may lie on different ranks",
+    "overlap_param_gather_with_optimizer_step": "use --overlap-param-gather alone",
+    "use_precision_aware_optimizer": "Dion keeps fp32 master weights and state",
+    "dump_param_to_param_group_map": "its groups are Megatron's, see routing.tsv",
+    "use_mup": "Dion has width scaling of its own, see --dion-scale-mode",
+    "moe_single_grouped_weight": "experts must be separate parameters",
+    "moe_single_grouped_bias": "experts must be separate parameters",
+    "mla_down_proj_fusion": "its rows would depend on the tensor-parallel size",
+    "moe_shared_expert_glu_interleave_size": "gate and up rows must not be interleaved",
+    "use_grouped_gemm_for_dense_mlp": "gate and up rows must not be interleaved",
+    "tensor_parallel_num_weight_shards": "its shards are not in Dion's plan",
+    "expert_tensor_parallel_num_weight_shards": "its shards are not in Dion's plan",
+    "experimental_attention_variant": "its projections are not split into matrices yet",
+    "freeze_all_layers": "there would be nothing to train",
+    "optimizer_cuda_graph": "Dion's exchange cannot be captured",
+    "inprocess_restart": "let the launcher start the run again, with --load",
+    "non_persistent_ckpt_type": "use --save-interval, with --async-save if it takes long",
+    "ckpt_convert_format": "Dion's state has one format, torch_dist",
 }
 
 # Ways of reading data that pretrain_gpt.py does not know, and would ignore in silence.
@@ -71,10 +69,10 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
     """What Dion needs of Megatron's optimizer and what it does not go with."""
     if args.optimizer != "dion":
         return
-    for name, (accepted, advice) in _REFUSED_WITH_DION.items():
-        flag = as_flag(name, getattr(args, name))
-        is_refused = getattr(args, name) != accepted
-        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=is_refused)
+    for name, advice in _REFUSED_WITH_DION.items():
+        value = getattr(args, name)
+        flag = as_flag(name, value)
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=value)
     is_sharded = args.use_distributed_optimizer
     refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
 
@@ -136,16 +134,16 @@ def check_packages(args: argparse.Namespace) -> None:
 
 
 # What holds for a run without Dion in a script that is not ours.
-OF_OUR_FLAGS: tuple[Check, ...] = (check_dion_flags, check_packages)
+OF_OUR_FLAGS = (check_dion_flags, check_packages)
 
 # What holds for any script that trains with Dion.
-OF_ALL_SCRIPTS: tuple[Check, ...] = (
+OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
     *(check_dion_flags, check_dion_surroundings, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 
 # What pretrain_gpt.py adds, since another script may read its data in another way.
-OF_DATA: tuple[Check, ...] = (check_data_mode, check_data)
+OF_DATA = (check_data_mode, check_data)
 
 
 def restore_distributed_optimizer(args: argparse.Namespace) -> None:

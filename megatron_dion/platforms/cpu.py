@@ -57,19 +57,13 @@ def _replace(owner: Any, **values: Any) -> None:
     """Replace attributes, all of which must be there."""
     for name, value in values.items():
         if not hasattr(owner, name):
-            raise RuntimeError(
-                f"the CPU platform patches {owner.__name__}.{name}, which this version of torch or "
-                "megatron-core does not have"
-            )
+            raise RuntimeError(f"there is no {owner.__name__}.{name} that could be replaced")
         setattr(owner, name, value)
 
 
 def _always(answer: Any = None) -> Callable[..., Any]:
     """Make a new function each time: torch._dynamo refuses one object under two torch names."""
     return lambda *args, **kwargs: answer
-
-
-# --- torch ------------------------------------------------------------------------------------
 
 
 def _replace_functions_of_torch() -> None:
@@ -208,9 +202,6 @@ def _with_generator_of_its_own(init: Callable[..., None]) -> Callable[..., None]
             self.generator = torch.Generator()
 
     return new_init
-
-
-# --- megatron ---------------------------------------------------------------------------------
 
 
 def _replace_functions_of_megatron() -> None:

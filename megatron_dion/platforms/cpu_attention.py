@@ -1,9 +1,8 @@
 """Context parallelism and multi-latent attention for megatron's plain-torch attention.
 
-It refuses the first: here each rank keeps its queries and gathers all keys and values, which is
-correct for every causal model, and of no use for long sequences, where it would defeat the purpose.
-It does not know the second, whose keys and values differ in width. Both exist to test on CPU that
-what lies around attention is right.
+It refuses the first; here each rank keeps its queries and gathers all keys and values, which would
+defeat the purpose of long sequences. It does not know the second, whose keys and values differ in
+width. Both exist to test on CPU that what lies around attention is right.
 """
 
 import copy

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_dion.megatron import environment
+from megatron_dion.megatron import launch
 from megatron_dion_tools import cli
 from megatron_dion_tools.doctor import (
     collectives,
@@ -47,7 +47,7 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 def test_other_megatron_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert software.megatron().verdict == OK
-    monkeypatch.setattr(environment, "TESTED_MEGATRON_CORE", "9.9.9")
+    monkeypatch.setattr(launch, "TESTED_MEGATRON_CORE", "9.9.9")
     assert software.megatron().fix == "pip install megatron-core==9.9.9"
     assert software.megatron().verdict == FAILED
 

@@ -24,12 +24,12 @@ def record(iteration: int, kind: str = "train") -> dict[str, Any]:
 
 def test_resuming_drops_what_will_be_done_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert drop_later(path, 0) == 0
+    drop_later(path, 0)
     for kind, iteration in (("train", 1), ("train", 2), ("train", 3), ("validation", 2)):
         append(path, record(iteration, kind))
     with path.open("a") as file:
         file.write('{"kind": "tra')  # a killed process left it
-    assert drop_later(path, 2) == 1
+    drop_later(path, 2)
     append(path, record(3))
     assert read_metrics(path) == [record(1), record(2), record(2, "validation"), record(3)]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dion.megatron import environment
+from megatron_dion.megatron import launch
 from megatron_dion.megatron.errors import ConfigurationError
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
@@ -267,12 +267,12 @@ def test_tokenizer_is_compared_with_what_was_noted(
 
 def test_another_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout of Megatron-LM beside a script, say, whatever is installed."""
-    environment.check_megatron_version()
+    launch.check_megatron_version()
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
     (core / "__init__.py").write_text("raise ImportError('must not be imported')")
     (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 0\n")
-    code = "from megatron_dion.megatron import environment; environment.check_megatron_version()"
+    code = "from megatron_dion.megatron import launch; launch.check_megatron_version()"
     command = [sys.executable, "-c", code]
     paths = [str(tmp_path), *sys.path]
     found = subprocess.run(
