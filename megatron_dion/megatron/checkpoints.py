@@ -231,8 +231,8 @@ class Loader:
         is_other = {here, saved} != {"adam", "dion"}
         if is_other or (facts.record is None and facts.sharding not in _RESHARDABLE):
             raise CheckpointError(
-                f"--switch-optimizer cannot take {self._folder}, which was saved with --optimizer"
-                f" {saved} and {facts.sharding} state: save it again with --optimizer adam"
+                f"--switch-optimizer takes reshardable state of adam, and that of {self._folder} is"
+                f" {saved}'s ({facts.sharding}): save it again with"
                 f" --dist-ckpt-optim-fully-reshardable; {_MODEL_ONLY}"
             )
         scalars = ", and the state of scalar parameters," if keeps_scalars else ""

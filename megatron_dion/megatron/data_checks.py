@@ -66,7 +66,8 @@ def check_tokenizer(args: argparse.Namespace, prefix: str) -> None:
     if not notes.is_file():
         return
     with in_one_line(f"{notes} does not describe the data"):
-        noted = dict(json.loads(notes.read_text()))
+        noted = json.loads(notes.read_text())
+        assert isinstance(noted, dict), "it is no JSON object"
     model, hash_of_model = Path(args.tokenizer_model or ""), noted.get("tokenizer_model_sha256")
     is_other_type = noted.get("tokenizer_type", args.tokenizer_type) != args.tokenizer_type
     is_other_model = hash_of_model and model.is_file() and hash_file(model) != hash_of_model

@@ -41,7 +41,7 @@ def in_one_line(context: str) -> Iterator[None]:
     """Turns a library's objection, which would be a traceback on every rank, into our error."""
     try:
         yield
-    except (AssertionError, ImportError, OSError, TypeError, ValueError, struct.error) as error:
+    except (AssertionError, ImportError, OSError, ValueError, struct.error) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         message = " ".join(str(error).split()) or line  # many assertions have no message
         raise ConfigurationError(f"{context}: {message}") from error

@@ -82,8 +82,7 @@ class Join:
     def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
         """As megatron.training.pretrain."""
         args = get_args()
-        if args.world_size == 1:
-            describe_single_process()
+        describe_single_process()
         self._begin_folders(args)
         call = inspect.signature(stock).bind(config, *others, **options)
         if args.optimizer == "dion":

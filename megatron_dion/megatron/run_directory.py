@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import megatron_dion
 Record = dict[str, Any]
 
 
-def write_config(run_dir: Path, args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+def write_config(run_dir: Path, args: argparse.Namespace, defaults: Record) -> None:
     """Write config.json: every argument as resolved, their defaults, and with which software."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     config = {
@@ -27,7 +26,7 @@ def write_config(run_dir: Path, args: argparse.Namespace, defaults: Mapping[str,
         | {"megatron_dion": megatron_dion.__version__, "python": platform.python_version()},
         "git_revision": git_revision(Path(megatron_dion.__file__).parent),
         "arguments": vars(args),
-        "defaults": dict(defaults),
+        "defaults": defaults,
     }
     replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 

@@ -69,12 +69,11 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
     """What Dion needs of Megatron's optimizer and what it does not go with."""
     if args.optimizer != "dion":
         return
-    for name, advice in _REFUSED_WITH_DION.items():
-        value = getattr(args, name)
-        flag = as_flag(name, value)
-        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=value)
     is_sharded = args.use_distributed_optimizer
     refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
+    for name, advice in _REFUSED_WITH_DION.items():
+        flag = as_flag(name, getattr(args, name))
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=getattr(args, name))
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
@@ -123,8 +122,8 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name in _UNSUPPORTED_DATA:
-        flag = as_flag(name, True)
-        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", getattr(args, name))
+        flag, value = as_flag(name, True), getattr(args, name)
+        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", when=value)
 
 
 def check_packages(args: argparse.Namespace) -> None:
