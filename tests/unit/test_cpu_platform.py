@@ -55,32 +55,6 @@ def test_what_does_not_exist_is_not_replaced() -> None:
         cpu._replace(torch.cuda, no_such_function=None)
 
 
-def tensors_and_types() -> list[str]:
-    made = torch.zeros(2, device="cuda"), torch.tensor([1.0], device=torch.device("cuda:0")).cuda()
-    types = made[0].type(), made[1].bfloat16().type(), made[0].type(torch.int32).dtype
-    return [*(str(tensor.device) for tensor in made), *map(str, types)]
-
-
-def test_cuda_tensors_are_made_on_cpu_and_say_so() -> None:
-    assert world(1).run(tensors_and_types) == [
-        ["cpu", "cpu", "torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.int32"]
-    ]
-
-
-def random_streams() -> bool:
-    torch.cuda.manual_seed(5)
-    state = torch.cuda.get_rng_state()
-    first = torch.rand(3)
-    torch.cuda.set_rng_state(state)
-    again = torch.rand(3)
-    torch.manual_seed(5)
-    return torch.equal(first, again) and torch.equal(first, torch.rand(3))
-
-
-def test_the_cuda_generator_is_the_default_one() -> None:
-    assert world(1).run(random_streams) == [True]
-
-
 def gather_unequal_shards() -> list[list[float]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = torch.full((rank, 2), float(rank))
