@@ -17,7 +17,6 @@ from megatron_dion.platforms import cpu
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     cpu.install()  # before the first import of megatron
-    cpu.install_megatron_patches()
 
 from megatron.core import dist_checkpointing, distributed, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel

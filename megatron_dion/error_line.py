@@ -6,11 +6,9 @@ from typing import NoReturn
 PREFIX = "error: "
 
 
-def tell(reason: object) -> str:
-    """Print the line, and return it."""
-    line = f"{PREFIX}{reason}"
-    print(line, file=sys.stderr, flush=True)
-    return line
+def tell(reason: object) -> None:
+    """Print the line."""
+    print(f"{PREFIX}{reason}", file=sys.stderr, flush=True)
 
 
 def exit_interrupted() -> NoReturn:

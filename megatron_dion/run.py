@@ -16,14 +16,10 @@ _USAGE = "usage: python -m megatron_dion.run SCRIPT [FLAG of the script ...]"
 
 def main() -> None:
     """Run the script that the command line names, as if it had been started itself."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(_USAGE, file=sys.stdout if words else sys.stderr)
-        sys.exit(0 if words else 2)
-    script = Path(words[0])
+    sys.argv = sys.argv[1:] or [""]
+    script = Path(sys.argv[0])
     if not script.is_file():
         exit_with(ConfigurationError(f"{script} is not a file ({_USAGE})"))
-    sys.argv = words
     if not sys.flags.safe_path:
         # `python SCRIPT` searches the folder of the script, `python -m` the working folder.
         sys.path[0] = str(script.resolve().parent)

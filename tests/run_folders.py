@@ -51,9 +51,8 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(config))
     records = list(metrics()) if records is None else records
     write_lines(folder / "metrics.jsonl", records)
-    start = {**SIZES, "unigram_entropy": 6.5}
     starts = [
-        start
+        SIZES
         | {"iteration": done, "tokens": TOKENS * done, "time": f"2026-11-24T{hour}:55:02+00:00"}
         for done, hour in ((0, 19), (RESUMED_AFTER, 20))
         if any(record["iteration"] > done for record in records)

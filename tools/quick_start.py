@@ -6,6 +6,7 @@ and win over those of examples/quick_start.args.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from megatron_dion_tools.local.flags import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "examples" / "quick_start.args"
-PROGRESS_MARK = "[dion] "
+# Lines of ours, and those of Megatron about iterations and evaluations.
+PROGRESS = re.compile(r"(\[dion\] ).*|.* (iteration +\d+/|loss at iteration ).*", re.DOTALL)
 # Here the long report of torchrun begins, which says only that a process failed.
 LAUNCHER_MARK = "torch/distributed/elastic"
 LOG_LINES_SHOWN = 30
@@ -95,8 +97,8 @@ def relay(output: Iterable[str], log: TextIO) -> None:
     for line in output:
         log.write(line)
         log.flush()
-        if line.startswith(PROGRESS_MARK):
-            print(line.removeprefix(PROGRESS_MARK), end="", flush=True)
+        if match := PROGRESS.fullmatch(line):
+            print(line.removeprefix(match[1] or ""), end="", flush=True)
 
 
 def explain(log: str) -> tuple[list[str], list[str]]:

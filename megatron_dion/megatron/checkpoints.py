@@ -1,8 +1,9 @@
 """The join with Megatron's loading and saving of checkpoints."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad, o
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
-from megatron_dion.megatron.progress import say
+from megatron_dion.megatron.errors import in_one_line, say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MastersOnly, Source
 from megatron_dion.optimizer.record import Record
@@ -35,12 +36,8 @@ _ERRORS_OF_LOADING = (
 def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
-    Where `--load` is `--save` and holds none, the run starts from `--pretrained-checkpoint` or from
-    random weights. The choice is put into the arguments and into Megatron's reading of the tracker,
-    since Megatron believes the tracker, and starts from random weights without one.
-
-    Raises:
-        CheckpointError: there is no complete checkpoint where there has to be one.
+    Only where `--load` is `--save` may it hold none. The choice is put into the arguments and into
+    Megatron's reading of the tracker, without which Megatron starts from random weights.
     """
     if _saves_into(args, args.load):
         folders.settle(Path(args.load))
@@ -69,10 +66,10 @@ def _look_for(args: argparse.Namespace, flag: str, root: str | None) -> Choice |
                 f"{flag} {error}: correct the path, or leave {flag} out to start from random"
                 " weights"
             ) from error
-        _say(args, f"{flag} {error}: starting from iteration 0")
+        say(f"{flag} {error}: starting from iteration 0")
         return None
     for remark in choice.remarks:
-        _say(args, f"{flag}: {remark}")
+        say(f"{flag}: {remark}")
     return choice
 
 
@@ -80,23 +77,23 @@ def _saves_into(args: argparse.Namespace, root: str | None) -> bool:
     return bool(args.save and root) and Path(args.save).resolve() == Path(root or "").resolve()
 
 
+def check_that_ranks_agree(choice: Choice | None) -> None:
+    """Each rank has looked into the folder of all checkpoints on its own."""
+    choices = set(gather(["none" if choice is None else str(choice.folder)]))
+    if len(choices) > 1:
+        raise CheckpointError(
+            f"the ranks see other checkpoints ({', '.join(sorted(choices))}): is the folder on"
+            " a filesystem that all of them share, and is another run saving into it?"
+        )
+
+
 def use(choice: Choice | None, args: argparse.Namespace) -> None:
     """Lets Megatron load the chosen checkpoint, and save new ones beside the old."""
-
-    def agree(optimizer: Any) -> None:
-        """Each rank has looked into the folder of all checkpoints on its own."""
-        choices = set(gather(["none" if choice is None else str(choice.folder)]))
-        if len(choices) > 1:
-            raise CheckpointError(
-                f"the ranks see other checkpoints ({', '.join(sorted(choices))}): is the folder on"
-                " a filesystem that all of them share, and is another run saving into it?"
-            )
 
     def report(folder: Path, size: int, seconds: float) -> None:
         iteration = folders.iteration_of(folder)
         say(f"{folder}: saved iteration {iteration}, {size / 1e6:.1f} MB in {seconds:.1f} s")
 
-    patches.when_optimizer_is_built(agree)
     if choice is not None:
         patches.wrap("load_checkpoint", Loader(choice, args).load)
     patches.wrap("save", Saver(not args.no_checkpoint_hashes, report).save)
@@ -124,11 +121,7 @@ class Loader:
     def load(
         self, stock: Callable[..., Any], model: Any, optimizer: Any, *others: Any, **options: Any
     ) -> Any:
-        """As `megatron.training.checkpointing.load_checkpoint`.
-
-        Raises:
-            CheckpointError: on all ranks, before anything has been loaded where it can be known.
-        """
+        """As Megatron's; what can be known to be wrong is raised on all ranks before anything."""
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         args = self._args
@@ -137,10 +130,13 @@ class Loader:
                 self._say("--no-load-optim: all optimizer state begins anew")
             else:
                 optimizer = self._prepare(optimizer, facts)
-        with explained(self._folder):
+        with _explained(self._folder):
             result = stock(model, optimizer, *others, **options)
         self._say("loaded")
         return result
+
+    def _say(self, line: str) -> None:
+        say(f"{self._folder}: {line}")
 
     def _read_facts(self) -> Facts:
         try:
@@ -179,32 +175,12 @@ class Loader:
             raise self._unusable("; ".join(damage[:5]))
 
     def _prepare(self, optimizer: Any, facts: Facts) -> Any:
-        """Tells the optimizer what the checkpoint has for it; returns the optimizer to load into.
-
-        Raises:
-            CheckpointError: the checkpoint is of a run that cannot go on as this one.
-        """
+        """Tells the optimizer what the checkpoint has for it; returns what is to be loaded."""
         if not facts.has_state:
             raise CheckpointError(
                 f"{self._folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
             )
-        self._check_learning_rates(facts)
-        if not isinstance(optimizer, DionChainedOptimizer):
-            if facts.record is None:
-                return optimizer  # Megatron's own affair
-            try:
-                return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
-            except ValueError as error:
-                raise CheckpointError(f"--switch-optimizer: {error}") from error
-        if facts.record is not None:
-            source = self._go_on(optimizer.record, facts.record)
-        else:
-            source = self._switch(facts, optimizer.record.scalar_optimizer == facts.optimizer)
-        optimizer.load_from(source)
-        return optimizer
-
-    def _check_learning_rates(self, facts: Facts) -> None:
-        """Megatron would take those of the command line in spite of the flag."""
+        # Megatron would take those of the command line in spite of the flag.
         here, saved = (self._args.lr, self._args.min_lr), facts.learning_rates
         if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
             raise CheckpointError(
@@ -212,13 +188,22 @@ class Loader:
                 f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
                 " --override-opt-param-scheduler"
             )
+        if not isinstance(optimizer, DionChainedOptimizer):
+            if facts.record is None:
+                return optimizer  # Megatron's own affair
+            with in_one_line("--switch-optimizer"):
+                return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
+        if facts.record is not None:
+            source = self._go_on(optimizer.record, facts.record)
+        else:
+            source = self._switch(facts, optimizer.record.scalar_optimizer == facts.optimizer)
+        optimizer.load_from(source)
+        return optimizer
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
         reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
-        differences = saved.differences(here)
-        routes, factors = _listed(differences.routes), _listed(differences.factors)
-        scalars, free = _listed(differences.scalars), _listed(differences.free)
+        factors, routes, scalars, free = map("; ".join, astuple(saved.differences(here)))
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
             (factors, reinit, f"use the saved values, or {_REINIT}"),
@@ -243,15 +228,12 @@ class Loader:
                 f"{self._folder} was saved with --optimizer {saved}, and this run has --optimizer"
                 f" {here}: {_SWITCH}; {_MODEL_ONLY}"
             )
-        if {here, saved} != {"adam", "dion"}:
+        is_other = {here, saved} != {"adam", "dion"}
+        if is_other or (facts.record is None and facts.sharding not in _RESHARDABLE):
             raise CheckpointError(
-                f"--switch-optimizer goes between adam and dion, and {self._folder} was saved with"
-                f" --optimizer {saved}: {_MODEL_ONLY}"
-            )
-        if facts.record is None and facts.sharding not in _RESHARDABLE:
-            raise CheckpointError(
-                f"{self._folder} keeps master weights in the layout of one run ({facts.sharding}):"
-                f" save it again with --dist-ckpt-optim-fully-reshardable; {_MODEL_ONLY}"
+                f"--switch-optimizer takes reshardable state of adam, and that of {self._folder} is"
+                f" {saved}'s ({facts.sharding}): save it again with"
+                f" --dist-ckpt-optim-fully-reshardable; {_MODEL_ONLY}"
             )
         scalars = ", and the state of scalar parameters," if keeps_scalars else ""
         self._say(
@@ -261,30 +243,13 @@ class Loader:
         rules = facts.record.rules if facts.record else None
         return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
 
-    def _say(self, line: str) -> None:
-        _say(self._args, f"{self._folder}: {line}")
-
-
-def _say(args: argparse.Namespace, line: str) -> None:
-    if args.rank == 0:
-        say(line)
-
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Path) -> Iterator[None]:
     """Turns what goes wrong while Megatron loads into one line."""
     try:
         yield
     except _ERRORS_OF_LOADING as error:
-        hint = (
-            ": --override-opt-param-scheduler takes the command line's, "
-            "--use-checkpoint-opt-param-scheduler the checkpoint's"
-        )
         raise CheckpointError(
             f"{folder} cannot be loaded into this run: {one_line(error)}"
-            f"{hint if 'OptimizerParamScheduler' in str(error) else ''}"
         ) from error
-
-
-def _listed(differences: Iterable[Any]) -> str:
-    return "; ".join(map(str, differences))

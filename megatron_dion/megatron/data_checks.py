@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dion.checkpointing.hashes import hash_file
-from megatron_dion.megatron.errors import ConfigurationError, in_one_line, refuse
+from megatron_dion.megatron.errors import in_one_line, refuse
 
-_HOW_TO_REMAKE = "write the data again with megatron-dion data preprocess"
-_SPLITS = ("training", "validation", "test")
 # Of each dataset; more would delay the start of a run.
 _TOKENS_CHECKED = 2**27
 
@@ -32,58 +29,79 @@ def check_data(args: argparse.Namespace) -> None:
         "--tokenizer-type is missing: name the one that made the data", when=not args.tokenizer_type
     )
     for prefix in prefixes:
-        open_data(prefix)
-        check_made_with_this_tokenizer(args, prefix)
+        data = open_data(prefix)
+        check_tokenizer(args, prefix)
+        if args.split is not None:
+            check_split(args.split, prefix, len(data))
 
 
-def check_made_with_this_tokenizer(args: argparse.Namespace, prefix: str) -> None:
-    """Compare the command line with what was noted beside the data when they were made."""
-    notes = read_notes(prefix)
-    made_with = notes.get("tokenizer_type", args.tokenizer_type)
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """The paths of all datasets of the run, without their suffixes."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    with in_one_line("--data-args-path, --per-split-data-args-path"):
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [one for one in blend_per_split or [blend] if one]
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
+
+
+def open_data(prefix: str) -> Any:
+    """Megatron's dataset of PREFIX.idx and PREFIX.bin, both of which are there and whole."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    with in_one_line(f"the data {prefix} cannot be read"):
+        data = IndexedDataset(prefix, mmap=True)
+    size = Path(f"{prefix}.bin").stat().st_size
+    promised = int(data.sequence_lengths.sum(dtype=np.int64)) * np.dtype(data.index.dtype).itemsize
     refuse(
-        f"--tokenizer-type {args.tokenizer_type}: the data {prefix} were made with "
-        f"{made_with}: use that, or make the data again",
-        when=made_with != args.tokenizer_type,
+        f"{prefix}.bin has {size} bytes where its index promises {promised}: write the data again",
+        when=size != promised,
     )
-    noted, model = notes.get("tokenizer_model_sha256"), Path(args.tokenizer_model or "")
+    return data
+
+
+def check_tokenizer(args: argparse.Namespace, prefix: str) -> None:
+    """Compare the tokenizer with PREFIX.json, in which `megatron-dion data` describes the data."""
+    notes = Path(f"{prefix}.json")
+    if not notes.is_file():
+        return
+    with in_one_line(f"{notes} does not describe the data"):
+        noted = json.loads(notes.read_text())
+        assert isinstance(noted, dict), "it is no JSON object"
+    model, hash_of_model = Path(args.tokenizer_model or ""), noted.get("tokenizer_model_sha256")
+    is_other_type = noted.get("tokenizer_type", args.tokenizer_type) != args.tokenizer_type
+    is_other_model = hash_of_model and model.is_file() and hash_file(model) != hash_of_model
     refuse(
-        f"--tokenizer-model {args.tokenizer_model} is not the tokenizer with which the data "
-        f"{prefix} were made (its sha256 is not {noted}): use that one, or make the data again",
-        when=noted and model.is_file() and hash_file(model) != noted,
+        f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model} is not "
+        f"the tokenizer that made the data {prefix}, see {notes}: use that one, or make the data "
+        "again",
+        when=is_other_type or is_other_model,
     )
 
 
-def check_splits(args: argparse.Namespace) -> None:
+def check_split(split: str, prefix: str, sequences: int) -> None:
     """Megatron never returns from a part of the data with weight and without sequences.
 
     It adds epochs until there are enough tokens (core/datasets/gpt_dataset.py:694).
     """
-    if args.mock_data or args.split is None:
-        return
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,
     )
 
-    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
-    for prefix in data_prefixes(args):
-        sequences = len(open_data(prefix))
-        for split, bound in zip(_SPLITS, bounds, strict=True):
-            refuse(
-                f"--split {args.split} gives the {split} set none of the {sequences} documents "
-                f"of {prefix}: give it weight 0 or more weight",
-                when=bound and round(bound[0] * sequences) == round(bound[1] * sequences),
-            )
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for part, bound in zip(("training", "validation", "test"), bounds, strict=True):
+        refuse(
+            f"--split {split} gives the {part} set none of the {sequences} documents of {prefix}: "
+            "give it weight 0 or more weight",
+            when=bound and round(bound[0] * sequences) == round(bound[1] * sequences),
+        )
 
 
 def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:
-    """The tokens of the data are in the vocabulary, at least the first 2^27 of each dataset.
+    """The tokens of the data are less than `vocabulary`, at least the first 2^27 of each dataset.
 
     Tensor-parallel embeddings take any other token for a vector of zeros, without a word.
-
-    Args:
-        args: The parsed arguments.
-        vocabulary: Size of the tokenizer's vocabulary.
     """
     if args.mock_data or args.rank != 0:  # one rank reads for all
         return
@@ -96,66 +114,3 @@ def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:
             "that made the data",
             when=largest >= vocabulary,
         )
-
-
-def open_data(prefix: str) -> Any:
-    """Megatron's dataset of the two files PREFIX.idx and PREFIX.bin.
-
-    Raises:
-        ConfigurationError: A file is missing, is not what it should be, or was cut off.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
-        refuse(
-            f"the data {prefix} has no file {path}: give the path without .bin or .idx, "
-            f"or {_HOW_TO_REMAKE}",
-            when=not path.is_file(),
-        )
-    try:
-        data = IndexedDataset(prefix, mmap=True)
-    except (AssertionError, ValueError, struct.error) as error:
-        raise ConfigurationError(
-            f"{prefix} is not a whole Megatron dataset ({error}): {_HOW_TO_REMAKE}"
-        ) from error
-    size = Path(f"{prefix}.bin").stat().st_size
-    promised = int(data.sequence_lengths.sum(dtype=np.int64)) * np.dtype(data.index.dtype).itemsize
-    refuse(
-        f"{prefix}.bin has {size} bytes where its index promises {promised}: {_HOW_TO_REMAKE}",
-        when=size != promised,
-    )
-    return data
-
-
-def read_notes(prefix: str) -> dict[str, Any]:
-    """Read PREFIX.json, in which `megatron-dion data` describes the data; else empty.
-
-    Raises:
-        ConfigurationError: The file is not a JSON object.
-    """
-    path = Path(f"{prefix}.json")
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not a JSON object: {_HOW_TO_REMAKE}") from error
-
-
-def unigram_entropy(args: argparse.Namespace) -> float | None:
-    """Entropy of the training tokens in nats, where they are one dataset that notes it."""
-    training = [] if args.mock_data else _blends(args)[0]
-    value = read_notes(training[0]).get("unigram_entropy_nats") if len(training) == 1 else None
-    return None if value is None else float(value)
-
-
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """The paths of all datasets of the run, without their suffixes."""
-    return list(dict.fromkeys(prefix for blend in _blends(args) for prefix in blend))
-
-
-def _blends(args: argparse.Namespace) -> list[list[str]]:
-    """The datasets' paths: of training first, then of what has data of its own."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    with in_one_line("--data-args-path, --per-split-data-args-path"):
-        blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return [one[0] if one else [] for one in blend_per_split or [blend]]

@@ -1,13 +1,12 @@
-"""Mistakes of the user, and failures to save or load, reported as one line."""
+"""What is told to the user in a line: mistakes, failures to save or load, and how a run goes."""
 
 import contextlib
-import json
 import os
+import struct
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError
@@ -25,6 +24,12 @@ class ConfigurationError(Exception):
 ONE_LINE_ERRORS = (ConfigurationError, CheckpointError)
 
 
+def say(text: str) -> None:
+    """Print lines of the project's own, once for all processes, beside what Megatron prints."""
+    for line in text.splitlines() if os.environ.get("RANK", "0") == "0" else ():
+        print(f"[dion] {line}", flush=True)
+
+
 def refuse(line: str, when: object) -> None:
     """Raises ConfigurationError with a line where a condition is true."""
     if when:
@@ -36,7 +41,7 @@ def in_one_line(context: str) -> Iterator[None]:
     """Turns a library's objection, which would be a traceback on every rank, into our error."""
     try:
         yield
-    except (AssertionError, OSError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, ValueError, struct.error) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
         message = " ".join(str(error).split()) or line  # many assertions have no message
         raise ConfigurationError(f"{context}: {message}") from error
@@ -50,10 +55,5 @@ def exit_with(error: Exception) -> NoReturn:
     """
     if int(os.environ.get("RANK", "0")) != 0:
         time.sleep(_LAUNCHER_GRACE_SECONDS)
-    line = tell(error)
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is not None:  # torchrun ends its report with the message in this file
-        details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": details}))
+    tell(error)
     sys.exit(1 if isinstance(error, SaveError) else 2)

@@ -7,6 +7,7 @@ Each field is a flag: its type, its default and the docstring below it are the f
 import argparse
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
@@ -14,32 +15,26 @@ from typing import Any, Literal, NoReturn
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.algorithm.config import check_fields, checked
 from megatron_dion.megatron.errors import ConfigurationError, refuse
-from megatron_dion.misspelt import with_suggestion
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 
-# What Megatron's defaults have to become on CPU.
-CPU_DEFAULTS: dict[str, Any] = {
-    "distributed_backend": "gloo",  # nccl moves CUDA memory only
-    "transformer_impl": "local",  # Transformer Engine needs CUDA, and so do fused kernels
-    "gradient_accumulation_fusion": False,
+ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+# What Megatron's defaults have to become without Transformer Engine, which brings these fusions.
+PLAIN_TORCH_DEFAULTS: dict[str, Any] = {
+    "transformer_impl": "local",
     "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
+    **dict.fromkeys(("gradient_accumulation_fusion", "masked_softmax_fusion"), False),
     "apply_rope_fusion": False,
+}
+
+# The same on CPU.
+CPU_DEFAULTS: dict[str, Any] = {
+    **PLAIN_TORCH_DEFAULTS,
+    **dict.fromkeys(("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"), False),
+    "distributed_backend": "gloo",  # nccl moves CUDA memory only
     "use_cpu_initialization": True,  # weights then do not depend on the tensor-parallel size
     "async_strategy": "mcore",  # the default needs nvidia-resiliency-ext, which needs CUDA
     "num_workers": 0,  # worker processes compete with the training for the same cores
-}
-
-# The same on a CUDA machine without Transformer Engine, which brings these fusions.
-PLAIN_TORCH_DEFAULTS: dict[str, Any] = {
-    "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
 }
 
 # Flags that earlier versions had, and what to do instead.
@@ -63,17 +58,9 @@ def _split(text: str) -> list[str]:
     return names
 
 
-def _is_interval(iterations: int | None) -> bool:
-    return iterations is None or iterations >= 1
-
-
 @dataclass(frozen=True)
 class DionOptions:
-    """What a run chooses about Dion beside the hyperparameters in `config`.
-
-    Raises:
-        ValueError: a value is outside of its range.
-    """
+    """What a run chooses about Dion beside the hyperparameters in `config`."""
 
     config: DionConfig = field(default_factory=DionConfig)
 
@@ -102,11 +89,11 @@ class DionOptions:
     """Average low-rank factors in place of gradients over the instances of
     --num-distributed-optimizer-instances, where the factors are smaller."""
 
-    recenter_interval: int | None = checked(None, _is_interval, "at least 1")
+    recenter_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
     """With --dion-compressed-sync, replace momenta by their mean over the instances every N
     iterations."""
 
-    log_interval: int | None = checked(None, _is_interval, "at least 1")
+    log_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
     """Log the diagnostics of the step of every N-th iteration, matrix by matrix."""
 
     reinit_factors: bool = False
@@ -130,7 +117,7 @@ class RunOptions:
     """What to train on; auto is cuda where there is a CUDA device, else cpu."""
 
     run_dir: str | None = None
-    """Folder for config.json, routing.tsv, metrics.jsonl and loss.png."""
+    """Folder for config.json, routing.tsv, metrics.jsonl and starts.jsonl."""
 
     switch_optimizer: bool = False
     """Load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
@@ -142,58 +129,46 @@ class RunOptions:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the project's flags. Megatron must have been prepared for the device."""
+    # Only now: importing megatron needs a platform.
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
     for kind, prefix in ((DionConfig, "dion-"), (DionOptions, "dion-"), (RunOptions, "")):
-        _add_group(parser, kind, prefix)
-    for flag in REMOVED:
-        parser.add_argument(
-            flag, action=_Removed, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        factory = ArgumentGroupFactory(kind)
+        group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
+        for attribute in fields(kind):
+            if attribute.name in ("seed", "config"):
+                continue  # --seed is Megatron's; `config` is a dataclass of its own
+            keywords = factory._build_argparse_kwargs_from_field(attribute)
+            [flag] = keywords.pop("arg_names")
+            keywords["dest"] = prefix.replace("-", "_") + attribute.name
+            group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
 
 
-def extra_args_provider(
-    device: str,
-) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Make the function that megatron.training calls with its parser.
-
-    Args:
-        device: `cuda` or `cpu`; on CPU, defaults change that have no meaning there.
-    """
-
-    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        _raise_instead_of_printing_usage(parser)
-        actions = {action.dest: action for action in parser._actions}
-        missing = {"optimizer", *CPU_DEFAULTS} - set(actions)
-        refuse(
-            f"this megatron-core has no argument {', '.join(sorted(missing))}: it is not the tested"
-            " version",
-            when=missing,
-        )
-        actions["optimizer"].choices = [*(actions["optimizer"].choices or ()), "dion"]
-        add_flags(parser)
-        _repair_help(parser)
-        has_engine = importlib.util.find_spec("transformer_engine") is not None
-        if device == "cpu" or not has_engine:
-            parser.set_defaults(**(CPU_DEFAULTS if device == "cpu" else PLAIN_TORCH_DEFAULTS))
-        return parser
-
-    return extend
+def extend_parser(parser: argparse.ArgumentParser, device: str) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser, and change defaults that have no meaning on the CPU."""
+    # Megatron's usage is hundreds of lines, and every process would print them.
+    setattr(parser, "error", _refuse)  # noqa: B010  (mypy refuses an assignment to a method)
+    for action in parser._actions:
+        if action.dest == "optimizer":
+            action.choices = [*(action.choices or ()), "dion"]
+        # Some of Megatron's help texts have a bare percent sign, on which --help breaks off.
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
+    add_flags(parser)
+    if device == "cpu":
+        parser.set_defaults(**CPU_DEFAULTS)
+    elif importlib.util.find_spec("transformer_engine") is None:
+        parser.set_defaults(**PLAIN_TORCH_DEFAULTS)
+    return parser
 
 
-def default_arguments(device: str) -> dict[str, Any]:
-    """What each argument is when nobody sets it, before Megatron derives others from it."""
-    # Only now: importing it needs a platform, and the rest of this module none.
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return vars(extra_args_provider(device)(parser).parse_args([]))
+def _refuse(message: str) -> NoReturn:
+    for flag, advice in REMOVED.items():
+        refuse(f"{flag} was removed: {advice}", when=flag in message)
+    raise ConfigurationError(f"{message} (see --help)")
 
 
 def dion_options(args: argparse.Namespace) -> DionOptions:
-    """Read what the parsed command line says of Dion.
-
-    Raises:
-        ConfigurationError: a value is outside of its range.
-    """
+    """Read what the parsed command line says of Dion; refuses values that are out of range."""
     try:
         config = DionConfig(seed=args.seed, **_values(DionConfig, args))
         return DionOptions(config, **_values(DionOptions, args))
@@ -219,45 +194,3 @@ def as_flag(name: str, value: object) -> str:
     """An argument as it stands on the command line."""
     flag = "--" + name.replace("_", "-")
     return flag if value is True else f"{flag} {value}"
-
-
-def _add_group(parser: argparse.ArgumentParser, kind: type[Any], prefix: str) -> None:
-    # Only now: importing megatron needs a platform.
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    factory = ArgumentGroupFactory(kind)
-    group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
-    for attribute in fields(kind):
-        if attribute.name in ("seed", "config"):
-            continue  # --seed is Megatron's; `config` is a dataclass of its own
-        keywords = factory._build_argparse_kwargs_from_field(attribute)
-        [flag] = keywords.pop("arg_names")
-        keywords["dest"] = prefix.replace("-", "_") + attribute.name
-        group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
-
-
-class _Removed(argparse.Action):
-    """Refuses a flag that earlier versions had."""
-
-    def __call__(self, *args: Any, **options: Any) -> NoReturn:
-        [flag] = self.option_strings
-        raise ConfigurationError(f"{flag} was removed: {REMOVED[flag]}")
-
-
-def _raise_instead_of_printing_usage(parser: argparse.ArgumentParser) -> None:
-    """Megatron's usage is hundreds of lines, and every process would print them."""
-
-    def error(message: str) -> NoReturn:
-        raise ConfigurationError(f"{with_suggestion(message, parser)} (see --help)")
-
-    setattr(parser, "error", error)  # noqa: B010  (mypy refuses an assignment to a method)
-
-
-def _repair_help(parser: argparse.ArgumentParser) -> None:
-    """Some of Megatron's help texts have a bare percent sign, on which --help breaks off."""
-    formatter = parser._get_formatter()
-    for action in (action for action in parser._actions if "%" in (action.help or "")):
-        try:
-            formatter._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = str(action.help).replace("%", "%%")

@@ -1,26 +1,32 @@
 """The two ways into training: a command line for pretrain_gpt.py, `install()` for other scripts."""
 
+import argparse
+import importlib.util
+import os
+import re
 import sys
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from megatron_dion.error_line import exit_interrupted
-from megatron_dion.megatron import environment
 from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
+from megatron_dion.platforms import cpu, resolve_device
+from megatron_dion.platforms.ports import free_port
 
+TESTED_MEGATRON_CORE = "0.19.2"
 _installed = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A mistake in it ends the process with one line and code 2.
+    """Train as `argv` or the command line says, which ends with one line and code 2 if it is wrong.
 
     An interrupt from the keyboard ends it with code 130.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
     """
     try:
-        train(sys.argv[1:] if argv is None else list(argv))
+        train(sys.argv[1:] if argv is None else argv)
     except ONE_LINE_ERRORS as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -28,19 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Train as the command line says.
-
-    Raises:
-        ConfigurationError: The run cannot start as it was asked for.
-        CheckpointError: A checkpoint cannot be loaded or saved.
-    """
+    """Train as the command line says; what is wrong with it is one of `ONE_LINE_ERRORS`."""
     refuse(
         "this script is megatron-dion's own and has Dion already: start it without"
         " megatron_dion.run and install()",
         when=_installed,
     )
-    environment.describe_single_process()
-    device = environment.prepare(argv)
+    describe_single_process()
+    device = prepare(argv)
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.megatron.pretrain import pretrain_gpt
@@ -55,18 +56,24 @@ def install() -> None:
     flags, its validation our checks, and `pretrain` whatever else a run gets; the script itself
     needs no change. The device is read from `--device` on the process's command line. An uncaught
     mistake of the user ends the process with one line. A second call does nothing.
-
-    Raises:
-        ConfigurationError: Megatron has been imported, is not the tested version, or there is no
-            such device.
     """
     global _installed
     if _installed:
         return
-    _report_mistakes_in_one_line()
-    environment.check_megatron_is_not_imported()
-    device = environment.prepare(sys.argv[1:])
-    environment.check_imported_version()
+    usual_report = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, ONE_LINE_ERRORS):
+            exit_with(error)
+        usual_report(kind, error, traceback)
+
+    sys.excepthook = report
+    refuse(
+        "megatron has been imported already: call megatron_dion.install() before the first import "
+        "of megatron, or start the script by `python -m megatron_dion.run`",
+        when=sys.modules.keys() & {"megatron.core", "megatron.training"},
+    )
+    device = prepare(sys.argv[1:])
 
     # Only now: importing megatron binds names of torch.cuda.
     from megatron_dion.megatron.join import Join
@@ -75,14 +82,45 @@ def install() -> None:
     _installed = True
 
 
-def _report_mistakes_in_one_line() -> None:
-    before = sys.excepthook
+def check_megatron_version() -> None:
+    """The join rests on details of one version: that of the files which an import would find.
 
-    def report(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, ONE_LINE_ERRORS):
-            exit_with(error)
-        before(kind, error, traceback)
+    Beside a script it may be a checkout of Megatron-LM, in place of what is installed.
+    """
+    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
+    refuse(f"megatron-core is not installed: {fix}", when=found is None)
+    folder = Path(str(found and found.origin)).parent
+    numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
+    version = ".".join(numbers)
+    refuse(
+        f"{folder} is megatron-core {version}, tested is {TESTED_MEGATRON_CORE}: {fix}",
+        when=version != TESTED_MEGATRON_CORE,
+    )
 
-    sys.excepthook = report
+
+def prepare(argv: Sequence[str]) -> str:
+    """Do all that must happen before megatron is imported, on CPU together with its import.
+
+    Of the command line, `--device` counts; returns `cuda` or `cpu`. A value that is neither is left
+    to the full parser, which reports it with all other faults of the command line.
+    """
+    check_megatron_version()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    requested = parser.parse_known_args(argv)[0].device
+    device = resolve_device(requested)
+    refuse(
+        "--device cuda: torch sees no CUDA device; use --device cpu",
+        when=device == "cuda" and not torch.cuda.is_available(),
+    )
+    if device == "cpu":
+        cpu.install(hide_gpus=requested == "cpu")
+    return device
+
+
+def describe_single_process() -> None:
+    """Without a launcher, describe a world of one process as torchrun would."""
+    if "RANK" not in os.environ:
+        sizes = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(sizes, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

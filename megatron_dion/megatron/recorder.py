@@ -1,105 +1,60 @@
-"""Follows a run on the rank that knows the loss: metrics, picture and progress."""
+"""Writes metrics.jsonl and starts.jsonl, and measures Dion's steps for them and for TensorBoard."""
 
-import argparse
-import time
-from collections import deque
+import inspect
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron.training import get_args
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
 from megatron_dion.megatron import patches
-from megatron_dion.megatron.data_checks import unigram_entropy
-from megatron_dion.megatron.progress import (
-    describe_validation,
-    human_count,
-    human_duration,
-    progress_line,
-    say,
-)
-from megatron_dion.megatron.run_directory import MetricsFile, Record, read_metrics
-from megatron_dion.optimizer.diagnostics import Snapshot, to_record
+from megatron_dion.megatron.patches import Stock
+from megatron_dion.megatron.run_directory import Record, append, drop_later
+from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind, to_record
 from megatron_dion.optimizer.stopwatch import Stopwatch
 
 # Megatron's name for the loss of a language model.
 LOSS_NAME = "lm loss"
 
-_SECONDS_BETWEEN_PICTURES = 30.0
-
-# The loss of one batch is noisy; a mean over a few says more about the end of a run.
-_ITERATIONS_OF_FINAL_LOSS = 10
-
-_SIZES = (
-    "world_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "data_parallel_size",
-)
+_PARALLELISM = ("tensor_model", "pipeline_model", "context", "expert_model", "data")
 
 
 class Recorder:
-    """Listens to megatron's training loop through `patches`, and writes what it hears."""
+    """Stands around the functions of megatron's training loop, on the rank that knows the loss."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._run_dir = None if args.run_dir is None else Path(args.run_dir)
-        self._log_interval = args.log_interval
-        self._unigram_entropy = unigram_entropy(args)
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._optimizer: Any = None
         self._step_time = Stopwatch()
         self._optimizer_time = Stopwatch()
-        self._start_time = self._picture_time = time.monotonic()
-        self._tokens_before_step = 0
-        # Tokens, and seconds of training steps alone, without evaluations and checkpoints.
-        self._recent: deque[tuple[int, float]] = deque(maxlen=args.log_interval)
-        self._iterations = 0  # of this start of the run
-        self._training: Record | None = None
-        self._validation: Record | None = None
-        self._last_losses: deque[float] = deque(maxlen=_ITERATIONS_OF_FINAL_LOSS)
-        self._metrics: MetricsFile | None = None
+        self._evaluated: tuple[str, int] = ("", 0)  # the kind of data, and the iteration
+        self._validated = -1  # the iteration of the last validation
+        self._has_begun = False
+        patches.wrap("train_step", self._time_step)
+        patches.wrap("training_log", self._record_iteration)
+        patches.wrap("evaluate_and_print_results", self._note_evaluation)
+        patches.wrap("evaluate", self._record_evaluation)
 
-    def listen(self) -> None:
-        """Attach to megatron.training."""
-        patches.when_optimizer_is_built(self._time_optimizer)
-        patches.around_train_step(self._time_step)
-        patches.after_each_iteration(self._on_iteration)
-        patches.after_each_evaluation(self._on_evaluation)
+    def append(self, record: Record) -> None:
+        """Add a line to metrics.jsonl, after the first step or evaluation has begun."""
+        append(self._run_dir / "metrics.jsonl", record)
 
-    def close(self) -> None:
-        """Draw the final picture and print the summary."""
-        self._draw()
-        if self._training is not None:
-            say(self._summary(self._training))
-
-    def write_diagnostics(self, snapshot: Snapshot) -> None:
-        """Add what was measured in an iteration to metrics.jsonl, before the iteration's line."""
-        self._append(to_record(snapshot), iterations_done=snapshot.iteration - 1)
-
-    def _time_optimizer(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        step = optimizer.step
-
-        def timed_step(*args: Any, **options: Any) -> Any:
-            with self._optimizer_time.running():
-                return step(*args, **options)
-
-        optimizer.step = timed_step
-
-    def _time_step(self, step: Callable[[], Any]) -> Any:
-        if self._iterations == 0:
-            self._start_time = time.monotonic()
-        self._tokens_before_step = _tokens_so_far()
+    def _time_step(self, stock: Stock, *args: Any, **options: Any) -> Any:
+        self._begin()
+        if self._optimizer is None:
+            self._optimizer = _call(stock, args, options)["optimizer"]
+            self._optimizer.step = self._optimizer_time.running()(self._optimizer.step)
         with self._step_time.running():
-            return step()
+            return stock(*args, **options)
 
-    def _on_iteration(self, logged: dict[str, Any]) -> None:
-        iteration = logged["iteration"]
-        self._training = record = {
+    def _record_iteration(self, stock: Stock, *args: Any, **options: Any) -> Any:
+        logged = _call(stock, args, options)
+        record = {
             "kind": "train",
-            "iteration": iteration,
+            "iteration": logged["iteration"],
             "lm_loss": _number(logged["loss_dict"].get(LOSS_NAME)),
             "grad_norm": _number(logged["grad_norm"]),
             "lr": logged["learning_rate"],
@@ -109,90 +64,49 @@ class Recorder:
             "optimizer_bytes": getattr(self._optimizer, "exchanged_bytes_per_step", 0),
             "skipped": bool(logged["skipped_iter"]),
         }
-        self._append(record, iterations_done=iteration - 1)
-        if record["lm_loss"] is not None:
-            self._last_losses.append(record["lm_loss"])
-        tokens = record["tokens"] - self._tokens_before_step
-        self._recent.append((tokens, record["iteration_seconds"]))
-        self._iterations += 1
-        if iteration % self._log_interval == 0:
-            # A run whose length is given in samples learns its iterations after its start.
-            train_iters = get_args().train_iters
-            seconds = (time.monotonic() - self._start_time) / self._iterations
-            left, speed = seconds * (train_iters - iteration), self._tokens_per_second()
-            say(progress_line(record, train_iters, self._validation, speed, left))
+        self.append(record)
+        return stock(*args, **options)
 
-    def _tokens_per_second(self) -> float:
-        tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
-        return tokens / seconds if seconds else 0.0
+    def _note_evaluation(self, stock: Stock, *args: Any, **options: Any) -> Any:
+        self._begin()
+        call = _call(stock, args, options)
+        kind = "test" if "test set" in call["prefix"] else "validation"
+        self._evaluated = kind, call["iteration"]
+        return stock(*args, **options)
 
-    def _on_evaluation(self, prefix: str, iteration: int, losses: dict[str, Any]) -> None:
-        if LOSS_NAME not in losses:
-            return  # another's script may call it something else
-        kind = "test" if "test set" in prefix else "validation"
-        record = {"kind": kind, "iteration": iteration, "lm_loss": _number(losses[LOSS_NAME])}
-        if kind == "validation":
-            # Megatron evaluates once more after training, on other samples: the first one counts.
-            if self._validation is not None and self._validation["iteration"] == iteration:
-                return
-            self._validation = record
-        self._append(record, iterations_done=iteration)
-        if time.monotonic() - self._picture_time > _SECONDS_BETWEEN_PICTURES:
-            self._draw()
+    def _record_evaluation(self, stock: Stock, *args: Any, **options: Any) -> Any:
+        losses, *others = stock(*args, **options)
+        kind, iteration = self._evaluated
+        # Megatron evaluates once more after training, on other samples: the first one counts.
+        is_repeated = kind == "validation" and iteration == self._validated
+        if LOSS_NAME in (losses or ()) and not is_repeated:
+            loss = _number(losses[LOSS_NAME])
+            self.append({"kind": kind, "iteration": iteration, "lm_loss": loss})
+            self._validated = iteration
+        return losses, *others
 
-    def _append(self, record: Record, iterations_done: int) -> None:
-        if self._run_dir is None:
+    def _begin(self) -> None:
+        """Begin the files, once Megatron has loaded a checkpoint and nothing has been done yet."""
+        if self._has_begun:
             return
-        if self._metrics is None:
-            self._metrics = self._open_metrics(self._run_dir, iterations_done)
-        self._metrics.append(record)
-
-    def _open_metrics(self, run_dir: Path, iterations_done: int) -> MetricsFile:
-        metrics = MetricsFile(run_dir / "metrics.jsonl", iterations_done)
-        if metrics.dropped:
-            say(
-                f"starting from iteration {iterations_done}: dropped the "
-                f"{metrics.dropped} later lines of {metrics.path}"
-            )
+        self._has_begun = True
+        args = get_args()
+        drop_later(self._run_dir / "metrics.jsonl", args.iteration)
+        sizes = [f"{name}_parallel_size" for name in _PARALLELISM]
         start = {
-            "iteration": iterations_done,
-            "tokens": self._tokens_before_step,
+            "iteration": args.iteration,
+            "tokens": _tokens_so_far(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{name: getattr(get_args(), name) for name in _SIZES},
-            "unigram_entropy": self._unigram_entropy,
+            **{name: getattr(args, name) for name in ("world_size", *sizes)},
         }
         # An earlier start from the same iteration has left nothing, so it is dropped as well.
-        MetricsFile(run_dir / "starts.jsonl", iterations_done - 1).append(start)
-        return metrics
+        drop_later(self._run_dir / "starts.jsonl", args.iteration - 1)
+        append(self._run_dir / "starts.jsonl", start)
 
-    def _draw(self) -> None:
-        if self._metrics is None:
-            return
-        # matplotlib is needed with --run-dir only.
-        from megatron_dion.megatron.plot import draw_loss
 
-        path = self._metrics.path
-        draw_loss(read_metrics(path), path.with_name("loss.png"), self._unigram_entropy)
-        self._picture_time = time.monotonic()
-
-    def _summary(self, last: Record) -> str:
-        train_iters, losses = get_args().train_iters, self._last_losses
-        mean = (
-            f"{sum(losses) / len(losses):.4f} (mean of the last {len(losses)})" if losses else "-"
-        )
-        entropy = self._unigram_entropy
-        parts = [
-            f"iteration {last['iteration']}/{train_iters}",
-            f"loss {mean}",
-            describe_validation(self._validation),
-            f"{human_count(last['tokens'])} tokens",
-            f"{human_count(self._tokens_per_second())} tokens/s",
-            human_duration(time.monotonic() - self._start_time),
-            "" if entropy is None else f"unigram entropy of the corpus {entropy:.4f}",
-            "" if self._run_dir is None else f"run directory {self._run_dir}",
-        ]
-        state = "done" if last["iteration"] >= train_iters else "stopped"
-        return f"{state}: " + " | ".join(filter(None, parts))
+def _call(function: Stock, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return inspect.signature(function).bind(*args, **options).arguments
 
 
 def _tokens_so_far() -> int:
@@ -203,3 +117,41 @@ def _tokens_so_far() -> int:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def log_diagnostics(interval: int, record: Callable[[Record], None] | None) -> None:
+    """Measure the step of every N-th iteration; every rank has to, since all of them take part.
+
+    The rank that writes metrics.jsonl gives the function that adds a line to it.
+    """
+
+    def measure(stock: Stock, *args: Any, **options: Any) -> Any:
+        iteration = get_args().curr_iteration + 1  # the iteration that this step completes
+        if iteration % interval:
+            return stock(*args, **options)
+        optimizer = _call(stock, args, options)["optimizer"]
+        optimizer.diagnose_next_step()
+        result = stock(*args, **options)
+        if matrices := optimizer.gather_diagnostics():
+            snapshot = Snapshot(iteration, tuple(matrices))
+            if record is not None:
+                record(to_record(snapshot))
+            _write_curves(snapshot)
+        return result
+
+    patches.wrap("train_step", measure)
+
+
+def _write_curves(snapshot: Snapshot) -> None:
+    """To TensorBoard and W&B through Megatron's writers, where the run has them."""
+    curves = {  # TensorBoard makes a section of what stands before a tag's first slash
+        f"dion-{figure}/{kind}/{statistic.__name__}": statistic(values)
+        for figure in FIGURES
+        for kind, values in by_kind(snapshot.matrices, figure).items()
+        for statistic in (min, median, max)
+    }
+    if (tensorboard := get_tensorboard_writer()) is not None:
+        for tag, value in curves.items():
+            tensorboard.add_scalar(tag, value, snapshot.iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(curves, snapshot.iteration)

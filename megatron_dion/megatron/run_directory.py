@@ -1,14 +1,12 @@
-"""The files of a run: config.json, routing.tsv, metrics.jsonl, starts.jsonl and loss.png."""
+"""The files of a run: config.json, routing.tsv, metrics.jsonl and starts.jsonl."""
 
 import argparse
-import enum
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,20 @@ import megatron_dion
 Record = dict[str, Any]
 
 
-def write_config(
-    run_dir: Path, args: argparse.Namespace, argv: Sequence[str], defaults: Mapping[str, Any]
-) -> None:
-    """Write config.json: what was asked for, what it resolved to, and with which software.
-
-    Args:
-        run_dir: Its folder, which is there.
-        args: Every argument as resolved.
-        argv: The command line.
-        defaults: What every argument is when nobody sets it.
-    """
+def write_config(run_dir: Path, args: argparse.Namespace, defaults: Record) -> None:
+    """Write config.json: every argument as resolved, their defaults, and with which software."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     config = {
-        "command_line": [sys.argv[0], *argv],
+        "command_line": sys.argv,
         "platform": args.device,
         "world_size": args.world_size,
         "versions": installed
         | {"megatron_dion": megatron_dion.__version__, "python": platform.python_version()},
         "git_revision": git_revision(Path(megatron_dion.__file__).parent),
         "arguments": vars(args),
-        "defaults": dict(defaults),
+        "defaults": defaults,
     }
-    replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=_plain) + "\n")
+    replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
 def git_revision(folder: Path) -> str | None:
@@ -61,36 +50,19 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def _plain(value: Any) -> Any:
-    """Say as JSON what argparse namespaces hold besides JSON's own types."""
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return str(value)
+def drop_later(path: Path, iterations_done: int) -> None:
+    """Drop what a run wrote after these iterations, which it will do again.
 
-
-class MetricsFile:
-    """metrics.jsonl, or starts.jsonl: one JSON object per line, each of them with an iteration.
-
-    Args:
-        path: The file; its folder is made.
-        iterations_done: Iterations behind the checkpoint from which the run starts. What an earlier
-            run wrote beyond them is dropped, since it will be done again.
+    The file is metrics.jsonl, or starts.jsonl: JSON objects, each of them with an iteration.
     """
+    earlier = [one for one in read_metrics(path) if one["iteration"] <= iterations_done]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in earlier))
 
-    def __init__(self, path: Path, iterations_done: int) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = read_metrics(path)
-        earlier = [record for record in records if record["iteration"] <= iterations_done]
-        replace_file(path, "".join(_line(record) for record in earlier))
-        self.dropped = len(records) - len(earlier)
 
-    def append(self, record: Record) -> None:
-        """Add one line; it is on disk when the call returns."""
-        with self.path.open("a") as file:
-            file.write(_line(record))
+def append(path: Path, record: Record) -> None:
+    """Add one line; it is on disk when the call returns."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -99,7 +71,3 @@ def read_metrics(path: Path) -> list[Record]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"

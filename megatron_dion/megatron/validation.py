@@ -8,45 +8,40 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 
-from megatron_dion.megatron.data_checks import check_data, check_splits
+from megatron_dion.megatron.data_checks import check_data
 from megatron_dion.megatron.errors import refuse
 from megatron_dion.megatron.flags import as_flag, dion_options, given_dion_flags
 
-Check = Callable[[argparse.Namespace], None]
-
-# Arguments that must keep this value with --optimizer dion, and why, or what to do instead.
-_REFUSED_WITH_DION: dict[str, tuple[object, str]] = {
-    "use_torch_fsdp2": (False, "Dion shards with --use-distributed-optimizer"),
-    "use_megatron_fsdp": (False, "Dion shards with --use-distributed-optimizer"),
-    "optimizer_cpu_offload": (False, "Dion's state stays on the device"),
-    "fp4_param_gather": (False, "its masters and packed weights may lie on different ranks"),
-    "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
-    "use_precision_aware_optimizer": (False, "Dion keeps fp32 master weights and state"),
-    "use_mup": (False, "Dion has width scaling of its own, see --dion-scale-mode"),
-    "moe_single_grouped_weight": (False, "experts must be separate parameters"),
-    "moe_single_grouped_bias": (False, "experts must be separate parameters"),
-    "mla_down_proj_fusion": (False, "its rows would depend on the tensor-parallel size"),
-    "moe_shared_expert_glu_interleave_size": (None, "gate and up rows must not be interleaved"),
-    "use_grouped_gemm_for_dense_mlp": (False, "gate and up rows must not be interleaved"),
-    "tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
-    "expert_tensor_parallel_num_weight_shards": (None, "its shards are not in Dion's plan"),
-    "experimental_attention_variant": (None, "its projections are not split into matrices yet"),
-    "freeze_all_layers": (False, "there would be nothing to train"),
-    "optimizer_cuda_graph": (False, "Dion's exchange cannot be captured"),
-    "inprocess_restart": (False, "let the launcher start the run again, with --load"),
-    "non_persistent_ckpt_type": (None, "use --save-interval, with --async-save if it takes long"),
-    "ckpt_convert_format": (None, "Dion's state has one format, torch_dist"),
+# Arguments that must not be given with --optimizer dion, and why, or what to do instead.
+_REFUSED_WITH_DION = {
+    "use_torch_fsdp2": "Dion shards with --use-distributed-optimizer",
+    "use_megatron_fsdp": "Dion shards with --use-distributed-optimizer",
+    "optimizer_cpu_offload": "Dion's state stays on the device",
+    "fp4_param_gather": "its masters and packed weights may lie on different ranks",
+    "overlap_param_gather_with_optimizer_step": "use --overlap-param-gather alone",
+    "use_precision_aware_optimizer": "Dion keeps fp32 master weights and state",
+    "dump_param_to_param_group_map": "its groups are Megatron's, see routing.tsv",
+    "use_mup": "Dion has width scaling of its own, see --dion-scale-mode",
+    "moe_single_grouped_weight": "experts must be separate parameters",
+    "moe_single_grouped_bias": "experts must be separate parameters",
+    "mla_down_proj_fusion": "its rows would depend on the tensor-parallel size",
+    "moe_shared_expert_glu_interleave_size": "gate and up rows must not be interleaved",
+    "use_grouped_gemm_for_dense_mlp": "gate and up rows must not be interleaved",
+    "tensor_parallel_num_weight_shards": "its shards are not in Dion's plan",
+    "expert_tensor_parallel_num_weight_shards": "its shards are not in Dion's plan",
+    "experimental_attention_variant": "its projections are not split into matrices yet",
+    "freeze_all_layers": "there would be nothing to train",
+    "optimizer_cuda_graph": "Dion's exchange cannot be captured",
+    "inprocess_restart": "let the launcher start the run again, with --load",
+    "non_persistent_ckpt_type": "use --save-interval, with --async-save if it takes long",
+    "ckpt_convert_format": "Dion's state has one format, torch_dist",
 }
 
 # Ways of reading data that pretrain_gpt.py does not know, and would ignore in silence.
-_UNSUPPORTED_DATA: dict[str, object] = {
-    "sft": False,
-    "fim_data": False,
-    "hybrid_context_parallel": False,
-    "dataloader_inter_document_masking": False,
-    "dataloader_fast_cache_load": False,
-    "yaml_cfg": None,
-}
+_UNSUPPORTED_DATA = (
+    *("sft", "fim_data", "hybrid_context_parallel"),
+    *("dataloader_inter_document_masking", "dataloader_fast_cache_load"),
+)
 
 
 def check_dion_flags(args: argparse.Namespace) -> None:
@@ -57,12 +52,6 @@ def check_dion_flags(args: argparse.Namespace) -> None:
         f"{', '.join(given)} has no effect with --optimizer {args.optimizer}: use --optimizer dion "
         "or leave it out",
         when=given,
-    )
-    instances = args.num_distributed_optimizer_instances
-    refuse(
-        "--dion-compressed-sync needs --num-distributed-optimizer-instances of at least 2, not "
-        f"{instances}",
-        when=options.compressed_sync and instances < 2,
     )
     refuse(
         f"--dion-recenter-interval {options.recenter_interval} needs --dion-compressed-sync",
@@ -80,12 +69,11 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
     """What Dion needs of Megatron's optimizer and what it does not go with."""
     if args.optimizer != "dion":
         return
-    for name, (accepted, advice) in _REFUSED_WITH_DION.items():
-        flag = as_flag(name, getattr(args, name))
-        is_refused = getattr(args, name) != accepted
-        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=is_refused)
     is_sharded = args.use_distributed_optimizer
     refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
+    for name, advice in _REFUSED_WITH_DION.items():
+        flag = as_flag(name, getattr(args, name))
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=getattr(args, name))
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
@@ -114,105 +102,58 @@ def check_fp8(args: argparse.Namespace) -> None:
 def check_schedule(args: argparse.Namespace) -> None:
     """What Megatron notices after it has built the model, or divides by."""
     refuse("--lr is missing: give the highest learning rate of the run", when=args.lr is None)
-    has_end = args.train_iters is not None or args.train_samples is not None
-    refuse("the length of the run is missing: give --train-iters", when=not has_end)
+    is_endless = args.train_iters is None and args.train_samples is None
+    refuse("--train-iters is missing", when=is_endless)
     iterations, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
     refuse(
         f"--lr-warmup-iters {warmup} leaves nothing of {iterations} iterations: give fewer",
         when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
-    refuse(
-        f"--eval-interval must be a number of iterations, not {args.eval_interval}: "
-        "give one, and --eval-iters 0 to evaluate nothing",
-        when=not args.eval_interval,
-    )
+    refuse("--eval-interval must be at least 1 (see --eval-iters)", when=not args.eval_interval)
 
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
-    refuse(
-        f"--ckpt-format {args.ckpt_format} is not supported: use torch_dist",
-        when=args.ckpt_format != "torch_dist",
-    )
-    refuse(
-        "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out",
-        when=args.no_checkpoint_hashes and args.verify_integrity,
-    )
-    refuse(
-        "--enable-msc does not go with checkpoints that are renamed when they are complete: "
-        "leave it out",
-        when=args.enable_msc,
-    )
-
-
-def check_checkpoints_are_ours(args: argparse.Namespace) -> None:
-    """In a script that is not ours, a run without Dion has Megatron's own checkpoints."""
-    refuse(
-        f"--no-checkpoint-hashes has no effect with --optimizer {args.optimizer} in a script "
-        "other than megatron-dion's: leave it out",
-        when=args.no_checkpoint_hashes,
-    )
+    for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
+        flag = as_flag(name, getattr(args, name))
+        refuse(f"{flag} is not supported: leave it out", when=getattr(args, name) != accepted)
 
 
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
-    for name, accepted in _UNSUPPORTED_DATA.items():
-        flag, is_given = as_flag(name, getattr(args, name)), getattr(args, name) != accepted
-        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", when=is_given)
+    for name in _UNSUPPORTED_DATA:
+        flag, value = as_flag(name, True), getattr(args, name)
+        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", when=value)
 
 
 def check_packages(args: argparse.Namespace) -> None:
-    """Optional packages that would otherwise be missed hours into the run."""
-    scalar = args.dion_scalar_optimizer if args.optimizer == "dion" else args.optimizer
-    for flag, needed, package in (
-        ("--run-dir", args.run_dir is not None, "matplotlib"),
-        ("--save", args.save is not None and args.ckpt_format == "torch_dist", "psutil"),
-        ("--tensorboard-dir", args.tensorboard_dir is not None, "tensorboard"),
-        (f"the optimizer {scalar}", scalar not in ("adam", "sgd"), "emerging_optimizers"),
-    ):
-        refuse(
-            f"{flag} needs the package {package}: pip install {package.replace('_', '-')}",
-            when=needed and importlib.util.find_spec(package) is None,
-        )
+    """Megatron would miss it when the first checkpoint is due."""
+    has_psutil = importlib.util.find_spec("psutil") is not None
+    refuse("--save needs the package psutil", when=args.save and not has_psutil)
 
+
+# What holds for a run without Dion in a script that is not ours.
+OF_OUR_FLAGS = (check_dion_flags, check_packages)
 
 # What holds for any script that trains with Dion.
-OF_ALL_SCRIPTS: tuple[Check, ...] = (
-    check_dion_flags,
-    check_dion_surroundings,
-    check_latent_attention,
-    check_fp8,
-    check_schedule,
-    check_checkpoint_flags,
-    check_packages,
+OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
+    *(check_dion_flags, check_dion_surroundings, check_latent_attention, check_fp8),
+    *(check_schedule, check_checkpoint_flags, check_packages),
 )
 
 # What pretrain_gpt.py adds, since another script may read its data in another way.
-OF_DATA: tuple[Check, ...] = (check_data_mode, check_data, check_splits)
-
-# What holds for a run without Dion in a script that is not ours.
-OF_OUR_FLAGS: tuple[Check, ...] = (
-    check_dion_flags,
-    check_packages,
-    check_checkpoints_are_ours,
-)
+OF_DATA = (check_data_mode, check_data)
 
 
 def restore_distributed_optimizer(args: argparse.Namespace) -> None:
     """Undo what Megatron's validation does to optimizers that it does not know.
 
     megatron/training/arguments.py:1670 turns each of them into its layer-wise optimizer and clears
-    --use-distributed-optimizer, so that its later checks of that flag, repeated here, saw nothing.
+    --use-distributed-optimizer.
     """
     args.use_layer_wise_distributed_optimizer = False
     args.use_distributed_optimizer = True
     args.dist_ckpt_optim_fully_reshardable = True
-    refuse(
-        "--distrib-optim-fully-reshardable-mem-efficient needs gloo process groups: "
-        "leave out --disable-gloo-process-groups",
-        when=args.distrib_optim_fully_reshardable_mem_efficient
-        and not args.use_gloo_process_groups,
-    )
     refuse(
         "--no-ckpt-fully-parallel-save writes checkpoints that no other topology can load: "
         "leave it out with --optimizer dion",

@@ -2,8 +2,7 @@
 
 Megatron-core 0.19.2 takes a CUDA device for granted in many small places. This module is the whole
 list of what has to be different without one; comments say where megatron (MC: megatron/core, MT:
-megatron/training) forces it. `install()` comes before the first import of megatron,
-`install_megatron_patches()` after it. `torch.cuda.is_available()` stays false.
+megatron/training) forces it. `torch.cuda.is_available()` stays false.
 
 The patches are global to the process: for example, `Tensor.type()` names CUDA types from then on.
 A process that has a GPU to use must never load them.
@@ -15,38 +14,27 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.utils.data
-from torch.distributed.distributed_c10d import _world
 
 CPU = torch.device("cpu")
 
-# How warnings begin of which a machine without CUDA is the whole reason.
-_NOT_ABOUT_THE_RUN = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "Only transformer-engine",
-    "No CUDA runtime is found",
-)
-
-_installed: set[str] = set()
+_is_installed = False
 
 
 def install(*, hide_gpus: bool = False) -> None:
-    """Replace what megatron uses of torch.cuda. Call it before megatron is imported.
+    """Replace what megatron uses of torch.cuda, and what that cannot help; imports megatron.
 
-    Args:
-        hide_gpus: Install even where CUDA devices exist, and hide them from torch.
-
-    Raises:
-        RuntimeError: There is a CUDA device and `hide_gpus` is false, or megatron is already there.
+    Call it before anything else imports megatron. A second call does nothing. CUDA devices are an
+    error unless `hide_gpus` asks to hide them from torch.
     """
-    if "torch" in _installed:
+    global _is_installed
+    if _is_installed:
         return
     if torch.cuda.is_available() and not hide_gpus:
         raise RuntimeError(
@@ -55,104 +43,71 @@ def install(*, hide_gpus: bool = False) -> None:
         )
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU platform must be installed before megatron is imported")
-    _replace_devices_and_streams()
-    _replace_generators()
-    _replace_tensor_functions()
-    _silence_warnings_about_cuda()
-    _installed.add("torch")
-
-
-def install_megatron_patches() -> None:
-    """Replace the functions of megatron that torch.cuda's stand-in cannot help. Imports megatron.
-
-    Raises:
-        RuntimeError: `install()` was not called first.
-    """
-    if "torch" not in _installed:
-        raise RuntimeError("call megatron_dion.platforms.cpu.install() before megatron is imported")
-    if "megatron" in _installed:
-        return
+    # Of missing packages that need CUDA, and that a fork moved the CPU's random numbers; it must.
+    about_cuda = "Transformer Engine and Apex|Apex is not|Only transformer-engine|No CUDA runtime"
+    warnings.filterwarnings("ignore", message=about_cuda)
+    for logger in ("torch.utils.cpp_extension", "megatron.core.tensor_parallel.random"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    _replace_functions_of_torch()
     _replace_functions_of_megatron()
-    _silence_rng_fork_warning()
-    _installed.add("megatron")
-
-
-# --- torch ------------------------------------------------------------------------------------
+    _is_installed = True
 
 
 def _replace(owner: Any, **values: Any) -> None:
-    """Replace attributes.
-
-    Raises:
-        RuntimeError: There is nothing to replace.
-    """
+    """Replace attributes, all of which must be there."""
     for name, value in values.items():
         if not hasattr(owner, name):
-            raise RuntimeError(
-                f"the CPU platform patches {owner.__name__}.{name}, which this version of torch or "
-                "megatron-core does not have"
-            )
+            raise RuntimeError(f"there is no {owner.__name__}.{name} that could be replaced")
         setattr(owner, name, value)
 
 
-def _replace_devices_and_streams() -> None:
+def _always(answer: Any = None) -> Callable[..., Any]:
+    """Make a new function each time: torch._dynamo refuses one object under two torch names."""
+    return lambda *args, **kwargs: answer
+
+
+def _replace_functions_of_torch() -> None:
     properties = SimpleNamespace(
         name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
     )
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        _replace(torch.cuda, **{name: _always()})
+    # MT/utils/common_utils.py:322 reports memory
+    for name in ("memory_allocated", "memory_reserved"):
+        _replace(torch.cuda, **{name: _always(0), f"max_{name}": _always(0)})
     _replace(
         torch.cuda,
         # Real devices are hidden, where asked to.
-        is_available=lambda: False,
+        is_available=_always(False),
         # MC/tensor_parallel/mappings.py:95, MT/initialize.py:282, MC/timers.py:152 and many
-        current_device=lambda: CPU,
-        set_device=_no_op(),
-        synchronize=_no_op(),
+        current_device=_always(CPU),
         # MT/initialize.py:358: with 0, no parallel groups
-        device_count=lambda: 1,
+        device_count=_always(1),
         # MT/arguments.py:1339, 1414: from 10 on no CUDA_DEVICE_MAX_CONNECTIONS is needed
-        get_device_properties=lambda device=None: properties,
-        get_device_capability=lambda device=None: (10, 0),
+        get_device_properties=_always(properties),
+        get_device_capability=_always((10, 0)),
         # MC/tensor_parallel/random.py:120, 174: the real ones fail, or queue the call for ever
-        _lazy_init=_no_op(),
+        _lazy_init=_always(),
         _lazy_call=lambda function, **kwargs: function(),
-        # MT/utils/common_utils.py:322 reports memory
-        memory_allocated=_zero(),
-        max_memory_allocated=_zero(),
-        memory_reserved=_zero(),
-        max_memory_reserved=_zero(),
-        device_memory_used=_zero(),
-        reset_peak_memory_stats=_no_op(),
-        empty_cache=_no_op(),
+        device_memory_used=_always(0),
         # MC/distributed/distributed_data_parallel.py:297, MC/pipeline_parallel, MC/timers.py
         Stream=_Done,
         Event=_Done,
-        current_stream=lambda device=None: _STREAM,
-        default_stream=lambda device=None: _STREAM,
-        set_stream=_no_op(),
+        current_stream=_always(_Done()),
+        default_stream=_always(_Done()),
+        set_stream=_always(),
         stream=lambda stream: contextlib.nullcontext(),
+        # MC/tensor_parallel/random.py:166, 305: generators are indexed by current_device()
+        manual_seed=torch.manual_seed,
+        default_generators={CPU: torch.default_generator},
     )
-
-
-def _replace_generators() -> None:
-    """The default CPU generator is the "CUDA" generator."""
-    # MC/tensor_parallel/random.py:114, 303, MT/checkpointing.py:2665
+    # The default CPU generator is the "CUDA" generator: MC/tensor_parallel/random.py:114, 303
     for owner in (torch.cuda, torch.cuda.random):
         _replace(
             owner,
             get_rng_state=lambda device=None: torch.get_rng_state(),
             set_rng_state=lambda state, device=None: torch.set_rng_state(state),
         )
-    # MC/tensor_parallel/random.py:166, 305: generators are indexed by current_device()
-    _replace(
-        torch.cuda,
-        manual_seed=torch.manual_seed,
-        default_generators={CPU: torch.default_generator},
-    )
-    loader = torch.utils.data.DataLoader
-    _replace(loader, __init__=_with_generator_of_its_own(loader.__init__))
-
-
-def _replace_tensor_functions() -> None:
     # device="cuda" in MC/optimizer/optimizer.py:690, MT/training.py:1131 and many
     for name in ("tensor", "zeros", "ones", "full", "empty", "empty_like"):
         _replace(torch, **{name: _on_cpu(getattr(torch, name))})
@@ -163,75 +118,28 @@ def _replace_tensor_functions() -> None:
         # MC/optimizer/distrib_optimizer.py:401, 466, clip_grads.py:174 compare type names.
         type=_cuda_type_names(torch.Tensor.type),
         # MC/distributed
-        record_stream=_no_op(),
+        record_stream=_always(),
     )
+    # MC/optimizer/layer_wise_optimizer.py:772 (stock Muon) gathers shards of unequal size.
     _replace(dist, all_gather=_uneven_all_gather(dist.all_gather))
-    # MC/jit.py:21: compiling takes longer than a test.
-    _replace(torch, compile=_run_eagerly)
+    # MC/jit.py:21: compiling takes longer than a test. Used plain, and with arguments.
+    _replace(torch, compile=lambda model=None, **options: model or (lambda function: function))
+    loader = torch.utils.data.DataLoader
+    _replace(loader, __init__=_with_generator_of_its_own(loader.__init__))
 
 
 class _Done:
-    """A stream or an event: work on CPU is done when the call returns."""
+    """A stream or an event: work on CPU is done when the call returns, whatever the call."""
 
     cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def wait(self, *args: Any) -> None:
-        """Do nothing."""
+    def _do_nothing(self, *args: Any) -> "_Done":
+        return self
 
-    record = synchronize = wait_stream = wait_event = wait
-
-    def query(self) -> bool:
-        """Everything is done."""
-        return True
-
-    def record_event(self, event: Any = None) -> Any:
-        """Return an event that has happened."""
-        return event or self
-
-
-_STREAM = _Done()
-
-
-def _silence_warnings_about_cuda() -> None:
-    """Importing megatron says a dozen times that packages are missing which need CUDA."""
-    for beginning in _NOT_ABOUT_THE_RUN:
-        warnings.filterwarnings("ignore", message=beginning)
-    logging.getLogger("torch.utils.cpp_extension").addFilter(
-        lambda record: not record.getMessage().startswith(_NOT_ABOUT_THE_RUN)
-    )
-
-
-def _no_op() -> Callable[..., None]:
-    """Make a new function each time: torch._dynamo refuses one object under two torch names."""
-    return lambda *args, **kwargs: None
-
-
-def _zero() -> Callable[..., int]:
-    return lambda *args, **kwargs: 0
-
-
-def _run_eagerly(model: Any = None, **options: Any) -> Any:
-    """Take the place of torch.compile, plain and with arguments."""
-    return (lambda function: function) if model is None else model
-
-
-def _with_generator_of_its_own(init: Callable[..., None]) -> Callable[..., None]:
-    """Keep data loaders from drawing their seed from the generator that dropout draws from.
-
-    MT/training.py:4513 makes them after the checkpoint has restored that generator, so a resumed
-    run would see other dropout than an uninterrupted one.
-    """
-
-    @functools.wraps(init)
-    def new_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if self.generator is None:
-            self.generator = torch.Generator()
-
-    return new_init
+    record = synchronize = wait = wait_stream = wait_event = query = record_event = _do_nothing
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -261,11 +169,7 @@ def _cuda_type_names(type_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """Let all_gather take shards of unequal size, as NCCL's does.
-
-    MC/optimizer/layer_wise_optimizer.py:772 (stock Muon) relies on it. Shards travel padded to the
-    largest.
-    """
+    """Let all_gather take shards of unequal size, as NCCL's does; they travel padded."""
 
     @functools.wraps(all_gather)
     def gather(
@@ -274,12 +178,9 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
         largest = max(shard.numel() for shard in shards)
         if all(shard.numel() == largest for shard in shards):
             return all_gather(shards, mine, group=group, async_op=async_op)
-        if async_op:
-            raise NotImplementedError("on CPU, all_gather of unequal shards is synchronous only")
         padded = [shard.new_empty(largest) for shard in shards]
-        padded_mine = mine.new_zeros(largest)
-        padded_mine[: mine.numel()] = mine.flatten()
-        all_gather(padded, padded_mine, group=group)
+        padding = mine.new_zeros(largest - mine.numel())
+        all_gather(padded, torch.cat([mine.flatten(), padding]), group=group)
         for shard, received in zip(shards, padded, strict=True):
             shard.copy_(received[: shard.numel()].view_as(shard))
         return None
@@ -287,12 +188,24 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
-# --- megatron ---------------------------------------------------------------------------------
+def _with_generator_of_its_own(init: Callable[..., None]) -> Callable[..., None]:
+    """Keep data loaders from drawing their seed from the generator that dropout draws from.
+
+    MT/training.py:4513 makes them after the checkpoint has restored that generator, so a resumed
+    run would see other dropout than an uninterrupted one.
+    """
+
+    @functools.wraps(init)
+    def new_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.generator is None:
+            self.generator = torch.Generator()
+
+    return new_init
 
 
 def _replace_functions_of_megatron() -> None:
     from megatron.core import optimizer as optimizers
-    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.moe import token_dispatcher
@@ -310,16 +223,19 @@ def _replace_functions_of_megatron() -> None:
         # MT/initialize.py:64 asserts that CUDA is available.
         initialize_megatron=functools.partial(training.initialize_megatron, allow_no_cuda=True),
         # MT/initialize.py:473: its warm-up of fused kernels draws random numbers.
-        set_jit_fusion_options=_no_op(),
+        set_jit_fusion_options=_always(),
     )
     # MC/transformer/torch_norm.py:50 refuses sequence parallelism.
     _replace(WrappedTorchNorm, __new__=_norm_with_sequence_parallelism(WrappedTorchNorm.__new__))
     # MC/transformer/dot_product_attention.py:43 knows no v_channels, and line 58 no CP.
     _replace(LocalSpecProvider, core_attention=lambda self: GatheringDotProductAttention)
-    buffers = param_and_grad_buffer
-    _replace(buffers, _coalescing_manager=_one_type_at_a_time(buffers._coalescing_manager))
     # MC/transformer/moe/moe_utils.py:1184 converts only tensors that are on a GPU.
-    _replace(token_dispatcher, maybe_move_tensor_to_cpu=_to_numpy_if_asked)
+    _replace(
+        token_dispatcher,
+        maybe_move_tensor_to_cpu=lambda tensor, as_numpy=False, record_stream=False: (
+            tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        ),
+    )
 
 
 def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,36 +254,3 @@ def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..
         return norm
 
     return new
-
-
-def _one_type_at_a_time(coalescing: Callable[..., Any]) -> Callable[..., Any]:
-    """Let gloo see only tensors of one type in one coalesced collective.
-
-    It gathers tensors of several types into each other's memory without a word. With FP8 weights
-    Megatron gathers bytes and bf16 together (MC/distributed/param_and_grad_buffer.py:504).
-    """
-
-    @contextlib.contextmanager
-    def manage(group: Any, async_ops: bool = False) -> Iterator[Any]:
-        with coalescing(group, async_ops=async_ops) as works:
-            yield works
-            recorded = list(_world.pg_coalesce_state[group])
-            _world.pg_coalesce_state[group].clear()
-        for dtype in dict.fromkeys(operation.tensor.dtype for operation in recorded):
-            with coalescing(group, async_ops=async_ops) as of_one_type:
-                alike = [operation for operation in recorded if operation.tensor.dtype == dtype]
-                _world.pg_coalesce_state[group].extend(alike)
-            works.works.extend(of_one_type.works)
-
-    return manage
-
-
-def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
-def _silence_rng_fork_warning() -> None:
-    """MC/tensor_parallel/random.py warns at each fork that the CPU generator moved; it must."""
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )

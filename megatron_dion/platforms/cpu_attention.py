@@ -1,9 +1,8 @@
 """Context parallelism and multi-latent attention for megatron's plain-torch attention.
 
-It refuses the first: here each rank keeps its queries and gathers all keys and values, which is
-correct for every causal model, and of no use for long sequences, where it would defeat the purpose.
-It does not know the second, whose keys and values differ in width. Both exist to test on CPU that
-what lies around attention is right.
+It refuses the first; here each rank keeps its queries and gathers all keys and values, which would
+defeat the purpose of long sequences. It does not know the second, whose keys and values differ in
+width. Both exist to test on CPU that what lies around attention is right.
 """
 
 import copy
@@ -18,20 +17,12 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 class GatheringDotProductAttention(DotProductAttention):
     """DotProductAttention over the whole sequence, for the queries of one context-parallel rank.
 
-    Args:
-        config: of the transformer.
-        *args, **kwargs: as for `DotProductAttention`.
-        k_channels: width of a head's keys; the base class reads it off the keys.
-        v_channels: width of a head's values if not `config.kv_channels`.
+    Heads have keys of width `k_channels`, which the base class reads off the keys, and values of
+    width `v_channels`, or `config.kv_channels`.
     """
 
     def __init__(
-        self,
-        config: Any,
-        *args: Any,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        **kwargs: Any,
+        self, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any
     ) -> None:
         # The base class asserts that there is no context parallelism (dot_product_attention.py:58).
         config = copy.copy(config)
@@ -41,14 +32,8 @@ class GatheringDotProductAttention(DotProductAttention):
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+        self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Attend from the rank's queries (s / cp, b, heads, d) to the keys of all ranks."""
         group = get_context_parallel_group()
         if group.size() > 1:
@@ -58,28 +43,12 @@ class GatheringDotProductAttention(DotProductAttention):
         return super().forward(query, key, value, attention_mask, *args, **kwargs)
 
 
-def causal_mask(tokens_per_rank: int, rank: int, ranks: int) -> torch.Tensor:
-    """Mask what a rank's queries must not see, keys being in the order of the ranks.
+def causal_mask(length: int, rank: int, ranks: int) -> torch.Tensor:
+    """Boolean (1, 1, length, length * ranks): which keys, in the order of ranks, are hidden.
 
-    Args:
-        tokens_per_rank: Sequence length divided by `ranks`; even.
-        rank: The context-parallel rank that asks.
-        ranks: Size of the context-parallel group.
-
-    Returns:
-        Boolean (1, 1, tokens_per_rank, tokens_per_rank * ranks), true where masked.
+    Megatron cuts the sequence into 2 * ranks chunks, and rank i of those with `length` tokens has
+    the i-th from the front and the i-th from the back (core/utils.py:2456).
     """
-    keys = torch.cat([token_positions(tokens_per_rank, r, ranks) for r in range(ranks)])
-    queries = token_positions(tokens_per_rank, rank, ranks)
-    return (keys[None, :] > queries[:, None])[None, None]
-
-
-def token_positions(tokens_per_rank: int, rank: int, ranks: int) -> torch.Tensor:
-    """Positions in the sequence of a rank's tokens: one chunk from the front, one from the back.
-
-    Megatron deals chunks like this so that causal attention costs every rank the same
-    (core/utils.py:2456).
-    """
-    chunk = tokens_per_rank // 2
-    front, back = rank, 2 * ranks - 1 - rank
-    return torch.cat([torch.arange(c * chunk, (c + 1) * chunk) for c in (front, back)])
+    chunks = torch.arange(length * ranks).view(2 * ranks, -1)
+    positions = torch.stack([torch.cat([chunks[r], chunks[-1 - r]]) for r in range(ranks)])
+    return (positions.flatten()[None, :] > positions[rank][:, None])[None, None]

@@ -130,10 +130,10 @@ class FakeWandb:
 
 def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
     """On a rank: what W&B was told of Dion."""
-    from megatron_dion.megatron import diagnostics
+    from megatron_dion.megatron import recorder
 
     wandb = FakeWandb()
-    diagnostics.get_wandb_writer = lambda: wandb
+    recorder.get_wandb_writer = lambda: wandb
     train([*MODEL, *TRAINING, *DION, *argv])
     return wandb.logged
 

@@ -1,7 +1,5 @@
 """Scripts that know nothing of this project, with `--optimizer dion`."""
 
-import contextlib
-import io
 import json
 import runpy
 import subprocess
@@ -88,18 +86,10 @@ def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_
     assert config["command_line"] == [str(SCRIPT), *flags]
 
 
-def output_of_script(flags: Sequence[str]) -> str:
-    """On a rank: what the script's run says."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        run_script(flags)
-    return said.getvalue()
-
-
 def test_a_loss_of_another_name_is_left_out(nursery: Nursery, tmp_path: Path) -> None:
     evaluate = "--eval-iters 1 --eval-interval 2".split()
     flags = [*FLAGS, *DION, *evaluate, "--train-iters", "2", "--run-dir", str(tmp_path)]
-    [said] = nursery.run(1, output_of_script, [*flags, "--loss-name", "cross entropy"])
-    assert "[dion] done: iteration 2/2 | loss - | " in said
+    nursery.run(1, run_script, [*flags, "--loss-name", "cross entropy"])
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["kind"], line["lm_loss"]) for line in lines] == [("train", None)] * 2
     assert all(line["grad_norm"] > 0 for line in lines)
@@ -209,30 +199,9 @@ def refusal(flags: Sequence[str]) -> str:
     ("flags", "named"),
     [
         ("--optimizer dion", "--optimizer dion needs --use-distributed-optimizer"),
-        ("--optimizer adam --no-checkpoint-hashes", "--no-checkpoint-hashes has no effect with"),
         ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
     ],
 )
 def test_refusals(nursery: Nursery, flags: str, named: str) -> None:
     [said] = nursery.run(1, refusal, [*FLAGS, "--train-iters", "1", *flags.split()])
     assert named in said
-
-
-def refusal_of_imported(version: str) -> str:
-    """On a rank: what is said of a checkout of Megatron-LM that is imported."""
-    import megatron.core
-
-    from megatron_dion.megatron import environment, errors
-
-    megatron.core.__version__ = version
-    try:
-        environment.check_imported_version()
-    except errors.ConfigurationError as error:
-        return str(error)
-    return ""
-
-
-def test_another_release_beside_the_script(nursery: Nursery) -> None:
-    assert nursery.run(1, refusal_of_imported, "0.19.2+1234567") == [""]
-    [said] = nursery.run(1, refusal_of_imported, "0.18.0")
-    assert "is megatron-core 0.18.0, tested is 0.19.2" in said

@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[list[str], str, str, str]] = {
     ),
     "routes": (DION, "--dion-exclude *_proj.*", "dion", "--dion-exclude none (saved), *_proj.* (h"),
     "scalars": (DION, LION, "dion", "--dion-scalar-optimizer adam (saved), lion (here)"),
-    "schedule": (DION, "--lr 1e-3", "dion", "do not match: --override-opt-param-scheduler takes"),
+    "schedule": (DION, "--lr 1e-3", "dion", "for learning rate do not match"),
     "rate": (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "has --lr 0.004"),
 }
 

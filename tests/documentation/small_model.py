@@ -7,7 +7,6 @@ import torch
 from megatron_dion.platforms import cpu
 
 cpu.install(hide_gpus=True)
-cpu.install_megatron_patches()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402

@@ -4,13 +4,15 @@ A parameter remains an ordinary tensor, which shows the values of its FP8 form; 
 attribute of it.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager, _world
 from torch.nn import Module, Parameter
 
 from tests.fp8_emulation.scaling import (
@@ -51,6 +53,7 @@ def install() -> None:
         (TransformerLayer, "__init__", _with_weights_in_fp8(TransformerLayer.__init__)),
         # Of experts in FP8, Megatron asks for a version (transformer_config.py:2296).
         (transformer_config, "is_te_min_version", lambda *args, **options: True),
+        (param_and_grad_buffer, "_coalescing_manager", _one_type_at_a_time),
         (param_and_grad_buffer, "is_float8tensor", is_fp8),
         (param_and_grad_buffer, "is_mxfp8tensor", is_mxfp8),
         (param_and_grad_buffer, "modify_underlying_storage", move_to),
@@ -66,6 +69,24 @@ def install() -> None:
     validation.OF_ALL_SCRIPTS = tuple(
         check for check in validation.OF_ALL_SCRIPTS if check is not validation.check_fp8
     )
+
+
+@contextlib.contextmanager
+def _one_type_at_a_time(group: Any, async_ops: bool = False) -> Iterator[Any]:
+    """In place of torch's `_coalescing_manager`: a gather for each type of tensors.
+
+    Gloo gathers tensors of several types into each other's memory without a word. With FP8 weights
+    Megatron gathers bytes and bf16 together (core/distributed/param_and_grad_buffer.py:504).
+    """
+    with _coalescing_manager(group, async_ops=async_ops) as works:
+        yield works
+        recorded = list(_world.pg_coalesce_state[group])
+        _world.pg_coalesce_state[group].clear()
+    for dtype in dict.fromkeys(operation.tensor.dtype for operation in recorded):
+        with _coalescing_manager(group, async_ops=async_ops) as of_one_type:
+            alike = [operation for operation in recorded if operation.tensor.dtype == dtype]
+            _world.pg_coalesce_state[group].extend(alike)
+        works.works.extend(of_one_type.works)
 
 
 def _with_weights_in_fp8(init: Callable[..., None]) -> Callable[..., None]:

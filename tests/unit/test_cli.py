@@ -83,7 +83,6 @@ def test_faults_of_our_own_are_not_hidden() -> None:
     ("words", "said"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("data tokenizer --input a --output-prefix b --vocab-sze 3", "did you mean --vocab-size?"),
         ("data tokenizer --input a --json-keys a b", "--output-prefix"),
         ("--foo doctor", "unrecognized arguments: --foo "),
         ("doctor --timeout 0", "--timeout: must be a positive number of seconds, not 0"),

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_dion.megatron import launch
-from megatron_dion.megatron.errors import ConfigurationError, exit_with
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
@@ -42,18 +40,6 @@ def output_of(argv: list[str]) -> str:
     return exit_of_rank(argv)[1]
 
 
-def test_report_of_torchrun_ends_with_the_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    with pytest.raises(SystemExit):
-        exit_with(ConfigurationError("--lr is odd"))
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
-    *_, last, _border = str(ChildFailedError("pretrain_gpt.py", {0: failure})).splitlines()
-    assert last == "  traceback : error: --lr is odd"
-
-
 def test_interrupt_ends_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,15 +64,18 @@ def complaint(nursery: Nursery, *argv: str) -> str:
     ("flags", "named"),
     [
         ("--dion-rank-fraction 0", "--dion-rank-fraction must be in (0, 1], not 0.0"),
-        ("--dion-rnk-fraction 1", "did you mean --dion-rank-fraction?"),
+        ("--dion-rnk-fraction 1", "unrecognized arguments: --dion-rnk-fraction 1 (see --help)"),
         ("--dion-oversample 1.5", "--dion-oversample was removed: "),
         ("--dion-exclude nothing.*", "no parameter's name matches 'nothing.*'"),
         ("--tensor-model-parallel-size 3", "megatron refuses these arguments: "),
         ("--data-path {}", "--mock-data does not go with the data {}"),
         ("--load {}", "--load {} holds no checkpoint"),
         ("--pretrained-checkpoint {}", "--pretrained-checkpoint {} holds no checkpoint"),
-        ("--run-dir {}/file/x", "--run-dir {}/file/x cannot be made: Not a directory"),
-        ("--save {}/file/x --save-interval 1", "--save {}/file/x cannot be made: Not a directory"),
+        ("--run-dir {}/file/x", "--run-dir {}/file/x cannot be made: [Errno 20]"),
+        (
+            "--save {}/file/x --save-interval 1",
+            "--save {}/file/x cannot be made: [Errno 20]",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(
@@ -95,19 +84,6 @@ def test_mistakes_end_with_one_line(
     (tmp_path / "file").touch()
     line = complaint(nursery, *DION, *flags.format(tmp_path).split())
     assert named.format(tmp_path) in line
-
-
-def exit_with_other_megatron(argv: list[str]) -> tuple[object, str]:
-    from megatron_dion.megatron import environment
-
-    environment.TESTED_MEGATRON_CORE = "0.18.0"
-    return exit_of(argv)
-
-
-def test_another_megatron_core_version(nursery: Nursery) -> None:
-    [(code, said)] = nursery.run(1, exit_with_other_megatron, [*RUN, *DION])
-    assert code == 2
-    assert "megatron-core 0.19.2 is installed, tested is 0.18.0" in said
 
 
 def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
@@ -122,9 +98,9 @@ def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
 def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
     save = ["--save", str(tmp_path), "--save-interval", "2"]
     evaluate = ["--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1"]
-    said, others = nursery.run(2, output_of, [*RUN, *DION, *save, *evaluate])
+    said, _ = nursery.run(2, output_of, [*RUN, *DION, *save, *evaluate])
     lines = [line for line in said.splitlines() if line.startswith("[dion] ")]
-    assert lines[0] == "[dion] 2 processes on CPU (no GPU is used): DP2"
+    assert lines[0] == "[dion] 2 processes on CPU (no GPU is used)"
     saved = [line for line in lines if "saved" in line]
     for line, iteration in zip(saved, (2, 3), strict=True):
         folder = tmp_path / f"iter_{iteration:07d}"
@@ -134,9 +110,3 @@ def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
         assert found
         size = sum(path.stat().st_size for path in folder.glob("*.distcp")) / 1e6
         assert float(found[1]) == pytest.approx(size, rel=0.1)
-    *_, first, second, third, done = (line for line in others.splitlines() if "[dion]" in line)
-    assert ["validation" in line for line in (first, second, third)] == [False, False, True]
-    assert " at 2 | " in third
-    assert done.startswith("[dion] done: iteration 3/3 | loss ")
-    assert "(mean of the last 3) | validation " in done
-    assert " at 3 | " in done

@@ -85,7 +85,7 @@ def in_context(path: str) -> bool:
         ".venv/bin/python",
         ".env",
         ".ssh/id_ed25519",
-        "runs/1/loss.png",
+        "runs/1/metrics.jsonl",
         "build/lib/megatron_dion/run.py",
         "megatron_dion/__pycache__/run.cpython-312.pyc",
         "megatron_dion.egg-info/PKG-INFO",

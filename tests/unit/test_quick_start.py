@@ -36,10 +36,11 @@ def test_command_fits_the_machine_and_overrides_come_last(
 
 def test_only_progress_lines_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     log = io.StringIO()
-    lines = ["noise\n", "[dion] loss 3\n", "not [dion] this\n"]
+    iteration = " [2026-11-30 12:00:00.1] iteration        5/     300 | lm loss: 3.0 |\n"
+    lines = ["noise\n", "[dion] routes\n", "not [dion] this\n", iteration]
     tool.relay(lines, log)
     assert log.getvalue() == "".join(lines)
-    assert capsys.readouterr().out == "loss 3\n"
+    assert capsys.readouterr().out == "routes\n" + iteration
 
 
 @pytest.mark.parametrize(

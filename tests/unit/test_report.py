@@ -51,11 +51,11 @@ def test_head_tells_what_became_of_the_run(complete: Page) -> None:
         "optimizer": "dion, rank fraction 0.25",
         "training loss, mean of 10": f"{sum(last) / 10:.4g}",
         "validation loss": "4.5",
-        "tokens": "410k",
+        "tokens": "409,600",
         # Iterations that set things up took 9 s, all others half a second.
-        "tokens/s": "4.10k",
-        "time, in optimizer": f"1 min 57 s, {10 / 117:.1%}",
-        "sent per step": "1.00kB",
+        "tokens/s": "4096",
+        "time, in optimizer": f"0:01:57, {10 / 117:.1%}",
+        "sent per step": "0.001 MB",
     }
 
 
@@ -94,7 +94,7 @@ def test_charts_have_titles_and_last_values(complete: Page) -> None:
     figures = complete.soup.find_all("figure")
     charts = {f.b.text: [item.text.strip() for item in f.find_all("li")] for f in figures}
     assert charts["Loss"][0] == "training 4"
-    assert charts["Loss"][2:] == ["validation 4.5", "unigram entropy 6.5", "resumed"]
+    assert charts["Loss"][2:] == ["validation 4.5", "resumed"]
     assert charts["Learning rate"] == ["rate 0.008", "resumed"]
     assert charts["Time"] == ["iteration 0.5", "optimizer’s step 0.05", "resumed"]
     assert charts["Update"][0] == "mlp.linear_fc1[gate] 4"
@@ -124,8 +124,8 @@ def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
         "2026-11-24 20:55:02 UTC",
         "4: TP2 × DP2",
         "80",
-        "164k",
-        "4.10k",
+        "163,840",
+        "4096",
     ]
     assert start in complete.rows
     first, second = (i for i, row in enumerate(complete.rows) if row[0] == "argument")

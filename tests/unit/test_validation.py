@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dion.megatron import environment, validation
+from megatron_dion.megatron import launch
 from megatron_dion.megatron.errors import ConfigurationError
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
 
@@ -20,36 +23,21 @@ FP8 = "--fp8-format hybrid --fp8-recipe tensorwise"
 # What a run with Dion is refused for. The first column is added to a command line that is right.
 MISTAKES = [
     ("--dion-rank-fraction 0", "--dion-rank-fraction must be in (0, 1], not 0.0"),
-    ("--dion-rank-fraction nan", "--dion-rank-fraction must be in (0, 1], not nan"),
-    ("--dion-momentum 1", "--dion-momentum must be "),
-    ("--dion-eps 0", "--dion-eps must be "),
     ("--dion-scalar-lr-mult 0", "--dion-scalar-lr-mult must be positive and finite, not 0.0"),
-    ("--dion-scale-mode foo", "--dion-scale-mode: invalid choice: 'foo'"),
     ("--dion-comm-dtype fp16", "--dion-comm-dtype: invalid choice: 'fp16'"),
     ("--dion-split qkv,head", "--dion-split: 'head' is not one of"),
-    ("--dion-rnk-fraction 1", "--dion-rnk-fraction 1: did you mean --dion-rank-fraction?"),
     ("--dion-orthonormalizer rcqr", "--dion-orthonormalizer was removed: "),
     ("--dion-oversample 1.5", "--dion-oversample was removed: "),
     ("--dion-right-factor orth", "--dion-right-factor was removed: "),
     ("--fp8-emulation", "--fp8-emulation was removed: "),
     ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with --optimizer"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2"),
-    ("--use-megatron-fsdp", "--use-megatron-fsdp"),
-    ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
-    ("--fp4-param-gather", "--fp4-param-gather"),
-    ("--overlap-param-gather-with-optimizer-step", "--overlap-param-gather-with-optimizer-step"),
-    ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
-    ("--use-mup", "--use-mup"),
     ("--moe-shared-expert-glu-interleave-size 8", "--moe-shared-expert-glu-interleave-size 8"),
-    ("--mla-down-proj-fusion", "--mla-down-proj-fusion"),
     ("--experimental-attention-variant dsa", "--experimental-attention-variant dsa"),
-    ("--optimizer-cuda-graph", "--optimizer-cuda-graph"),
     ("--non-persistent-ckpt-type global", "--non-persistent-ckpt-type global"),
-    ("--ckpt-format torch", "--ckpt-format torch is not supported: use torch_dist"),
-    ("--no-checkpoint-hashes --verify-integrity", "contradicts --verify-integrity"),
+    ("--ckpt-format torch", "--ckpt-format torch is not supported"),
     ("--no-ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save writes checkpoints"),
     ("--save x", "save_interval is not None"),
-    ("--dion-compressed-sync", "needs --num-distributed-optimizer-instances of at least 2, not 1"),
     ("--dion-recenter-interval 5", "--dion-recenter-interval 5 needs --dion-compressed-sync"),
     ("--dion-recenter-interval 0", "--dion-recenter-interval must be at least 1, not 0"),
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
@@ -60,7 +48,8 @@ MISTAKES = [
         "loses gradients: use --tensor-model-parallel-size 1, not 2",
     ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
-    ("--eval-interval 0", "--eval-interval must be a number of iterations, not 0"),
+    ("--eval-interval 0", "--eval-interval must be at least 1"),
+    ("--dump-param-to-param-group-map x", "--dump-param-to-param-group-map x: its groups are"),
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
     ("--tensor-model-parallel-size 3", "not divisible by"),
     ("--sft", "--sft is not supported by pretrain_gpt.py"),
@@ -111,34 +100,34 @@ def test_what_is_right_passes(said: dict[str, str | None], flags: str) -> None:
     assert said[flags] is None
 
 
-@pytest.mark.parametrize(
-    ("without", "named"),
-    [
-        ("--use-distributed-optimizer", "--optimizer dion needs --use-distributed-optimizer"),
-        ("--lr", "--lr is missing"),
-        ("--train-iters", "the length of the run is missing"),
-        ("--eval-interval", "--eval-interval must be a number of iterations, not None"),
-    ],
-)
-def test_missing_flags_are_named(nursery: Nursery, without: str, named: str) -> None:
-    words = [*RUN, *DION]
-    at = words.index(without)
-    del words[at : at + (1 if without.startswith("--use") else 2)]
-    [[line]] = nursery.run(1, refusals, [words], 1)
-    assert named in str(line)
+WITHOUT = {
+    "--use-distributed-optimizer": "--optimizer dion needs --use-distributed-optimizer",
+    "--lr": "--lr is missing",
+    "--train-iters": "--train-iters is missing",
+    "--eval-interval": "--eval-interval must be at least 1",
+}
+
+
+def test_missing_flags_are_named(nursery: Nursery) -> None:
+    lines = []
+    for flag in WITHOUT:
+        words = [*RUN, *DION]
+        at = words.index(flag)
+        del words[at : at + (1 if flag.startswith("--use") else 2)]
+        lines.append(words)
+    [said] = nursery.run(1, refusals, lines, 1)
+    assert [named in line for line, named in zip(said, WITHOUT.values(), strict=True)] == [True] * 4
 
 
 def parsed(argv: Sequence[str]) -> dict[str, Any]:
     """In the nursery: what the flags of Dion become, and what Megatron makes of the optimizer."""
-    import sys
-
     from megatron.training import arguments
 
-    from megatron_dion.megatron.flags import dion_options, extra_args_provider
+    from megatron_dion.megatron.flags import dion_options, extend_parser
     from megatron_dion.megatron.join import validate_as_megatron
 
     sys.argv = ["pretrain_gpt.py", *argv]
-    args = arguments.parse_args(extra_args_provider("cpu"))
+    args = arguments.parse_args(lambda parser: extend_parser(parser, "cpu"))
     args.device = "cpu"
     args = validate_as_megatron(args, lambda: arguments.validate_args(args))
     options = dion_options(args)
@@ -155,23 +144,6 @@ def test_flags_reach_dion(nursery: Nursery) -> None:
     assert (rules.split, rules.include, rules.exclude) == (frozenset({"heads"}), (), ("a", "b*"))
     assert found["use_distributed_optimizer"]
     assert not found["use_layer_wise_distributed_optimizer"]
-
-
-def test_missing_packages_are_named(
-    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import argparse
-
-    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
-    run = {"optimizer": "dion", "dion_scalar_optimizer": "adam", "ckpt_format": "torch_dist"}
-    paths = {"save": None, "run_dir": None, "tensorboard_dir": None}
-    for change, named in (
-        ({"save": "x"}, "--save needs the package psutil: pip install psutil"),
-        ({"run_dir": "x"}, "--run-dir needs the package matplotlib: pip install matplotlib"),
-        ({"dion_scalar_optimizer": "lion"}, "pip install emerging-optimizers"),
-    ):
-        args = argparse.Namespace(**{**run, **paths, **change})
-        assert named in str(refusal_of(validation.check_packages, args))
 
 
 # --- data
@@ -194,27 +166,22 @@ def prefix(tmp_path: Path) -> str:
     return write_data(tmp_path / "data", [[1, 2, 3], [4, 240], [6, 7, 8, 9]])
 
 
-def data_refusal(flags: Sequence[str]) -> tuple[str | None, float | None]:
-    """In the nursery: what is said of a run's data, and the entropy that is noted beside them."""
-    import sys
-
+def data_refusal(flags: Sequence[str]) -> str | None:
+    """In the nursery: what is said of a run's data."""
     from megatron.training import arguments
 
-    from megatron_dion.megatron.data_checks import check_token_ids, unigram_entropy
-    from megatron_dion.megatron.flags import extra_args_provider
+    from megatron_dion.megatron.data_checks import check_data, check_token_ids
+    from megatron_dion.megatron.flags import extend_parser
 
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = arguments.parse_args(extra_args_provider("cpu"))
+    args = arguments.parse_args(lambda parser: extend_parser(parser, "cpu"))
     args.rank = 0
-    for check in validation.OF_DATA:
-        if (line := refusal_of(check, args)) is not None:
-            return line, None
-    return refusal_of(check_token_ids, args, 250), unigram_entropy(args)
+    return refusal_of(check_data, args) or refusal_of(check_token_ids, args, 250)
 
 
 def said_of(nursery: Nursery, flags: str, tokenizer: str = "--tokenizer-type NullTokenizer") -> Any:
-    [(line, entropy)] = nursery.run(1, data_refusal, [*tokenizer.split(), *flags.split()])
-    return line if line is not None else entropy
+    [line] = nursery.run(1, data_refusal, [*tokenizer.split(), *flags.split()])
+    return line
 
 
 @pytest.mark.parametrize("split", ["67,33,0", "1,0,0"])
@@ -226,7 +193,7 @@ def test_whole_data_pass(nursery: Nursery, prefix: str, split: str) -> None:
     ("flags", "named"),
     [
         ("", "no data: give --data-path"),
-        ("--data-path nowhere", "nowhere.idx"),
+        ("--data-path nowhere", "the data nowhere cannot be read: One or both"),
         ("--data-args-path nowhere", "No such file or directory: 'nowhere'"),
         ("--mock-data --data-path a", "--mock-data does not go with the data a:"),
         ("--data-path {} --split 90,10,0", "--split 90,10,0 gives the validation set none of the"),
@@ -276,38 +243,31 @@ def test_tokenizer_is_compared_with_what_was_noted(
     notes = {
         "tokenizer_type": "SentencePieceTokenizer",
         "tokenizer_model_sha256": hashlib.sha256(b"pieces").hexdigest(),
-        "unigram_entropy_nats": 6.5,
     }
     Path(prefix + ".json").write_text(json.dumps(notes))
     data = f"--data-path {prefix}"
-    assert said_of(nursery, data, right) == 6.5
-    assert "--tokenizer-type NullTokenizer" in said_of(nursery, data)
+    assert said_of(nursery, data, right) is None
+    assert "--tokenizer-type NullTokenizer --tokenizer-model None is not" in said_of(nursery, data)
     model.write_bytes(b"other pieces")
-    assert f"--tokenizer-model {model} is not the tok" in said_of(nursery, data, right)
+    assert f"--tokenizer-model {model} is not the tokenizer" in said_of(nursery, data, right)
     Path(prefix + ".json").write_text("[")
-    assert f"{prefix}.json is not" in said_of(nursery, data)
+    assert f"{prefix}.json does not describe the data" in said_of(nursery, data)
 
 
 # --- what must be true before megatron is imported
 
 
-def test_other_versions_of_megatron_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment.check_megatron_version()
-    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: "0.18.0")
-    assert "megatron-core 0.18.0 is" in str(refusal_of(environment.check_megatron_version))
-
-
-def test_the_other_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "apex"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "pip uninstall apex" in str(refusal_of(environment.check_apex))
-    (package / "multi_tensor_apply").mkdir()  # as NVIDIA's has
-    environment.check_apex()
-
-
-def test_cuda_is_refused_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in str(refusal_of(environment.check_device, "cuda"))
-    environment.check_device("cpu")
+def test_another_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout of Megatron-LM beside a script, say, whatever is installed."""
+    launch.check_megatron_version()
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 0\n")
+    code = "from megatron_dion.megatron import launch; launch.check_megatron_version()"
+    command = [sys.executable, "-c", code]
+    paths = [str(tmp_path), *sys.path]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert f"{core} is megatron-core 0.18.0, tested is 0.19.2: pip install" in found.stderr

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_dion.misspelt import with_suggestion
 from megatron_dion_tools.errors import ToolError, run_tool
 
 COMMANDS = {
@@ -42,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """Says a mistake in one line; argparse would print the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ToolError(f"{with_suggestion(message, self)} (see {self.prog} --help)")
+        raise ToolError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

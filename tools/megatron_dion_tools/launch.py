@@ -83,9 +83,8 @@ def check(flags: Sequence[str], gpus: int) -> None:
     from megatron_dion.megatron.errors import ConfigurationError
     from megatron_dion.platforms import cpu
 
-    cpu.install(hide_gpus=True)  # the machine that submits may have no GPU
     with quiet_imports(), contextlib.redirect_stdout(None):
-        cpu.install_megatron_patches()
+        cpu.install(hide_gpus=True)  # the machine that submits may have no GPU
         from megatron_dion.megatron.pretrain import check_arguments
 
         try:

@@ -8,7 +8,7 @@ from importlib.metadata import distributions
 
 import torch
 
-from megatron_dion.megatron import environment
+from megatron_dion.megatron import launch
 from megatron_dion.megatron.errors import ConfigurationError
 from megatron_dion_tools.doctor.findings import FAILED, OK, WARNING, Finding
 from megatron_dion_tools.doctor.gpus import count_gpus
@@ -34,15 +34,13 @@ def pytorch() -> Finding:
 
 
 def megatron() -> Finding:
-    """Megatron-core must be the tested version, and apex, if there is one, NVIDIA's."""
+    """Megatron-core must be the tested version."""
     try:
-        environment.check_megatron_version()
-        environment.check_apex()
+        launch.check_megatron_version()
     except ConfigurationError as error:
         what, _, fix = str(error).rpartition(": ")
         return Finding(FAILED, what, fix)
-    apex = "NVIDIA's" if importlib.util.find_spec("apex") else "no"
-    return Finding(OK, f"megatron-core {environment.TESTED_MEGATRON_CORE}, {apex} apex")
+    return Finding(OK, f"megatron-core {launch.TESTED_MEGATRON_CORE}")
 
 
 def transformer_engine() -> Finding:

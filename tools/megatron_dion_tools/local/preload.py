@@ -3,8 +3,6 @@
 import argparse
 import functools
 import gc
-import tempfile
-from pathlib import Path
 
 
 def preload() -> None:
@@ -16,10 +14,10 @@ def preload() -> None:
     from megatron_dion.platforms import cpu
 
     cpu.install(hide_gpus=True)
-    cpu.install_megatron_patches()
 
     _cache_help_texts()
-    _load_what_trainings_use()
+    from megatron_dion.megatron import pretrain  # noqa: F401
+
     start_queues_by("fork")
     gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
 
@@ -35,16 +33,6 @@ def _cache_help_texts() -> None:
     )
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
-
-
-def _load_what_trainings_use() -> None:
-    """A run imports modules when it trains, and matplotlib looks for fonts when it draws."""
-    from megatron_dion.megatron import plot, pretrain  # noqa: F401
-
-    with tempfile.TemporaryDirectory() as folder:
-        plot.draw_loss(
-            [{"kind": "train", "iteration": 1, "lm_loss": 1.0}], Path(folder, "loss.png"), None
-        )
 
 
 def start_queues_by(method: str) -> None:

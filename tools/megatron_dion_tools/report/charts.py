@@ -77,14 +77,12 @@ class Chart:
         title: what the curves show.
         unit: of their values.
         curves: the curves; those without points are left out.
-        level: a name and a value; the value gets a dashed horizontal line.
         from_zero: whether the axis of values begins at zero.
     """
 
     title: str
     unit: str
     curves: Sequence[Curve]
-    level: tuple[str, float] | None = None
     from_zero: bool = False
 
     def __post_init__(self) -> None:
@@ -123,8 +121,6 @@ class Chart:
             )
         for iteration in marked:
             axes.axvline(iteration, color=_FAINT, linestyle=":", linewidth=1)
-        if self.level is not None:
-            axes.axhline(self.level[1], color=_FAINT, linestyle="--", linewidth=1)
         if self.from_zero:
             axes.set_ylim(bottom=0)
         elif 0 < _LOGARITHMIC * min(self.values) < max(self.values):

@@ -6,13 +6,13 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from statistics import fmean, median
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from megatron_dion.megatron.progress import human_count, human_duration
 from megatron_dion.megatron.run_directory import Record
 from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
 from megatron_dion.optimizer.rules import without_numbers
@@ -131,10 +131,11 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.training:
         seconds = sum(record["iteration_seconds"] for record in run.training)
         step = sum(record["optimizer_seconds"] for record in run.training)
-        yield "tokens", human_count(sum(session.tokens for session in run.sessions))
-        yield "tokens/s", human_count(run.sessions[-1].tokens_per_second)
-        yield "time, in optimizer", f"{human_duration(seconds)}, {step / seconds:.1%}"
-        yield "sent per step", f"{human_count(run.training[-1]['optimizer_bytes'])}B"
+        yield "tokens", short(sum(session.tokens for session in run.sessions))
+        yield "tokens/s", short(run.sessions[-1].tokens_per_second)
+        time = timedelta(seconds=round(seconds))
+        yield "time, in optimizer", f"{time}, {step / seconds:.1%}"
+        yield "sent per step", f"{short(run.training[-1]['optimizer_bytes'] / 1e6)} MB"
 
 
 def _points(records: Iterable[Record], name: str, kind: str = "train") -> list[Point]:
@@ -160,9 +161,7 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     losses = _with_mean("training", _points(run.training, "lm_loss"))
     validation = _points(run.records, "lm_loss", kind="validation")
     losses.append(Curve("validation", validation, colour=1, has_dots=True))
-    entropy = run.starts[-1].get("unigram_entropy") if run.starts else None
-    level = ("unigram entropy", entropy) if entropy else None
-    yield Chart("Loss", "nats per token", losses, level)
+    yield Chart("Loss", "nats per token", losses)
     norms = _with_mean("norm", _points(run.training, "grad_norm"))
     yield Chart("Gradient norm", "before clipping", norms)
     rates = [Curve("rate", _points(run.training, "lr"))]
@@ -256,8 +255,7 @@ def _starts(run: RunFolder) -> Iterator[Row]:
         ranks = ": ".join(filter(None, [str(start["world_size"]), divided]))
         done: Row = (None, None, None)
         if session := sessions.get(start["iteration"]):
-            speed = human_count(session.tokens_per_second)
-            done = (len(session.iterations), human_count(session.tokens), speed)
+            done = (len(session.iterations), session.tokens, session.tokens_per_second)
         yield (start["iteration"], time, ranks, *done)
 
 
