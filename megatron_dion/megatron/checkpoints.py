@@ -1,7 +1,7 @@
 """The join with Megatron's loading and saving of checkpoints."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.progress import say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
-from megatron_dion.optimizer.checkpoint import MastersOnly, Source
+from megatron_dion.optimizer.checkpoint import Loading, Source
 from megatron_dion.optimizer.record import Record
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -179,7 +179,7 @@ class Loader:
             raise self._unusable("; ".join(damage[:5]))
 
     def _prepare(self, optimizer: Any, facts: Facts) -> Any:
-        """Tells the optimizer what the checkpoint has for it; returns the optimizer to load into.
+        """Returns what stands in for the optimizer while it loads what the checkpoint has for it.
 
         Raises:
             CheckpointError: the checkpoint is of a run that cannot go on as this one.
@@ -189,19 +189,16 @@ class Loader:
                 f"{self._folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
             )
         self._check_learning_rates(facts)
-        if not isinstance(optimizer, DionChainedOptimizer):
-            if facts.record is None:
-                return optimizer  # Megatron's own affair
-            try:
-                return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
-            except ValueError as error:
-                raise CheckpointError(f"--switch-optimizer: {error}") from error
-        if facts.record is not None:
-            source = self._go_on(optimizer.record, facts.record)
-        else:
-            source = self._switch(facts, optimizer.record.scalar_optimizer == facts.optimizer)
-        optimizer.load_from(source)
-        return optimizer
+        here = optimizer.record if isinstance(optimizer, DionChainedOptimizer) else None
+        if here is None and facts.record is None:
+            return optimizer  # Megatron's own affair
+        if here is not None and facts.record is not None:
+            return Loading(optimizer, self._go_on(here, facts.record))
+        keeps_scalars = here is not None and here.scalar_optimizer == facts.optimizer
+        try:
+            return Loading(optimizer, self._switch(facts, keeps_scalars))
+        except ValueError as error:
+            raise CheckpointError(f"--switch-optimizer: {error}") from error
 
     def _check_learning_rates(self, facts: Facts) -> None:
         """Megatron would take those of the command line in spite of the flag."""
@@ -216,9 +213,7 @@ class Loader:
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
         reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
-        differences = saved.differences(here)
-        routes, factors = _listed(differences.routes), _listed(differences.factors)
-        scalars, free = _listed(differences.scalars), _listed(differences.free)
+        factors, routes, scalars, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
             (factors, reinit, f"use the saved values, or {_REINIT}"),
@@ -233,7 +228,7 @@ class Loader:
             self._say(f"state of scalar parameters begins anew: {scalars}")
         if free:
             self._say(f"changed since it was saved: {free}")
-        return Source(saved.rules, momentum=True, right_factors=not reinit, scalars=not scalars)
+        return Source(saved.rules, right_factors=not reinit, scalars=not scalars)
 
     def _switch(self, facts: Facts, keeps_scalars: bool) -> Source:
         """What a run takes from a checkpoint of the other optimizer."""
@@ -284,7 +279,3 @@ def explained(folder: Path) -> Iterator[None]:
             f"{folder} cannot be loaded into this run: {one_line(error)}"
             f"{hint if 'OptimizerParamScheduler' in str(error) else ''}"
         ) from error
-
-
-def _listed(differences: Iterable[Any]) -> str:
-    return "; ".join(map(str, differences))

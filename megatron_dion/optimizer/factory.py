@@ -1,16 +1,14 @@
 """Builds the chain of optimizers: Dion for matrices, Adam or Lion for everything else."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from itertools import product
 from typing import Any
 
-import torch
 from megatron.core.optimizer import (
     OptimizerConfig,
     _get_megatron_optimizer_based_on_param_groups,
-    _get_param_groups_and_buffers,
+    _get_param_groups,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -28,6 +26,12 @@ from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, weight_of
 
 Overrides = dict[ParamKey, ParamGroupOverride]
+
+# Data-parallel group, model-parallel group and DDP's buffers, of dense layers and of experts.
+_NAMES = {
+    False: ("intra_dp_cp_group", "mp_group", "buffers"),
+    True: ("intra_expt_dp_group", "expt_tp_pp_with_egtp_remat_group", "expert_parallel_buffers"),
+}
 
 
 def get_megatron_dion_optimizer(
@@ -74,110 +78,77 @@ def get_megatron_dion_optimizer(
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
         pg_collection, model_chunks, use_gloo_process_groups
     )
-    replicas = groups["inter_dist_opt_group"] if compressed_sync else None
+    instances = groups["inter_dist_opt_group"]
     if compressed_sync:
-        if replicas is None or replicas.size() == 1:
+        if instances is None or instances.size() == 1:
             raise ValueError("compressed_sync needs several instances of the distributed optimizer")
         reduce_within_instances(model_chunks)
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     overrides = {**config_overrides, **_overrides_by_route(config, scalar_lr_mult)}
-    parts = partial(_parts, config, model_chunks, overrides, groups)
-    scalar = [
-        _get_megatron_optimizer_based_on_param_groups(
-            config=config, pg_collection=pg_collection, **arguments
-        )
-        for _, arguments in parts(is_dion=False)
-    ]
-    dion = [
-        DionDistributedOptimizer(
-            Dion(
-                arguments.pop("param_groups"),
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                **asdict(dion_config),
-            ),
-            config,
-            scalar[0].grad_scaler,
-            lambda optimizer, config=None: optimizer.init_state(),
-            tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
-            replicas=replicas,
-            recenter_interval=recenter_interval,
-            **arguments,
-        )
-        for is_of_experts, arguments in parts(is_dion=True)
-    ]
-    for optimizer in (*dion, *scalar):
-        optimizer.grad_scaler = scalar[0].grad_scaler  # all skip a step together
-        optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
-        optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
-    chain = DionChainedOptimizer([*dion, *scalar])
-    chain.routing_table = table
-    chain.record = Record(dion_config, routes[0].rules, scalar_optimizer)
-    total = torch.tensor([sum(one.exchanged_bytes_per_step for one in dion)], device="cuda")
-    torch.distributed.all_reduce(total)
-    chain.exchanged_bytes_per_step = int(total.item())
-    return chain
-
-
-def _overrides_by_route(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
-    """The routing in Megatron's own terms: overrides of parameter groups."""
-    is_dion = ParamPredicate(name="dion_matrix", fn=lambda p: weight_of(p) is not None)
-    overrides: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
-    if scalar_lr_mult != 1.0:
-
-        def takes_multiple(parameter: Parameter) -> bool:
-            is_embedding = getattr(parameter, "is_embedding_or_output_parameter", False)
-            has_own_lr = config.decoupled_lr is not None and is_embedding
-            return weight_of(parameter) is None and not has_own_lr
-
-        predicate = ParamPredicate(name="dion_scalar", fn=takes_multiple)
-        overrides[ParamKey(predicate=predicate)] = ParamGroupOverride(
-            max_lr=config.lr * scalar_lr_mult, min_lr=(config.min_lr or 0.0) * scalar_lr_mult
-        )
-    return overrides
-
-
-def _parts(
-    config: OptimizerConfig,
-    model_chunks: list[MegatronModule],
-    overrides: Overrides,
-    groups: dict[str, Any],
-    is_dion: bool,
-) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """What the optimizers of Dion's parameters, or of all others, are made with.
-
-    Yields:
-        For dense and for experts' parameters, if there are any: whether they are experts', and
-        arguments. Each optimizer has whole buffers.
-    """
-    for is_of_experts in (False, True):
-        param_groups, buffers = _get_param_groups_and_buffers(
-            model_chunks,
-            0,
-            config,
-            overrides,
-            partial(_is_kind, is_of_experts, is_dion),
-            "expert_parallel_buffers" if is_of_experts else "buffers",
-        )
-        data_parallel = "intra_expt_dp_group" if is_of_experts else "intra_dp_cp_group"
-        model_parallel = "expt_tp_pp_with_egtp_remat_group" if is_of_experts else "mp_group"
-        instances = groups["inter_dist_opt_group"]
+    param_groups = _get_param_groups(model_chunks, config, overrides)
+    optimizers: dict[bool, list[Any]] = {False: [], True: []}  # by whether they are Dion's
+    scaler = None  # one for all: they skip a step together
+    for is_dion, is_of_experts in product((False, True), repeat=2):
+        kind = (is_dion, is_of_experts)
+        own = [
+            g for g in param_groups if (g.get("optimizer") == DION, g["is_expert_parallel"]) == kind
+        ]
+        if not own:
+            continue
+        data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
         arguments = {
             "model_chunks": model_chunks,
-            "param_groups": param_groups,
             "per_model_buffers": {
-                chunk: [one for one in of_chunk if bool(weight_of(one.params[0])) == is_dion]
-                for chunk, of_chunk in buffers.items()
+                number: [b for b in getattr(chunk, buffers) if _is_dion(b.params[0]) == is_dion]
+                for number, chunk in enumerate(model_chunks)
             },
             "data_parallel_group": groups[data_parallel],
             "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
             "data_parallel_group_idx": groups[model_parallel].rank(),
             "distributed_optimizer_instance_id": instances.rank() if instances else 0,
         }
-        if param_groups:
-            yield is_of_experts, arguments
+        if is_dion:
+            inner = Dion(own, config.lr, config.weight_decay, **asdict(dion_config))
+            optimizer = DionDistributedOptimizer(
+                inner,
+                config,
+                scaler,
+                lambda inner, config=None: inner.init_state(),
+                tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
+                replicas=instances if compressed_sync else None,
+                recenter_interval=recenter_interval,
+                **arguments,
+            )
+        else:
+            optimizer = _get_megatron_optimizer_based_on_param_groups(
+                config=config, param_groups=own, pg_collection=pg_collection, **arguments
+            )
+            scaler = scaler or optimizer.grad_scaler
+        optimizer.grad_scaler = scaler
+        optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
+        optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
+        optimizers[is_dion].append(optimizer)
+    record = Record(dion_config, routes[0].rules, scalar_optimizer)
+    return DionChainedOptimizer([*optimizers[True], *optimizers[False]], table, record)
 
 
-def _is_kind(is_of_experts: bool, is_dion: bool, group: dict[str, Any]) -> bool:
-    kind = (group["is_expert_parallel"], group.get("optimizer") == DION)
-    return kind == (is_of_experts, is_dion)
+def _is_dion(parameter: Parameter) -> bool:
+    return weight_of(parameter) is not None
+
+
+def _overrides_by_route(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
+    """The routing in Megatron's own terms: overrides of parameter groups."""
+    is_dion = ParamPredicate(name="dion_matrix", fn=_is_dion)
+    overrides: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
+    if scalar_lr_mult != 1.0:
+
+        def takes_multiple(parameter: Parameter) -> bool:
+            is_embedding = getattr(parameter, "is_embedding_or_output_parameter", False)
+            has_own_lr = config.decoupled_lr is not None and is_embedding
+            return not _is_dion(parameter) and not has_own_lr
+
+        predicate = ParamPredicate(name="dion_scalar", fn=takes_multiple)
+        overrides[ParamKey(predicate=predicate)] = ParamGroupOverride(
+            max_lr=config.lr * scalar_lr_mult, min_lr=(config.min_lr or 0.0) * scalar_lr_mult
+        )
+    return overrides

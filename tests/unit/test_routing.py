@@ -68,6 +68,7 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
     from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
     ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
+    group = SimpleNamespace(size=lambda: tensor)
     found: dict[str, Any] = {}
     for rank in range(ranks):
         local = [str(number) for number in range(EXPERTS // ranks)]
@@ -80,8 +81,8 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
             parallel_state,
             get_expert_model_parallel_world_size=lambda: ranks,
             get_expert_model_parallel_rank=lambda rank=rank: rank,
-            get_tensor_model_parallel_world_size=lambda: tensor,
-            get_expert_tensor_parallel_world_size=lambda: tensor,
+            get_tensor_model_parallel_group=lambda: group,
+            get_expert_tensor_parallel_group=lambda: group,
         ):
             [chunk] = tag_matrices([chunk_of(experts)])
             for parameter in chunk.parameters():
@@ -138,7 +139,7 @@ def matrices_of_unlike_layers() -> list[str]:
         parallel_state,
         get_expert_model_parallel_world_size=lambda: 1,
         get_expert_model_parallel_rank=lambda: 0,
-        get_tensor_model_parallel_world_size=lambda: 1,
+        get_tensor_model_parallel_group=lambda: SimpleNamespace(size=lambda: 1),
     ):
         tag_matrices([chunk])
     weights = [weight_of(parameter) for parameter in chunk.parameters()]
