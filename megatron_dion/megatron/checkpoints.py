@@ -144,14 +144,11 @@ class Loader:
 
     def _read_facts(self) -> Facts:
         try:
-            contents = Contents(self._folder)
-            if damage := contents.damaged_files():
-                raise CheckpointError("; ".join(damage[:5]))
-            common = contents.common
+            common = Contents(self._folder).common
             scheduler = common.get("opt_param_scheduler")
             return Facts(
                 optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-                record=Record.of_checkpoint(common),
+                record=Record.of_state(common.get("optimizer", {})),
                 has_state="optimizer" in common,
                 sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
                 learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
@@ -171,7 +168,7 @@ class Loader:
         """Compares the files with their hashes; each rank takes some."""
         if facts.hashes is None or self._args.no_checkpoint_hashes:
             why = "was saved without hashes" if facts.hashes is None else "--no-checkpoint-hashes"
-            self._say(f"{why}: only the sizes of its files were checked")
+            self._say(f"{why}: its files were not checked")
             return
         names = sorted(facts.hashes)[dist.get_rank() :: dist.get_world_size()]
         mine = hashes.damage(self._folder, {name: facts.hashes[name] for name in names})

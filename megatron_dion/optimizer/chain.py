@@ -86,9 +86,9 @@ class DionChainedOptimizer(ChainedOptimizer):
         Elsewhere, and where no step was taken, nothing. A collective call of all ranks.
         """
         here = [matrix for one in self._dions for matrix in one.optimizer.take_diagnostics()]
-        ranks, last = dist.get_world_size(), dist.get_world_size() - 1
-        everywhere: list[Any] | None = [None] * ranks if dist.get_rank() == last else None
-        dist.gather_object(here, everywhere, dst=last)
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        everywhere: list[Any] | None = [None] * ranks if rank == ranks - 1 else None
+        dist.gather_object(here, everywhere, dst=ranks - 1)
         # Instances of the distributed optimizer measure the same.
         found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
         return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
@@ -122,9 +122,10 @@ class DionChainedOptimizer(ChainedOptimizer):
             CheckpointError: the checkpoint is of another optimizer, or of one with other factors;
                 `megatron_dion.optimizer.checkpoint.Loading` takes a part of such a one.
         """
-        if "dion" not in state_dict:
+        saved = Record.of_state(state_dict)
+        if saved is None:
             raise CheckpointError("the checkpoint has no state of Dion's")
-        found = Record.from_dict(state_dict["dion"]).differences(self.record)
+        found = saved.differences(self.record)
         if serious := [found[kind] for kind in ("factors", "routes", "scalars") if found[kind]]:
             raise CheckpointError(f"the checkpoint is of another run: {'; '.join(serious)}")
         self._loading.load_state_dict(state_dict)

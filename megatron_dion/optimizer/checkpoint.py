@@ -40,11 +40,7 @@ class Source(NamedTuple):
 
 
 class Loading:
-    """Stands in for an optimizer while it loads what a source names, and nothing else.
-
-    Args:
-        optimizer: a distributed optimizer, or a chain of them.
-        source: what it takes of the checkpoint.
+    """Stands in for an optimizer, or a chain of them, while it loads what a source names.
 
     Raises:
         ValueError: the optimizer is not distributed, or keeps its master weights elsewhere.
@@ -86,11 +82,7 @@ class Loading:
 
 
 def saved_steps(state_dict: dict[str, Any]) -> dict[str, int]:
-    """Steps that the state of Dion and of the scalar optimizer has seen.
-
-    Args:
-        state_dict: of Dion's chain, or of an optimizer of Megatron's.
-    """
+    """Steps that saved state of Dion's chain, or of an optimizer of Megatron's, has seen."""
     if "steps" in state_dict:
         return dict(state_dict["steps"])
     members = [state_dict] if "optimizer" in state_dict else state_dict.values()
@@ -103,10 +95,7 @@ def sharded_state(
 ) -> dict[str, ShardedTensor]:
     """All tensors that a source names, as views of what the optimizers hold, by unique names.
 
-    Args:
-        optimizers: those of this rank that have parameters.
-        source: what is wanted.
-        model_state: the model's sharded state, whose tensors are its parameters.
+    The tensors of `model_state`, the model's sharded state, are its parameters.
     """
     bases, _ = extract_sharded_tensors_and_factories(model_state)
     by_parameter = {id(base.data): base for base in nested_values(bases)}
@@ -121,13 +110,10 @@ def flat_states(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, in
         A parameter of the model, the first element of the flattened parameter that the rank holds,
         the kind of state (`param` for the master weight), and the 1-D state of those elements.
     """
-    of_types = (buckets for ranges in optimizer.gbuf_ranges for buckets in ranges.values())
-    for bucket in chain.from_iterable(of_types):
-        for parameter, place in bucket["param_map"].items():
-            states = optimizer._get_main_param_and_optimizer_states(parameter)
-            for kind, state in states.items():
-                if state.dim() == 1:
-                    yield parameter, place["param"].start, kind, state
+    for parameter in optimizer.model_param_gbuf_map:
+        start = optimizer._get_model_param_range_map(parameter)["param"].start
+        states = optimizer._get_main_param_and_optimizer_states(parameter)
+        yield from ((parameter, start, k, state) for k, state in states.items() if state.dim() == 1)
 
 
 def _states_of(
@@ -255,14 +241,14 @@ def _make_model_weights(optimizers: Sequence[DistributedOptimizer]) -> None:
     A checkpoint of FP8 weights has rounded ones, which an FP8 run would round a second time.
     """
     chunks = {id(chunk): chunk for one in optimizers for chunk in one.model_chunks}.values()
-    for parameter in chain.from_iterable(chunk.parameters() for chunk in chunks):
-        # With delayed scaling the magnitude of the rounded values would count for the next scale.
-        quantizer = getattr(parameter, "_get_quantizer", lambda: None)()
-        if (amax := getattr(quantizer, "amax", None)) is not None:
-            amax.zero_()
     reuses_gradients = any(one.config.reuse_grad_buf_for_mxfp8_param_ag for one in optimizers)
-    if reuses_gradients:
-        for chunk in chunks:
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            # With delayed scaling the size of the rounded values would count for the next scale.
+            quantizer = getattr(parameter, "_get_quantizer", lambda: None)()
+            if (amax := getattr(quantizer, "amax", None)) is not None:
+                amax.zero_()
+        if reuses_gradients:
             chunk.zero_grad_buffer()  # it is where mxfp8 weights are gathered
     for optimizer in optimizers:
         if reuses_gradients:

@@ -84,8 +84,17 @@ def get_megatron_dion_optimizer(
             raise ValueError("compressed_sync needs several instances of the distributed optimizer")
         reduce_within_instances(model_chunks)
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    overrides = {**config_overrides, **_overrides_by_route(config, scalar_lr_mult)}
+    by_route = ParamKey(predicate=ParamPredicate(name="dion_matrix", fn=_is_dion))
+    overrides = {**config_overrides, by_route: ParamGroupOverride(optimizer=DION)}
     param_groups = _get_param_groups(model_chunks, config, overrides)
+    rates = {
+        "max_lr": config.lr * scalar_lr_mult,
+        "min_lr": (config.min_lr or 0.0) * scalar_lr_mult,
+    }
+    for group in param_groups:
+        has_own_rate = not group["default_config"]  # such as --decoupled-lr
+        if scalar_lr_mult != 1.0 and group.get("optimizer") != DION and not has_own_rate:
+            group.update(rates, default_config=False)
     optimizers: dict[bool, list[Any]] = {False: [], True: []}  # by whether they are Dion's
     scaler = None  # one for all: they skip a step together
     for is_dion, is_of_experts in product((False, True), repeat=2):
@@ -134,21 +143,3 @@ def get_megatron_dion_optimizer(
 
 def _is_dion(parameter: Parameter) -> bool:
     return weight_of(parameter) is not None
-
-
-def _overrides_by_route(config: OptimizerConfig, scalar_lr_mult: float) -> Overrides:
-    """The routing in Megatron's own terms: overrides of parameter groups."""
-    is_dion = ParamPredicate(name="dion_matrix", fn=_is_dion)
-    overrides: Overrides = {ParamKey(predicate=is_dion): ParamGroupOverride(optimizer=DION)}
-    if scalar_lr_mult != 1.0:
-
-        def takes_multiple(parameter: Parameter) -> bool:
-            is_embedding = getattr(parameter, "is_embedding_or_output_parameter", False)
-            has_own_lr = config.decoupled_lr is not None and is_embedding
-            return not _is_dion(parameter) and not has_own_lr
-
-        predicate = ParamPredicate(name="dion_scalar", fn=takes_multiple)
-        overrides[ParamKey(predicate=predicate)] = ParamGroupOverride(
-            max_lr=config.lr * scalar_lr_mult, min_lr=(config.min_lr or 0.0) * scalar_lr_mult
-        )
-    return overrides

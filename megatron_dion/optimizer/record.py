@@ -54,12 +54,17 @@ class Record:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Record":
-        """The inverse of `to_dict`; hyperparameters that this version does not have are left out.
+    def of_state(cls, state: Mapping[str, Any]) -> "Record | None":
+        """The record in the saved state of an optimizer; None if it is not Dion's.
+
+        Hyperparameters that this version does not have are left out.
 
         Raises:
-            CheckpointError: a newer version wrote the values.
+            CheckpointError: a newer version wrote it.
         """
+        if "dion" not in state:
+            return None
+        values = state["dion"]
         if values["format"] > FORMAT:
             raise CheckpointError(
                 f"Dion's state in it has format {values['format']}, and this version of"
@@ -71,16 +76,6 @@ class Record:
         rules = RoutingRules(frozenset(split), *map(tuple, patterns))
         right_factor = saved.get("right_factor", cls.right_factor)
         return cls(config, rules, values["scalar_optimizer"], right_factor)
-
-    @classmethod
-    def of_checkpoint(cls, common: Mapping[str, Any]) -> "Record | None":
-        """The record in a checkpoint's common state; None if its optimizer is not Dion.
-
-        Raises:
-            CheckpointError: a newer version wrote it.
-        """
-        state = common.get("optimizer", {})
-        return cls.from_dict(state["dion"]) if "dion" in state else None
 
     def differences(self, here: "Record") -> dict[str, str]:
         """The hyperparameters that this checkpoint and a run do not share, by what that means.

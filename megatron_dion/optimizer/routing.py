@@ -62,23 +62,12 @@ class RoutingTable:
         config: gives the ranks of the matrices.
         scalar_optimizer: name of the optimizer that updates what Dion does not.
         compressed_sync: whether replicas average factors in place of gradients where that is less.
-
-    Raises:
-        ValueError: compressed_sync, and factors are less for none of the matrices.
     """
 
     routes: tuple[Route, ...]
     config: DionConfig
     scalar_optimizer: str
     compressed_sync: bool = False
-
-    def __post_init__(self) -> None:
-        matrices = [route.weight.matrices(self.config) for route in self.routes if route.weight]
-        if self.compressed_sync and matrices and not any(map(compression_pays, matrices)):
-            raise ValueError(
-                "compressed gradient sync compresses nothing: no matrix of Dion's has factors that"
-                " are smaller than its gradient; use a smaller rank fraction, or leave it out"
-            )
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The lines of routing.tsv: one for each logical matrix, or parameter that has none."""
@@ -177,9 +166,8 @@ def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
     here = [getattr(parameter, ROUTE_TAG, None) for parameter in parameters]
     if None in here:
         raise RuntimeError(
-            "the model's parameters have no routes: add"
-            " megatron_dion.optimizer.routing.tag_matrices to the pre_wrap_hooks of the model's"
-            " config, so that it runs before DDP wraps the model"
+            "the model's parameters have no routes: call"
+            " megatron_dion.optimizer.routing.tag_matrices before DDP wraps the model"
         )
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, here)
