@@ -99,10 +99,9 @@ def tracked(root: Path) -> int | str | None:
 def choose(root: Path, step: int | None = None) -> Choice:
     """Chooses the checkpoint to load: that of a step, or the newest complete one.
 
-    The newest is the one that the tracker names, or one of a later iteration that was finished
-    after the tracker was written: a process can be killed between the two. So a run that went back
-    to an older checkpoint goes on from there, whatever later iterations it once had. Without a
-    tracker the latest iteration is the newest.
+    The newest is the one that the tracker names, so that a run can go back to an older one, or one
+    of a later iteration that was finished after the tracker was written: a process can be killed
+    between the two. Without a tracker it is the one of the latest iteration.
 
     Raises:
         NothingToLoad: there is no complete checkpoint.

@@ -43,14 +43,13 @@ def read_manifest(folder: Path) -> Hashes | None:
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        algorithm, files = content["algorithm"], dict(content["files"])
+        if content["algorithm"] != _ALGORITHM:
+            raise ValueError(f"its hashes are of {content['algorithm']}, not {_ALGORITHM}")
+        return dict(content["files"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
-    if algorithm != _ALGORITHM:
-        raise CheckpointError(f"{folder / MANIFEST} has hashes of {algorithm}, not {_ALGORITHM}")
-    return files
 
 
 def damage(folder: Path, expected: Mapping[str, str]) -> list[str]:

@@ -29,9 +29,8 @@ class Saver:
 
     Args:
         with_hashes: whether a checkpoint gets a manifest with the SHA-256 of its files.
-        when_saved: called on rank 0 when a checkpoint is complete, with its folder, the bytes of
-            its files, and the seconds since the save began. A checkpoint that is written in the
-            background is noticed to be complete at the end of an iteration.
+        when_saved: called on rank 0 when a checkpoint is noticed to be complete, with its folder,
+            the bytes of its files, and the seconds since the save began.
     """
 
     def __init__(self, with_hashes: bool, when_saved: Callable[[Path, int, float], None]) -> None:

@@ -40,9 +40,8 @@ class DionChainedOptimizer(ChainedOptimizer):
     def _step(self) -> bool:
         """As the base class; gathers updated parameters when all optimizers have stepped.
 
-        Each optimizer of its own would gather its buckets after its step. But a bucket group may
-        hold buckets of several, and Megatron's passes over groups with the tag that separates
-        Dion's matrices, which it takes for the layer-wise optimizer's.
+        A bucket group may hold buckets of several, and Megatron's own gather after each step
+        passes over groups with the tag of Dion's matrices, which it takes for another optimizer's.
         """
         success = super()._step()
         self.steps = {kind: number + 1 for kind, number in self.steps.items()}
@@ -52,18 +51,14 @@ class DionChainedOptimizer(ChainedOptimizer):
         return success
 
     def _should_defer_mxfp8_param_sync(self) -> bool:
-        """Never: `_step` gathers once already, and a second gather would be of what it has zeroed.
-
-        The base class would, after `_step` (MC/optimizer/optimizer.py:1740).
-        """
+        """Never: `_step` gathers already, and a second gather would be of what it has zeroed."""
         return False
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Gradients for the master weights; True if one is not finite and the step is skipped.
 
-        With a loss scale all optimizers must skip together: one scaler hears of all of them. The
-        base class lets each have its own.
+        With a loss scale all optimizers must skip together: one scaler hears of all of them.
         """
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler is None:
@@ -98,8 +93,7 @@ class DionChainedOptimizer(ChainedOptimizer):
     ) -> dict[str, Any]:
         """What all ranks share, and every piece of state with its place in a whole tensor.
 
-        The same whatever sharding type Megatron asks for: it is reshardable and needs no gather.
-        The number of optimizers in the chain, which expert parallelism changes, does not show.
+        The same for every sharding type of Megatron's, and for any number of chained optimizers.
         """
         source = Source(self.record.rules)
         if is_loading:
@@ -119,8 +113,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         """Loads what `sharded_state_dict(is_loading=True)` describes.
 
         Raises:
-            CheckpointError: the checkpoint is of another optimizer, or of one with other factors;
-                `megatron_dion.optimizer.checkpoint.Loading` takes a part of such a one.
+            CheckpointError: the checkpoint is of another run; `Loading` takes a part of such a one.
         """
         saved = Record.of_state(state_dict)
         if saved is None:

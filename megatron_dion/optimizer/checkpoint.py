@@ -27,6 +27,8 @@ from megatron_dion.optimizer.routing import routes_by_rules, tensor_parallel_gro
 from megatron_dion.optimizer.rules import RoutingRules
 from megatron_dion.sharding import Weight, boxes, rectangles
 
+Shape = tuple[int, ...]
+
 MASTER = "param"  # Megatron's name for master weights (MC/optimizer/distrib_optimizer.py:1113)
 
 
@@ -104,11 +106,10 @@ def sharded_state(
 
 
 def flat_states(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, int, str, Tensor]]:
-    """All that a rank's distributed optimizer holds.
+    """Yields all that a rank's distributed optimizer holds.
 
-    Yields:
-        A parameter of the model, the first element of the flattened parameter that the rank holds,
-        the kind of state (`param` for the master weight), and the 1-D state of those elements.
+    A parameter of the model, the first of its flattened elements that the rank holds, the kind of
+    state (`param` for the master weight), and the 1-D state of those elements.
     """
     for parameter in optimizer.model_param_gbuf_map:
         start = optimizer._get_model_param_range_map(parameter)["param"].start
@@ -162,17 +163,15 @@ def _in_model(
         for offset, shape, where in boxes(part.local_shape, low, high):
             at = first + offset - start
             values = flat[at : at + prod(shape)].view((1,) * part.prepend_axis_num + shape)
-            corner = (0,) * part.prepend_axis_num + where
-            corner = tuple(a + b for a, b in zip(part.global_offset, corner, strict=True))
-            box = _box(
+            where = (0,) * part.prepend_axis_num + where
+            yield _box(
                 f"{PREFIX}.{kind}.{part.key}",
                 values,
                 part.global_shape,
-                corner,
+                tuple(a + b for a, b in zip(part.global_offset, where, strict=True)),
                 (instance, *part.replica_id[:2]),
+                allow_shape_mismatch=part.allow_shape_mismatch,
             )
-            box.allow_shape_mismatch = part.allow_shape_mismatch
-            yield box
 
 
 def _tensors_of(
@@ -205,16 +204,12 @@ def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTenso
 
 
 def _box(
-    key: str,
-    values: Tensor,
-    global_shape: tuple[int, ...],
-    corner: tuple[int, ...],
-    replica: tuple[int, ...],
+    key: str, values: Tensor, whole: Shape, corner: Shape, replica: Shape, **options: Any
 ) -> ShardedTensor:
     """A box anywhere in a tensor of a checkpoint, which no grid divides."""
-    local_shape, no_grid = tuple(values.shape), None
+    shape, no_grid = tuple(values.shape), None
     return ShardedTensor(
-        key, values, values.dtype, local_shape, global_shape, corner, no_grid, replica
+        key, values, values.dtype, shape, whole, corner, no_grid, replica, **options
     )
 
 

@@ -19,9 +19,8 @@ from megatron_dion.optimizer.routing import weight_of
 def reduce_within_instances(model_chunks: Iterable[DistributedDataParallel]) -> None:
     """From now on DDP does not reduce the gradients of Dion's matrices over instances.
 
-    A bucket group reduces over the group in its attribute
-    `inter_distributed_optimizer_instance_group` (MC/distributed/param_and_grad_buffer.py:751): for
-    buckets of Dion's matrices that becomes a group of this rank alone.
+    For their buckets, the instances over which a bucket group reduces become this rank alone
+    (MC/distributed/param_and_grad_buffer.py:751).
     """
     alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     for chunk in model_chunks:

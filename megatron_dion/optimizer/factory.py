@@ -57,7 +57,7 @@ def get_megatron_dion_optimizer(
         compressed_sync: average P and R, not gradients, over instances of the distributed
             optimizer, where these are smaller.
         recenter_interval: with it, steps between averagings of the instances' momenta.
-        config_overrides: Megatron's overrides of learning rate and weight decay per parameter.
+        config_overrides: as for Megatron's function.
         use_gloo_process_groups: as for Megatron's function.
         pg_collection: as for Megatron's function.
 

@@ -27,19 +27,13 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Record:
-    """Hyperparameters of Dion, the routing rules, and the optimizer of all other parameters.
-
-    Attributes:
-        config: hyperparameters.
-        rules: of the routing.
-        scalar_optimizer: `adam` or `lion`.
-        right_factor: how R became Q. Every run of this version divides columns by their norms;
-            checkpoints of earlier ones may say `orth`.
-    """
+    """Hyperparameters of Dion, the routing rules, and the optimizer of all other parameters."""
 
     config: DionConfig
     rules: RoutingRules
-    scalar_optimizer: str
+    scalar_optimizer: str  # `adam` or `lion`
+    # How R became Q. Every run of this version divides columns by their norms; checkpoints of
+    # earlier ones may say `orth`.
     right_factor: str = "colnorm"
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,12 +72,10 @@ class Record:
         return cls(config, rules, values["scalar_optimizer"], right_factor)
 
     def differences(self, here: "Record") -> dict[str, str]:
-        """The hyperparameters that this checkpoint and a run do not share, by what that means.
+        """What this checkpoint and a run do not share, as `--dion-momentum 0.9 (saved), ...; ...`.
 
-        Returns:
-            Lists like `--dion-rank-fraction 0.25 (saved), 0.5 (here); ...`, or "", for `factors`
-            (right factors have to begin anew), `routes` (Dion updates other parameters), `scalars`
-            (the state of all other parameters has to begin anew) and `free` (a run may change it).
+        By what it means: `factors` or the state of all other parameters (`scalars`) begins anew,
+        Dion updates other parameters (`routes`), or the run just goes on (`free`).
         """
         found: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
         current = here._flags()

@@ -36,38 +36,23 @@ _GROUPED_EXPERT = re.compile(
 
 @dataclass(frozen=True)
 class Route:
-    """Which optimizer updates a parameter.
+    """Which optimizer updates a parameter."""
 
-    Attributes:
-        parameter: name in the whole model, the same in every topology.
-        shape: of the whole parameter, of all tensor-parallel ranks.
-        reason: why Dion updates it, or why not.
-        weight: its logical matrices if Dion updates it, None if the scalar optimizer does.
-        rules: by which it was decided.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    reason: str
-    weight: Weight | None
-    rules: RoutingRules
+    parameter: str  # name in the whole model, the same in every topology
+    shape: tuple[int, ...]  # of the whole parameter, of all tensor-parallel ranks
+    reason: str  # why Dion updates it, or why not
+    weight: Weight | None  # its logical matrices if Dion updates it
+    rules: RoutingRules  # by which it was decided
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """The routes of all parameters of the model, of all pipeline stages.
-
-    Attributes:
-        routes: in the order of layers.
-        config: gives the ranks of the matrices.
-        scalar_optimizer: name of the optimizer that updates what Dion does not.
-        compressed_sync: whether replicas average factors in place of gradients where that is less.
-    """
+    """The routes of all parameters of the model, of all pipeline stages, in the order of layers."""
 
     routes: tuple[Route, ...]
-    config: DionConfig
-    scalar_optimizer: str
-    compressed_sync: bool = False
+    config: DionConfig  # gives the ranks of the matrices
+    scalar_optimizer: str  # name of the optimizer that updates what Dion does not
+    compressed_sync: bool = False  # whether replicas average factors where these are smaller
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The lines of routing.tsv: one for each logical matrix, or parameter that has none."""
@@ -105,20 +90,19 @@ def tag_matrices(
         ValueError: the rules ask for what a parameter cannot be, or divide Megatron's FP8 buffer.
     """
     for chunk in model_chunks:
-        fp8: dict[bool, dict[bool, str]] = {False: {}, True: {}}  # names: of experts, of Dion
+        in_fp8: dict[bool, Route] = {}  # one of dense layers and one of experts
         for parameter, route in routes_by_rules(chunk, rules or RoutingRules()):
             is_dion = route.weight is not None
             setattr(parameter, _BUFFER_TAG, is_dion)
             setattr(parameter, ROUTE_TAG, route)
             if _param_uses_quantized_storage(parameter):
-                fp8[_is_of_experts(parameter)][is_dion] = route.parameter
-        for names in fp8.values():  # DDP asserts it (MC/.../param_and_grad_buffer.py:1703)
-            if len(names) == 2:
-                raise ValueError(
-                    f"{names[True]} would be Dion's and {names[False]} not, and both are kept in"
-                    " FP8, for which Megatron has one buffer: include or exclude all FP8 weights,"
-                    " or leave out --fp8-param-gather (or --fp8-output-proj)"
-                )
+                other = in_fp8.setdefault(_is_of_experts(parameter), route)
+                if is_dion != (other.weight is not None):  # DDP asserts it
+                    raise ValueError(
+                        f"of {other.parameter} and {route.parameter} one would be Dion's, and both"
+                        " are kept in FP8, for which Megatron has one buffer: include or exclude"
+                        " all FP8 weights, or leave out --fp8-param-gather (or --fp8-output-proj)"
+                    )
     return model_chunks
 
 
@@ -185,8 +169,7 @@ def tensor_parallel_group(parameter: Parameter) -> ProcessGroup:
 def _name_of(chunk: MegatronModule, parameter: Parameter) -> tuple[str, bool]:
     """A parameter's name in the whole model, and whether it is for a grouped GEMM of experts.
 
-    Then its name is the one that it has where each expert is a module of its own: neither the
-    matrices nor the checkpoints depend on how experts are multiplied.
+    Neither matrices nor checkpoints depend on how experts are multiplied: each has its own name.
     """
     if getattr(parameter, "shared_embedding", False):
         # The last pipeline stage has a copy under the output layer's name if both are one weight.

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as read
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
@@ -59,16 +57,9 @@ def load(folder: Path) -> list[str]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the last checkpoint: the model's and the optimizer's, in one reading."""
+    """All tensors of the last checkpoint: the model's and the optimizer's."""
     contents = Contents(folder_of(folder, END))
-    assert not contents.gaps()
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in contents.tensors.items()
-        if "rng_state" not in key
-    }
-    read(state, storage_reader=FileSystemReader(contents.folder), no_dist=True)
-    return state
+    return contents.read(*(key for key in contents.tensors if "rng_state" not in key))
 
 
 @pytest.fixture(scope="module")
