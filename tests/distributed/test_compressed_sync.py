@@ -91,12 +91,3 @@ def test_recentering_does_not_change_the_run(tmp_path: Path) -> None:
     every = [*argv, "--dion-recenter-interval", "3"]
     centered, _ = run(4, tmp_path / "centered", every)
     assert max(abs(a - b) for a, b in zip(drifting, centered, strict=True)) < 1e-5
-
-
-def test_resumes_from_the_mean(tmp_path: Path) -> None:
-    """Saving recenters, so the run that saved and the run that loads are the same."""
-    save = ["--save", str(tmp_path / "saved"), "--save-interval", "5", COMPRESSED]
-    whole, _ = run(4, tmp_path / "whole", save)
-    load = ["--load", str(tmp_path / "saved"), "--ckpt-step", "5", COMPRESSED]
-    resumed, _ = run(4, tmp_path / "resumed", load)
-    assert resumed == whole[5:]

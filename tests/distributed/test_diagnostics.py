@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,6 @@ from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
 
 MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4".split()]
-# Every expert sees every token: a choice between experts would turn rounding into other routes.
-EXPERTS = (
-    "--num-layers 2 --num-experts 4 --moe-router-topk 4 --moe-router-load-balancing-type none"
-    " --moe-token-dispatcher-type alltoall --moe-ffn-hidden-size 40"
-).split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 TOPOLOGIES = {
@@ -29,18 +25,13 @@ TOPOLOGIES = {
 
 
 def train_measured(
-    nursery: Nursery, folder: Path, model: list[str], ranks: int, micro: int, flags: str
+    nursery: Nursery, folder: Path, ranks: int, micro: int, flags: str
 ) -> dict[str, MatrixDiagnostics]:
     """Trains four iterations from a checkpoint; what was measured in the last, by name."""
-    nursery.run(
-        ranks,
-        train,
-        [
-            *(*model, *TRAINING, *DION, "--micro-batch-size", str(micro), *flags.split()),
-            *("--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)),
-            *"--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split(),
-        ],
-    )
+    argv = [*MODEL4, *TRAINING, *DION, *flags.split(), "--micro-batch-size", str(micro)]
+    argv += "--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split()
+    argv += ["--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)]
+    nursery.run(ranks, train, argv)
     records = read_metrics(folder / "metrics.jsonl")
     snapshots = read_diagnostics(records)
     assert [snapshot.iteration for snapshot in snapshots] == [2, 4]
@@ -52,24 +43,12 @@ def train_measured(
     return found
 
 
-def assert_equal(found: dict[str, MatrixDiagnostics], alone: dict[str, MatrixDiagnostics]) -> None:
-    assert found.keys() == alone.keys()
-    for name, matrix in found.items():
-        for figure in FIGURES:
-            expected = pytest.approx(getattr(alone[name], figure), rel=2e-3)
-            assert getattr(matrix, figure) == expected, (name, figure)
-
-
 @pytest.fixture(scope="module")
-def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of the runs, and what one process measures."""
     folder = tmp_path_factory.mktemp("diagnostics")
     save_start(nursery, MODEL4, folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
-    return train_measured(nursery, start / "alone", MODEL4, 1, 6, "")
+    return folder, train_measured(nursery, folder / "alone", 1, 6, "")
 
 
 @pytest.mark.parametrize(
@@ -77,21 +56,15 @@ def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
     ["tp2-dp2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES if t != "tp2-dp2")],
 )
 def test_topologies_measure_what_one_process_does(
-    nursery: Nursery, start: Path, alone: dict[str, MatrixDiagnostics], topology: str
+    nursery: Nursery, alone: Any, topology: str
 ) -> None:
-    assert_equal(train_measured(nursery, start / topology, MODEL4, *TOPOLOGIES[topology]), alone)
-
-
-@pytest.mark.slow
-def test_experts_on_several_ranks(nursery: Nursery, tmp_path: Path) -> None:
-    model = [*MODEL4, *EXPERTS]
-    save_start(nursery, model, tmp_path / "start")
-    alone = train_measured(nursery, tmp_path / "alone", model, 1, 6, "")
-    spread = train_measured(
-        nursery, tmp_path / "ep2", model, 2, 6, "--expert-model-parallel-size 2"
-    )
-    assert sum(".experts." in name for name in alone) == 2 * 4 * 3
-    assert_equal(spread, alone)
+    folder, expected = alone
+    found = train_measured(nursery, folder / topology, *TOPOLOGIES[topology])
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        for figure in FIGURES:
+            one = pytest.approx(getattr(expected[name], figure), rel=2e-3)
+            assert getattr(matrix, figure) == one, (name, figure)
 
 
 def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from megatron_dion_tools.inspect import saved_matrices
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics
 from tests.unit.test_command_line import exit_of_rank
 
@@ -57,13 +56,8 @@ def load(folder: Path, run_dir: Path | None = None) -> list[str]:
     return flags if run_dir is None else [*flags, "--run-dir", str(run_dir)]
 
 
-def matrices(folder: Path, kind: str) -> dict[str, Tensor]:
-    """A kind of state of all logical matrices in a checkpoint of iteration 4."""
-    contents = Contents(folder_of(folder, 4))
-    found, problems = saved_matrices(contents)
-    assert not problems
-    state = contents.read(*(matrix.key(kind) for matrix in found))
-    return {matrix.name: state[matrix.key(kind)] for matrix in found}
+def momenta(folder: Path) -> dict[str, Tensor]:
+    return state(folder, "dion.momentum")
 
 
 def steps(folder: Path) -> Any:
@@ -85,59 +79,35 @@ def adam(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_megatron_keys(folder: Path, kind: str, iteration: int = 4) -> dict[str, Tensor]:
-    """A kind of optimizer state of a checkpoint that is no logical matrix's."""
+def state(folder: Path, kind: str, iteration: int = 4) -> dict[str, Tensor]:
+    """A kind of optimizer state of a checkpoint."""
     contents, prefix = Contents(folder_of(folder, iteration)), f"optimizer.state.{kind}."
     found = contents.read(*(key for key in contents.tensors if key.startswith(prefix)))
     return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
-def fused(parts: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
-    """The weights of a layer as Megatron fuses them, from logical matrices."""
-    name = f"decoder.layers.{layer}."
-    qkv, fc1 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
-    groups = [parts[f"{name}{qkv}[{part}]"].chunk(2) for part in ("query", "key", "value")]
-    return {
-        fc1: torch.cat([parts[f"{name}{fc1}[{part}]"] for part in ("gate", "up")]),
-        qkv: torch.cat([part[group] for group in range(2) for part in groups]),
-    }
-
-
-def assert_same_masters(dion: Path, adam: Path, iteration: int = 4) -> None:
-    """Logical matrices hold the numbers of Megatron's fused and stacked weights."""
-    parts, stacked = matrices(dion, "weight"), by_megatron_keys(adam, "param", iteration)
-    for layer in range(2):
-        whole = fused(parts, layer)
-        for name in ("mlp.linear_fc2.weight", "self_attention.linear_proj.weight"):
-            whole[name] = parts[f"decoder.layers.{layer}.{name}"]
-        for name, weight in whole.items():
-            assert torch.equal(weight, stacked[f"decoder.layers.{name}"][layer]), name
-
-
-@pytest.mark.parametrize("grid", ["tp2-dp2", pytest.param("single", marks=SLOW)])
-def test_adam_to_dion_keeps_masters_and_the_state_of_scalars(
-    nursery: Nursery, adam: Path, tmp_path: Path, grid: str
+@pytest.mark.parametrize(
+    ("there", "back"), [("tp2-dp2", "pp2-dp2"), pytest.param("single", "single", marks=SLOW)]
+)
+def test_adam_to_dion_and_back_keeps_masters(
+    nursery: Nursery, adam: Path, tmp_path: Path, there: str, back: str
 ) -> None:
-    said = run(nursery, grid, *DION, "--switch-optimizer", *load(adam), *RESAVE, str(tmp_path))
+    saved = tmp_path / "dion"
+    said = run(nursery, there, *DION, "--switch-optimizer", *load(adam), *RESAVE, str(saved))
     assert "from --optimizer adam to --optimizer dion: master weights, and the state" in said
-    assert_same_masters(tmp_path, adam)
-    for kind in ("param", "exp_avg", "exp_avg_sq"):
-        found, expected = by_megatron_keys(tmp_path, kind), by_megatron_keys(adam, kind)
+    for kind in ("param", "exp_avg", "exp_avg_sq"):  # of what stays with Adam
+        found, expected = state(saved, kind), state(adam, kind)
         assert "output_layer.weight" in found
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert nursery.call(steps, tmp_path) == {"dion": 0, "scalar": 4}
-
-
-@pytest.mark.parametrize("grid", ["pp2-dp2", pytest.param("single", marks=SLOW)])
-def test_dion_to_adam_keeps_masters(
-    nursery: Nursery, dion: Path, tmp_path: Path, grid: str
-) -> None:
-    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0".split()
-    said = run(
-        nursery, grid, *ADAM, "--switch-optimizer", *load(dion), *RESAVE[2:], str(tmp_path), *still
-    )
+    assert nursery.call(steps, saved) == {"dion": 0, "scalar": 4}
+    # Megatron's Adam has no state to save before its first step.
+    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0 --save".split()
+    argv = [*ADAM, "--switch-optimizer", *load(saved), *still, str(tmp_path)]
+    said = run(nursery, back, *argv)
     assert "from --optimizer dion to --optimizer adam: master weights are kept" in said
-    assert_same_masters(dion, tmp_path, iteration=5)  # Megatron's Adam has no state to save at 4
+    before, after = state(adam, "param"), state(tmp_path, "param", 5)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("to", ["dion", "adam"])
@@ -152,37 +122,27 @@ def test_switched_runs_go_on_and_learn(
     assert found[-1]["lm_loss"] < before[3]
 
 
-CHANGES = {
-    "rank": ("--dion-rank-fraction 0.5", "--dion-rank-fraction 0.25 (saved), 0.5 (here)"),
-    "heads": ("--dion-split gate,heads", "--dion-split gate,qkv (saved), gate,heads (here)"),
-}
-
-
-@pytest.mark.parametrize("change", ["rank", pytest.param("heads", marks=SLOW)])
-def test_other_factors_have_to_be_asked_for(
-    nursery: Nursery, dion: Path, tmp_path: Path, change: str
-) -> None:
-    flags, named = CHANGES[change]
-    argv = [*DION, *flags.split(), *load(dion, tmp_path)]
-    refused = run(nursery, "dp2", *argv, code=2)
-    assert named in refused
-    assert "--dion-reinit-factors" in refused
+def test_other_factors_have_to_be_asked_for(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+    named = "--dion-rank-fraction 0.25 (saved), 0.5 (here)"
+    argv = [*DION, "--dion-rank-fraction", "0.5", *load(dion, tmp_path)]
+    assert f"{named}: use the saved values, or --dion-reinit" in run(nursery, "dp2", *argv, code=2)
     said = run(nursery, "dp2", *argv, "--dion-reinit-factors")
-    assert "right factors begin anew, momenta are kept" in said
-    assert named in said
+    assert f"right factors begin anew, momenta are kept: {named}" in said
     assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=5e-3)
     assert losses(tmp_path)[-1] < losses(dion / "run")[3]
 
 
 def test_reinit_keeps_momenta_across_splits(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
-    flags = "--dion-split none --dion-reinit-factors --dion-momentum 0.9".split()
-    said = run(nursery, "tp2-dp2", *DION, *flags, *load(dion), *RESAVE, str(tmp_path))
+    argv = [*DION, *"--dion-momentum 0.9 --dion-reinit-factors".split()]
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    resave = [*RESAVE, str(whole), "--dion-split", "none"]
+    said = run(nursery, "tp2-dp2", *argv, *load(dion), *resave)
     assert "changed since it was saved: --dion-momentum 0.95 (saved)" in said
-    before, after = matrices(dion, "momentum"), matrices(tmp_path, "momentum")
-    for layer in range(2):
-        for name, expected in fused(before, layer).items():
-            assert torch.equal(after[f"decoder.layers.{layer}.{name}"], expected)
-            assert expected.abs().max() > 0
+    run(nursery, "pp2-dp2", *argv, *load(whole), *RESAVE, str(split))
+    before, after = momenta(dion), momenta(split)
+    assert len(momenta(whole)) < len(before) == len(after)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert all(tensor.any() for tensor in before.values())
 
 
 def test_other_scalar_optimizer(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
@@ -248,10 +208,10 @@ def test_pretrained_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> 
     # A rank makes the folder for what it will save, perhaps before another looks.
     folder.mkdir()
     said = run(nursery, "dp2", *argv)
-    assert f"--load {folder} holds no checkpoint: starting from iteration 0" in said
+    assert f"--load {folder} holds no complete checkpoint: starting from iteration 0" in said
     (folder / "latest_checkpointed_iteration.txt").unlink()
     said = run(nursery, "dp2", *argv, "--train-iters", "9")
-    assert "iteration 8, the newest complete checkpoint, is taken" in said
+    assert "iteration 8 is taken" in said
     training = read_metrics(folder / "run")
     assert [entry["iteration"] for entry in training] == list(range(1, 10))
     starts = map(json.loads, (folder / "run" / "starts.jsonl").read_text().splitlines())

@@ -20,7 +20,7 @@ CONFIG = SimpleNamespace(
     kv_channels=3,
     attention_output_gate=False,
 )
-Sizes = dict[str, int]
+Sizes = tuple[int, int]  # expert-parallel and tensor-parallel ranks
 
 
 def linear(names: dict[str, tuple[int, ...]], config: Any = CONFIG) -> torch.nn.Module:
@@ -67,10 +67,11 @@ def routes_of(chunk: Any, rank: int, sizes: Sizes) -> dict[str, Any]:
     from megatron_dion.algorithm import DionConfig
     from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
-    group = SimpleNamespace(size=lambda: sizes["tensor_ranks"])
+    experts, tensor = sizes
+    group = SimpleNamespace(size=lambda: tensor)
     with mock.patch.multiple(
         parallel_state,
-        get_expert_model_parallel_world_size=lambda: sizes["expert_ranks"],
+        get_expert_model_parallel_world_size=lambda: experts,
         get_expert_model_parallel_rank=lambda: rank,
         get_tensor_model_parallel_group=lambda: group,
         get_expert_tensor_parallel_group=lambda: group,
@@ -85,7 +86,7 @@ def routes_of(chunk: Any, rank: int, sizes: Sizes) -> dict[str, Any]:
 
 def routes_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
     """The routes of all expert-parallel ranks."""
-    ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
+    ranks, tensor = sizes
     found: dict[str, Any] = {}
     for rank in range(ranks):
         local = [str(number) for number in range(EXPERTS // ranks)]
@@ -100,18 +101,10 @@ def routes_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
     return found
 
 
-ONE = {"expert_ranks": 1, "tensor_ranks": 1}
+ONE = (1, 1)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        ONE,
-        {"expert_ranks": 2, "tensor_ranks": 1},
-        {"expert_ranks": 4, "tensor_ranks": 2},
-        {"expert_ranks": 1, "tensor_ranks": 2},
-    ],
-)
+@pytest.mark.parametrize("sizes", [ONE, (2, 1), (4, 2), (1, 2)])
 def test_experts_are_routed_alike_however_they_are_multiplied(
     nursery: Nursery, sizes: Sizes
 ) -> None:
