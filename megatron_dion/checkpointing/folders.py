@@ -107,11 +107,11 @@ def choose(root: Path, step: int | None = None) -> Choice:
         NothingToLoad: there is no complete checkpoint.
         CheckpointError: the folder cannot be read, or the step has no complete checkpoint.
     """
-    if not root.exists():
-        raise NothingToLoad(f"{root} does not exist")
     try:
-        complete, noted, when = complete_iterations(root), tracked(root), _written(root / TRACKER)
-        later = [n for n in complete if _written(folder_of(root, n) / MARKER) > when]
+        complete = complete_iterations(root) if root.exists() else []
+        noted = tracked(root)
+        when = 0 if noted is None else (root / TRACKER).stat().st_mtime_ns
+        later = [n for n in complete if (folder_of(root, n) / MARKER).stat().st_mtime_ns > when]
     except OSError as error:
         raise CheckpointError(
             f"{root} cannot be read as a folder of checkpoints: {error}"
@@ -143,7 +143,3 @@ def choose(root: Path, step: int | None = None) -> Choice:
         f" iteration {iteration} is taken (--ckpt-step takes another)"
     )
     return Choice(root, iteration, (remark,))
-
-
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0

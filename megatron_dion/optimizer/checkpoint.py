@@ -124,14 +124,14 @@ def _states_of(
     if source.rules is not None:
         routes = (routes_by_rules(chunk, source.rules) for chunk in optimizer.model_chunks)
         weights = {p: r.weight for p, r in chain.from_iterable(routes) if r.weight is not None}
-    if isinstance(optimizer, DionDistributedOptimizer):
-        kinds = {MASTER, MOMENTUM} if source.momentum else {MASTER}
-        if source.right_factors:
-            yield from _right_factors(optimizer)
-    else:
+    kinds = [MASTER]
+    if not isinstance(optimizer, DionDistributedOptimizer):
         if source.scalars:
             _allocate_state(optimizer)
-        kinds = {MASTER, *optimizer.optimizer_state_keys} if source.scalars else {MASTER}
+            kinds += optimizer.optimizer_state_keys
+    else:
+        kinds += [MOMENTUM] if source.momentum else []
+        yield from _right_factors(optimizer) if source.right_factors else ()
     instance = optimizer.distributed_optimizer_instance_id  # the first one's copy is saved
     for parameter, start, kind, flat in flat_states(optimizer):
         if kind not in kinds:

@@ -39,8 +39,7 @@ _, *_FIELDS = MatrixDiagnostics._fields  # all but the name
 def to_record(snapshot: Snapshot) -> dict[str, Any]:
     """The line of metrics.jsonl: for each matrix its values, in the order of `fields`."""
     matrices = {name: list(map(_rounded, row)) for name, *row in snapshot.matrices}
-    head = {"kind": KIND, "iteration": snapshot.iteration, "fields": _FIELDS}
-    return {**head, "matrices": matrices}
+    return {"kind": KIND, "iteration": snapshot.iteration, "fields": _FIELDS, "matrices": matrices}
 
 
 def read_diagnostics(records: Iterable[dict[str, Any]]) -> list[Snapshot]:

@@ -15,7 +15,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
@@ -24,8 +23,6 @@ from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, weight_of
-
-Overrides = dict[ParamKey, ParamGroupOverride]
 
 # Data-parallel group, model-parallel group and DDP's buffers, of dense layers and of experts.
 _NAMES = {
@@ -42,7 +39,7 @@ def get_megatron_dion_optimizer(
     scalar_lr_mult: float = 1.0,
     compressed_sync: bool = False,
     recenter_interval: int | None = None,
-    config_overrides: Overrides | None = None,
+    config_overrides: dict[ParamKey, ParamGroupOverride] | None = None,
     use_gloo_process_groups: bool = True,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> DionChainedOptimizer:
@@ -62,8 +59,7 @@ def get_megatron_dion_optimizer(
         pg_collection: as for Megatron's function.
 
     Raises:
-        ValueError: the config asks for something that Dion does not do, or compressed_sync for
-            matrices of which none would be compressed.
+        ValueError: the config asks for something that Dion does not do.
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
     if not config.use_distributed_optimizer:
@@ -84,33 +80,29 @@ def get_megatron_dion_optimizer(
             raise ValueError("compressed_sync needs several instances of the distributed optimizer")
         reduce_within_instances(model_chunks)
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    by_route = ParamKey(predicate=ParamPredicate(name="dion_matrix", fn=_is_dion))
-    overrides = {**config_overrides, by_route: ParamGroupOverride(optimizer=DION)}
-    param_groups = _get_param_groups(model_chunks, config, overrides)
-    rates = {
-        "max_lr": config.lr * scalar_lr_mult,
-        "min_lr": (config.min_lr or 0.0) * scalar_lr_mult,
-    }
-    for group in param_groups:
-        has_own_rate = not group["default_config"]  # such as --decoupled-lr
-        if scalar_lr_mult != 1.0 and group.get("optimizer") != DION and not has_own_rate:
-            group.update(rates, default_config=False)
+    has_matrices = ParamPredicate("dion_matrix", lambda parameter: bool(weight_of(parameter)))
+    by_route = {ParamKey(predicate=has_matrices): ParamGroupOverride(optimizer=DION)}
+    param_groups = _get_param_groups(model_chunks, config, {**config_overrides, **by_route})
+    if scalar_lr_mult != 1.0:
+        rates = [(rate or 0.0) * scalar_lr_mult for rate in (config.lr, config.min_lr)]
+        for group in param_groups:  # but those with a rate of their own, such as --decoupled-lr
+            if group.get("optimizer") != DION and group["default_config"]:
+                group.update(max_lr=rates[0], min_lr=rates[1], default_config=False)
     optimizers: dict[bool, list[Any]] = {False: [], True: []}  # by whether they are Dion's
     scaler = None  # one for all: they skip a step together
     for is_dion, is_of_experts in product((False, True), repeat=2):
-        kind = (is_dion, is_of_experts)
-        own = [
-            g for g in param_groups if (g.get("optimizer") == DION, g["is_expert_parallel"]) == kind
-        ]
+        of_kind = [g for g in param_groups if (g.get("optimizer") == DION) == is_dion]
+        own = [group for group in of_kind if group["is_expert_parallel"] == is_of_experts]
         if not own:
             continue
         data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
+        per_chunk = [
+            [b for b in getattr(chunk, buffers) if bool(weight_of(b.params[0])) == is_dion]
+            for chunk in model_chunks
+        ]
         arguments = {
             "model_chunks": model_chunks,
-            "per_model_buffers": {
-                number: [b for b in getattr(chunk, buffers) if _is_dion(b.params[0]) == is_dion]
-                for number, chunk in enumerate(model_chunks)
-            },
+            "per_model_buffers": dict(enumerate(per_chunk)),
             "data_parallel_group": groups[data_parallel],
             "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
             "data_parallel_group_idx": groups[model_parallel].rank(),
@@ -139,7 +131,3 @@ def get_megatron_dion_optimizer(
         optimizers[is_dion].append(optimizer)
     record = Record(dion_config, routes[0].rules, scalar_optimizer)
     return DionChainedOptimizer([*optimizers[True], *optimizers[False]], table, record)
-
-
-def _is_dion(parameter: Parameter) -> bool:
-    return weight_of(parameter) is not None

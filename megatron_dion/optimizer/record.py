@@ -32,9 +32,7 @@ class Record:
     config: DionConfig
     rules: RoutingRules
     scalar_optimizer: str  # `adam` or `lion`
-    # How R became Q. Every run of this version divides columns by their norms; checkpoints of
-    # earlier ones may say `orth`.
-    right_factor: str = "colnorm"
+    right_factor: str = "colnorm"  # how R became Q; in earlier versions also `orth`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the part of a checkpoint that all ranks share."""

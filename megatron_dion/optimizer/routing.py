@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import _param_uses_quantized_storage
 from megatron.core.transformer.fsdp_dtensor_checkpoint import (
@@ -22,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron_dion.algorithm import DionConfig
+from megatron_dion.checkpointing.agreement import gather
 from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
 from megatron_dion.sharding import Weight, compression_pays
@@ -147,15 +147,13 @@ def gather_routes(model_chunks: Sequence[MegatronModule]) -> tuple[Route, ...]:
         RuntimeError: the model was wrapped without `tag_matrices`.
     """
     parameters = (p for chunk in model_chunks for p in chunk.parameters() if p.requires_grad)
-    here = [getattr(parameter, ROUTE_TAG, None) for parameter in parameters]
+    here: list[Any] = [getattr(parameter, ROUTE_TAG, None) for parameter in parameters]
     if None in here:
         raise RuntimeError(
             "the model's parameters have no routes: call"
             " megatron_dion.optimizer.routing.tag_matrices before DDP wraps the model"
         )
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, here)
-    distinct = {route.parameter: route for routes in everywhere for route in routes}
+    distinct = {route.parameter: route for route in gather(here)}
     return tuple(sorted(distinct.values(), key=lambda route: in_order_of_layers(route.parameter)))
 
 

@@ -74,7 +74,7 @@ def test_chosen_step(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(NothingToLoad, match="does not exist"):
+    with pytest.raises(NothingToLoad, match="nowhere holds no complete checkpoint"):
         folders.choose(tmp_path / "nowhere")
     make(tmp_path, "partial_iter_0000004.00ff", "__0_0.distcp")
     with pytest.raises(NothingToLoad, match="holds no complete checkpoint"):

@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare all files with their hashes, read every tensor, look for gaps and for"
-        " numbers that are not finite",
+        help="compare all files with their hashes, read every tensor, and look for numbers that are"
+        " not finite",
     )
 
 
