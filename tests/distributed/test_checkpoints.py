@@ -41,15 +41,10 @@ SLOW = pytest.mark.slow
 
 def run(nursery: Nursery, topology: str, folder: Path, *flags: str) -> None:
     """Trains to the last iteration and saves it in a folder."""
-    ranks, argv = command(topology, folder, *flags)
-    nursery.run(ranks, train, argv)
-
-
-def command(topology: str, folder: Path, *flags: str) -> tuple[int, list[str]]:
     ranks, micro, grid = GRIDS[topology]
     size = ["--micro-batch-size", str(micro), "--train-iters", str(END)]
     save = ["--save", str(folder), "--save-interval", str(END), "--run-dir", str(folder / "run")]
-    return ranks, [*COMMON, *grid.split(), *size, *save, *flags]
+    nursery.run(ranks, train, [*COMMON, *grid.split(), *size, *save, *flags])
 
 
 def load(folder: Path) -> list[str]:

@@ -56,9 +56,7 @@ def test_gradients_of_low_rank_are_many_directions() -> None:
 
 
 def test_projection_of_a_sum_is_the_sum_of_projections() -> None:
-    sizes = (5000, 1, 20_000)
-    one = [normal(numel, seed=1) for numel in sizes]
-    other = [normal(numel, seed=2) for numel in sizes]
+    one, other = ([normal(n, seed=seed) for n in (5000, 1, 20_000)] for seed in (1, 2))
     both = [a - 3 * b for a, b in zip(one, other, strict=True)]
     expected = project(one, 7, "x") - 3 * project(other, 7, "x")
     torch.testing.assert_close(project(both, 7, "x"), expected, rtol=1e-5, atol=1e-5)
