@@ -38,14 +38,12 @@ def test_squared_norm_has_the_derived_mean_and_deviation(kind: str) -> None:
     a = rows_of(gradients)
     gram = a @ a.T
     total = float(a.square().sum())
-    bound = math.sqrt(2 / DRAWS) * float(gram.norm()) / total  # sqrt(2 / k) / sqrt(e)
     exact = math.sqrt(2 / DRAWS) * float((gram - gram.diag().diag()).norm()) / total
     found = torch.stack(
         [project(gradients, 0, f"draw {i}").double().square().sum() / total for i in range(REPEATS)]
     )
     assert abs(float(found.mean()) - 1) < 4 * exact / math.sqrt(REPEATS) + 1e-5
     assert 0.75 * exact - 1e-5 < float(found.std()) < 1.25 * exact + 1e-5
-    assert exact <= bound <= math.sqrt(2 / DRAWS) * 1.0001
 
 
 def test_gradients_of_low_rank_are_many_directions() -> None:
