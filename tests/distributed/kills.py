@@ -75,11 +75,17 @@ _POLL_SECONDS = 0.002
 
 @dataclass
 class Report:
-    """What happened."""
+    """What happened.
 
-    killed: Counter[str] = field(default_factory=Counter)  # runs, by what they were doing
-    slowest: float = 0.0  # seconds until the last survivor of a kill had ended by itself
-    problems: list[str] = field(default_factory=list)  # what should not have happened
+    Attributes:
+        killed: runs that lost a rank, by what they were doing.
+        slowest: seconds until the last survivor of a kill had ended by itself.
+        problems: what should not have happened.
+    """
+
+    killed: Counter[str] = field(default_factory=Counter)
+    slowest: float = 0.0
+    problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         moments = ", ".join(f"{count} {moment}" for moment, count in sorted(self.killed.items()))

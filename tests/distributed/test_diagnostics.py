@@ -16,8 +16,6 @@ MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 TOPOLOGIES = {
-    "dp2": (2, 3, ""),
-    "tp2": (2, 6, TP2),
     "tp2-dp2": (4, 6, TP2),
     "pp2-vpp2": (2, 6, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
     "instances": (2, 6, "--num-distributed-optimizer-instances 2"),
