@@ -6,7 +6,7 @@ hashes what it wrote, and the ranks share the work when they load.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_dion.checkpointing.errors import CheckpointError
@@ -52,13 +52,11 @@ def read_manifest(folder: Path) -> Hashes | None:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
 
 
-def damage(folder: Path, expected: Mapping[str, str]) -> list[str]:
+def damage(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
     """Describes each file whose content is not what was saved."""
-    descriptions = []
     for name, digest in expected.items():
         try:
             if hash_file(folder / name) != digest:
-                descriptions.append(f"{name} has changed since it was saved (SHA-256)")
+                yield f"{name} has changed since it was saved (SHA-256)"
         except OSError as error:
-            descriptions.append(f"{name} cannot be read ({error.strerror})")
-    return descriptions
+            yield f"{name} cannot be read ({error.strerror})"

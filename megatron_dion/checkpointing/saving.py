@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import folders, hashes
-from megatron_dion.checkpointing.agreement import on_first_rank
+from megatron_dion.checkpointing.agreement import gather, on_first_rank
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError, one_line
 
 # A process that outlived its run may still write into the folder.
@@ -80,7 +80,7 @@ class Saver:
                 if (write := request.async_fn) is not None:
                     note = functools.partial(_write_and_hash, write, partial, dist.get_rank())
                     request = request._replace(async_fn=note)
-                steps.append(lambda: on_first_rank(lambda: _write_manifest(partial)))
+                steps.append(lambda: _write_manifest(partial))
             steps += [write_marker, lambda: on_first_rank(finish)]
             request.finalize_fns[:] = [_explained(target)(step) for step in steps]
             if async_sharded_save:
@@ -111,13 +111,19 @@ def _write_and_hash(
 
 
 def _write_manifest(folder: Path) -> None:
-    """Collects the hashes that the ranks noted, and adds those of all other files."""
-    found: hashes.Hashes = {}
-    for note in list(folder.glob("hashes_*.json")):
-        found |= json.loads(note.read_text())
+    """Collects the hashes that all ranks noted, and adds those of all other files."""
+    note, mine = folder / f"hashes_{dist.get_rank()}.json", {}
+    if note.exists():  # a rank may have had nothing to write
+        mine = json.loads(note.read_text())
         note.unlink()
-    rest = [path for path in folder.iterdir() if path.name not in found]
-    hashes.write_manifest(folder, found | hashes.hash_files(rest))
+    found = dict(gather(list(mine.items())))
+
+    def write() -> None:
+        others = [path for path in folder.iterdir() if not path.name.startswith("hashes_")]
+        rest = hashes.hash_files(path for path in others if path.name not in found)
+        hashes.write_manifest(folder, found | rest)
+
+    on_first_rank(write)
 
 
 def _rename(partial: Path, target: Path) -> None:

@@ -171,7 +171,7 @@ class Loader:
             self._say(f"{why}: its files were not checked")
             return
         names = sorted(facts.hashes)[dist.get_rank() :: dist.get_world_size()]
-        mine = hashes.damage(self._folder, {name: facts.hashes[name] for name in names})
+        mine = list(hashes.damage(self._folder, {name: facts.hashes[name] for name in names}))
         if damage := gather(mine):
             raise self._unusable("; ".join(damage[:5]))
 

@@ -30,8 +30,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         self.routing_table, self.record = table, record
         self.steps = {"dion": 0, "scalar": 0}
         self._dions = [one for one in optimizers if isinstance(one, DionDistributedOptimizer)]
-        sent = torch.tensor([sum(one.exchanged_bytes_per_step for one in self._dions)])
-        sent = sent.to(torch.cuda.current_device())
+        sent = torch.tensor([sum(d.exchanged_bytes_per_step for d in self._dions)], device="cuda")
         dist.all_reduce(sent)
         self.exchanged_bytes_per_step = int(sent.item())
         for optimizer in optimizers:

@@ -207,10 +207,8 @@ def _box(
     key: str, values: Tensor, whole: Shape, corner: Shape, replica: Shape, **options: Any
 ) -> ShardedTensor:
     """A box anywhere in a tensor of a checkpoint, which no grid divides."""
-    shape, no_grid = tuple(values.shape), None
-    return ShardedTensor(
-        key, values, values.dtype, shape, whole, corner, no_grid, replica, **options
-    )
+    shape = tuple(values.shape)
+    return ShardedTensor(key, values, values.dtype, shape, whole, corner, None, replica, **options)
 
 
 def _allocate_state(optimizer: DistributedOptimizer) -> None:

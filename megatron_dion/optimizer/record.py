@@ -54,9 +54,8 @@ class Record:
         Raises:
             CheckpointError: a newer version wrote it.
         """
-        if "dion" not in state:
+        if (values := state.get("dion")) is None:
             return None
-        values = state["dion"]
         if values["format"] > FORMAT:
             raise CheckpointError(
                 f"Dion's state in it has format {values['format']}, and this version of"
