@@ -97,8 +97,8 @@ def test_adam_to_dion_and_back_keeps_masters(
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert nursery.call(steps, saved) == {"dion": 0, "scalar": 4}
     # Megatron's Adam has no state to save before its first step.
-    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0 --save".split()
-    argv = [*ADAM, "--switch-optimizer", *load(saved), *still, str(tmp_path)]
+    still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0".split()
+    argv = [*ADAM, "--switch-optimizer", *load(saved), *RESAVE[2:], str(tmp_path), *still]
     said = run(nursery, back, *argv)
     assert "from --optimizer dion to --optimizer adam: master weights are kept" in said
     before, after = state(adam, "param"), state(tmp_path, "param", 5)
