@@ -156,7 +156,7 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (ADAM, "", "dion", OTHER.format("dion", "adam")),
     (DION, "--dion-exclude *_proj.*", "dion", "--dion-exclude none (saved), *_proj.* (here)"),
     (DION, LION, "dion", "--dion-scalar-optimizer adam (saved), lion (here)"),
-    (DION, "--lr 1e-3", "dion", "do not match"),
+    (DION, "--lr 1e-3", "dion", "for learning rate do not match"),
     (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "has --lr 0.004"),
 ]
 
