@@ -23,9 +23,9 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
         except Exception as error:  # all other ranks wait for the answer
             answer = [CheckpointError(f"{type(error).__name__}: {one_line(error)}")]
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], CheckpointError):
-        raise answer[0]
-    result: T = answer[0]
+    [result] = answer
+    if isinstance(result, CheckpointError):
+        raise result
     return result
 
 

@@ -6,8 +6,7 @@ hashes what it wrote, and the ranks share the work when they load.
 
 import hashlib
 import json
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_dion.checkpointing.errors import CheckpointError
@@ -25,24 +24,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, _ALGORITHM).hexdigest()
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> Hashes:
-    """Hexadecimal SHA-256 of some files of a folder, by name."""
-    return {name: hash_file(folder / name) for name in names}
+def hash_files(paths: Iterable[Path]) -> Hashes:
+    """Hexadecimal SHA-256 of files of one folder, by name."""
+    return {path.name: hash_file(path) for path in paths}
 
 
 def write_manifest(folder: Path, hashes: Hashes) -> None:
-    """Writes the hashes of all files, and the time, which a copy of the folder keeps."""
-    files = dict(sorted(hashes.items()))
-    content = {"algorithm": _ALGORITHM, "written": time.time(), "files": files}
+    """Writes the hashes of all files."""
+    content = {"algorithm": _ALGORITHM, "files": dict(sorted(hashes.items()))}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2))
-
-
-def written_at(folder: Path) -> float | None:
-    """When a checkpoint's manifest was written, in seconds since 1970; None if unknown."""
-    try:
-        return float(json.loads((folder / MANIFEST).read_text())["written"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def read_manifest(folder: Path) -> Hashes | None:
@@ -53,23 +43,20 @@ def read_manifest(folder: Path) -> Hashes | None:
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        algorithm, files = content["algorithm"], dict(content["files"])
+        if content["algorithm"] != _ALGORITHM:
+            raise ValueError(f"its hashes are of {content['algorithm']}, not {_ALGORITHM}")
+        return dict(content["files"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
-    if algorithm != _ALGORITHM:
-        raise CheckpointError(f"{folder / MANIFEST} has hashes of {algorithm}, not {_ALGORITHM}")
-    return files
 
 
-def damage(folder: Path, expected: Mapping[str, str]) -> list[str]:
+def damage(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
     """Describes each file whose content is not what was saved."""
-    descriptions = []
     for name, digest in expected.items():
         try:
             if hash_file(folder / name) != digest:
-                descriptions.append(f"{name} has changed since it was saved (SHA-256)")
+                yield f"{name} has changed since it was saved (SHA-256)"
         except OSError as error:
-            descriptions.append(f"{name} cannot be read ({error.strerror})")
-    return descriptions
+            yield f"{name} cannot be read ({error.strerror})"

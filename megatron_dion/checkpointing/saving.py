@@ -18,6 +18,9 @@ from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.agreement import gather, on_first_rank
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError, one_line
 
+# A process that outlived its run may still write into the folder.
+_remove = functools.partial(shutil.rmtree, ignore_errors=True)
+
 
 class Saver:
     """Stands before `megatron.core.dist_checkpointing.save`.
@@ -26,15 +29,13 @@ class Saver:
 
     Args:
         with_hashes: whether a checkpoint gets a manifest with the SHA-256 of its files.
-        when_saved: called on rank 0 when a checkpoint is complete, with its folder, the bytes of
-            its files, and the seconds since the save began. A checkpoint that is written in the
-            background is noticed to be complete at the end of an iteration.
+        when_saved: called on rank 0 when a checkpoint is noticed to be complete, with its folder,
+            the bytes of its files, and the seconds since the save began.
     """
 
     def __init__(self, with_hashes: bool, when_saved: Callable[[Path, int, float], None]) -> None:
-        self._with_hashes = with_hashes
-        self._when_saved = when_saved
-        self._token: str | None = None
+        self._with_hashes, self._when_saved = with_hashes, when_saved
+        self._token: str | None = None  # of this run
 
     def save(
         self,
@@ -53,10 +54,11 @@ class Saver:
         Raises:
             SaveError: on all ranks; complete checkpoints are as they were.
         """
-        target = Path(checkpoint_dir)
-        start = time.monotonic()
+        target, start = Path(checkpoint_dir), time.monotonic()
         with _explained(target):
-            partial = target.with_name(f"partial_{target.name}.{self._prepare(target.parent)}")
+            if self._token is None:
+                self._token = on_first_rank(lambda: _prepare(target.parent))
+            partial = target.with_name(f"partial_{target.name}.{self._token}")
             on_first_rank(lambda: partial.mkdir(parents=True))
             request = stock(
                 state,
@@ -75,34 +77,27 @@ class Saver:
 
             *steps, write_marker = request.finalize_fns
             if self._with_hashes:
-                if request.async_fn is not None:
-                    write = functools.partial(_write_and_hash, request.async_fn, partial)
-                    request = request._replace(async_fn=functools.partial(write, dist.get_rank()))
-                steps.append(functools.partial(_write_manifest, partial))
+                if (write := request.async_fn) is not None:
+                    note = functools.partial(_write_and_hash, write, partial, dist.get_rank())
+                    request = request._replace(async_fn=note)
+                steps.append(lambda: _write_manifest(partial))
             steps += [write_marker, lambda: on_first_rank(finish)]
-            request.finalize_fns[:] = [functools.partial(_run, target, step) for step in steps]
+            request.finalize_fns[:] = [_explained(target)(step) for step in steps]
             if async_sharded_save:
                 return request
             request.execute_sync()
         return None
 
-    def _prepare(self, root: Path) -> str:
-        """Before the first save, removes what killed runs left; returns the token of this run.
 
-        Processes that outlive a killed run write under another token than the next run.
-        """
-
-        def clean() -> str:
-            root.mkdir(parents=True, exist_ok=True)
-            folders.settle(root)
-            for path in list(folders.leftovers(root)):
-                _remove(path)
-            folders.remove_damaged_tracker(root)
-            return secrets.token_hex(4)
-
-        if self._token is None:
-            self._token = on_first_rank(clean)
-        return self._token
+def _prepare(root: Path) -> str:
+    """Removes what killed runs left; returns a token that no process which outlived them has."""
+    root.mkdir(parents=True, exist_ok=True)
+    folders.settle(root)
+    for path in folders.leftovers(root):
+        _remove(path)
+    if folders.tracked(root) is None:  # Megatron reads it when it saves, and ends on a damaged one
+        (root / folders.TRACKER).unlink(missing_ok=True)
+    return secrets.token_hex(4)
 
 
 def _write_and_hash(
@@ -110,52 +105,34 @@ def _write_and_hash(
 ) -> None:
     """Writes a rank's files, perhaps in a process in the background, and notes their hashes."""
     write(*args, **options)
-    # Megatron reports on all ranks what `write` could not write.
-    with contextlib.suppress(OSError):
-        names = sorted(path.name for path in folder.glob(f"__{rank}_*"))
-        _note_of(folder, rank).write_text(json.dumps(hashes.hash_files(folder, names)))
+    with contextlib.suppress(OSError):  # Megatron reports on all ranks what could not be written
+        found = hashes.hash_files(folder.glob(f"__{rank}_*"))
+        (folder / f"hashes_{rank}.json").write_text(json.dumps(found))
 
 
 def _write_manifest(folder: Path) -> None:
-    """Collects the hashes that all ranks noted, and adds those of files that no rank hashed."""
-    note = _note_of(folder, dist.get_rank())
-    mine: hashes.Hashes = {}
+    """Collects the hashes that all ranks noted, and adds those of all other files."""
+    note, mine = folder / f"hashes_{dist.get_rank()}.json", {}
     if note.exists():  # a rank may have had nothing to write
         mine = json.loads(note.read_text())
         note.unlink()
-    noted = dict(gather(list(mine.items())))
+    found = dict(gather(list(mine.items())))
 
     def write() -> None:
-        names = {path.name for path in folder.iterdir() if not path.name.startswith("hashes_")}
-        rest = names - set(noted)
-        hashes.write_manifest(folder, noted | hashes.hash_files(folder, sorted(rest)))
+        others = [path for path in folder.iterdir() if not path.name.startswith("hashes_")]
+        rest = hashes.hash_files(path for path in others if path.name not in found)
+        hashes.write_manifest(folder, found | rest)
 
     on_first_rank(write)
 
 
-def _note_of(folder: Path, rank: int) -> Path:
-    return folder / f"hashes_{rank}.json"
-
-
 def _rename(partial: Path, target: Path) -> None:
     """Gives a checkpoint its name, also where an older one of the same iteration has it."""
+    replaced = partial.with_name(partial.name.replace("partial_", "replaced_", 1))
     if target.exists() and any(target.iterdir()):
-        replaced = partial.with_name(partial.name.replace("partial_", "replaced_", 1))
         os.rename(target, replaced)
-        os.rename(partial, target)
-        _remove(replaced)
-    else:
-        os.rename(partial, target)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder in which a process that outlived its run may still write."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _run(target: Path, step: Callable[[], None]) -> None:
-    with _explained(target):
-        step()
+    os.rename(partial, target)
+    _remove(replaced)
 
 
 @contextlib.contextmanager
@@ -167,9 +144,8 @@ def _explained(target: Path) -> Iterator[None]:
         raise
     except (CheckpointException, CheckpointError, OSError, RuntimeError, ValueError) as error:
         if dist.get_rank() == 0:
-            for path in list(folders.leftovers(target.parent)):
-                if path.name.startswith(f"partial_{target.name}."):
-                    _remove(path)
+            for path in list(target.parent.glob(f"partial_{target.name}.*")):
+                _remove(path)
         complete = folders.complete_iterations(target.parent)
         raise SaveError(
             f"the checkpoint {target} could not be written: {one_line(error)};"

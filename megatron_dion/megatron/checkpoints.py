@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
-from megatron_dion.optimizer.checkpoint import MastersOnly, Source
+from megatron_dion.optimizer.checkpoint import Loading, Source
 from megatron_dion.optimizer.record import Record
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -140,14 +139,11 @@ class Loader:
 
     def _read_facts(self) -> Facts:
         try:
-            contents = Contents(self._folder)
-            if damage := contents.damaged_files():
-                raise CheckpointError("; ".join(damage[:5]))
-            common = contents.common
+            common = Contents(self._folder).common
             scheduler = common.get("opt_param_scheduler")
             return Facts(
                 optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-                record=Record.of_checkpoint(common),
+                record=Record.of_state(common.get("optimizer", {})),
                 has_state="optimizer" in common,
                 sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
                 learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
@@ -167,20 +163,35 @@ class Loader:
         """Compares the files with their hashes; each rank takes some."""
         if facts.hashes is None or self._args.no_checkpoint_hashes:
             why = "was saved without hashes" if facts.hashes is None else "--no-checkpoint-hashes"
-            self._say(f"{why}: only the sizes of its files were checked")
+            self._say(f"{why}: its files were not checked")
             return
         names = sorted(facts.hashes)[dist.get_rank() :: dist.get_world_size()]
-        mine = hashes.damage(self._folder, {name: facts.hashes[name] for name in names})
+        mine = list(hashes.damage(self._folder, {name: facts.hashes[name] for name in names}))
         if damage := gather(mine):
             raise self._unusable("; ".join(damage[:5]))
 
     def _prepare(self, optimizer: Any, facts: Facts) -> Any:
-        """Tells the optimizer what the checkpoint has for it; returns what is to be loaded."""
+        """Returns what stands in for the optimizer while it loads what the checkpoint has for it.
+
+        Raises:
+            CheckpointError: the checkpoint is of a run that cannot go on as this one.
+        """
         if not facts.has_state:
             raise CheckpointError(
                 f"{self._folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
             )
-        # Megatron would take those of the command line in spite of the flag.
+        self._check_learning_rates(facts)
+        here = optimizer.record if isinstance(optimizer, DionChainedOptimizer) else None
+        if here is None and facts.record is None:
+            return optimizer  # Megatron's own affair
+        if here is not None and facts.record is not None:
+            return Loading(optimizer, self._go_on(here, facts.record))
+        keeps_scalars = here is not None and here.scalar_optimizer == facts.optimizer
+        with in_one_line("--switch-optimizer"):
+            return Loading(optimizer, self._switch(facts, keeps_scalars))
+
+    def _check_learning_rates(self, facts: Facts) -> None:
+        """Megatron would take those of the command line in spite of the flag."""
         here, saved = (self._args.lr, self._args.min_lr), facts.learning_rates
         if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
             raise CheckpointError(
@@ -188,22 +199,11 @@ class Loader:
                 f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
                 " --override-opt-param-scheduler"
             )
-        if not isinstance(optimizer, DionChainedOptimizer):
-            if facts.record is None:
-                return optimizer  # Megatron's own affair
-            with in_one_line("--switch-optimizer"):
-                return MastersOnly(optimizer, self._switch(facts, keeps_scalars=False))
-        if facts.record is not None:
-            source = self._go_on(optimizer.record, facts.record)
-        else:
-            source = self._switch(facts, optimizer.record.scalar_optimizer == facts.optimizer)
-        optimizer.load_from(source)
-        return optimizer
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
         reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
-        factors, routes, scalars, free = map("; ".join, astuple(saved.differences(here)))
+        factors, routes, scalars, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
             (factors, reinit, f"use the saved values, or {_REINIT}"),
@@ -218,7 +218,7 @@ class Loader:
             self._say(f"state of scalar parameters begins anew: {scalars}")
         if free:
             self._say(f"changed since it was saved: {free}")
-        return Source(saved.rules, momentum=True, right_factors=not reinit, scalars=not scalars)
+        return Source(saved.rules, right_factors=not reinit, scalars=not scalars)
 
     def _switch(self, facts: Facts, keeps_scalars: bool) -> Source:
         """What a run takes from a checkpoint of the other optimizer."""

@@ -19,16 +19,20 @@ from megatron_dion.optimizer.routing import weight_of
 def reduce_within_instances(model_chunks: Iterable[DistributedDataParallel]) -> None:
     """From now on DDP does not reduce the gradients of Dion's matrices over instances.
 
-    A bucket group reduces over the group in its attribute
-    `inter_distributed_optimizer_instance_group` (MC/distributed/param_and_grad_buffer.py:751): for
-    buckets of Dion's matrices that becomes a group of this rank alone.
+    For their buckets, the instances over which a bucket group reduces become this rank alone
+    (MC/distributed/param_and_grad_buffer.py:751).
     """
     alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     for chunk in model_chunks:
         for name in ("bucket_groups", "expert_parallel_bucket_groups"):
             groups = [part for group in getattr(chunk, name) for part in _parts(group, alone)]
             setattr(chunk, name, groups)
-            _link(chunk, groups)
+            # What DDP derives from its groups (MC/distributed/distributed_data_parallel.py:309).
+            if chunk.ddp_config.overlap_param_gather:
+                for before, group in pairwise(groups):
+                    group.next_param_gather_bucket_group = before
+            for group in groups:
+                chunk.param_to_bucket_group.update(dict.fromkeys(group.params, group))
 
 
 def _parts(
@@ -38,22 +42,9 @@ def _parts(
     for is_dion in (True, False):
         buckets = [b for b in group.buckets if bool(weight_of(b.params_list[0])) == is_dion]
         if buckets:
-            part = _ParamAndGradBucketGroup(
-                buckets,
-                group.ddp_config,
-                group.intra_distributed_optimizer_instance_group,
-                group.intra_distributed_optimizer_instance_size,
-            )
+            ranks = group.intra_distributed_optimizer_instance_group
+            part = _ParamAndGradBucketGroup(buckets, group.ddp_config, ranks, ranks.size())
             instances = group.inter_distributed_optimizer_instance_group
             part.inter_distributed_optimizer_instance_group = alone if is_dion else instances
             part.communication_stream = group.communication_stream
             yield part
-
-
-def _link(chunk: DistributedDataParallel, groups: list[_ParamAndGradBucketGroup]) -> None:
-    """What DDP derives from its groups (MC/distributed/distributed_data_parallel.py:309-339)."""
-    if chunk.ddp_config.overlap_param_gather:
-        for before, group in pairwise(groups):
-            group.next_param_gather_bucket_group = before
-    for group in groups:
-        chunk.param_to_bucket_group.update(dict.fromkeys(group.params, group))

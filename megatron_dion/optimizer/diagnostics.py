@@ -2,58 +2,44 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dion.optimizer.rules import without_numbers
 
-KIND = "dion"
-"""The "kind" of the lines of metrics.jsonl that have diagnostics."""
-
-FIGURES = ("captured", "update_norm", "momentum_norm")
-"""The attributes of `MatrixDiagnostics` that a step measures."""
+KIND = "dion"  # of the lines of metrics.jsonl that have diagnostics
+FIGURES = ("captured", "update_norm", "momentum_norm")  # what a step measures
 
 
-@dataclass(frozen=True)
-class MatrixDiagnostics:
+class MatrixDiagnostics(NamedTuple):
     """One step of one logical matrix W (m, n), in the notation of `megatron_dion.algorithm.step`.
 
-    Attributes:
-        name: as in routing.tsv.
-        rows: m.
-        columns: n.
-        rank: r.
-        captured: ||R||_F / ||B||_F, the share of B = M + G that the step works with, from 0 to 1.
-            None where B is zero.
-        update_norm: Frobenius norm of lr scale Q P^T.
-        momentum_norm: ||M||_F after the step.
+    `captured` is ||R||_F / ||B||_F, the share of B = M + G that the step works with, from 0 to 1;
+    `update_norm` the Frobenius norm of lr scale Q P^T; `momentum_norm` ||M||_F after the step.
     """
 
-    name: str
+    name: str  # as in routing.tsv
     rows: int
     columns: int
     rank: int
-    captured: float | None
+    captured: float | None  # None where B is zero
     update_norm: float | None
     momentum_norm: float | None
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The diagnostics of all matrices of a model in one iteration."""
 
     iteration: int
     matrices: tuple[MatrixDiagnostics, ...]
 
 
-_, *_FIELDS = (field.name for field in fields(MatrixDiagnostics))  # all but the name
+_, *_FIELDS = MatrixDiagnostics._fields  # all but the name
 
 
 def to_record(snapshot: Snapshot) -> dict[str, Any]:
     """The line of metrics.jsonl: for each matrix its values, in the order of `fields`."""
-    matrices = {name: list(map(_rounded, row)) for name, *row in map(astuple, snapshot.matrices)}
-    head = {"kind": KIND, "iteration": snapshot.iteration, "fields": _FIELDS}
-    return {**head, "matrices": matrices}
+    matrices = {name: list(map(_rounded, row)) for name, *row in snapshot.matrices}
+    return {"kind": KIND, "iteration": snapshot.iteration, "fields": _FIELDS, "matrices": matrices}
 
 
 def read_diagnostics(records: Iterable[dict[str, Any]]) -> list[Snapshot]:
@@ -62,14 +48,13 @@ def read_diagnostics(records: Iterable[dict[str, Any]]) -> list[Snapshot]:
     Raises:
         ValueError: another version of megatron-dion wrote them, with other fields.
     """
-    records = [record for record in records if record["kind"] == KIND]
-    if any(record["fields"] != _FIELDS for record in records):
-        raise ValueError(f"the fields of its diagnostics are not {', '.join(_FIELDS)}")
-    return [Snapshot(record["iteration"], _matrices(record)) for record in records]
-
-
-def _matrices(record: dict[str, Any]) -> tuple[MatrixDiagnostics, ...]:
-    return tuple(MatrixDiagnostics(name, *row) for name, row in record["matrices"].items())
+    snapshots = []
+    for record in (record for record in records if record["kind"] == KIND):
+        if record["fields"] != _FIELDS:
+            raise ValueError(f"the fields of its diagnostics are not {', '.join(_FIELDS)}")
+        matrices = (MatrixDiagnostics(name, *row) for name, row in record["matrices"].items())
+        snapshots.append(Snapshot(record["iteration"], tuple(matrices)))
+    return snapshots
 
 
 def by_kind(matrices: Sequence[MatrixDiagnostics], figure: str) -> dict[str, list[float]]:

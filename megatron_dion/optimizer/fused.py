@@ -28,53 +28,36 @@ def split_weight(
     """
     layer = weight.name.split(".")[-2] if "." in weight.name else ""
     if layer == "linear_fc1" and config.gated_linear_unit:
+        # Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206);
+        # grouped experts may have blocks of them in turn (MC/transformer/moe/experts.py:720).
+        block = config.moe_mlp_glu_interleave_size if is_grouped else None
+        rows = block or weight.rows // 2
         # Without "gate" both are one matrix, in an order of rows that no topology changes.
-        return replace(
-            weight, parts=_gate_and_up(weight, config, is_grouped), joined="gate" not in split
-        )
-    if "heads" in split:
-        parts = _parts_of_heads(layer, config)
-        has_heads = bool(parts) and layer != "linear_kv_down_proj"  # which all heads share
-        return replace(weight, parts=parts, separate_periods=has_heads)
-    return replace(weight, parts=_parts_of_projections(layer, config)) if "qkv" in split else weight
+        gate_and_up = (Part("gate", rows), Part("up", rows))
+        return replace(weight, parts=gate_and_up, joined="gate" not in split)
+    if not split & {"qkv", "heads"}:
+        return weight
+    by_head = "heads" in split
+    parts = _parts_of_attention(layer, config, by_head)
+    has_heads = bool(parts) and layer != "linear_kv_down_proj"  # which all heads share
+    return replace(weight, parts=parts, separate_periods=by_head and has_heads)
 
 
-def _gate_and_up(weight: Weight, config: TransformerConfig, is_grouped: bool) -> tuple[Part, ...]:
-    """Each tensor-parallel rank has its gate rows above its up rows (MC/transformer/mlp.py:206).
-
-    Grouped experts may have blocks of them in turn (MC/transformer/moe/experts.py:720).
-    """
-    interleaved = config.moe_mlp_glu_interleave_size if is_grouped else None
-    rows = interleaved or weight.rows // 2
-    return (Part("gate", rows), Part("up", rows))
-
-
-def _parts_of_projections(layer: str, config: TransformerConfig) -> tuple[Part, ...]:
-    """Attention, with the rows of all heads of a projection in one matrix."""
+def _parts_of_attention(layer: str, config: TransformerConfig, by_head: bool) -> tuple[Part, ...]:
+    """One period of rows; its matrices have the rows of all heads or, by head, of one."""
     if layer == "linear_qkv":  # MC/transformer/attention.py:1828
-        head = config.kv_channels
-        queries = config.num_attention_heads // config.num_query_groups * head
-        gate = [Part("gate", queries)] if config.attention_output_gate else []
-        return (Part("query", queries), *gate, Part("key", head), Part("value", head))
+        head, queries = config.kv_channels, config.num_attention_heads // config.num_query_groups
+        kinds = ["query", "gate"] if config.attention_output_gate else ["query"]
+        parts = [Part(kind, queries * head) for kind in kinds]
+        if by_head and queries > 1:
+            parts = [Part(f"{kind}.{i}", head) for kind in kinds for i in range(queries)]
+        return (*parts, Part("key", head), Part("value", head))
     if layer == "linear_kv_up_proj":  # MC/transformer/multi_latent_attention.py:930
         return (Part("key", config.qk_head_dim), Part("value", config.v_head_dim))
     if layer == "linear_kv_down_proj":  # MC/transformer/multi_latent_attention.py:662
         rope = config.qk_pos_emb_head_dim
         latent = Part("latent", config.kv_lora_rank)
         return (latent, Part("rope_key", rope)) if rope else (latent,)
-    return ()
-
-
-def _parts_of_heads(layer: str, config: TransformerConfig) -> tuple[Part, ...]:
-    """Attention, with each head a matrix of its own."""
-    if layer in ("linear_q_proj", "linear_q_up_proj"):
+    if by_head and layer in ("linear_q_proj", "linear_q_up_proj"):
         return (Part("query", config.qk_head_dim + config.qk_pos_emb_head_dim),)
-    parts = _parts_of_projections(layer, config)
-    if layer != "linear_qkv":
-        return parts
-    head = config.kv_channels
-    return tuple(
-        Part(f"{part.name}.{index}" if part.rows > head else part.name, head)
-        for part in parts
-        for index in range(part.rows // head)
-    )
+    return ()

@@ -33,13 +33,9 @@ def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
     e, the effective rank of A, is n for n orthogonal rows of equal norm. The norm has half of that
     deviation: at most 9 %, and below 1 % from e = 80 on.
 
-    Args:
-        gradients: any shapes, on one device.
-        seed: of the run.
-        purpose: the same (seed, purpose) gives the same map for gradients of the same sizes.
-
     Returns:
-        (DRAWS, WIDTH) float32, on the device of the gradients.
+        (DRAWS, WIDTH) float32, on the device of the gradients. The same seed and purpose give the
+        same map for gradients of the same sizes.
     """
     gradients = list(gradients)
     device = gradients[0].device if gradients else None
@@ -57,17 +53,9 @@ def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
 def projected_mean(
     gradients: Iterable[Tensor], replicas: ProcessGroup, scale: float, seed: int, step: int
 ) -> Tensor:
-    """The projection of the replicas' mean gradient: one all_reduce of DRAWS * WIDTH floats, 1 MB.
+    """The projection of the replicas' mean gradient, times a scale; each step has its own signs.
 
-    Args:
-        gradients: of this replica.
-        replicas: the ranks that hold the same parts of the parameters.
-        scale: multiplies gradients before they are averaged.
-        seed: of the run.
-        step: number of the step; each has signs of its own.
-
-    Returns:
-        (DRAWS, WIDTH) float32, the same on all replicas.
+    One all_reduce of DRAWS * WIDTH floats, 1 MB, over the ranks that hold the same parts.
     """
     projected = project(gradients, seed, f"gradient norm/{step}")
     projected = projected.to(torch.cuda.current_device())  # this rank may hold no gradient at all

@@ -17,46 +17,22 @@ PREFIX = "optimizer.state"
 DION_PREFIX = f"{PREFIX}.dion"
 WEIGHT, MOMENTUM, RIGHT_FACTOR = KINDS = ("weight", "momentum", "right_factor")
 
-_FACTORS = ("rank_fraction", "rank_multiple_of", "right_factor", "split")
-_ROUTES = ("include", "exclude")
-_SCALARS = ("scalar_optimizer",)
-
-
-@dataclass(frozen=True)
-class Differences:
-    """The hyperparameters that a checkpoint and a run do not share, by what that means.
-
-    Each is a line like `--dion-rank-fraction 0.25 (saved), 0.5 (here)`.
-
-    Attributes:
-        factors: with them right factors have to begin anew.
-        routes: with them Dion updates other parameters.
-        scalars: with them the state of all other parameters has to begin anew.
-        free: those that any run may make on its way.
-    """
-
-    factors: tuple[str, ...]
-    routes: tuple[str, ...]
-    scalars: tuple[str, ...]
-    free: tuple[str, ...]
+# What a hyperparameter that differs means; all others may change on the way of a run.
+_MEANINGS = {
+    "factors": ("rank_fraction", "rank_multiple_of", "right_factor", "split"),
+    "routes": ("include", "exclude"),
+    "scalars": ("scalar_optimizer",),
+}
 
 
 @dataclass(frozen=True)
 class Record:
-    """Hyperparameters of Dion, the routing rules, and the optimizer of all other parameters.
-
-    Attributes:
-        config: hyperparameters.
-        rules: of the routing.
-        scalar_optimizer: `adam` or `lion`.
-        right_factor: how R became Q. Every run of this version divides columns by their norms;
-            checkpoints of earlier ones may say `orth`.
-    """
+    """Hyperparameters of Dion, the routing rules, and the optimizer of all other parameters."""
 
     config: DionConfig
     rules: RoutingRules
-    scalar_optimizer: str
-    right_factor: str = "colnorm"
+    scalar_optimizer: str  # `adam` or `lion`
+    right_factor: str = "colnorm"  # how R became Q; in earlier versions also `orth`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the part of a checkpoint that all ranks share."""
@@ -70,58 +46,46 @@ class Record:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Record":
-        """The inverse of `to_dict`; hyperparameters that this version does not have are left out.
+    def of_state(cls, state: Mapping[str, Any]) -> "Record | None":
+        """The record in the saved state of an optimizer; None if it is not Dion's.
+
+        Hyperparameters that this version does not have are left out.
 
         Raises:
-            CheckpointError: a newer version wrote the values.
+            CheckpointError: a newer version wrote it.
         """
+        if (values := state.get("dion")) is None:
+            return None
         if values["format"] > FORMAT:
             raise CheckpointError(
                 f"Dion's state in it has format {values['format']}, and this version of"
                 f" megatron-dion knows formats up to {FORMAT}: install a newer one"
             )
         saved, known = values["config"], {field.name for field in fields(DionConfig)}
-        return cls(
-            DionConfig(**{name: value for name, value in saved.items() if name in known}),
-            RoutingRules(
-                frozenset(values["split"]), tuple(values["include"]), tuple(values["exclude"])
-            ),
-            values["scalar_optimizer"],
-            saved.get("right_factor", cls.right_factor),
-        )
+        config = DionConfig(**{name: value for name, value in saved.items() if name in known})
+        split, *patterns = (values[name] for name in ("split", "include", "exclude"))
+        rules = RoutingRules(frozenset(split), *map(tuple, patterns))
+        right_factor = saved.get("right_factor", cls.right_factor)
+        return cls(config, rules, values["scalar_optimizer"], right_factor)
 
-    @classmethod
-    def of_checkpoint(cls, common: Mapping[str, Any]) -> "Record | None":
-        """The record in a checkpoint's common state; None if its optimizer is not Dion.
+    def differences(self, here: "Record") -> dict[str, str]:
+        """What this checkpoint and a run do not share, as `--dion-momentum 0.9 (saved), ...; ...`.
 
-        Raises:
-            CheckpointError: a newer version wrote it.
+        By what it means: `factors` or the state of all other parameters (`scalars`) begins anew,
+        Dion updates other parameters (`routes`), or the run just goes on (`free`).
         """
-        state = common.get("optimizer", {})
-        return cls.from_dict(state["dion"]) if "dion" in state else None
+        found: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
+        current = here._flags()
+        for name, value in self._flags().items():
+            if value != current[name]:
+                meaning = next((m for m, names in _MEANINGS.items() if name in names), "free")
+                flag = "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
+                found[meaning].append(f"{flag} {value} (saved), {current[name]} (here)")
+        return {meaning: "; ".join(lines) for meaning, lines in found.items()}
 
-    def differences(self, here: "Record") -> Differences:
-        """What a run has otherwise than this checkpoint."""
-        saved, current = _flat(self), _flat(here)
-        lines = {
-            name: f"{_flag(name)} {value} (saved), {current[name]} (here)"
-            for name, value in saved.items()
-            if value != current[name]
-        }
-        serious = (_FACTORS, _ROUTES, _SCALARS)
-        free = [name for name in lines if not any(name in names for names in serious)]
-        groups = (*serious, free)
-        return Differences(*(tuple(lines[n] for n in names if n in lines) for names in groups))
-
-
-def _flat(record: Record) -> dict[str, Any]:
-    """By name, as the command line has them."""
-    values = record.to_dict()
-    values |= {"right_factor": record.right_factor, **values.pop("config")}
-    lists = {name: ",".join(v) or "none" for name, v in values.items() if isinstance(v, list)}
-    return values | lists
-
-
-def _flag(name: str) -> str:
-    return "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
+    def _flags(self) -> dict[str, Any]:
+        """Values by name, as the command line has them."""
+        values = self.to_dict() | {"right_factor": self.right_factor} | asdict(self.config)
+        del values["config"]
+        lists = {name: ",".join(v) or "none" for name, v in values.items() if isinstance(v, list)}
+        return values | lists

@@ -30,8 +30,7 @@ class RoutingRules:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.split - set(SPLITS))
-        if unknown:
+        if unknown := sorted(self.split - set(SPLITS)):
             raise ValueError(f"split must be of {SPLITS}, not {unknown}")
 
     def decide(self, name: str, parameter: Parameter) -> tuple[bool, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_dion.algorithm import step
-from megatron_dion.optimizer.checkpoint import MOMENTUM, Transfer
+from megatron_dion.optimizer.checkpoint import MOMENTUM, Loading
 
 
 def swap_sign_of_error_feedback() -> None:
@@ -36,11 +36,12 @@ def freeze_one_matrix() -> None:
 
 def lose_momentum_on_resume() -> None:
     """The momentum of a checkpoint is taken for zeros."""
-    take = Transfer.take
+    load = Loading.load_state_dict
 
-    def wrong(self: Transfer, loaded: dict[str, torch.Tensor], *rest: Any) -> None:
-        lost = {name: torch.zeros_like(t) for name, t in loaded.items() if MOMENTUM in name}
+    def wrong(self: Loading, saved: dict[str, Any]) -> None:
+        state = saved["state"]
+        lost = {name: torch.zeros_like(t) for name, t in state.items() if MOMENTUM in name}
         assert lost, "no momentum in the checkpoint"
-        take(self, loaded | lost, *rest)
+        load(self, saved | {"state": state | lost})
 
-    Transfer.take = wrong
+    Loading.load_state_dict = wrong  # type: ignore[method-assign]

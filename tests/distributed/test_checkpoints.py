@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as read
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
@@ -43,15 +41,10 @@ SLOW = pytest.mark.slow
 
 def run(nursery: Nursery, topology: str, folder: Path, *flags: str) -> None:
     """Trains to the last iteration and saves it in a folder."""
-    ranks, argv = command(topology, folder, *flags)
-    nursery.run(ranks, train, argv)
-
-
-def command(topology: str, folder: Path, *flags: str) -> tuple[int, list[str]]:
     ranks, micro, grid = GRIDS[topology]
     size = ["--micro-batch-size", str(micro), "--train-iters", str(END)]
     save = ["--save", str(folder), "--save-interval", str(END), "--run-dir", str(folder / "run")]
-    return ranks, [*COMMON, *grid.split(), *size, *save, *flags]
+    nursery.run(ranks, train, [*COMMON, *grid.split(), *size, *save, *flags])
 
 
 def load(folder: Path) -> list[str]:
@@ -59,16 +52,9 @@ def load(folder: Path) -> list[str]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the last checkpoint: the model's and the optimizer's, in one reading."""
+    """All tensors of the last checkpoint: the model's and the optimizer's."""
     contents = Contents(folder_of(folder, END))
-    assert not contents.gaps()
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in contents.tensors.items()
-        if "rng_state" not in key
-    }
-    read(state, storage_reader=FileSystemReader(contents.folder), no_dist=True)
-    return state
+    return contents.read(*(key for key in contents.tensors if "rng_state" not in key))
 
 
 @pytest.fixture(scope="module")

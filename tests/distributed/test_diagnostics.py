@@ -2,6 +2,8 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,16 +13,9 @@ from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
 
 MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4".split()]
-# Every expert sees every token: a choice between experts would turn rounding into other routes.
-EXPERTS = (
-    "--num-layers 2 --num-experts 4 --moe-router-topk 4 --moe-router-load-balancing-type none"
-    " --moe-token-dispatcher-type alltoall --moe-ffn-hidden-size 40"
-).split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 TOPOLOGIES = {
-    "dp2": (2, 3, ""),
-    "tp2": (2, 6, TP2),
     "tp2-dp2": (4, 6, TP2),
     "pp2-vpp2": (2, 6, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
     "instances": (2, 6, "--num-distributed-optimizer-instances 2"),
@@ -28,18 +23,13 @@ TOPOLOGIES = {
 
 
 def train_measured(
-    nursery: Nursery, folder: Path, model: list[str], ranks: int, micro: int, flags: str
+    nursery: Nursery, folder: Path, ranks: int, micro: int, flags: str
 ) -> dict[str, MatrixDiagnostics]:
     """Trains four iterations from a checkpoint; what was measured in the last, by name."""
-    nursery.run(
-        ranks,
-        train,
-        [
-            *(*model, *TRAINING, *DION, "--micro-batch-size", str(micro), *flags.split()),
-            *("--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)),
-            *"--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split(),
-        ],
-    )
+    argv = [*MODEL4, *TRAINING, *DION, *flags.split(), "--micro-batch-size", str(micro)]
+    argv += "--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split()
+    argv += ["--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)]
+    nursery.run(ranks, train, argv)
     records = read_metrics(folder / "metrics.jsonl")
     snapshots = read_diagnostics(records)
     assert [snapshot.iteration for snapshot in snapshots] == [2, 4]
@@ -51,24 +41,12 @@ def train_measured(
     return found
 
 
-def assert_equal(found: dict[str, MatrixDiagnostics], alone: dict[str, MatrixDiagnostics]) -> None:
-    assert found.keys() == alone.keys()
-    for name, matrix in found.items():
-        for figure in FIGURES:
-            expected = pytest.approx(getattr(alone[name], figure), rel=2e-3)
-            assert getattr(matrix, figure) == expected, (name, figure)
-
-
 @pytest.fixture(scope="module")
-def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of the runs, and what one process measures."""
     folder = tmp_path_factory.mktemp("diagnostics")
     save_start(nursery, MODEL4, folder / "start")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
-    return train_measured(nursery, start / "alone", MODEL4, 1, 6, "")
+    return folder, train_measured(nursery, folder / "alone", 1, 6, "")
 
 
 @pytest.mark.parametrize(
@@ -76,21 +54,15 @@ def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
     ["tp2-dp2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES if t != "tp2-dp2")],
 )
 def test_topologies_measure_what_one_process_does(
-    nursery: Nursery, start: Path, alone: dict[str, MatrixDiagnostics], topology: str
+    nursery: Nursery, alone: Any, topology: str
 ) -> None:
-    assert_equal(train_measured(nursery, start / topology, MODEL4, *TOPOLOGIES[topology]), alone)
-
-
-@pytest.mark.slow
-def test_experts_on_several_ranks(nursery: Nursery, tmp_path: Path) -> None:
-    model = [*MODEL4, *EXPERTS]
-    save_start(nursery, model, tmp_path / "start")
-    alone = train_measured(nursery, tmp_path / "alone", model, 1, 6, "")
-    spread = train_measured(
-        nursery, tmp_path / "ep2", model, 2, 6, "--expert-model-parallel-size 2"
-    )
-    assert sum(".experts." in name for name in alone) == 2 * 4 * 3
-    assert_equal(spread, alone)
+    folder, expected = alone
+    found = train_measured(nursery, folder / topology, *TOPOLOGIES[topology])
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        for figure in FIGURES:
+            one = pytest.approx(getattr(expected[name], figure), rel=2e-3)
+            assert getattr(matrix, figure) == one, (name, figure)
 
 
 def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> None:
@@ -103,11 +75,22 @@ def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> No
     assert [s.iteration for s in read_diagnostics(records)] == sorted(set(range(1, 9)) - skipped)
 
 
-def test_tensorboard_has_the_kinds_of_matrices(nursery: Nursery, tmp_path: Path) -> None:
+def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
+    """On a rank: trains; iterations and tags of which W&B was told."""
+    from megatron_dion.megatron import diagnostics
+
+    told: list[tuple[int, list[str]]] = []
+    wandb = SimpleNamespace(log=lambda values, step: told.append((step, sorted(values))))
+    diagnostics.get_wandb_writer = lambda: wandb
+    train([*MODEL, *TRAINING, *DION, *argv])
+    return told
+
+
+def test_tensorboard_and_wandb_have_the_kinds_of_matrices(nursery: Nursery, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = "--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir"
-    nursery.pretrain(1, *DION, *flags.split(), str(tmp_path))
+    flags = f"--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir {tmp_path}"
+    [told] = nursery.run(1, train_with_wandb, flags.split())
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("dion-")]
@@ -116,30 +99,4 @@ def test_tensorboard_has_the_kinds_of_matrices(nursery: Nursery, tmp_path: Path)
     # query, key, value, projection, gate, up, down
     assert len(tags) == 7 * len(FIGURES) * 3
     assert [event.step for event in events.Scalars(tags[0])] == [2, 4]
-
-
-class FakeWandb:
-    """In place of the module that Megatron's writer is."""
-
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, list[str]]] = []
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((step, sorted(values)))
-
-
-def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
-    """On a rank: what W&B was told of Dion."""
-    from megatron_dion.megatron import recorder
-
-    wandb = FakeWandb()
-    recorder.get_wandb_writer = lambda: wandb
-    train([*MODEL, *TRAINING, *DION, *argv])
-    return wandb.logged
-
-
-def test_wandb_hears_of_the_same(nursery: Nursery, tmp_path: Path) -> None:
-    flags = ["--train-iters", "3", "--dion-log-interval", "3", "--run-dir", str(tmp_path)]
-    [[(step, tags)]] = nursery.run(1, train_with_wandb, flags)
-    assert step == 3
-    assert len(tags) == 7 * len(FIGURES) * 3
+    assert told == [(2, sorted(tags)), (4, sorted(tags))]

@@ -29,6 +29,7 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
     weights after each step.
     """
     from megatron_dion.optimizer.chain import DionChainedOptimizer
+    from megatron_dion.optimizer.checkpoint import flat_states
 
     calls = 0
     norms: list[State] = []
@@ -38,11 +39,8 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
         nonlocal calls
         calls += 1
         if calls == BROKEN_STEP and value is not None and torch.distributed.get_rank() == 3:
-            optimizer = self.chained_optimizers[0]
-            piece = optimizer.gbuf_ranges[0]
-            [(_, buckets)] = piece.items()
-            parameter, ranges = next(iter(buckets[0]["param_map"].items()))
-            parameter.main_grad.view(-1)[ranges["param"].start] = value
+            parameter, start, *_ = next(flat_states(self.chained_optimizers[0]))
+            parameter.main_grad.view(-1)[start] = value
         skips = calls == BROKEN_STEP and value is None
         result = (False, None, None) if skips else step(self)
         dion: Dion = self.chained_optimizers[0].optimizer

@@ -89,7 +89,7 @@ def train_and_keep(argv: Sequence[str], forms_of: FormsOf) -> list[list[Kept]]:
 def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> list[Kept]:
     """What there is now of the weights among the parameters that are Dion's."""
     from megatron_dion.optimizer.checkpoint import MASTER, flat_states
-    from megatron_dion.optimizer.routing import tensor_parallel_rank, weight_of
+    from megatron_dion.optimizer.routing import tensor_parallel_group, weight_of
 
     states = (state for one in optimizer.chained_optimizers for state in flat_states(one))
     masters = {
@@ -103,7 +103,7 @@ def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> 
         found.append(
             Kept(
                 weight.name,
-                tensor_parallel_rank(parameter),
+                tensor_parallel_group(parameter).rank(),
                 start,
                 master.cpu().clone(),
                 parameter.detach().float().bfloat16().cpu(),

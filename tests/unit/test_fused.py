@@ -51,9 +51,8 @@ def check(
 ) -> None:
     """Compares matrices with those that the segments of all ranks make of a weight."""
     rows, name = len(weight) // ranks, f"a.{layer}.weight"
-    described = split_weight(
-        Weight(name, rows, COLUMNS, 0, ranks), config(**changes), split, is_grouped
-    )
+    one = Weight(name, rows, COLUMNS, 0, ranks)
+    described = split_weight(one, config(**changes), split, is_grouped)
     matrices = described.matrices(DionConfig())
     made = [torch.full((m.rows, m.columns), -1) for m in matrices]
     for rank in range(ranks):
@@ -92,28 +91,21 @@ def one_matrix(weight: Tensor) -> dict[str, Tensor]:
 
 
 GATED = {"attention_output_gate": True}
+HALVES = ("query.0", "query.1", "gate.0", "gate.1")
 CASES: list[tuple[str, int, frozenset[str], dict[str, Any], Any]] = [
     ("linear_qkv", 48, QKV, {}, in_periods(GROUPS, query=8, key=4, value=4)),
     ("linear_qkv", 72, QKV, GATED, in_periods(GROUPS, query=8, gate=8, key=4, value=4)),
     ("linear_qkv", 48, BY_HEAD, {}, by_head(GROUPS, "query.0", "query.1", "key", "value")),
-    (
-        "linear_qkv",
-        72,
-        BY_HEAD,
-        GATED,
-        by_head(GROUPS, "query.0", "query.1", "gate.0", "gate.1", "key", "value"),
-    ),
+    ("linear_qkv", 72, BY_HEAD, GATED, by_head(GROUPS, *HALVES, "key", "value")),
     ("linear_kv_up_proj", 108, QKV, {}, in_periods(HEADS, key=10, value=8)),
     ("linear_kv_up_proj", 96, BY_HEAD, {"qk_head_dim": 8}, by_head(HEADS, "key", "value")),
     ("linear_kv_down_proj", 24, QKV, {}, in_periods(1, latent=20, rope_key=4)),
     ("linear_kv_down_proj", 24, BY_HEAD, {}, in_periods(1, latent=20, rope_key=4)),
     ("linear_kv_down_proj", 20, QKV, {"qk_pos_emb_head_dim": 0}, in_periods(1, latent=20)),
-    ("linear_q_proj", 84, QKV, {}, one_matrix),
     ("linear_q_up_proj", 84, BY_HEAD, {}, by_head(HEADS, "query")),
     ("linear_fc1", 24, QKV, {"gated_linear_unit": False}, one_matrix),
     *((layer, 24, BY_HEAD, {}, one_matrix) for layer in ("linear_fc2", "linear_proj")),
     ("linear_qkv", 48, NONE, {}, one_matrix),
-    ("linear_kv_up_proj", 108, NONE, {}, one_matrix),
 ]
 
 

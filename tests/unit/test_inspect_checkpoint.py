@@ -65,11 +65,11 @@ def test_of_adam(nursery: Nursery, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "flags", "complaint"),
     [
-        (ROOT / "docs", [], f"error: {ROOT / 'docs'} holds no checkpoint"),
+        (ROOT / "docs", [], f"error: {ROOT / 'docs'} holds no complete checkpoint"),
         (
             DION,
             ["--ckpt-step", "7"],
-            "iter_0000007 is not there: choose another with --ckpt-step (complete: 4)",
+            "was never finished: choose another with --ckpt-step (complete: 4)",
         ),
     ],
 )

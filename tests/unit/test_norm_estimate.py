@@ -38,14 +38,12 @@ def test_squared_norm_has_the_derived_mean_and_deviation(kind: str) -> None:
     a = rows_of(gradients)
     gram = a @ a.T
     total = float(a.square().sum())
-    bound = math.sqrt(2 / DRAWS) * float(gram.norm()) / total  # sqrt(2 / k) / sqrt(e)
     exact = math.sqrt(2 / DRAWS) * float((gram - gram.diag().diag()).norm()) / total
     found = torch.stack(
         [project(gradients, 0, f"draw {i}").double().square().sum() / total for i in range(REPEATS)]
     )
     assert abs(float(found.mean()) - 1) < 4 * exact / math.sqrt(REPEATS) + 1e-5
     assert 0.75 * exact - 1e-5 < float(found.std()) < 1.25 * exact + 1e-5
-    assert exact <= bound <= math.sqrt(2 / DRAWS) * 1.0001
 
 
 def test_gradients_of_low_rank_are_many_directions() -> None:
@@ -56,22 +54,17 @@ def test_gradients_of_low_rank_are_many_directions() -> None:
 
 
 def test_projection_of_a_sum_is_the_sum_of_projections() -> None:
-    sizes = (5000, 1, 20_000)
-    one = [normal(numel, seed=1) for numel in sizes]
-    other = [normal(numel, seed=2) for numel in sizes]
+    one, other = ([normal(n, seed=seed) for n in (5000, 1, 20_000)] for seed in (1, 2))
     both = [a - 3 * b for a, b in zip(one, other, strict=True)]
     expected = project(one, 7, "x") - 3 * project(other, 7, "x")
     torch.testing.assert_close(project(both, 7, "x"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_seed_and_purpose_decide() -> None:
+def test_seed_and_purpose_decide_and_nothing_gives_zeros() -> None:
     gradients = [normal(9000), normal(500, seed=1)]
     first = project(gradients, 0, "norm/1")
     assert torch.equal(first, project(gradients, 0, "norm/1"))
     assert not torch.equal(first, project(gradients, 0, "norm/2"))
     assert not torch.equal(first, project(gradients, 1, "norm/1"))
-
-
-@pytest.mark.parametrize("gradients", [[], [torch.zeros(0)], [torch.zeros(9)]])
-def test_nothing_gives_zeros(gradients: list[Tensor]) -> None:
-    assert torch.equal(project(gradients, 0, "x"), torch.zeros(DRAWS, WIDTH))
+    for nothing in ([], [torch.zeros(0)], [torch.zeros(9)]):
+        assert torch.equal(project(nothing, 0, "x"), torch.zeros(DRAWS, WIDTH))

@@ -1,6 +1,5 @@
 """Names and matrices of parameters that no CPU model has, made by stand-ins for its modules."""
 
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,7 +20,7 @@ CONFIG = SimpleNamespace(
     kv_channels=3,
     attention_output_gate=False,
 )
-Sizes = dict[str, int]
+Sizes = tuple[int, int]  # expert-parallel and tensor-parallel ranks
 
 
 def linear(names: dict[str, tuple[int, ...]], config: Any = CONFIG) -> torch.nn.Module:
@@ -53,21 +52,41 @@ def expert_linears(suffixes: list[str], tensor: int, use_expert_groups: bool) ->
     return tree(linear_fc1=fc1, linear_fc2=fc2)
 
 
-def chunk_of(experts: torch.nn.Module) -> torch.nn.Module:
-    layers = torch.nn.ModuleList([tree(mlp=tree(experts=experts))])
-    chunk = tree(decoder=tree(layers=layers))
+def chunk_of(*mlps: torch.nn.Module) -> Any:
+    """A model chunk with some layers."""
+    layers = torch.nn.ModuleList([tree(mlp=mlp) for mlp in mlps])
+    chunk: Any = tree(decoder=tree(layers=layers))
     chunk.config = CONFIG
     return chunk
 
 
-def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
-    """The routes of all expert-parallel ranks; runs in a process that has imported Megatron."""
+def routes_of(chunk: Any, rank: int, sizes: Sizes) -> dict[str, Any]:
+    """In a process that has imported Megatron: shape, reason and matrices of all parameters."""
     from megatron.core import parallel_state
 
     from megatron_dion.algorithm import DionConfig
     from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
-    ranks, tensor = sizes["expert_ranks"], sizes["tensor_ranks"]
+    experts, tensor = sizes
+    group = SimpleNamespace(size=lambda: tensor)
+    with mock.patch.multiple(
+        parallel_state,
+        get_expert_model_parallel_world_size=lambda: experts,
+        get_expert_model_parallel_rank=lambda: rank,
+        get_tensor_model_parallel_group=lambda: group,
+        get_expert_tensor_parallel_group=lambda: group,
+    ):
+        tag_matrices([chunk])
+    routes = [getattr(parameter, ROUTE_TAG) for parameter in chunk.parameters()]
+    return {
+        r.parameter: (r.shape, r.reason, r.weight.matrices(DionConfig()) if r.weight else [])
+        for r in routes
+    }
+
+
+def routes_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
+    """The routes of all expert-parallel ranks."""
+    ranks, tensor = sizes
     found: dict[str, Any] = {}
     for rank in range(ranks):
         local = [str(number) for number in range(EXPERTS // ranks)]
@@ -76,75 +95,40 @@ def weights_of_experts(grouped: bool, sizes: Sizes) -> dict[str, Any]:
         else:
             each = [expert_linears([""], tensor, use_expert_groups=ranks > 1) for _ in local]
             experts = tree(local_experts=torch.nn.ModuleList(each))
-        with mock.patch.multiple(
-            parallel_state,
-            get_expert_model_parallel_world_size=lambda: ranks,
-            get_expert_model_parallel_rank=lambda rank=rank: rank,
-            get_tensor_model_parallel_world_size=lambda: tensor,
-            get_expert_tensor_parallel_world_size=lambda: tensor,
-        ):
-            [chunk] = tag_matrices([chunk_of(experts)])
-            for parameter in chunk.parameters():
-                route = getattr(parameter, ROUTE_TAG)
-                assert route.parameter not in found
-                matrices = route.weight.matrices(DionConfig()) if route.weight else []
-                found[route.parameter] = {
-                    "shape": route.shape,
-                    "reason": route.reason,
-                    "matrices": [asdict(matrix) for matrix in matrices],
-                }
+        routes = routes_of(chunk_of(tree(experts=experts)), rank, sizes)
+        assert not found.keys() & routes.keys()
+        found |= routes
     return found
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"expert_ranks": 1, "tensor_ranks": 1},
-        {"expert_ranks": 2, "tensor_ranks": 1},
-        {"expert_ranks": 4, "tensor_ranks": 2},
-        {"expert_ranks": 1, "tensor_ranks": 2},
-    ],
-)
+ONE = (1, 1)
+
+
+@pytest.mark.parametrize("sizes", [ONE, (2, 1), (4, 2), (1, 2)])
 def test_experts_are_routed_alike_however_they_are_multiplied(
     nursery: Nursery, sizes: Sizes
 ) -> None:
-    one = {"expert_ranks": 1, "tensor_ranks": 1}
-    [expected] = nursery.run(1, weights_of_experts, False, one)
-    [found] = nursery.run(1, weights_of_experts, True, sizes)
+    expected = nursery.call(routes_of_experts, False, ONE)
+    found = nursery.call(routes_of_experts, True, sizes)
     assert found == expected
     assert len(found) == 3 * EXPERTS
     name = "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight"
-    assert [(m["name"], m["rows"], m["columns"]) for m in found[name]["matrices"]] == [
+    *_, matrices = found[name]
+    assert [(m.name, m.rows, m.columns) for m in matrices] == [
         (f"{name}[gate]", FFN, HIDDEN),
         (f"{name}[up]", FFN, HIDDEN),
     ]
-    assert found[name.replace("weight", "bias")]["reason"] == "1-D"
+    assert found[name.replace("weight", "bias")][1] == "1-D"
 
 
 def matrices_of_unlike_layers() -> list[str]:
-    from megatron.core import parallel_state
-
-    from megatron_dion.algorithm import DionConfig
-    from megatron_dion.optimizer.routing import tag_matrices, weight_of
-
-    with_gate = SimpleNamespace(**{**vars(CONFIG), "attention_output_gate": True})
-    layers = [
-        tree(self_attention=tree(linear_qkv=linear({"weight": (4 * 3 * 3, 6)}))),
-        tree(self_attention=tree(linear_qkv=linear({"weight": (4 * 4 * 3, 6)}, with_gate))),
-    ]
-    chunk: Any = tree(decoder=tree(layers=torch.nn.ModuleList(layers)))
-    chunk.config = CONFIG
-    with mock.patch.multiple(
-        parallel_state,
-        get_expert_model_parallel_world_size=lambda: 1,
-        get_expert_model_parallel_rank=lambda: 0,
-        get_tensor_model_parallel_world_size=lambda: 1,
-    ):
-        tag_matrices([chunk])
-    weights = [weight_of(parameter) for parameter in chunk.parameters()]
-    return [m.name.split("weight")[1] for w in weights if w for m in w.matrices(DionConfig())]
+    with_gate = SimpleNamespace(**vars(CONFIG) | {"attention_output_gate": True})
+    plain = tree(linear_qkv=linear({"weight": (4 * 3 * 3, 6)}))
+    gated = tree(linear_qkv=linear({"weight": (4 * 4 * 3, 6)}, with_gate))
+    routes = routes_of(chunk_of(plain, gated), 0, ONE)
+    return [m.name.split("weight")[1] for *_, matrices in routes.values() for m in matrices]
 
 
 def test_a_layer_is_split_by_its_own_config(nursery: Nursery) -> None:
-    [found] = nursery.run(1, matrices_of_unlike_layers)
+    found = nursery.call(matrices_of_unlike_layers)
     assert found == ["[query]", "[key]", "[value]", "[query]", "[gate]", "[key]", "[value]"]
