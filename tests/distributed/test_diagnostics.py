@@ -9,18 +9,12 @@ from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
 from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
+from tests.worlds import world
 
 MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4".split()]
-# Every expert sees every token: a choice between experts would turn rounding into other routes.
-EXPERTS = (
-    "--num-layers 2 --num-experts 4 --moe-router-topk 4 --moe-router-load-balancing-type none"
-    " --moe-token-dispatcher-type alltoall --moe-ffn-hidden-size 40"
-).split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 TOPOLOGIES = {
-    "dp2": (2, 3, ""),
-    "tp2": (2, 6, TP2),
     "tp2-dp2": (4, 6, TP2),
     "pp2-vpp2": (2, 6, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
     "instances": (2, 6, "--num-distributed-optimizer-instances 2"),
@@ -28,14 +22,13 @@ TOPOLOGIES = {
 
 
 def train_measured(
-    nursery: Nursery, folder: Path, model: list[str], ranks: int, micro: int, flags: str
+    folder: Path, ranks: int, micro: int, flags: str
 ) -> dict[str, MatrixDiagnostics]:
     """Trains four iterations from a checkpoint; what was measured in the last, by name."""
-    nursery.run(
-        ranks,
+    world(ranks).fork(
         train,
         [
-            *(*model, *TRAINING, *DION, "--micro-batch-size", str(micro), *flags.split()),
+            *(*MODEL4, *TRAINING, *DION, "--micro-batch-size", str(micro), *flags.split()),
             *("--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)),
             *"--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split(),
         ],
@@ -67,8 +60,8 @@ def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
-    return train_measured(nursery, start / "alone", MODEL4, 1, 6, "")
+def alone(start: Path) -> dict[str, MatrixDiagnostics]:
+    return train_measured(start / "alone", 1, 6, "")
 
 
 @pytest.mark.parametrize(
@@ -76,46 +69,19 @@ def alone(nursery: Nursery, start: Path) -> dict[str, MatrixDiagnostics]:
     ["tp2-dp2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES if t != "tp2-dp2")],
 )
 def test_topologies_measure_what_one_process_does(
-    nursery: Nursery, start: Path, alone: dict[str, MatrixDiagnostics], topology: str
+    start: Path, alone: dict[str, MatrixDiagnostics], topology: str
 ) -> None:
-    assert_equal(train_measured(nursery, start / topology, MODEL4, *TOPOLOGIES[topology]), alone)
+    assert_equal(train_measured(start / topology, *TOPOLOGIES[topology]), alone)
 
 
-@pytest.mark.slow
-def test_experts_on_several_ranks(nursery: Nursery, tmp_path: Path) -> None:
-    model = [*MODEL4, *EXPERTS]
-    save_start(nursery, model, tmp_path / "start")
-    alone = train_measured(nursery, tmp_path / "alone", model, 1, 6, "")
-    spread = train_measured(
-        nursery, tmp_path / "ep2", model, 2, 6, "--expert-model-parallel-size 2"
-    )
-    assert sum(".experts." in name for name in alone) == 2 * 4 * 3
-    assert_equal(spread, alone)
-
-
-def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_skipped_step_measures_nothing(tmp_path: Path) -> None:
     flags = "--train-iters 8 --num-layers 2 --fp16 --initial-loss-scale 4194304"
     log = ["--dion-log-interval", "1", "--run-dir", str(tmp_path)]
-    nursery.pretrain(1, *DION, *flags.split(), "--hysteresis", "1", *log)
+    world(1).train(*MODEL, *TRAINING, *DION, *flags.split(), "--hysteresis", "1", *log)
     records = read_metrics(tmp_path / "metrics.jsonl")
     skipped = {r["iteration"] for r in records if r["kind"] == "train" and r["skipped"]}
     assert 0 < len(skipped) < 8
     assert [s.iteration for s in read_diagnostics(records)] == sorted(set(range(1, 9)) - skipped)
-
-
-def test_tensorboard_has_the_kinds_of_matrices(nursery: Nursery, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    flags = "--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir"
-    nursery.pretrain(1, *DION, *flags.split(), str(tmp_path))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("dion-")]
-    kind = "decoder.layers.*.self_attention.linear_qkv.weight[query]"
-    assert f"dion-captured/{kind}/median" in tags
-    # query, key, value, projection, gate, up, down
-    assert len(tags) == 7 * len(FIGURES) * 3
-    assert [event.step for event in events.Scalars(tags[0])] == [2, 4]
 
 
 class FakeWandb:
@@ -138,8 +104,17 @@ def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
     return wandb.logged
 
 
-def test_wandb_hears_of_the_same(nursery: Nursery, tmp_path: Path) -> None:
-    flags = ["--train-iters", "3", "--dion-log-interval", "3", "--run-dir", str(tmp_path)]
-    [[(step, tags)]] = nursery.run(1, train_with_wandb, flags)
-    assert step == 3
+def test_tensorboard_and_wandb_have_the_kinds_of_matrices(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = "--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir"
+    [logged] = world(1).fork(train_with_wandb, [*flags.split(), str(tmp_path)])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = sorted(tag for tag in events.Tags()["scalars"] if tag.startswith("dion-"))
+    kind = "decoder.layers.*.self_attention.linear_qkv.weight[query]"
+    assert f"dion-captured/{kind}/median" in tags
+    # query, key, value, projection, gate, up, down
     assert len(tags) == 7 * len(FIGURES) * 3
+    assert [event.step for event in events.Scalars(tags[0])] == [2, 4]
+    assert logged == [(2, tags), (4, tags)]

@@ -58,7 +58,7 @@ def train(recipe: str, is_hopper: bool) -> dict[str, Any]:
 def test_bytes_and_scales_are_those_of_whole_weights(
     recipe: str, is_hopper: bool, ranks: int
 ) -> None:
-    found = world(ranks).fork_in_group(train, recipe, is_hopper)
+    found = world(ranks).run(train, recipe, is_hopper)
     steps = [[rank["kept"][step] for rank in found] for step in range(STEPS + 1)]
     cuts = {one.start % one.values.shape[1] for rank in steps[0] for one in rank}
     assert any(cut % 128 for cut in cuts), "no cut is within a row, and a block"

@@ -36,9 +36,7 @@ def find(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]
     ("place", "variable"),
     [
         ("path/python3.14", ""),
-        ("path/python", ""),
         ("system/python3.12", ""),
-        ("home/.pyenv/versions/3.12.4/bin/python3.12", ""),
         ("home/miniconda3/envs/mine/bin/python3.12", ""),
         ("pyenv root/versions/3.13.0/bin/python3.13", "PYENV_ROOT=pyenv root"),
         ("conda/bin/python", "CONDA_PREFIX=conda"),

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 import venv
 import zipfile
 from importlib.metadata import requires
@@ -52,7 +51,7 @@ def test_version_is_the_same_everywhere(file: str, pattern: str) -> None:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `dist`: a source archive, and the wheel that was built from the archive."""
+    """A folder with `dist`: a wheel, built from a source archive."""
     folder = tmp_path_factory.mktemp("packaging")
     copy_project(folder / "sources")
     build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"))
@@ -83,23 +82,6 @@ def test_wheel_has_both_packages_alone(archives: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == files
-
-
-@pytest.mark.slow
-def test_source_archive_has_all_files(archives: Path) -> None:
-    """Those who have it train, test and build the documentation as in the repository."""
-    [source] = archives.glob("dist/*.tar.gz")
-    with tarfile.open(source) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = archives / "sources"
-    files = (path.relative_to(sources) for path in sources.rglob("*") if path.is_file())
-    ours = {
-        path.as_posix()
-        for path in files
-        if path.parts[0] != "build" and not any("egg-info" in part for part in path.parts)
-    }
-    assert {"README.md", "Makefile", ".ci/run", "examples/mock.args"} <= ours
-    assert ours - names == set()
 
 
 @pytest.mark.slow

@@ -49,20 +49,22 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         RankError: A rank raised or died. The other ranks were ended.
     """
     port = str(free_port())
-    pipes = [_FORK.Pipe(duplex=False) for _ in range(size)]
-    ranks = [
-        _FORK.Process(target=_run_rank, args=(rank, size, port, pipes[rank][1], function, args))
-        for rank in range(size)
-    ]
+    ranks: list[BaseProcess] = []
+    ends: list[Connection] = []
     try:
-        for process, (_, rank_end) in zip(ranks, pipes, strict=True):
+        for rank in range(size):
+            # Made now, so that no other rank holds its end when this rank dies.
+            parent_end, rank_end = _FORK.Pipe(duplex=False)
+            target = (rank, size, port, rank_end, function, args)
+            process = _FORK.Process(target=_run_rank, args=target)
             process.start()
             rank_end.close()
-        return _receive_results([parent_end for parent_end, _ in pipes])
+            ranks.append(process)
+            ends.append(parent_end)
+        return _receive_results(ends)
     finally:
         for process in ranks:
-            if process.pid is not None:
-                end(process)
+            end(process)
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -158,9 +160,7 @@ def _run_rank(
 
 def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    try:
-        result = function(*args)
-        dist.barrier()  # A rank that left earlier would break the connections of the others.
-        return result
-    finally:
-        dist.destroy_process_group()
+    result = function(*args)
+    dist.barrier()  # A rank that left earlier would break the connections of the others.
+    dist.destroy_process_group()
+    return result
