@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,34 +86,39 @@ TOPOLOGIES = {
 KILLS = int(os.environ.get("KILLS", "3"))
 
 
-def train_until_killed(victim: int, operation: int, folder: Path, argv: Sequence[str]) -> int:
-    """On a rank: trains; returns how often it opens, renames or removes in a folder.
+def train_until_killed(
+    victim: int, moment: tuple[str, int], folder: Path, argv: Sequence[str]
+) -> Counter[str]:
+    """On a rank: trains; returns how often it did something of a kind to files in a folder.
 
-    The victim is killed, with its writers, before the operation of the given number.
+    The victim is killed, with its writers, before it does something of one kind the n-th time.
     """
-    operations = 0
+    kinds: Counter[str] = Counter()
 
     def count(event: str, args: tuple[object, ...]) -> None:
-        nonlocal operations
-        is_of_files = event == "open" or event.startswith("os.")
-        if is_of_files and any(str(folder) in str(arg) for arg in args[:2]):
-            operations += 1
-            if operations == operation and int(os.environ["RANK"]) == victim:
+        path = Path(str(args[0])) if args and event.startswith(("open", "os.")) else Path()
+        if path.is_relative_to(folder):
+            name = path.name.partition(".")[0] if path.parent == folder else path.name
+            kind = f"{event} {re.sub('[0-9]', '', name)}"
+            kinds[kind] += 1
+            if (kind, kinds[kind]) == moment and int(os.environ["RANK"]) == victim:
                 os.killpg(0, signal.SIGKILL)
 
     sys.addaudithook(count)
     train(argv)
-    return operations
+    return kinds
 
 
-def start_run(topology: str, victim: int, operation: int, folder: Path, flags: str) -> list[int]:
+def start_run(
+    topology: str, folder: Path, flags: str, victim: int = -1, moment: tuple[str, int] = ("", 0)
+) -> list[Counter[str]]:
     ranks, micro, grid = TOPOLOGIES[topology]
     saved = folder / "checkpoints"
     argv = [*RUN, *f"--clip-grad 0 --save-interval 2 {grid} {flags}".split()]
     argv += ["--micro-batch-size", str(micro), "--run-dir", str(folder)]
     argv += ["--load", str(saved), "--save", str(saved)]
     argv += ["--pretrained-checkpoint", str(folder.parent / "start")]
-    return world(ranks).fork(train_until_killed, victim % ranks, operation, saved, argv)
+    return world(ranks).fork(train_until_killed, victim, moment, saved, argv)
 
 
 def iterations_of_starts(folder: Path) -> list[int]:
@@ -133,24 +140,24 @@ def test_killed_runs_end_as_undisturbed_ones(
 ) -> None:
     """A rank dies at any moment of loading, saving or publishing; others go on, elsewhere."""
     save_start(nursery, [*RUN, "--clip-grad", "0"], tmp_path / "start")
-    [operations, _] = start_run("dp2", 0, 0, tmp_path / "undisturbed", flags)
+    kinds = start_run("dp2", tmp_path / "undisturbed", flags)
     chance, run = random.Random(seed), tmp_path / "run"
     killed = 0
     while killed < KILLS:
         newest, before = newest_complete(run / "checkpoints"), iterations_of_starts(run)
-        operation = chance.randint(1, operations)
-        topology, victim = chance.choice(list(TOPOLOGIES)), chance.randrange(4)
+        topology, victim = chance.choice(list(TOPOLOGIES)), chance.randrange(2)
+        kind, count = chance.choice(sorted(kinds[victim].items()))
         try:
-            start_run(topology, victim, operation, run, flags)
+            start_run(topology, run, flags, victim, (kind, chance.randint(1, count)))
         except RankError as error:
             if "died" not in str(error):
                 raise
             killed += 1
             assert iterations_of_starts(run) in (before, [*before, newest])
-        else:  # so many operations were not left
+        else:  # it did not come to that
             compare(run, tmp_path / "undisturbed")
             shutil.rmtree(run)
-    start_run("tp2", 0, 0, run, flags)
+    start_run("tp2", run, flags)
     compare(run, tmp_path / "undisturbed")
 
 

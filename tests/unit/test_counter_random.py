@@ -38,16 +38,6 @@ def test_first_columns_do_not_depend_on_how_many_follow(generate: Generate, colu
     assert torch.equal(few, generate(0, "w", rows, 200)[:, :columns])
 
 
-@both
-@pytest.mark.parametrize(("seed", "purpose"), [(8, "w"), (-7, "w"), (7, "w "), (7, "w/step/1")])
-def test_other_seed_or_purpose_gives_unrelated_numbers(
-    generate: Generate, seed: int, purpose: str
-) -> None:
-    one = generate(7, "w", SAMPLE[:200], 64).flatten()
-    other = generate(seed, purpose, SAMPLE[:200], 64).flatten()
-    assert abs((one * other).mean().item()) < 5 / one.numel() ** 0.5
-
-
 def test_normal_has_the_moments_of_a_sum_of_four_uniforms() -> None:
     values = normal(0, "moments", SAMPLE, 25).double().flatten()  # 100 thousand
     deviations = 5 / values.numel() ** 0.5
@@ -56,13 +46,6 @@ def test_normal_has_the_moments_of_a_sum_of_four_uniforms() -> None:
     assert abs(values.pow(3).mean().item()) < deviations * 3
     assert abs(values.pow(4).mean().item() - 2.7) < deviations * 8  # 3 - 1.2 / 4, Irwin-Hall
     assert 3 < values.abs().max().item() <= 12**0.5
-
-
-@both
-def test_columns_are_uncorrelated(generate: Generate) -> None:
-    values = generate(1, "columns", SAMPLE, 70).double()
-    correlation = torch.corrcoef(values.T) - torch.eye(70, dtype=torch.float64)
-    assert correlation.abs().max().item() < 6 / len(SAMPLE) ** 0.5
 
 
 def test_signs_are_balanced() -> None:

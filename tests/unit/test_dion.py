@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from megatron_dion import Dion
 from megatron_dion.algorithm import matmul_precision
 from tests.unit.dion_cases import (
-    LR,
     SHAPES,
     TOLERANCES,
     Comparison,
@@ -123,13 +122,6 @@ def test_zero_gradient_from_the_start_is_a_clean_no_op() -> None:
     comparison.assert_equal()
 
 
-def test_zero_gradient_still_decays_weights() -> None:
-    comparison = Comparison([([(6, 4)], {})], weight_decay=0.5)
-    before = comparison.named["0.0"].detach().clone()
-    comparison.step(zeros(comparison))
-    torch.testing.assert_close(comparison.named["0.0"].detach(), before * (1 - LR * 0.5))
-
-
 @pytest.mark.parametrize("true_rank", [1, 2])
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (8, 8)])
 @pytest.mark.parametrize("factor", [1.0, 1e30])
@@ -154,31 +146,22 @@ def test_directions_without_gradient_are_left_alone(
 def test_non_finite_gradient_is_an_error_that_changes_nothing(
     broken: float, steps_before: int
 ) -> None:
-    disturbed, undisturbed = (Comparison([([(6, 4), (5, 9)], {})]) for _ in range(2))
+    shapes = [(6, 4), (5, 9), (3, 2)]
+    disturbed, undisturbed = (Comparison([(shapes, {})]) for _ in range(2))
     for comparison in (disturbed, undisturbed):
         comparison.run(range(steps_before))
     before = disturbed.copies()
     gradients = {name: disturbed.gradient(name, 77) for name in disturbed.named}
-    gradients["0.1"][2, 3] = broken
+    gradients["0.0"][2, 3] = gradients["0.2"][1, 1] = broken
     for name, parameter in disturbed.named.items():
         parameter.grad = gradients[name]
-    with pytest.raises(FloatingPointError, match=r"^gradient is not finite: 0\.1$"):
+    with pytest.raises(FloatingPointError, match=r"^gradient is not finite: 0\.0, 0\.2$"):
         disturbed.optimizer.step()
     assert_bitwise_equal(disturbed.copies(), before)
     assert disturbed.optimizer.param_groups[0]["step"] == steps_before
     for comparison in (disturbed, undisturbed):
         comparison.run(STEPS)
     assert_bitwise_equal(disturbed.copies(), undisturbed.copies())
-
-
-def test_all_parameters_with_non_finite_gradients_are_named() -> None:
-    first, second, third = parameters([(3, 2)] * 3)
-    optimizer = Dion([first, second, third])
-    first.grad = torch.full((3, 2), math.nan)
-    second.grad = torch.ones(3, 2)
-    third.grad = torch.full((3, 2), -math.inf)
-    with pytest.raises(FloatingPointError, match=r": parameter\.0, parameter\.2$"):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{}, BFLOAT16], ids=["fp32", "bf16"])

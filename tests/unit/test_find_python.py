@@ -59,10 +59,6 @@ def test_named_interpreter_comes_before_3_12_and_3_12_before_others(tmp_path: Pa
     make_interpreter(tmp_path / "system/python3.12", "echo twelve")
     assert find(tmp_path, PYTHON=str(named)).stdout == "named\n"
     assert find(tmp_path).stdout == "twelve\n"
-    make_interpreter(named, OLD)
-    found = find(tmp_path, PYTHON=str(named))
-    assert found.stdout == "twelve\n"
-    assert f"{named}: is Python 3.9.1" in found.stderr
 
 
 def test_all_candidates_are_named_when_none_will_do(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import venv
 import zipfile
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 import megatron_dion
 from tests.documentation.pages import blocks_of
@@ -19,21 +17,6 @@ from tests.project import ROOT, copy_project, link_packages
 
 EXTRAS = ("data", "run", "docs", "dev")
 PACKAGES = {"megatron_dion": ROOT, "megatron_dion_tools": ROOT / "tools"}
-
-
-def requirements(extra: str) -> set[str]:
-    found = map(Requirement, requires("megatron-dion") or [])
-    return {
-        one.name for one in found if one.marker is None or one.marker.evaluate({"extra": extra})
-    }
-
-
-def test_no_extra_brings_apex_and_only_its_own_transformer_engine() -> None:
-    """The package index has an unrelated project named apex."""
-    for extra in ("", *EXTRAS):
-        assert not requirements(extra) & {"apex", "transformer-engine"}
-    assert "transformer-engine" in requirements("te")
-    assert "apex" not in requirements("te")
 
 
 @pytest.mark.parametrize(

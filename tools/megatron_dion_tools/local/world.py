@@ -63,8 +63,8 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             ends.append(parent_end)
         return _receive_results(ends)
     finally:
-        for process in ranks:
-            end(process)
+        for started in ranks:
+            end(started)
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
