@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.nursery import DION, MODEL, TRAINING, losses, train
-from tests.unit.test_command_line import exit_of_rank
-from tests.worlds import world
+from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 
 VPP = (
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --train-iters 4"
@@ -47,12 +46,14 @@ def train_grouped(dion_first: bool, argv: Sequence[str]) -> list[dict[str, Tenso
     return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in models]
 
 
-def test_ranks_have_equal_parameters_in_any_order_of_buckets(tmp_path: Path) -> None:
+def test_all_data_parallel_ranks_have_equal_parameters_in_either_order(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     found = []
     for dion_first in (False, True):
         folder = tmp_path / str(dion_first)
         argv = [*MODEL, *TRAINING, *DION, *VPP, "--run-dir", str(folder)]
-        records = world(4).fork(train_grouped, dion_first, argv)
+        records = nursery.run(4, train_grouped, dion_first, argv)
         found.append(losses(folder))
         for one, other in ((0, 1), (2, 3)):  # of a pipeline stage
             for here, there in zip(records[one], records[other], strict=True):
@@ -60,18 +61,18 @@ def test_ranks_have_equal_parameters_in_any_order_of_buckets(tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
-def test_nothing_to_compress_is_refused() -> None:
-    argv = [*MODEL, *TRAINING, *DION, "--train-iters", "1", "--dion-compressed-sync"]
-    argv += ["--num-distributed-optimizer-instances", "2", "--dion-rank-fraction", "1"]
-    for code, said in world(2).fork(exit_of_rank, argv):
-        assert code == 2
-        assert "compressed gradient sync compresses nothing" in said
-
-
-def test_what_is_not_compressed_is_named(tmp_path: Path) -> None:
-    argv = [*DION, "--train-iters", "1", "--dion-compressed-sync", "--dion-rank-fraction", "0.6"]
-    argv += ["--num-distributed-optimizer-instances", "2", "--run-dir", str(tmp_path)]
-    world(2).train(*MODEL, *TRAINING, *argv)
+@pytest.mark.parametrize(
+    ("rank_fraction", "whole"),
+    [
+        ("0.6", {"linear_proj", "linear_qkv"}),  # nearly square, so that (m + n) r > m n
+        ("1", {"linear_proj", "linear_qkv", "linear_fc1", "linear_fc2"}),
+    ],
+)
+def test_what_is_not_compressed_is_named(
+    nursery: Nursery, tmp_path: Path, rank_fraction: str, whole: set[str]
+) -> None:
+    argv = [*DION, *"--train-iters 2 --dion-compressed-sync --run-dir".split(), str(tmp_path)]
+    argv += ["--num-distributed-optimizer-instances", "2", "--dion-rank-fraction", rank_fraction]
+    nursery.pretrain(2, *argv)
     lines = (tmp_path / "routing.tsv").read_text().splitlines()
-    named = {line.split("\t")[0].split(".")[-2] for line in lines if "averaged over" in line}
-    assert named == {"linear_proj", "linear_qkv"}  # nearly square, so that (m + n) r > m n
+    assert {row.split("\t")[0].split(".")[-2] for row in lines if "averaged over" in row} == whole

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm.counter_random import normal
-from megatron_dion.optimizer import binding
 from megatron_dion.sharding import exchange, left_factor, right_factor
 from tests.distributed.sharded import (
     ODD,
@@ -186,11 +184,6 @@ def double_tiles(self: Any) -> Any:
         torch._foreach_add_(self._targets[-1], self._arrivals[-1])
 
 
-def by_local_rows(seed: int, purpose: str, rows: Tensor, columns: int) -> Tensor:
-    """Random numbers by a rank's row numbers."""
-    return normal(seed, purpose, rows - rows.min() if len(rows) else rows, columns)
-
-
 def nothing_happens(self: Any, *args: Any) -> Any:
     """A generator that does not communicate."""
     yield
@@ -199,7 +192,6 @@ def nothing_happens(self: Any, *args: Any) -> Any:
 _HOP = left_factor._HopExchange
 _UNBROKEN_SUM = _HOP.sum
 BREAKAGES: dict[str, tuple[Any, str, Any]] = {
-    "first right factor by local rows": (binding, "normal", by_local_rows),
     "lost tiles of P": (_HOP, "sum", lose_tiles),
     "tiles of P counted twice": (_HOP, "sum", double_tiles),
     "P not brought back": (_HOP, "spread", nothing_happens),

@@ -141,6 +141,21 @@ def test_directions_without_gradient_are_left_alone(
     assert unchanged.tolist() == [False] * true_rank + [True] * (first.shape[1] - true_rank)
 
 
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+@pytest.mark.parametrize("options", [{}, BFLOAT16], ids=["fp32", "bf16"])
+def test_huge_and_tiny_gradients_stay_finite(options: dict[str, str], factor: float) -> None:
+    comparison = Comparison([(SHAPES, {})], **options)
+    for step in STEPS:
+        comparison.step(
+            {name: comparison.gradient(name, step, factor) for name in comparison.named}
+        )
+    assert all(tensor.isfinite().all() for tensor in comparison.copies().values())
+    for parameter in comparison.named.values():
+        assert parameter.abs().max().item() < 10  # no step moves it by more than lr scale sqrt(r)
+    if factor > 1 and not options:
+        comparison.assert_equal()
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_non_finite_gradient_is_an_error_that_changes_nothing(
