@@ -1,13 +1,10 @@
 """Every benchmark with the smallest sizes: what it wrote, never how long anything took."""
 
-import functools
-import itertools
 import json
 import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -31,16 +28,6 @@ def tables_of(folder: Path, program: ModuleType, flags: str) -> dict[str, Any]:
     assert {"processor", "cores", "torch", "revision"} <= result["machine"].keys()
     tables: dict[str, Any] = result["tables"]
     return tables
-
-
-def test_cases_are_measured_in_turns_after_a_round_that_does_not_count() -> None:
-    calls: list[str] = []
-    seconds = itertools.count()  # one more with each look at the clock
-    with mock.patch.object(_common.time, "process_time", seconds.__next__):
-        cases = {name: functools.partial(calls.append, name) for name in "ab"}
-        times = _common.interleaved(cases, 2, "cpu")
-    assert calls == 3 * ["a", "b"]
-    assert times == {"a": [1000, 1000], "b": [1000, 1000]}
 
 
 def test_ratios_are_those_of_the_same_round() -> None:

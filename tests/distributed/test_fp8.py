@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.nursery import DION, TRAINING, losses
+from tests.distributed.nursery import MODEL as SMALL_MODEL
 from tests.distributed.recording import check_against_reference, train_recorded
 from tests.fp8_emulation.checks import (
     RECIPES,
@@ -26,16 +27,12 @@ from tests.worlds import RankError, world
 
 ITERATIONS = 4
 HALF = ITERATIONS // 2
-MODEL = (
-    "--num-layers 3 --hidden-size 160 --ffn-hidden-size 448 --num-attention-heads 4"
-    " --group-query-attention --num-query-groups 2 --kv-channels 32"
-    " --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope"
-    " --normalization RMSNorm --swiglu --disable-bias-linear"
-    " --untie-embeddings-and-output-weights --init-method-std 0.05"
-    " --attention-dropout 0 --hidden-dropout 0"
-    " --mock-data --tokenizer-type NullTokenizer --vocab-size 250"
-    " --make-vocab-size-divisible-by 8 --padded-vocab-size 256 --bf16 --train-iters 4"
-).split()
+# Of mxfp8 all sizes must be multiples of 32.
+MODEL = [
+    *SMALL_MODEL,
+    *"--num-layers 3 --hidden-size 160 --ffn-hidden-size 448 --kv-channels 32 --bf16".split(),
+    *("--train-iters", str(ITERATIONS)),
+]
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP2 = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm.counter_random import _shift_right, normal, signs
+from megatron_dion.algorithm.counter_random import normal, signs
 
 Generate = Callable[[int, str, Tensor, int], Tensor]
 both = pytest.mark.parametrize("generate", [normal, signs])
@@ -61,10 +61,3 @@ def test_definitions_are_pinned() -> None:
     assert torch.equal(normal(1234, "layer.weight", rows, 2), torch.tensor(PINNED_NORMAL))
     drawn = signs(1234, "layer.weight", rows[:2], 8)
     assert ["".join("+" if x > 0 else "-" for x in row) for row in drawn.tolist()] == PINNED_SIGNS
-
-
-@pytest.mark.parametrize("bits", [1, 27, 30, 31, 63])
-@pytest.mark.parametrize("word", [-1, -(2**63), -12345678901234567, 0, 5, 2**63 - 1])
-def test_shift_right_brings_in_zeros(word: int, bits: int) -> None:
-    shifted = _shift_right(torch.tensor([word]), bits)
-    assert shifted.item() == (word % 2**64) >> bits
