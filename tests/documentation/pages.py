@@ -89,10 +89,10 @@ def links_of(page: str) -> list[str]:
 
 def blocks_of(page: str) -> list[Block]:
     """Returns all code blocks of a page, in their order."""
-    return list(_blocks((ROOT / page).read_text(encoding="utf-8"), page))
+    return list(_blocks(page, (ROOT / page).read_text(encoding="utf-8")))
 
 
-def _blocks(text: str, page: str) -> Iterator[Block]:
+def _blocks(page: str, text: str) -> Iterator[Block]:
     lines = text.splitlines()
     for token in MarkdownIt("commonmark").parse(text):
         if token.type not in ("fence", "code_block"):

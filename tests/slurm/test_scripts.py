@@ -55,11 +55,6 @@ def test_dry_run_prints_the_command_and_does_nothing(recipe: Path, tmp_path: Pat
     assert not run.exists()
 
 
-def test_torchrun_is_one_task_per_node(recipe: Path) -> None:
-    command = command_of(dry_run(recipe, GPUS_PER_NODE="4", LAUNCHER="torchrun"))
-    assert {"--ntasks=1", "--ntasks-per-node=1"} <= set(command)
-
-
 def test_a_site_names_gpus_port_and_what_a_container_mounts(recipe: Path, tmp_path: Path) -> None:
     site, run = tmp_path / "site.env", tmp_path / "run"
     site.write_text("GPUS_PER_NODE=3\nMASTER_PORT=7\nCONTAINER_MOUNTS=(/data:/data:ro /scratch)\n")
