@@ -20,6 +20,8 @@ from tests.reference import ReferenceMatrix
 from tests.worlds import world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
+# Matrix, place, weight, momentum, right factor and which columns of it are stored.
+HeldBlock = tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,6 @@ TRANSFORMER = (
     Shape("fc2", 36, 100, 1),
     Shape("duplicated", 20, 36, None),
 )
-ALONE = (Shape("alone", 72, 200, 0),)
 ODD = (
     Shape("one_row", 1, 60, 1),
     Shape("one_column", 24, 1, 0),
@@ -114,15 +115,6 @@ def values(shapes: tuple[Shape, ...], seed: int) -> dict[str, Tensor]:
     }
 
 
-def piece(
-    shape: Shape, placement: Placement, whole: Tensor, tp: int, dp: int, rank: Rank
-) -> Tensor | None:
-    start, stop = placement.piece(rank.data_parallel, dp)
-    if start == stop:
-        return None
-    return shape.local(whole, tp, rank.tensor_parallel).flatten()[start:stop].clone()
-
-
 @dataclass(frozen=True)
 class Mesh:
     """Ranks: tensor-parallel ones side by side, then data-parallel ones, then replicas."""
@@ -151,7 +143,7 @@ class Result:
     """What a rank reports.
 
     Attributes:
-        blocks: matrix, place, weight, momentum, right factor and which columns of it are stored.
+        blocks: what it has of matrices.
         sent: bytes that the last step handed to collectives for other ranks.
         planned: the same as the plan says.
         state_bytes: of momenta and right factors.
@@ -159,69 +151,12 @@ class Result:
         diagnostics: of the last step.
     """
 
-    blocks: list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]
+    blocks: list[HeldBlock]
     sent: int
     planned: int
     state_bytes: int
     buffer_bytes: int
     diagnostics: list[MatrixDiagnostics]
-
-
-class Shards:
-    """What one rank has of some parameters, and an optimizer of it.
-
-    Attributes:
-        optimizer: distributed over the world.
-    """
-
-    def __init__(
-        self, mesh: Mesh, shapes: tuple[Shape, ...], config: DionConfig, bucket: int
-    ) -> None:
-        self._mesh = mesh
-        self._shapes = shapes
-        self._rank, self._replica, groups = mesh.join()
-        self._placements = place(shapes, mesh.tp, mesh.dp, bucket)
-        self._tensors = tensors = self._pieces(values(shapes, seed=0))
-        self.optimizer = Dion(
-            [{"params": list(tensors.values())}], lr=LR, weight_decay=WEIGHT_DECAY, **vars(config)
-        )
-        self.optimizer.distribute(
-            Distribution(self._placements, tensors, torch.device("cpu"), groups)
-        )
-
-    def set_gradients(self, wholes: dict[str, Tensor], step: int) -> None:
-        """Gives each piece its part of whole gradients, and replicas other ones."""
-        other = differences(self._shapes, step, self._replica, self._mesh.replicas)
-        wholes = {name: whole + other.get(name, 0) for name, whole in wholes.items()}
-        for index, gradient in self._pieces(wholes).items():
-            self._tensors[index].grad = gradient
-
-    def blocks(self) -> list[tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]]:
-        """Rectangle by rectangle: name, place, weight, momentum, stored columns of Q, which."""
-        state = self.optimizer.state
-        blocks = []
-        right_factors = self.optimizer.right_factors()
-        for index, tensor in self._tensors.items():
-            for rectangle in self.optimizer.layout().rectangles(index, self._rank):
-                matrix, place, columns, right, _ = next(right_factors)
-                assert place == rectangle
-                piece = slice(place.offset, place.offset + place.numel)
-                weight, momentum = (
-                    flat[piece].view(place.rows, place.columns)
-                    for flat in (tensor, state[tensor]["momentum"])
-                )
-                blocks.append((matrix.name, place, weight, momentum, right, columns))
-        return blocks
-
-    def _pieces(self, wholes: dict[str, Tensor]) -> dict[int, Tensor]:
-        mesh = self._mesh
-        found = {
-            index: piece(
-                shape, self._placements[index], wholes[shape.name], mesh.tp, mesh.dp, self._rank
-            )
-            for index, shape in enumerate(self._shapes)
-        }
-        return {index: tensor for index, tensor in found.items() if tensor is not None}
 
 
 def train_shards(
@@ -232,24 +167,56 @@ def train_shards(
     gradients_of: Callable[[tuple[Shape, ...], int], dict[str, Tensor]] = values,
 ) -> Result:
     """On one rank: ten steps, of which the last is measured."""
-    shards = Shards(mesh, shapes, config, bucket)
-    optimizer = shards.optimizer
+    rank, replica, groups = mesh.join()
+    placements = place(shapes, mesh.tp, mesh.dp, bucket)
+
+    def pieces(wholes: dict[str, Tensor]) -> dict[int, Tensor]:
+        """This rank's part of each parameter of which it has any."""
+        spans = [placement.piece(rank.data_parallel, mesh.dp) for placement in placements]
+        return {
+            index: shape.local(wholes[shape.name], mesh.tp, rank.tensor_parallel)
+            .flatten()[start:stop]
+            .clone()
+            for index, (shape, (start, stop)) in enumerate(zip(shapes, spans, strict=True))
+            if start < stop
+        }
+
+    tensors = pieces(values(shapes, seed=0))
+    optimizer = Dion(list(tensors.values()), lr=LR, weight_decay=WEIGHT_DECAY, **vars(config))
+    optimizer.distribute(Distribution(placements, tensors, torch.device("cpu"), groups))
     sent = 0
     for step in range(1, STEPS + 1):
-        shards.set_gradients(gradients_of(shapes, step), step)
+        other = differences(shapes, step, replica, mesh.replicas)
+        wholes = {k: v + other.get(k, 0) for k, v in gradients_of(shapes, step).items()}
+        for index, gradient in pieces(wholes).items():
+            tensors[index].grad = gradient
         with counted_bytes() as counter:
             optimizer.step()
         if step == STEPS - 1:
             sent = counter.total()
             optimizer.diagnose_next_step()
     return Result(
-        blocks=shards.blocks(),
+        blocks=list(blocks_of(optimizer, tensors, rank)),
         sent=sent,
         planned=optimizer.bytes_per_step(),
         state_bytes=sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         buffer_bytes=sum(sorted(each.exchange.nbytes for each in optimizer.step_sets())[-2:]),
         diagnostics=optimizer.take_diagnostics(),
     )
+
+
+def blocks_of(optimizer: Dion, tensors: dict[int, Tensor], rank: Rank) -> Iterator[HeldBlock]:
+    """What a rank has, rectangle by rectangle."""
+    right_factors = optimizer.right_factors()
+    for index, tensor in tensors.items():
+        for rectangle in optimizer.layout().rectangles(index, rank):
+            matrix, place, columns, right, _ = next(right_factors)
+            assert place == rectangle
+            weight, momentum = (
+                flat[place.offset : place.offset + place.numel].view(place.rows, place.columns)
+                for flat in (tensor, optimizer.state[tensor]["momentum"])
+            )
+            yield matrix.name, place, weight, momentum, right, columns
 
 
 def differences(

@@ -64,8 +64,3 @@ def test_core_loop_is_started_by_torchrun() -> None:
     assert (alone.returncode, together.returncode) == (2, 0), together.stderr
     assert alone.stderr.endswith("error: start it with torchrun\n")
     assert "iteration 1: loss " in together.stdout
-
-
-def test_core_loop_leaves_megatron_training_alone() -> None:
-    text = CORE_LOOP.read_text()
-    assert "megatron.training" not in text.partition('"""\n')[2]

@@ -8,15 +8,13 @@ import pytest
 import torch
 
 from megatron_dion import Dion
-from megatron_dion_tools.local.world import RankError
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics, train
+from tests.distributed.nursery import DION, MODEL, TRAINING, losses, read_metrics, train
 from tests.distributed.recording import frame
+from tests.worlds import RankError, world
 
 BROKEN_STEP = 3
-GRIDS = {
-    "tp2-dp2": "--tensor-model-parallel-size 2 --sequence-parallel".split(),
-    "instances": "--num-distributed-optimizer-instances 2 --dion-compressed-sync".split(),
-}
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+INSTANCES = "--num-distributed-optimizer-instances 2 --dion-compressed-sync".split()
 FP16 = "--fp16 --initial-loss-scale 4096".split()
 NO_CHECK = "--no-check-for-nan-in-loss-and-grad"
 State = tuple[float, ...]
@@ -54,17 +52,15 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
     return norms
 
 
-@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
-def test_error_names_the_parameter(nursery: Nursery, value: float) -> None:
+def test_error_names_the_parameter() -> None:
     with pytest.raises(RankError, match=r"gradient is not finite: decoder\.layers\.\d+\."):
-        nursery.run(4, train_with_fault, value, [*GRIDS["tp2-dp2"], NO_CHECK])
+        world(4).fork(train_with_fault, torch.inf, [*TP2, NO_CHECK])
 
 
-@pytest.mark.parametrize("grid", ["instances", pytest.param("tp2-dp2", marks=pytest.mark.slow)])
-def test_loss_scaler_skips_the_step(nursery: Nursery, tmp_path: Path, grid: str) -> None:
-    argv = [*GRIDS[grid], *FP16]
+def test_loss_scaler_skips_the_step(tmp_path: Path) -> None:
+    argv = [*INSTANCES, *FP16]
     found = [*argv, "--run-dir", str(tmp_path / "found")]
-    records = nursery.run(4, train_with_fault, torch.nan, found)
+    records = world(4).fork(train_with_fault, torch.nan, found)
     for norms in records:
         assert len(norms) == 6
         assert norms[BROKEN_STEP - 1] == norms[BROKEN_STEP - 2]  # the skipped step changed nothing
@@ -73,10 +69,9 @@ def test_loss_scaler_skips_the_step(nursery: Nursery, tmp_path: Path, grid: str)
     metrics = read_metrics(tmp_path / "found")
     assert [entry["skipped"] for entry in metrics] == [i == BROKEN_STEP for i in range(1, 7)]
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
-    if grid == "instances":  # of two consecutive ranks each
-        for one, other in zip(records[:2], records[2:], strict=True):
-            assert [weights for _, weights in one] == [weights for _, weights in other]
+    for one, other in zip(records[:2], records[2:], strict=True):  # of the two instances
+        assert [weights for _, weights in one] == [weights for _, weights in other]
     # Training goes on as if the batch had not been.
     left_out = [*argv, "--run-dir", str(tmp_path / "left-out")]
-    assert nursery.run(4, train_with_fault, None, left_out) == records
+    assert world(4).fork(train_with_fault, None, left_out) == records
     assert losses(tmp_path / "left-out") == losses(tmp_path / "found")

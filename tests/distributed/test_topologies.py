@@ -4,6 +4,7 @@ Each case trains in one process and on its grid from the same weights. Both have
 the same routing table, and the weights that the dense float64 reference makes of the gradients.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +33,6 @@ UNTIED = "--untie-embeddings-and-output-weights"
 TIED = "--num-layers 2 --num-attention-heads 8 --group-query-attention --num-query-groups 4"
 TIED += " --kv-channels 10"
 DENSE = f"{UNTIED} {TIED}"
-LATENT = (
-    f"{UNTIED} --num-layers 2 --num-attention-heads 6 --multi-latent-attention --kv-lora-rank 24"
-    " --qk-head-dim 10 --qk-pos-emb-head-dim 4 --v-head-dim 8"
-)
 # Every expert sees every token: a choice between experts would turn rounding into other routes.
 EXPERTS = (
     f"{DENSE} --num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 40"
@@ -45,7 +42,11 @@ MODELS = {
     "dense": DENSE,
     "tied": TIED,
     "layers4": DENSE.replace("--num-layers 2", "--num-layers 4"),
-    "latent": f"{LATENT} --q-lora-rank 20",
+    "latent": (
+        f"{UNTIED} --num-layers 2 --num-attention-heads 6 --multi-latent-attention"
+        " --kv-lora-rank 24 --q-lora-rank 20 --qk-head-dim 10 --qk-pos-emb-head-dim 4"
+        " --v-head-dim 8"
+    ),
     "experts": (
         f"{EXPERTS} --moe-shared-expert-intermediate-size 48 --moe-shared-expert-gate"
         " --attention-output-gate"
@@ -54,33 +55,10 @@ MODELS = {
     "gated": f"{DENSE} --attention-output-gate",
     "several-tokens": f"{DENSE} --mtp-num-layers 2",
 }
-# Some of the matrices in layer 0, with rows and columns.
-SIZES = {
-    "dense": {"linear_qkv.weight[query]": "80x72", "linear_fc1.weight[up]": "200x72"},
-    "latent": {
-        "linear_q_down_proj.weight": "20x72",
-        "linear_q_up_proj.weight": "84x20",
-        "linear_kv_down_proj.weight[latent]": "24x72",
-        "linear_kv_down_proj.weight[rope_key]": "4x72",
-        "linear_kv_up_proj.weight[key]": "60x24",
-        "linear_kv_up_proj.weight[value]": "48x24",
-    },
-    "experts": {
-        "linear_qkv.weight[gate]": "80x72",
-        "linear_qkv.weight[key]": "40x72",
-        "mlp.shared_experts.linear_fc1.weight[up]": "48x72",
-        "mlp.experts.local_experts.3.linear_fc1.weight[gate]": "40x72",
-    },
-    "gated heads": {"linear_qkv.weight[gate.1.3]": "10x72", "linear_qkv.weight[key.1]": "10x72"},
-    "several-tokens": {"mtp.layers.1.eh_proj.weight": "72x144"},
-}
-# Matrices that stay with the scalar optimizer, if the model has them.
-REASONS = {
-    "embedding.word_embeddings.weight": "embedding or output layer",
-    "output_layer.weight": "embedding or output layer",
-    "mlp.router.weight": "router of experts",
-    "mlp.shared_experts.gate_weight": "gate of shared experts",
-}
+# Kinds of parts of fused weights that are matrices; tests/unit/test_fused.py has their rows.
+ATTENTION = {"latent": {"latent", "rope_key", "key", "value"}}
+# Why matrices stay with the scalar optimizer.
+REASONS = {"embedding or output layer", "router of experts", "gate of shared experts"}
 # Flags of Dion, and what they are in the reference's hyperparameters.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "": ("", {}),
@@ -134,21 +112,15 @@ CASES = {
     "bf16-tp2-pp2": Case("dense", 4, f"{TP2} {PP2} {OVERLAP}", 6, "bf16"),
 }
 SLOW_CASES = {
-    "dp2": Case("dense", 2, "", 3),
     "dp4": Case("dense", 4, OVERLAP, 3),
-    "tp2": Case("dense", 2, TP2, 6),
     "tp2-dp4": Case("dense", 8, "--tensor-model-parallel-size 2", 3),
     "tp4-dp2": Case("dense", 8, f"{TP4} --sequence-parallel", 6),
-    "tp4-pp2": Case("dense", 8, f"{TP4} {PP2}", 12),
-    "pp2": Case("dense", 2, PP2, 6),
-    "pp2-dp4": Case("dense", 8, PP2, 3),
     "instances2-dp4": Case("dense", 4, INSTANCES, 3),
     "ep2": Case("experts", 2, EP2, 6),
     "ep2-dp4-small": Case("small-experts", 4, f"{EP2} {OVERLAP}", 3),
     "tied-pp2-dp2": Case("tied", 4, f"{PP2} {OVERLAP}", 3),
     "several-tokens-tp2-pp2": Case("several-tokens", 4, f"{TP2} {PP2}", 6),
     "bf16-dp4": Case("dense", 4, OVERLAP, 3, "bf16"),
-    "bf16-tp2-dp2": Case("dense", 4, TP2, 3, "bf16"),
     "fp16-tp2-dp2": Case("dense", 4, f"{TP2} {OVERLAP}", 6, "fp16"),
     **{
         f"{option}-tp2-dp2": Case("dense", 4, f"{TP2} {OVERLAP}", 6, option=option)
@@ -188,7 +160,9 @@ class Runs:
         result = self.run(Case(model, 1, "", SAMPLES, precision, option))
         check_records(result, option)
         assert result[0][-1] < result[0][0] - 0.2
-        check_that_nothing_is_silent(result[1])
+        rows = rows_of(result[1])
+        others = [row for row in rows if "x" in row["shape"] and row["optimizer"] != "dion"]
+        assert {row["reason"] for row in others} <= REASONS
         return result
 
 
@@ -207,14 +181,6 @@ def rows_of(routing: str) -> list[dict[str, str]]:
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def check_that_nothing_is_silent(routing: str) -> None:
-    """Every 2-D parameter is Dion's, or is named with the reason that its kind has."""
-    for row in rows_of(routing):
-        if row["shape"].count("x") == 1 and row["optimizer"] != "dion":
-            [reason] = [why for name, why in REASONS.items() if row["parameter"].endswith(name)]
-            assert row["reason"] == reason
-
-
 def largest_difference(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
@@ -229,11 +195,9 @@ def test_run_does_not_depend_on_topology(runs: Runs, name: str) -> None:
     assert largest_difference(on_grid[0], expected) < TOLERANCE[case.precision]
     assert on_grid[1] == routing
     check_records(on_grid, case.option)
-    sizes = {row["matrix"]: f"{row['rows']}x{row['columns']}" for row in rows_of(routing)}
-    for matrix, size in SIZES.get(f"{case.model} {case.option}".strip(), {}).items():
-        names = [name for name in sizes if name.endswith(matrix)]
-        [first] = [name for name in names if not name.startswith("decoder.layers.1.")]
-        assert sizes[first] == size
+    parts = set(re.findall(r"\[([a-z_]+)", routing))
+    expected_parts = {"gate", "up"} | ATTENTION.get(case.model, {"query", "key", "value"})
+    assert parts == (set() if case.option == "whole" else expected_parts)
 
 
 def test_storage_and_exchange_in_bf16_stay_close(runs: Runs) -> None:
@@ -242,31 +206,6 @@ def test_storage_and_exchange_in_bf16_stay_close(runs: Runs) -> None:
     in_bf16, _, _ = runs.run(CASES["tp2-dp2"], flags)
     expected, _, _ = runs.single("dense", "fp32", "")
     assert 2e-5 < largest_difference(in_bf16, expected) < 1e-2
-
-
-def train_without_latent_check(argv: list[str]) -> dict[str, Any]:
-    """On a rank: trains even where Megatron is known to lose gradients; Dion is given the rest."""
-    from megatron_dion.megatron import validation
-
-    validation.OF_ALL_SCRIPTS = tuple(
-        check for check in validation.OF_ALL_SCRIPTS if check != validation.check_latent_attention
-    )
-    return train_recorded(argv, ITERATIONS)
-
-
-@pytest.mark.slow
-def test_tensor_parallel_latent_attention_by_heads(tmp_path: Path) -> None:
-    # The losses cannot agree: Megatron loses gradients here (validation.check_latent_attention).
-    argv = [*f"{COMMON} {LATENT} {TP2} --dion-split gate,heads".split(), *TRAINING, *DION]
-    argv += ["--train-iters", str(ITERATIONS), "--run-dir", str(tmp_path)]
-    check_against_reference(world(4).fork(train_without_latent_check, argv), 1e-5)
-    routing = (tmp_path / "routing.tsv").read_text()
-    sizes = {row["matrix"]: (row["rows"], row["columns"]) for row in rows_of(routing)}
-    start = "decoder.layers.0.self_attention.linear"
-    assert sizes[f"{start}_q_proj.weight[query.5]"] == ("14", "72")
-    assert sizes[f"{start}_kv_down_proj.weight[rope_key]"] == ("4", "72")
-    assert sizes[f"{start}_kv_up_proj.weight[key.0]"] == ("10", "24")
-    assert sizes[f"{start}_kv_up_proj.weight[value.5]"] == ("8", "24")
 
 
 def train_with_overrides(argv: list[str]) -> list[Any]:
@@ -298,9 +237,4 @@ def test_overrides_and_patterns_by_name(tmp_path: Path) -> None:
     assert 2e-3 < lr < 4e-3
     assert weight_decay == 0.1
     check_against_reference(records, 1e-5)
-    routing = (tmp_path / "routing.tsv").read_text()
-    routes = {row["parameter"]: (row["optimizer"], row["reason"]) for row in rows_of(routing)}
-    assert routes["output_layer.weight"] == ("dion", "included by output_layer.*")
-    excluded = ("adam", "excluded by *layers.0.*.linear_proj.weight")
-    assert routes["decoder.layers.0.self_attention.linear_proj.weight"] == excluded
     assert "decoder.layers.0.self_attention.linear_proj.weight" not in rates

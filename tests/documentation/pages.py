@@ -76,11 +76,6 @@ class Block:
         return None
 
 
-def blocks_of(page: str) -> list[Block]:
-    """Returns all code blocks of a page, in their order."""
-    return list(blocks_in(page, (ROOT / page).read_text(encoding="utf-8")))
-
-
 def links_of(page: str) -> list[str]:
     """Returns the files to which a page links, relative to its folder; pictures too."""
     links = (
@@ -92,7 +87,12 @@ def links_of(page: str) -> list[str]:
     return [path for path in paths if path]
 
 
-def blocks_in(page: str, text: str) -> Iterator[Block]:
+def blocks_of(page: str) -> list[Block]:
+    """Returns all code blocks of a page, in their order."""
+    return list(_blocks(page, (ROOT / page).read_text(encoding="utf-8")))
+
+
+def _blocks(page: str, text: str) -> Iterator[Block]:
     lines = text.splitlines()
     for token in MarkdownIt("commonmark").parse(text):
         if token.type not in ("fence", "code_block"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation.pages import PAGES, Block, blocks_in, blocks_of
+from tests.documentation.pages import PAGES, Block, blocks_of
 from tests.project import ROOT, copy_project
 
 # These would install into the environment of the tests.
@@ -38,8 +38,6 @@ def test_continuous_integration_runs_what_is_left_to_it() -> None:
     rules = dict(re.findall(r"^([\w-]+): *([^=\n]*)$", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M))
     targets = named.union(*(rules[target].split() for target in named))
-    if "test-all" in named:
-        targets.add("test")  # a part of it
     assert commands <= {f"make {target}" for target in targets}
     assert "make test" in commands
 
@@ -84,24 +82,3 @@ def run(block: Block, project: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, f"{block.place} ended with {done.returncode}:\n{done.stdout}"
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("```bash\nls\n```", None),
-        ("<!-- tests in: tests/project.py -->\n```bash tested\nls\n```", None),
-        ("<!-- tests in: tests/none.py -->\n```bash tested\nls\n```", "there is no tests/none.py"),
-        ("<!-- tests in: tests/project.py -->\n```bash gpu\nls\n```", "the mark 'tested' and"),
-        ("```bash tested\nls\n```", "the mark 'tested' and"),
-        ("```bash later\nls\n```", "the mark 'later' is none of"),
-        ("```text\nB = M + G\n```", None),
-        ("```text\nmake train\n```", "a command that is not run"),
-        ("```sh\nls\n```", "the language 'sh'"),
-        ("* in a list\n\n  ```console\n  ls\n  ```", "the language 'console'"),
-    ],
-)
-def test_blocks_without_a_verdict_are_noticed(text: str, fault: str | None) -> None:
-    [block] = blocks_in("page", text)
-    assert (block.fault or "").startswith(fault or "")
-    assert bool(block.fault) == bool(fault)

@@ -1,4 +1,4 @@
-"""Parameters that are kept in FP8, and what Megatron's buffers and optimizer do with them.
+"""Parameters that are kept in FP8, tensorwise or in mxfp8, and what Megatron does with them.
 
 A parameter remains an ordinary tensor, which shows the values of its FP8 form; that form is an
 attribute of it.
@@ -15,25 +15,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager, _world
 from torch.nn import Module, Parameter
 
-from tests.fp8_emulation.scaling import (
-    E4M3,
-    Tiles,
-    cast,
-    e8m0_scale,
-    float_scale,
-    power_of_two_scale,
-)
+from tests.fp8_emulation.scaling import Form, cast, float_scale, forms, values
 
 _ATTRIBUTE = "emulated_fp8"
-# Height and width of the tiles that have one scale, and how the scale follows from the largest
-# magnitude.
-_WHOLE = 1 << 62
-_RECIPES = {
-    "delayed": (_WHOLE, _WHOLE, float_scale),
-    "tensorwise": (_WHOLE, _WHOLE, float_scale),
-    "blockwise": (128, 128, power_of_two_scale),
-    "mxfp8": (1, 32, e8m0_scale),
-}
 
 
 def install() -> None:
@@ -110,83 +94,26 @@ def _with_weights_in_fp8(init: Callable[..., None]) -> Callable[..., None]:
 class Fp8Weight:
     """The FP8 form of a weight.
 
-    Args:
-        parameter: (rows, columns), whose present values are kept.
-        recipe: how it is scaled.
-
     Attributes:
         recipe: how it is scaled.
-        tiles: what has one scale.
-        data: (rows, columns), uint8.
-        scale_inv: float32, one for each tile.
-        second_form: with mxfp8, tiles, data and scale_inv for products over rows.
-        scale: with delayed scaling, what the next values are multiplied by.
-        amax: with delayed scaling, the largest magnitude since `scale` was made.
+        forms: for products over columns and over rows; the same one twice but for mxfp8.
     """
 
-    def __init__(self, parameter: Parameter, recipe: str) -> None:
-        rows, columns = parameter.shape
-        height, width, self._rule = _RECIPES[recipe]
+    def __init__(self, initial: Tensor, recipe: str) -> None:
         self.recipe = recipe
-        self.tiles = Tiles(rows, columns, min(height, rows), min(width, columns))
-        self.data = torch.zeros(rows, columns, dtype=torch.uint8)
-        self.scale_inv = torch.zeros(self.tiles.counts)
-        self.second_form: tuple[Tiles, Tensor, Tensor] | None = None
-        if height != width:
-            tiles = Tiles(rows, columns, min(width, rows), min(height, columns))
-            self.second_form = (tiles, self.data.clone(), torch.zeros(tiles.counts))
-        self.scale = torch.tensor(1.0)
-        self.amax = torch.tensor(0.0)
-        self.take(parameter.detach())
+        self.forms: list[Form] = forms(recipe, initial)
 
-    def take(self, values: Tensor) -> None:
-        """Becomes these values, rounded.
-
-        Args:
-            values: (rows, columns).
-        """
-        scale = self.set_scale(self.tiles.amax(values))
-        self.set_piece(values.reshape(-1), 0, scale)
-        if self.second_form is not None:
-            tiles, data, scale_inv = self.second_form
-            scale = self._rule(tiles.amax(values), E4M3)
-            scale_inv.copy_(scale.reciprocal())
-            data.copy_(cast(values, tiles.spread(scale), E4M3).view(torch.uint8))
-
-    def set_scale(self, amax: Tensor) -> Tensor:
-        """Scales by the largest magnitudes of the tiles; delayed scaling notes them for later.
-
-        Returns:
-            The scales of the tiles, for `set_piece`.
-        """
-        if self.recipe == "delayed":
-            self.amax = amax.max().clone()
-            scale = self.scale.view(1, 1)
-        else:
-            scale = self._rule(amax, E4M3)
-        self.scale_inv.copy_(scale.reciprocal())
-        return scale
-
-    def set_piece(self, piece: Tensor, start: int, scale: Tensor) -> None:
-        """Rounds a piece of the flattened weight with the scales of the tiles."""
-        stop = start + piece.numel()
-        of_elements = scale.view(-1)[self.tiles.of_elements(start, stop)]
-        self.data.view(-1)[start:stop] = cast(piece, of_elements, E4M3).view(torch.uint8)
-
-    def values(self) -> Tensor:
-        """What products compute with, float32 (rows, columns)."""
-        return self.data.view(E4M3).float() * self.tiles.spread(self.scale_inv)
-
-    def forms(self) -> list[tuple[Tensor, Tensor]]:
-        """Bytes and inverse scales, for products over columns and over rows."""
-        first = (self.data, self.scale_inv)
-        return [first, first if self.second_form is None else self.second_form[1:]]
+    def take(self, whole: Tensor) -> None:
+        """Becomes these values, rounded."""
+        for form, new in zip(self.forms, forms(self.recipe, whole), strict=True):
+            for tensor, new_values in zip(form, new, strict=True):
+                tensor.copy_(new_values)
 
 
 def keep_in_fp8(parameter: Parameter, recipe: str) -> None:
     """Gives a parameter its FP8 form; it remembers its present values for the master weights."""
     initial = parameter.detach().clone()
-    setattr(parameter, _ATTRIBUTE, Fp8Weight(parameter, recipe))
+    setattr(parameter, _ATTRIBUTE, Fp8Weight(initial, recipe))
     # What Megatron asks Transformer Engine's weights (MC/optimizer/distrib_optimizer.py:430).
     parameter.get_high_precision_init_val = lambda: initial  # type: ignore[attr-defined]
     parameter.clear_high_precision_init_val = (  # type: ignore[attr-defined]
@@ -195,15 +122,16 @@ def keep_in_fp8(parameter: Parameter, recipe: str) -> None:
     show_values([parameter])
 
 
-def fp8_of(tensor: Tensor) -> Fp8Weight | None:
-    """The FP8 form of a parameter that has one."""
-    return getattr(tensor, _ATTRIBUTE, None)
+def fp8_of(tensor: Tensor) -> Fp8Weight:
+    """The FP8 form of a parameter for which `is_fp8` holds."""
+    weight: Fp8Weight = getattr(tensor, _ATTRIBUTE)
+    return weight
 
 
 def _take_loaded_values(module: Module, incompatible_keys: Any) -> None:
     # The tensor that was loaded stays as it is: master weights are made of it.
     parameter: Any = module.weight
-    getattr(parameter, _ATTRIBUTE).take(parameter.detach())
+    fp8_of(parameter).take(parameter.detach())
     parameter.data = values_of(parameter)
 
 
@@ -211,18 +139,17 @@ def _take_loaded_values(module: Module, incompatible_keys: Any) -> None:
 
 
 def is_fp8(tensor: Tensor) -> bool:
-    return fp8_of(tensor) is not None
+    return hasattr(tensor, _ATTRIBUTE)
 
 
 def is_mxfp8(tensor: Tensor) -> bool:
-    weight = fp8_of(tensor)
-    return weight is not None and weight.recipe == "mxfp8"
+    return is_fp8(tensor) and fp8_of(tensor).recipe == "mxfp8"
 
 
 def move_to(parameter: Parameter, memory: Tensor) -> None:
-    weight: Fp8Weight = getattr(parameter, _ATTRIBUTE)
-    memory.copy_(weight.data)
-    weight.data = memory
+    weight = fp8_of(parameter)
+    data, scale_inv = weight.forms[0]
+    weight.forms = [(memory.copy_(data), scale_inv)] * 2
 
 
 def quantize_pieces(
@@ -232,49 +159,33 @@ def quantize_pieces(
     group: dist.ProcessGroup,
 ) -> None:
     """A collective call, with all FP8 weights of an optimizer and this rank's pieces of masters."""
-    weights: list[Fp8Weight] = [getattr(parameter, _ATTRIBUTE) for parameter in parameters]
-    if not weights:
+    if not parameters:
         return
-    if weights[0].recipe == "delayed":
-        _make_delayed_scales(weights)
     # Rounded twice, as weights are that are kept in bf16.
-    pieces = [
-        None if master is None or start is None else (master.to(parameter.dtype), start)
-        for parameter, master, start in zip(parameters, masters, starts, strict=True)
-    ]
-    amax = [
-        weight.tiles.amax_of_piece(*piece) if piece else torch.zeros_like(weight.scale_inv)
-        for weight, piece in zip(weights, pieces, strict=True)
-    ]
-    flat = torch.cat([one.flatten() for one in amax])
-    dist.all_reduce(flat, dist.ReduceOp.MAX, group=group)
-    of_weights = flat.split([one.numel() for one in amax])
-    for weight, piece, largest in zip(weights, pieces, of_weights, strict=True):
-        scale = weight.set_scale(largest.view_as(weight.scale_inv))
-        if piece:
-            weight.set_piece(*piece, scale)
-
-
-def _make_delayed_scales(weights: Sequence[Fp8Weight]) -> None:
-    """Of the largest magnitudes that the ranks saw before, as after a backward pass."""
-    from megatron.core.parallel_state import get_amax_reduction_group
-
-    amax = torch.stack([weight.amax for weight in weights])
-    dist.all_reduce(amax, dist.ReduceOp.MAX, group=get_amax_reduction_group(True))
-    for weight, largest in zip(weights, amax, strict=True):
-        weight.scale = float_scale(largest, E4M3)
+    pieces = [None if master is None else master.bfloat16() for master in masters]
+    amax = torch.stack(
+        [torch.tensor(0.0) if piece is None else piece.abs().max().float() for piece in pieces]
+    )
+    dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
+    for parameter, piece, start, scale in zip(
+        parameters, pieces, starts, float_scale(amax), strict=True
+    ):
+        data, scale_inv = fp8_of(parameter).forms[0]
+        scale_inv.copy_(scale.reciprocal())
+        if piece is not None and start is not None:
+            data.view(-1)[start : start + piece.numel()] = cast(piece, scale)
 
 
 def show_values(parameters: Sequence[Parameter]) -> None:
     for parameter in parameters:
-        parameter.data.copy_(getattr(parameter, _ATTRIBUTE).values())
+        parameter.data.copy_(values_of(parameter))
 
 
 def copy_into(parameter: Parameter, source: Tensor) -> None:
-    getattr(parameter, _ATTRIBUTE).take(source.view(parameter.shape))
+    fp8_of(parameter).take(source.view(parameter.shape))
     show_values([parameter])
 
 
 def values_of(parameter: Parameter) -> Tensor:
-    values: Tensor = getattr(parameter, _ATTRIBUTE).values()
-    return values.to(parameter.dtype)
+    weight = fp8_of(parameter)
+    return values(weight.recipe, weight.forms[0]).to(parameter.dtype)

@@ -1,36 +1,41 @@
 """Training in FP8 by Transformer Engine, with its own layers and kernels, over NCCL.
 
-The weights on every GPU are compared with those of whole weights, as on CPU.
+The weights on every GPU are compared with those of whole weights, as on CPU. Without a GPU the
+tests are skipped, but not by `make test-gpu`, which sets REQUIRE_GPU_TESTS.
 """
 
 import itertools
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.nursery import losses
+from tests.distributed.nursery import DION, TRAINING, losses
+from tests.distributed.test_fp8 import MODEL as MODEL_ON_CPU
 from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of
 
+HAS_ALL = torch.cuda.is_available() and find_spec("transformer_engine") is not None
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not HAS_ALL and "REQUIRE_GPU_TESTS" not in os.environ,
+        reason="no CUDA device with Transformer Engine: make test-gpu where there is",
+    ),
+]
 ITERATIONS = 8
 HALF = ITERATIONS // 2
+# Of the model of the CPU tests, with what kernels on GPUs want.
 MODEL = (
-    "--num-layers 3 --hidden-size 320 --ffn-hidden-size 448 --num-attention-heads 4"
-    " --group-query-attention --num-query-groups 2 --kv-channels 64"
-    " --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope"
-    " --normalization RMSNorm --swiglu --disable-bias-linear --no-bias-swiglu-fusion"
-    " --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
-    " --mock-data --tokenizer-type NullTokenizer --vocab-size 250"
-    " --make-vocab-size-divisible-by 8 --padded-vocab-size 256"
-    " --micro-batch-size 4 --global-batch-size 16 --lr 4e-3 --min-lr 4e-4"
-    " --lr-decay-style cosine --lr-warmup-iters 2 --lr-decay-iters 20 --weight-decay 0.1"
-    " --clip-grad 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
-    " --bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
-    " --optimizer dion --use-distributed-optimizer --device cuda"
-).split()
+    *(*MODEL_ON_CPU, *TRAINING, *DION),
+    *"--hidden-size 320 --kv-channels 64 --seq-length 128 --max-position-embeddings 128".split(),
+    *"--init-method-std 0.02 --micro-batch-size 4 --global-batch-size 16 --log-interval 1".split(),
+    *"--transformer-impl transformer_engine --no-gradient-accumulation-fusion".split(),
+    *"--no-bias-swiglu-fusion --device cuda".split(),
+)
 GRIDS = {
     "one GPU": (1, ""),
     "DP2": (2, "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300000"),
@@ -58,7 +63,7 @@ def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kep
 
 def needs(recipe: str, gpus: int) -> None:
     """Skips what these GPUs cannot do."""
-    if torch.cuda.device_count() < gpus:
+    if gpus > 1 and torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs, there is {torch.cuda.device_count()}")
     wanted = {"mxfp8": (10, 0), "blockwise": (9, 0), "bf16": (8, 0)}.get(recipe, (8, 9))
     if torch.cuda.get_device_capability() < wanted:

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_dion.platforms.ports import free_port
+from tests.project import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = REPOSITORY / "examples" / "slurm"
-# Debian's packages, and a program of each.
-PACKAGES = {"slurm-wlm": "slurmctld", "munge": "munged"}
+SCRIPTS = ROOT / "examples" / "slurm"
 # Longer than anything takes here, also on a busy machine.
 SECONDS = 120.0
 _SECONDS_TO_START = 30.0
@@ -61,18 +59,12 @@ def reason_to_skip() -> str | None:
     """Installs what is missing; None if there is everything that a cluster needs."""
     if os.geteuid() != 0:
         return "slurmd needs root"
-    packages = [package for package, program in PACKAGES.items() if not shutil.which(program)]
-    if not packages:
+    if shutil.which("slurmctld") and shutil.which("munged"):
         return None
-    if not shutil.which("apt-get"):
-        return f"no {', '.join(packages)}, and no apt-get to install them"
-    install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+    install = "apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge"
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], install):
-        done = subprocess.run(command, env=quiet, capture_output=True, text=True)
-        if done.returncode:
-            return f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}"
-    return None
+    done = subprocess.run(["sh", "-c", install], env=quiet, capture_output=True, text=True)
+    return f"{install}: {done.stderr.strip()[-300:]}" if done.returncode else None
 
 
 def wait_for[T](what: str, condition: Callable[[], T], seconds: float = SECONDS) -> T:
@@ -87,14 +79,12 @@ def wait_for[T](what: str, condition: Callable[[], T], seconds: float = SECONDS)
 class Cluster:
     """munged, slurmctld and two slurmd.
 
-    Args:
-        folder: for configuration, state and logs; its path must be short, as it holds a socket.
+    Their folder has configuration, state and logs; its path must be short, as it holds a socket.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
-        folder.chmod(0o755)  # munged insists
         self._environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._configure()
         try:
@@ -105,12 +95,13 @@ class Cluster:
 
     def run(self, *command: str | Path, **variables: str) -> str:
         """Runs one of Slurm's commands in the repository and returns what it prints."""
-        environment = {**self._environment, **variables}
-        done = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
-        )
+        done = self._call(*command, **variables)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def _call(self, *command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self._environment, **variables}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     def submit(self, log: Path, *command: str | Path, **variables: str) -> "Job":
         """Calls sbatch."""
@@ -129,9 +120,11 @@ class Cluster:
                 daemon.wait(SECONDS)
 
     def _configure(self) -> None:
-        ports = [free_port() for _ in range(2)]
-        values = {"folder": self.folder, "host": socket.gethostname(), "ports": ports}
-        text = _CONFIGURATION.format(port=free_port(), **values)
+        self.folder.chmod(0o755)  # munged insists
+        port, *ports = (free_port() for _ in range(3))
+        text = _CONFIGURATION.format(
+            folder=self.folder, host=socket.gethostname(), port=port, ports=ports
+        )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(_GPUS)
         (self.folder / "state").mkdir()
@@ -149,33 +142,25 @@ class Cluster:
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in ("node1", "node2"):
             self._daemon(node, "slurmd", "-D", "-N", node)
-        wait_for("two idle nodes", self._is_idle, _SECONDS_TO_START)
+        nodes = ("sinfo", "--noheader", "--Node", "--format=%T")
+        wait_for(
+            "two idle nodes",
+            lambda: self._call(*nodes).stdout.split() == ["idle", "idle"],
+            _SECONDS_TO_START,
+        )
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("wb") as log:
             daemon = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
         self._daemons.append(daemon)
 
-    def _is_idle(self) -> bool:
-        answer = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"],
-            env=self._environment, capture_output=True, text=True,
-        )  # fmt: skip
-        return answer.stdout.split() == ["idle", "idle"]
-
 
 class Job:
-    """A job that was submitted.
-
-    Args:
-        cluster: where.
-        number: its id.
-        log: where the batch script prints.
-    """
+    """A job that was submitted; its batch script prints into a log."""
 
     def __init__(self, cluster: Cluster, number: int, log: Path) -> None:
         self.number = number
-        self.log = log
+        self._log = log
         self._cluster = cluster
 
     def state(self) -> str:
@@ -214,7 +199,7 @@ class Job:
         return wait_for(f"rank {rank}", lambda: _find_process("pretrain_gpt.py", wanted))
 
     def text(self) -> str:
-        return self.log.read_text()
+        return self._log.read_text()
 
     def said(self) -> list[str]:
         """What the script itself said, without what ranks print."""

@@ -1,5 +1,6 @@
 """The shipped script, unchanged, on a Slurm cluster of two nodes."""
 
+import csv
 import os
 import re
 import signal
@@ -62,9 +63,8 @@ class Run:
 
     def history(self) -> list[dict[str, str]]:
         """The starts."""
-        names, *rows = (self.folder / "history.tsv").read_text().splitlines()
-        keys = names.split("\t")
-        return [dict(zip(keys, row.split("\t"), strict=True)) for row in rows]
+        with (self.folder / "history.tsv").open() as file:
+            return list(csv.DictReader(file, delimiter="\t"))
 
 
 @pytest.fixture(scope="session")
@@ -181,25 +181,3 @@ def test_dry_run_in_a_job_knows_its_end_and_its_nodes(cluster: Cluster, tmp_path
     assert re.search("--exit-duration-in-mins 5[45] ", job.text())
     assert "--nodes=2 --ntasks=4 --ntasks-per-node=2 " in job.text()
     assert not run.folder.exists()
-
-
-def test_the_launcher_submits_a_recipe(
-    whole: tuple[Run, Job], cluster: Cluster, tmp_path: Path
-) -> None:
-    run = Run(cluster, tmp_path)
-    recipe = tmp_path / "tiny.yaml"
-    flags = " ".join(RECIPE)
-    recipe.write_text(
-        f'description: tiny\narguments: {flags}\ntopologies: {{2: "--log-interval 1"}}'
-    )
-    answer = cluster.run(
-        *(sys.executable, "-m", "megatron_dion_tools", "launch", recipe),
-        *("--nodes", "2", "--gpus-per-node", "1", "--run-dir", run.folder),
-        SITE_ENV=str(tmp_path / "site.env"),
-    )
-    number = int(answer.split()[-1])
-    job = Job(cluster, number, run.folder / f"slurm-{number}.log")
-    job.wait_for("COMPLETED")
-    assert job.said()[-1] == f"finished: iteration {ITERATIONS} of {ITERATIONS}"
-    assert losses(run.folder) == losses(whole[0].folder)
-    assert "--swiglu" in (run.folder / "recipe.args").read_text().splitlines()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import REPOSITORY, SCRIPTS, Cluster
+from tests.project import ROOT
+from tests.slurm.cluster import SCRIPTS
 
 SCRIPT = SCRIPTS / "pretrain.sbatch"
 
@@ -19,7 +20,7 @@ def dry_run(*arguments: str | Path, **variables: str) -> subprocess.CompletedPro
     return subprocess.run(
         ["bash", SCRIPT, *arguments],
         env={**outside, "DRY_RUN": "1", "SITE_ENV": "/dev/null", **variables},
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -54,23 +55,20 @@ def test_dry_run_prints_the_command_and_does_nothing(recipe: Path, tmp_path: Pat
     assert not run.exists()
 
 
-def test_torchrun_is_one_task_per_node(recipe: Path) -> None:
-    command = command_of(dry_run(recipe, GPUS_PER_NODE="4", LAUNCHER="torchrun"))
-    assert {"--ntasks=1", "--ntasks-per-node=1"} <= set(command)
-
-
-def test_flags_of_a_container_come_with_an_image(recipe: Path, tmp_path: Path) -> None:
+def test_a_site_names_gpus_port_and_what_a_container_mounts(recipe: Path, tmp_path: Path) -> None:
     site, run = tmp_path / "site.env", tmp_path / "run"
-    site.write_text("CONTAINER_MOUNTS=(/data:/data:ro /scratch)\n")
-    variables = {"GPUS_PER_NODE": "1", "SITE_ENV": str(site), "RUN_DIR": str(run)}
+    site.write_text("GPUS_PER_NODE=3\nMASTER_PORT=7\nCONTAINER_MOUNTS=(/data:/data:ro /scratch)\n")
+    variables = {"SITE_ENV": str(site), "RUN_DIR": str(run)}
+    assert "MASTER_PORT=7:" in dry_run(recipe, **variables).stdout
     assert not any(
         word.startswith("--container") for word in command_of(dry_run(recipe, **variables))
     )
     command = command_of(dry_run(recipe, CONTAINER_IMAGE="/images/torch.sqsh", **variables))
+    assert "--ntasks=3" in command
     assert [word for word in command if re.match("--(no-)?container", word)] == [
         "--container-image=/images/torch.sqsh",
-        f"--container-mounts={REPOSITORY}:{REPOSITORY},{run}:{run},/data:/data:ro,/scratch",
-        f"--container-workdir={REPOSITORY}",
+        f"--container-mounts={ROOT}:{ROOT},{run}:{run},/data:/data:ro,/scratch",
+        f"--container-workdir={ROOT}",
         "--no-container-mount-home",
     ]
 
@@ -80,47 +78,21 @@ def test_shipped_recipe_and_site_are_ready_for_use() -> None:
     assert "--swiglu" in command_of(done)
 
 
-def test_another_site_file(recipe: Path, tmp_path: Path) -> None:
-    site = tmp_path / "other.env"
-    site.write_text("GPUS_PER_NODE=3\nMASTER_PORT=7\n")
-    done = dry_run(recipe, SITE_ENV=str(site))
-    assert "--ntasks=3" in command_of(done)
-    assert "MASTER_PORT=7:" in done.stdout
-
-
 @pytest.mark.parametrize(
-    ("variables", "message"),
+    ("text", "variables", "message"),
     [
-        ({}, "no GPUs"),
-        ({"GPUS_PER_NODE": "1", "LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: srun or torchrun"),
-        ({"GPUS_PER_NODE": "1", "SITE_ENV": "no/such.env"}, "cannot read SITE_ENV=no/such.env"),
-        ({"GPUS_PER_NODE": "1", "DRY_RUN": ""}, "not in a Slurm job"),
-        ({"GPUS_PER_NODE": "1", "SLURM_SUBMIT_DIR": "/"}, "/ has no pretrain_gpt.py"),
+        (None, {}, "no GPUs"),
+        (None, {"GPUS_PER_NODE": "1", "LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: srun or torchrun"),
+        (None, {"SITE_ENV": "no/such.env"}, "cannot read SITE_ENV=no/such.env"),
+        (None, {"GPUS_PER_NODE": "1", "DRY_RUN": ""}, "not in a Slurm job"),
+        (None, {"SLURM_SUBMIT_DIR": "/"}, "/ has no pretrain_gpt.py"),
+        ("--lr 1", {"GPUS_PER_NODE": "1"}, "no --train-iters"),
+        ("--name 'a", {"GPUS_PER_NODE": "1"}, "is not a file of flags"),
     ],
 )
-def test_refusals(recipe: Path, variables: dict[str, str], message: str) -> None:
+def test_refusals(recipe: Path, text: str | None, variables: dict[str, str], message: str) -> None:
+    if text is not None:
+        recipe.write_text(text)
     done = dry_run(recipe, **variables)
     assert done.returncode == 1
     assert message in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("--lr 1", "no --train-iters"),
-        ("--name 'a", "is not a file of flags"),
-        (None, "cannot read"),
-    ],
-)
-def test_refused_recipes(tmp_path: Path, text: str | None, message: str) -> None:
-    recipe = tmp_path / "recipe.args"
-    if text is not None:
-        recipe.write_text(text)
-    done = dry_run(recipe, GPUS_PER_NODE="1")
-    assert done.returncode == 1
-    assert message in done.stderr
-
-
-@pytest.mark.slow
-def test_sbatch_would_start_it(cluster: Cluster, recipe: Path) -> None:
-    cluster.run("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", SCRIPT, recipe)

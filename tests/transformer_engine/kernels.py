@@ -11,7 +11,6 @@ import transformer_engine_torch as tex
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
-from transformer_engine.pytorch.constants import TE_DType_To_Torch
 from transformer_engine.pytorch.tensor import (
     Float8BlockQuantizer,
     Float8CurrentScalingQuantizer,
@@ -23,16 +22,18 @@ from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
 
 from tests.fp8_emulation.scaling import (
     LARGEST,
+    Form,
     ScaleRule,
     Tiles,
     cast,
     e8m0_scale,
     float_scale,
     power_of_two_scale,
+    tiles_of,
+    values,
 )
 
 _BLOCK = 128
-_LINE = 32
 
 
 def install() -> None:
@@ -74,10 +75,10 @@ def multi_tensor_compute_scale_and_scale_inv(
     powers_of_two: bool,
     epsilon: float,
 ) -> None:
-    dtype = next(dtype for dtype, value in LARGEST.items() if value == largest)
+    assert largest == LARGEST
     rule = _rule(powers_of_two)
     for amax, scale, scale_inv in zip(*lists, strict=True):
-        scale.copy_(rule(amax.clamp(min=epsilon), dtype))
+        scale.copy_(rule(amax.clamp(min=epsilon)))
         scale_inv.copy_(scale.reciprocal())
 
 
@@ -101,7 +102,7 @@ def fp8_block_scaling_partial_cast(
     tiles = Tiles(rows, columns, block, block)
     of_elements = tiles.of_elements(start, start + piece.numel())
     scales = _unpadded(scale, tiles).flatten()[of_elements]
-    _put(out, cast(piece, scales, TE_DType_To_Torch[dtype]))
+    _put(out, cast(piece, scales))
 
 
 def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
@@ -109,40 +110,39 @@ def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
     return transposed if out is None else out.copy_(transposed)
 
 
-def quantize(values: Tensor, quantizer: Any, output: Any, noop: Tensor | None = None) -> None:
+def quantize(whole: Tensor, quantizer: Any, output: Any, noop: Tensor | None = None) -> None:
     """As a scale that is given, or that the values need, makes them."""
-    values, dtype = values.detach(), TE_DType_To_Torch[quantizer.dtype]
+    whole = whole.detach()
     match quantizer:
         case Float8Quantizer():
-            _quantize_whole(values, quantizer.scale, dtype, output)
+            _quantize_whole(whole, quantizer.scale, output)
             if quantizer.amax.numel():
-                quantizer.amax.clamp_(min=values.abs().max().float())
+                quantizer.amax.clamp_(min=whole.abs().max().float())
         case Float8CurrentScalingQuantizer():
-            amax = values.abs().max().float().clamp(min=quantizer.amax_epsilon).view(1)
-            scale = _rule(quantizer.force_pow_2_scales)(amax, dtype)
-            _quantize_whole(values, scale, dtype, output)
+            amax = whole.abs().max().float().clamp(min=quantizer.amax_epsilon).view(1)
+            _quantize_whole(whole, _rule(quantizer.force_pow_2_scales)(amax), output)
         case Float8BlockQuantizer():
-            tiles = Tiles(*values.shape, _BLOCK, _BLOCK)
-            amax = tiles.amax(values).clamp(min=quantizer.amax_epsilon)
-            scale = _rule(quantizer.force_pow_2_scales)(amax, dtype)
-            _put(output._rowwise_data, cast(values, tiles.spread(scale), dtype))
+            tiles = Tiles(*whole.shape, _BLOCK, _BLOCK)
+            amax = tiles.amax(whole).clamp(min=quantizer.amax_epsilon)
+            scale = _rule(quantizer.force_pow_2_scales)(amax)
+            _put(output._rowwise_data, cast(whole, tiles.spread(scale)))
             _unpadded(output._rowwise_scale_inv, tiles).copy_(scale.reciprocal())
             output._create_columnwise()
         case MXFP8Quantizer():
             for data, scale_inv, tiles in _mxfp8_forms(output):
-                scale = e8m0_scale(tiles.amax(values), dtype)
-                _put(data, cast(values, tiles.spread(scale), dtype))
+                scale = e8m0_scale(tiles.amax(whole))
+                _put(data, cast(whole, tiles.spread(scale)))
                 exponents = torch.frexp(scale.reciprocal()).exponent - 1
                 _unpadded(scale_inv, tiles).copy_(exponents + 127)
 
 
-def _quantize_whole(values: Tensor, scale: Tensor, dtype: torch.dtype, output: Any) -> None:
-    _put(output._data, cast(values, scale, dtype))
+def _quantize_whole(whole: Tensor, scale: Tensor, output: Any) -> None:
+    _put(output._data, cast(whole, scale))
     output._scale_inv.copy_(scale.reciprocal())
     output._reset_caches()
 
 
-def mxfp8_forms(tensor: Any) -> list[tuple[Tensor, Tensor]]:
+def mxfp8_forms(tensor: Any) -> list[Form]:
     """Bytes and inverse scales, the form for products over columns first."""
     return [
         (data, 2.0 ** (_unpadded(scale_inv, tiles).float() - 127))
@@ -151,18 +151,15 @@ def mxfp8_forms(tensor: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _mxfp8_forms(tensor: Any) -> list[tuple[Tensor, Tensor, Tiles]]:
-    rows, columns = tensor._rowwise_data.shape
+    tiles = tiles_of("mxfp8", tensor._rowwise_data.shape)
     return [
-        (tensor._rowwise_data, tensor._rowwise_scale_inv, Tiles(rows, columns, 1, _LINE)),
-        (tensor._columnwise_data, tensor._columnwise_scale_inv, Tiles(rows, columns, _LINE, 1)),
+        (tensor._rowwise_data, tensor._rowwise_scale_inv, tiles[0]),
+        (tensor._columnwise_data, tensor._columnwise_scale_inv, tiles[1]),
     ]
 
 
 def _values_of_mxfp8(context: Any, tensor: Any, dtype: torch.dtype) -> Tensor:
-    data, _, tiles = _mxfp8_forms(tensor)[0]
-    _, scale_inv = mxfp8_forms(tensor)[0]
-    values = data.view(TE_DType_To_Torch[tensor._fp8_dtype]).float()
-    return (values * tiles.spread(scale_inv)).to(dtype)
+    return values("mxfp8", mxfp8_forms(tensor)[0]).to(dtype)
 
 
 def _rule(powers_of_two: bool) -> ScaleRule:
@@ -175,4 +172,4 @@ def _unpadded(scales: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _put(data: Tensor, rounded: Tensor) -> None:
-    data.copy_(rounded.view(torch.uint8).view(data.shape))
+    data.copy_(rounded.view(data.shape))

@@ -30,7 +30,7 @@ from megatron_dion.algorithm import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.routing import tag_matrices
-from tests.fp8_emulation.scaling import E4M3, float_scale
+from tests.fp8_emulation.scaling import Form, float_scale
 from tests.transformer_engine.kernels import mxfp8_forms
 
 _FP8 = tex.DType.kFloat8E4M3
@@ -43,7 +43,7 @@ def quantized(values: Tensor, recipe: str) -> Any:
     """A weight as Transformer Engine keeps it."""
     amax = values.abs().max().float().view(1)
     whole: dict[str, Any] = {
-        "delayed": Float8Quantizer(float_scale(amax, E4M3), torch.zeros(1), _FP8),
+        "delayed": Float8Quantizer(float_scale(amax), torch.zeros(1), _FP8),
         "tensorwise": Float8CurrentScalingQuantizer(_FP8, values.device),
     }
     tiled: dict[str, Any] = {
@@ -59,7 +59,7 @@ def quantized(values: Tensor, recipe: str) -> Any:
     return weight
 
 
-def forms_of(weight: Any) -> list[tuple[Tensor, Tensor]]:
+def forms_of(weight: Any) -> list[Form]:
     """Bytes and inverse scales for products over columns, and over rows; none of a bf16 weight."""
     match weight:
         case Float8Tensor():
@@ -177,7 +177,7 @@ class Training:
         found = []
         for weight in self.weights if self.recipe == "delayed" else []:
             quantizer = weight._get_quantizer()
-            quantizer.scale.copy_(float_scale(quantizer.amax, E4M3))
+            quantizer.scale.copy_(float_scale(quantizer.amax))
             found.append(quantizer.amax.clone())
             quantizer.amax.zero_()
         return found

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.optimizer.binding import Distribution, RightRows
-from megatron_dion.sharding import Part, Placement, Weight
 from tests.reference import ReferenceMatrix
 
 Shape = tuple[int, int]
@@ -51,14 +49,6 @@ class Comparison:
             for name, parameter in self.named.items()
         }
 
-    @property
-    def gradient_sizes(self) -> dict[str, Tensor]:
-        """Norms of the last gradients."""
-        return {
-            name: torch.zeros(()) if p.grad is None else p.grad.double().norm()
-            for name, p in self.named.items()
-        }
-
     def gradient(self, name: str, step: int, factor: float = 1.0) -> Tensor:
         """A gradient that any two comparisons of the same shapes agree upon."""
         number = list(self.named).index(name)
@@ -96,90 +86,16 @@ class Comparison:
         }
 
     def assert_equal(self, tolerances: Mapping[str, float] = TOLERANCES) -> None:
-        for name in self.named:
-            assert_follows(
-                self.references[name], self.tensors(name), self.gradient_sizes[name], tolerances
-            )
-
-
-class FusedComparison:
-    """One parameter that fuses two logical matrices row by row, so that both are in many blocks.
-
-    Its period is two rows of `one`, then three of `other`.
-
-    Args:
-        options: of the optimizer.
-    """
-
-    PARTS = (Part("one", 2), Part("other", 3))
-
-    def __init__(self, periods: int = 4, columns: int = 6, **options: Any) -> None:
-        weight = Weight("fused", 5 * periods, columns, parts=self.PARTS)
-        numel = weight.rows * columns
-        parameter = Parameter(draw((numel,), 0))
-        self.optimizer = Dion([parameter], **{"lr": LR, **options})
-        placement = Placement(weight, start=0, bucket_numel=numel)
-        self.optimizer.distribute(Distribution([placement], {0: parameter}, parameter.device))
-        self.parameter = parameter
-        config = self.optimizer.config
-        height = {part.name: part.rows for part in self.PARTS}
-        wholes = parameter.detach().view(periods, 5, columns).split(list(height.values()), dim=1)
-        self.references = {
-            f"fused[{name}]": ReferenceMatrix.start(f"fused[{name}]", w.flatten(0, 1), config)
-            for name, w in zip(height, wholes, strict=True)
-        }
-
-    def run(self, steps: Iterable[int]) -> None:
-        group = self.optimizer.param_groups[0]
-        for step in steps:
-            gradient = draw((self.parameter.numel(),), 7 + step)
-            self.parameter.grad = gradient.clone()
-            for name, reference in self.references.items():
-                whole = torch.zeros(reference.weight.shape)
-                for right in self._right_factors(name):
-                    place = right.rectangle
-                    rows = slice(place.row_start, place.row_stop)
-                    whole[rows] = _part(gradient, right)
-                reference.step(whole, group["lr"], group["weight_decay"], self.optimizer.config)
-            self.optimizer.step()
-
-    def assert_equal(self) -> None:
-        for name, reference in self.references.items():
-            right_factors = self._right_factors(name)
-            assert len(right_factors) > 1
-            order = sorted(right_factors, key=lambda right: right.rectangle.row_start)
-            momentum = self.optimizer.state[self.parameter]["momentum"]
-            tensors = {
-                "weight": torch.cat([_part(self.parameter.detach(), right) for right in order]),
-                "momentum": torch.cat([_part(momentum, right) for right in order]),
-                "right_factor": torch.cat([right.values for right in order]),
-            }
-            assert_follows(reference, tensors, torch.zeros(()), TOLERANCES)
-
-    def _right_factors(self, name: str) -> list[RightRows]:
-        return [right for right in self.optimizer.right_factors() if right.matrix.name == name]
-
-
-def _part(flat: Tensor, right: RightRows) -> Tensor:
-    """A rectangle's elements of a flat tensor, (rows, columns)."""
-    place = right.rectangle
-    return flat[place.offset : place.offset + place.numel].view(place.rows, place.columns)
-
-
-def assert_follows(
-    reference: ReferenceMatrix,
-    tensors: Mapping[str, Tensor],
-    gradient_size: Tensor,
-    tolerances: Mapping[str, float],
-) -> None:
-    for what, tensor in tensors.items():
-        expected = getattr(reference, what)
-        assert tensor.shape == expected.shape, f"{reference.name} {what}: {tuple(tensor.shape)}"
-        size = expected.norm()
-        if what == "momentum":  # zero where the rank is full and mu is 0
-            size = torch.maximum(size, gradient_size)
-        distance = (tensor.double() - expected).norm() / size
-        assert distance < tolerances[what], f"{reference.name} {what}: {distance:.1e}"
+        for name, parameter in self.named.items():
+            for what, tensor in self.tensors(name).items():
+                expected = getattr(self.references[name], what)
+                assert tensor.shape == expected.shape, f"{name} {what}: {tuple(tensor.shape)}"
+                size = expected.norm()
+                if what == "momentum" and parameter.grad is not None:
+                    # It is zero where the rank is full and mu is 0.
+                    size = torch.maximum(size, parameter.grad.double().norm())
+                distance = (tensor.double() - expected).norm() / size
+                assert distance < tolerances[what], f"{name} {what}: {distance:.1e}"
 
 
 def assert_bitwise_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -11,22 +11,15 @@ SCALE_MODES = ("dion", "spectral", "unit_rms_norm")
     ("m", "n", "fraction", "multiple", "rank"),
     [
         (64, 32, 0.25, 1, 8),
-        (32, 64, 0.25, 1, 8),
         (10, 99, 0.25, 1, 3),  # ceil(2.5)
         (30, 30, 0.1, 1, 3),  # 0.1 * 30 = 3.0000000000000004
-        (21, 50, 1 / 3, 1, 7),
         (49, 50, 1 / 49, 1, 1),  # 49 * (1 / 49) = 0.9999999999999999
-        (1000, 1000, 0.0031, 1, 4),
         (100, 70, 0.1, 8, 8),  # 7 rounded up
         (100, 90, 0.1, 8, 16),  # 9 rounded up
-        (100, 80, 0.1, 8, 8),
         (100, 30, 1.0, 8, 30),  # 32 does not fit
         (100, 5, 0.1, 8, 5),
-        (5, 100, 0.1, 8, 5),
-        (64, 64, 1.0, 1, 64),
         (64, 64, 1e-12, 1, 1),
         (1, 1, 0.01, 1, 1),
-        (1, 500, 0.25, 1, 1),
         (500, 1, 0.25, 4, 1),
     ],
 )
@@ -34,18 +27,6 @@ def test_rank_is_the_rounded_share_of_the_smaller_side(
     m: int, n: int, fraction: float, multiple: int, rank: int
 ) -> None:
     assert DionConfig(rank_fraction=fraction, rank_multiple_of=multiple).rank(m, n) == rank
-
-
-@pytest.mark.parametrize("multiple", [1, 3, 16])
-@pytest.mark.parametrize("fraction", [1 / 64, 0.3, 1.0])
-def test_rank_is_symmetric_and_fits(fraction: float, multiple: int) -> None:
-    config = DionConfig(rank_fraction=fraction, rank_multiple_of=multiple)
-    for m in range(1, 40, 3):
-        for n in range(1, 40, 4):
-            rank = config.rank(m, n)
-            assert rank == config.rank(n, m)
-            assert fraction * min(m, n) - 1e-9 <= rank <= min(m, n)
-            assert rank % multiple == 0 or rank == min(m, n)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +71,3 @@ def test_value_out_of_range_is_refused_by_name(
         with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
             DionConfig(**{name: value})  # type: ignore[arg-type]
         assert str(error.value) == f"{name} must be {what}, not {value!r}"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("momentum", 0.0), ("rank_fraction", 1.0), ("rank_multiple_of", 1)],
-)
-def test_ends_of_ranges_that_belong_to_them_are_taken(name: str, value: float) -> None:
-    assert getattr(DionConfig(**{name: value}), name) == value  # type: ignore[arg-type]
-
-
-def test_config_cannot_change() -> None:
-    with pytest.raises(AttributeError):
-        DionConfig().momentum = 0.5  # type: ignore[misc]

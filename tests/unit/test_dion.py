@@ -1,4 +1,3 @@
-import copy
 import io
 import math
 from typing import Any
@@ -10,10 +9,8 @@ from torch.nn import Parameter
 
 from megatron_dion import Dion
 from megatron_dion.algorithm import matmul_precision
-from megatron_dion.algorithm import step as algorithm_step
 from tests.reference import orthonormal_columns
 from tests.unit.dion_cases import (
-    LR,
     SHAPES,
     TOLERANCES,
     Comparison,
@@ -35,6 +32,7 @@ BFLOAT16_ROUNDING = 2.0**-8
         {"weight_decay": 0.5},
         {"momentum": 0.0},
         {"rank_fraction": 0.5, "rank_multiple_of": 4},
+        {"rank_fraction": 1.0, "momentum": 0.0},
         {"extra_scale_factor": 0.1, "eps": 1e-3, "seed": 5},
         {"residual": "rows"},
         {"residual": "rows", "rank_fraction": 0.6, "momentum": 0.8, "eps": 1e-2},
@@ -56,28 +54,9 @@ def test_the_precision_of_products_is_set_for_a_step_alone(precision: str) -> No
     comparison.assert_equal({"weight": 3e-3, "momentum": 3e-2, "right_factor": 0.3})
 
 
-def test_full_rank_follows_the_reference() -> None:
-    shapes = [(8, 8), (20, 6), (5, 9)] * 4
-    comparison = Comparison([(shapes, {})], rank_fraction=1.0, momentum=0.0)
-    comparison.run(STEPS)
-    comparison.assert_equal()
-
-
-def test_groups_have_their_own_learning_rate_and_weight_decay() -> None:
-    comparison = Comparison(
-        [
-            ([(6, 4), (5, 9)], {"lr": 0.1}),
-            ([(6, 4)], {"lr": 0.01, "weight_decay": 2.0}),
-            ([(7, 3)], {}),
-        ],
-        weight_decay=0.3,
-    )
-    comparison.run(STEPS)
-    comparison.assert_equal()
-
-
-def test_learning_rate_scheduler_is_followed() -> None:
-    comparison = Comparison([([(6, 4)], {}), ([(5, 9)], {"lr": 0.2})], weight_decay=0.1)
+def test_groups_have_their_own_learning_rate_and_weight_decay_and_follow_a_scheduler() -> None:
+    groups: list[Any] = [([(6, 4)], {}), ([(5, 9)], {"lr": 0.2}), ([(7, 3)], {"weight_decay": 2.0})]
+    comparison = Comparison(groups, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(comparison.optimizer, T_max=12)
     comparison.run(STEPS, after_step=scheduler.step)
     comparison.assert_equal()
@@ -97,14 +76,6 @@ def test_init_state_allocates_the_documented_shapes(shape: Shape, rank: int) -> 
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     assert not state["momentum"].any()
     assert optimizer.param_groups[0]["step"] == 0
-
-
-def test_init_state_before_training_changes_nothing() -> None:
-    early, late = (Comparison([([(6, 4)], {})]) for _ in range(2))
-    early.optimizer.init_state()
-    early.run(STEPS)
-    late.run(STEPS)
-    assert_bitwise_equal(early.copies(), late.copies())
 
 
 def first_right_factors(params: Any, seed: int = 0) -> list[Tensor]:
@@ -144,9 +115,7 @@ def zeros(comparison: Comparison) -> dict[str, Tensor]:
 
 
 def test_zero_gradient_from_the_start_is_a_clean_no_op() -> None:
-    comparison = Comparison(
-        [(SHAPES, {})],
-    )
+    comparison = Comparison([(SHAPES, {})])
     comparison.optimizer.init_state()
     before = comparison.copies()
     for _ in range(3):
@@ -154,13 +123,6 @@ def test_zero_gradient_from_the_start_is_a_clean_no_op() -> None:
     assert_bitwise_equal(comparison.copies(), before)
     comparison.run(STEPS)
     comparison.assert_equal()
-
-
-def test_zero_gradient_still_decays_weights() -> None:
-    comparison = Comparison([([(6, 4)], {})], weight_decay=0.5)
-    before = comparison.named["0.0"].detach().clone()
-    comparison.step(zeros(comparison))
-    torch.testing.assert_close(comparison.named["0.0"].detach(), before * (1 - LR * 0.5))
 
 
 @pytest.mark.parametrize("true_rank", [1, 2])
@@ -213,15 +175,16 @@ def test_rows_of_which_little_is_left(last: int) -> None:
 def test_non_finite_gradient_is_an_error_that_changes_nothing(
     broken: float, steps_before: int
 ) -> None:
-    disturbed, undisturbed = (Comparison([([(6, 4), (5, 9)], {})]) for _ in range(2))
+    shapes = [(6, 4), (5, 9), (3, 2)]
+    disturbed, undisturbed = (Comparison([(shapes, {})]) for _ in range(2))
     for comparison in (disturbed, undisturbed):
         comparison.run(range(steps_before))
     before = disturbed.copies()
     gradients = {name: disturbed.gradient(name, 77) for name in disturbed.named}
-    gradients["0.1"][2, 3] = broken
+    gradients["0.0"][2, 3] = gradients["0.2"][1, 1] = broken
     for name, parameter in disturbed.named.items():
         parameter.grad = gradients[name]
-    with pytest.raises(FloatingPointError, match=r"^gradient is not finite: 0\.1$"):
+    with pytest.raises(FloatingPointError, match=r"^gradient is not finite: 0\.0, 0\.2$"):
         disturbed.optimizer.step()
     assert_bitwise_equal(disturbed.copies(), before)
     assert disturbed.optimizer.param_groups[0]["step"] == steps_before
@@ -230,20 +193,12 @@ def test_non_finite_gradient_is_an_error_that_changes_nothing(
     assert_bitwise_equal(disturbed.copies(), undisturbed.copies())
 
 
-def test_all_parameters_with_non_finite_gradients_are_named() -> None:
-    first, second, third = parameters([(3, 2)] * 3)
-    optimizer = Dion([first, second, third])
-    first.grad = torch.full((3, 2), math.nan)
-    second.grad = torch.ones(3, 2)
-    third.grad = torch.full((3, 2), -math.inf)
-    with pytest.raises(FloatingPointError, match=r": parameter\.0, parameter\.2$"):
-        optimizer.step()
-
-
-def test_saved_and_loaded_optimizer_continues_bitwise_equal() -> None:
+@pytest.mark.parametrize("options", [{}, BFLOAT16], ids=["fp32", "bf16"])
+def test_saved_and_loaded_optimizer_continues_bitwise_equal(options: dict[str, str]) -> None:
     groups: list[Any] = [(SHAPES, {}), ([(6, 4)], {"lr": 0.5})]
-    saved, loaded = (Comparison(groups, weight_decay=0.1) for _ in range(2))
+    saved, loaded = (Comparison(groups, weight_decay=0.1, **options) for _ in range(2))
     saved.run(range(4))
+    loaded.run(range(7, 9))  # what it had is replaced
     file = io.BytesIO()
     torch.save(saved.optimizer.state_dict(), file)
     file.seek(0)
@@ -257,31 +212,14 @@ def test_saved_and_loaded_optimizer_continues_bitwise_equal() -> None:
     assert loaded.optimizer.param_groups[1]["step"] == 8
 
 
-def test_loading_replaces_the_state_of_steps_already_taken() -> None:
-    once, twice = (Comparison([([(6, 4)], {})]) for _ in range(2))
-    once.run(range(2))
-    state = copy.deepcopy(once.optimizer.state_dict())  # torch does not copy tensors
-    weight = once.named["0.0"].detach().clone()
-    twice.run(range(5, 9))
-    twice.optimizer.load_state_dict(state)
-    with torch.no_grad():
-        twice.named["0.0"].copy_(weight)
-    for comparison in (once, twice):
-        comparison.run(range(2, 4))
-    assert_bitwise_equal(once.copies(), twice.copies())
-
-
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
         (torch.ones(4), r"2-D float32 matrices; layer is \(4,\) torch.float32"),
-        (torch.ones(2, 3, 4), r"2-D float32 matrices; layer is \(2, 3, 4\)"),
-        (torch.tensor(1.0), r"2-D float32 matrices; layer is \(\)"),
         (torch.ones(3, 2, dtype=torch.bfloat16), r"layer is \(3, 2\) torch.bfloat16"),
-        (torch.ones(3, 2, dtype=torch.float64), r"layer is \(3, 2\) torch.float64"),
         (torch.ones(2, 3).T, "contiguous parameters; layer is empty or strided"),
     ],
-    ids=["1-D", "3-D", "0-D", "bfloat16", "float64", "transposed"],
+    ids=["1-D", "bfloat16", "transposed"],
 )
 def test_unsuitable_parameter_is_refused_by_name(tensor: Tensor, message: str) -> None:
     parameter = Parameter(tensor)
@@ -316,10 +254,6 @@ def test_closure_computes_gradients_and_its_loss_is_returned() -> None:
     losses = [optimizer.step(closure).item() for _ in range(5)]
     assert losses[0] == pytest.approx(first)
     assert losses == sorted(losses, reverse=True)
-
-
-def test_nothing_is_sent_by_a_single_process() -> None:
-    assert Dion(parameters(SHAPES)).bytes_per_step() == 0
 
 
 def test_gradients_are_not_changed() -> None:
@@ -366,41 +300,13 @@ def test_stored_dtypes_round_the_state_and_nothing_else(
         assert found == {what: torch_dtypes[dtype] for what, dtype in dtypes.items()}
 
 
-def test_stored_dtypes_change_the_run() -> None:
+@pytest.mark.parametrize("options", [BFLOAT16, {"comm_dtype": "bf16"}], ids=str)
+def test_dtypes_change_the_run_also_of_a_single_process(options: dict[str, str]) -> None:
     """So the tolerance of the test above is not needlessly wide: a rounded state is not exact."""
-    comparison = Comparison([(SHAPES, {})], **BFLOAT16)
+    comparison = Comparison([(SHAPES, {})], **options)
     comparison.run(range(3))
     with pytest.raises(AssertionError, match=r"weight|momentum|right_factor"):
         comparison.assert_equal()
-
-
-def test_alone_a_comm_dtype_only_rounds_the_left_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(comm_dtype: str) -> dict[str, Tensor]:
-        comparison = Comparison([(SHAPES, {})], comm_dtype=comm_dtype)
-        comparison.run(STEPS)
-        return comparison.copies()
-
-    exact, sent = run("fp32"), run("bf16")
-    unbroken = algorithm_step.orthonormalize
-
-    def rounded(batches: Any, sums: Any) -> None:
-        unbroken(batches, sums)
-        for p in batches:
-            p.copy_(p.bfloat16())
-
-    monkeypatch.setattr(algorithm_step, "orthonormalize", rounded)
-    assert_bitwise_equal(sent, run("fp32"))
-    with pytest.raises(AssertionError):
-        assert_bitwise_equal(sent, exact)
-
-
-def test_loaded_state_keeps_its_dtypes() -> None:
-    saved, loaded = (Comparison([(SHAPES, {})], **BFLOAT16) for _ in range(2))
-    saved.run(range(2))
-    loaded.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
-    for parameter in loaded.named.values():
-        dtypes = {tensor.dtype for tensor in loaded.optimizer.state[parameter].values()}
-        assert dtypes == {torch.bfloat16}
 
 
 def test_an_unknown_hyperparameter_is_refused() -> None:

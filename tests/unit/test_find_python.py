@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "find_python.sh"
+from tests.project import ROOT
 
+SCRIPT = ROOT / "tools" / "find_python.sh"
 OLD = 'echo "is Python 3.9.1, older than 3.12"; exit 1'
 SHIM = 'echo "pyenv: python3.12: command not found" >&2; echo "more" >&2; exit 127'
 GOOD = f'exec "{sys.executable}" "$@"'
@@ -28,7 +29,6 @@ def find(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        check=False,
     )
 
 
@@ -36,9 +36,7 @@ def find(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]
     ("place", "variable"),
     [
         ("path/python3.14", ""),
-        ("path/python", ""),
         ("system/python3.12", ""),
-        ("home/.pyenv/versions/3.12.4/bin/python3.12", ""),
         ("home/miniconda3/envs/mine/bin/python3.12", ""),
         ("pyenv root/versions/3.13.0/bin/python3.13", "PYENV_ROOT=pyenv root"),
         ("conda/bin/python", "CONDA_PREFIX=conda"),
@@ -61,20 +59,14 @@ def test_named_interpreter_comes_before_3_12_and_3_12_before_others(tmp_path: Pa
     make_interpreter(tmp_path / "system/python3.12", "echo twelve")
     assert find(tmp_path, PYTHON=str(named)).stdout == "named\n"
     assert find(tmp_path).stdout == "twelve\n"
-    make_interpreter(named, OLD)
-    found = find(tmp_path, PYTHON=str(named))
-    assert found.stdout == "twelve\n"
-    assert f"{named}: is Python 3.9.1" in found.stderr
 
 
 def test_all_candidates_are_named_when_none_will_do(tmp_path: Path) -> None:
     assert "there is no interpreter" in find(tmp_path).stderr
     old = make_interpreter(tmp_path / "path/python3", OLD)
     shim = make_interpreter(tmp_path / "path/python3.12", SHIM)
-    silent = make_interpreter(tmp_path / "system/python", "exit 1")
     found = find(tmp_path)
     assert (found.returncode, found.stdout) == (1, "")
     assert f"{old}: is Python 3.9.1, older than 3.12\n" in found.stderr
     assert f"{shim}: pyenv: python3.12: command not found\n" in found.stderr
-    assert f"{silent}: fails to run\n" in found.stderr
     assert "Install one of" in found.stderr

@@ -5,14 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 import venv
 import zipfile
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 import megatron_dion
 from tests.documentation.pages import blocks_of
@@ -20,21 +17,6 @@ from tests.project import ROOT, copy_project, link_packages
 
 EXTRAS = ("data", "run", "docs", "dev")
 PACKAGES = {"megatron_dion": ROOT, "megatron_dion_tools": ROOT / "tools"}
-
-
-def requirements(extra: str) -> set[str]:
-    found = map(Requirement, requires("megatron-dion") or [])
-    return {
-        one.name for one in found if one.marker is None or one.marker.evaluate({"extra": extra})
-    }
-
-
-def test_no_extra_brings_apex_and_only_its_own_transformer_engine() -> None:
-    """The package index has an unrelated project named apex."""
-    for extra in ("", *EXTRAS):
-        assert not requirements(extra) & {"apex", "transformer-engine"}
-    assert "transformer-engine" in requirements("te")
-    assert "apex" not in requirements("te")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +34,7 @@ def test_version_is_the_same_everywhere(file: str, pattern: str) -> None:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `dist`: a source archive, and the wheel that was built from the archive."""
+    """A folder with `dist`: a wheel, built from a source archive."""
     folder = tmp_path_factory.mktemp("packaging")
     copy_project(folder / "sources")
     build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"))
@@ -83,23 +65,6 @@ def test_wheel_has_both_packages_alone(archives: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == files
-
-
-@pytest.mark.slow
-def test_source_archive_has_all_files(archives: Path) -> None:
-    """Those who have it train, test and build the documentation as in the repository."""
-    [source] = archives.glob("dist/*.tar.gz")
-    with tarfile.open(source) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = archives / "sources"
-    files = (path.relative_to(sources) for path in sources.rglob("*") if path.is_file())
-    ours = {
-        path.as_posix()
-        for path in files
-        if path.parts[0] != "build" and not any("egg-info" in part for part in path.parts)
-    }
-    assert {"README.md", "Makefile", ".ci/run", "examples/mock.args"} <= ours
-    assert ours - names == set()
 
 
 @pytest.mark.slow
