@@ -68,7 +68,7 @@ def _needs_of(optimizer: Dion, device: str) -> Needs:
         "state": state,
         "kept": sum(first) - state,
         "peak": max(accumulate(later), default=0),
-        "buffers": sum(each.exchange.nbytes for each in optimizer.step_sets()),
+        "buffers": sum(each.exchange.nbytes for each in optimizer.bind().sets),
         "largest": max(later, default=0),
     }
 

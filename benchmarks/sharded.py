@@ -74,8 +74,8 @@ def _measure(shape: GptShape, topology: Topology, args: argparse.Namespace) -> M
     }
     times = interleaved(cases, args.repeats, args.device)
     elements = sum(p.numel() for group in sharded.param_groups for p in group["params"])
-    operations = _operations(sharded.layout(), topology.rank(number))
-    return Measured(times, elements, operations, sharded.bytes_per_step())
+    operations = _operations(sharded.bind().layout, topology.rank(number))
+    return Measured(times, elements, operations, sharded.bind().bytes_per_step())
 
 
 def _operations(layout: Layout, rank: Rank) -> int:

@@ -144,7 +144,7 @@ def count_iteration(argv: Sequence[str]) -> Sent:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
         train([*argv, "--run-dir", folder])
     for optimizer in optimizers:
-        for each in optimizer.step_sets():
+        for each in optimizer.bind().sets:
             sent.planned.update(each.exchange.bytes_sent())
     return sent
 

@@ -11,7 +11,6 @@ from megatron_dion.algorithm.products import matmul_precision
 from megatron_dion.algorithm.step import (
     IN_FLIGHT,
     Block,
-    Figures,
     copy_all,
     dion_step,
     interleave,
@@ -22,7 +21,6 @@ __all__ = [
     "Block",
     "DionConfig",
     "Exchange",
-    "Figures",
     "Matrix",
     "RowSums",
     "Steps",

@@ -40,8 +40,10 @@ class Exchange(Protocol):
     """Where the matrices are."""
     row_sums: RowSums
     """Combines processes that hold other rows of the same orthonormalized P."""
-    numbers: Tensor
-    """(count,) float64: of each stepped matrix r squares of columns of R; then of each ||B||^2."""
+    column_squares: dict[int, Tensor]
+    """By index of the matrix, for the squared norms of the columns of R: (r,) float64."""
+    totals: dict[int, Tensor]
+    """By index of the matrix, for ||B||_F^2: (1,) float64."""
     has_residual: bool
     """Whether weights move along the residual, too. Where gradients differ between replicas, they
     do not: the residuals differ as well."""
@@ -66,7 +68,7 @@ class Exchange(Protocol):
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
     def clear_numbers(self) -> None:
-        """Sets `numbers` and the `row_squares` of blocks to zero."""
+        """Sets `column_squares`, `totals` and the `row_squares` of blocks to zero."""
 
     def sum_numbers(self) -> Steps:
-        """Sums `numbers` over all processes, and `row_squares` over those that hold the row."""
+        """Sums `column_squares` and `totals` over all processes, `row_squares` over its holders."""

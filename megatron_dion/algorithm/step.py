@@ -23,7 +23,7 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 """
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
-from megatron_dion.algorithm.exchange import Exchange, Matrix
+from megatron_dion.algorithm.exchange import Exchange, Steps
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
 
@@ -69,6 +69,8 @@ class Block:
         projection: (k, rows, r), the rows of R.
         row_squares: (k, rows) float64, for the squared norms of the rows of B, whole rows of it;
             (k, 0) in steps without residual.
+        scale: factor on the learning rate.
+        residual_row: length by which a row of the residual moves, before the scale.
         multiplied: the rows for which this process computes products with B; of the others, which
             it holds as well, another process does.
         counted: the rows of R whose norms this process counts. Every row of a matrix is counted
@@ -87,6 +89,8 @@ class Block:
     left_factor: Tensor
     projection: Tensor
     row_squares: Tensor
+    scale: float
+    residual_row: float
     multiplied: slice
     counted: slice
     is_copied: bool = False
@@ -96,35 +100,14 @@ class Block:
         return _narrow(tensor, self.multiplied, dim=1)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a measured step knows of a matrix.
-
-    Attributes:
-        matrix: index of the matrix.
-        columns: (r,) float64, the squared column norms of R.
-        total: (1,) float64, ||B||_F^2.
-        scaled_lr: lr scale.
-        has_residual: whether the weight moved along the residual, too.
-    """
-
-    matrix: int
-    columns: Tensor
-    total: Tensor
-    scaled_lr: float
-    has_residual: bool
-
-
 def dion_step(
-    matrices: Sequence[Matrix],
-    members: Sequence[int],
     blocks: Sequence[Block],
     exchange: Exchange,
     config: DionConfig,
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
     is_measured: bool = False,
-) -> Generator[None, None, list[Figures]]:
+) -> Steps:
     """Takes one step, in place, from blocks whose `total` already holds B = M + G.
 
     The phases, with shapes for one matrix, all of it on one process:
@@ -143,17 +126,12 @@ def dion_step(
     of other matrices, can compute meanwhile (`interleave`).
 
     Args:
-        matrices: all matrices, the same list on every process of the exchange.
-        members: indices of those that are stepped, the same on every process.
-        blocks: what this process holds of them.
+        blocks: what this process holds of the matrices that are stepped.
         exchange: connects the processes.
         config: hyperparameters.
         learning_rates: one for each block, before scaling by shape.
         weight_decays: one for each block.
-        is_measured: whether figures are wanted; the same on every process.
-
-    Returns:
-        The figures of all matrices of which this process has a block, if the step is measured.
+        is_measured: whether the exchange's `totals` are wanted; the same on every process.
     """
     _load_right(blocks)
     yield from exchange.gather_right()
@@ -165,46 +143,26 @@ def dion_step(
     _project_right(blocks, config)
     yield from exchange.sum_right()
     exchange.clear_numbers()
-    squares = _Squares(matrices, members, exchange.numbers)
-    squares.count(blocks, is_measured)
-    if exchange.has_residual:
-        _measure_rows(blocks)
+    _measure(blocks, exchange, is_measured)
     yield from exchange.sum_numbers()
-    scales = [config.scale(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks]
-    scaled_lrs = [lr * scale for lr, scale in zip(learning_rates, scales, strict=True)]
-    shrinks = [1 - lr * decay for lr, decay in zip(learning_rates, weight_decays, strict=True)]
-    lengths = [
-        config.residual_row(matrices[b.matrix].rows, matrices[b.matrix].columns) for b in blocks
-    ]
-    row_lengths = lengths if exchange.has_residual else None
-    _update(blocks, squares.columns, config, scaled_lrs, shrinks, row_lengths)
-    if not is_measured:
-        return []
-    lr_of = {block.matrix: lr for block, lr in zip(blocks, scaled_lrs, strict=True)}
-    return [
-        Figures(k, squares.columns[k].clone(), squares.totals[k].clone(), lr, exchange.has_residual)
-        for k, lr in lr_of.items()
-    ]
+    _update(blocks, exchange, config, learning_rates, weight_decays)
 
 
-def interleave[Result](steps: Iterable[Generator[None, None, Result]]) -> list[Result]:
-    """Takes steps in turns, each computing while another waits; returns their results.
+def interleave(steps: Iterable[Steps]) -> None:
+    """Takes steps in turns, each computing while another waits.
 
     `IN_FLIGHT` of them are under way at a time, and the next begins where one has ended. Every
     process must do it with the same steps in the same order.
     """
     upcoming = iter(steps)
     waiting = list(islice(upcoming, IN_FLIGHT))
-    results: list[Result] = []
     while waiting:
         step = waiting.pop(0)
         try:
             next(step)
             waiting.append(step)
-        except StopIteration as end:
-            results.append(end.value)
+        except StopIteration:
             waiting += islice(upcoming, 1)
-    return results
 
 
 def _load_right(blocks: Sequence[Block]) -> None:
@@ -231,78 +189,54 @@ def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
             torch.bmm(total, _repeated(block.left_factor, len(total)), out=projection)
 
 
-class _Squares:
-    """Sums of squares of all members of a step.
+def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> None:
+    """Squares of what this process has of the columns of R, the rows of B and, if asked for, B.
 
-    They are float64, in which the square of every float32 is a normal number, and in which the
-    order of a sum, which differs between topologies, does not show after rounding to float32.
-
-    Attributes:
-        columns: for each member the squared norms of the columns of R, (r,).
-        totals: for each member ||B||_F^2, (1,).
-    """
-
-    def __init__(self, matrices: Sequence[Matrix], members: Sequence[int], numbers: Tensor) -> None:
-        sizes = [matrices[k].rank for k in members] + [1] * len(members)
-        parts = numbers.split(sizes) if sizes else ()
-        self.columns = dict(zip(members, parts, strict=False))
-        self.totals = dict(zip(members, parts[len(members) :], strict=True))
-
-    def count(self, blocks: Sequence[Block], is_measured: bool) -> None:
-        """Adds what this process has; totals only if the step is measured."""
-        for block in blocks:
-            rows = _narrow(block.projection, block.counted, dim=1).double()
-            self.columns[block.matrix] += rows.square_().sum(dim=(0, 1))
-            if is_measured:
-                total = block.multiplied_rows(block.total)
-                norm = torch.linalg.vector_norm(total, dtype=torch.float64)
-                self.totals[block.matrix] += norm.square()
-
-
-def _measure_rows(blocks: Sequence[Block]) -> None:
-    """Squares of what this process has of the rows of B.
-
-    The norms are float32, which needs no copy of B. A row whose norm is beyond 1e19, which is
-    infinite in it, does not move along its residual.
+    Those of R are float64, in which the order of a sum, which differs between topologies, does not
+    show after rounding. Norms of rows are float32, which needs no copy of B.
     """
     for block in blocks:
-        norms = torch.linalg.vector_norm(block.multiplied_rows(block.total), dim=2)  # (k, rows)
-        block.multiplied_rows(block.row_squares).copy_(norms).square_()
+        rows = _narrow(block.projection, block.counted, dim=1).double()
+        exchange.column_squares[block.matrix] += rows.square_().sum(dim=(0, 1))
+        total = block.multiplied_rows(block.total)
+        if exchange.has_residual:
+            norms = torch.linalg.vector_norm(total, dim=2)  # (k, rows)
+            block.multiplied_rows(block.row_squares).copy_(norms).square_()
+        if is_measured:
+            norm = torch.linalg.vector_norm(total, dtype=torch.float64)
+            exchange.totals[block.matrix] += norm.square()
 
 
 def _update(
     blocks: Sequence[Block],
-    squares: Mapping[int, Tensor],
+    exchange: Exchange,
     config: DionConfig,
-    scaled_lrs: Sequence[float],
-    shrinks: Sequence[float],
-    row_lengths: Sequence[float] | None,
+    learning_rates: Sequence[float],
+    weight_decays: Sequence[float],
 ) -> None:
-    """M, W and Q; with the lengths by which rows of E move, one for each block, along these too."""
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    norms = {k: squares[k].sqrt() for k in {block.matrix for block in blocks}}
+    norms = {k: exchange.column_squares[k].sqrt() for k in {block.matrix for block in blocks}}
     factors = {k: (1 / (norm + config.eps)).float() for k, norm in norms.items()}
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
     unchanged = {k: (norm == 0).float() for k, norm in norms.items()}
-    lengths = row_lengths or [0.0] * len(blocks)
-    steps = zip(blocks, projections, lefts, scaled_lrs, shrinks, lengths, strict=True)
+    steps = zip(blocks, projections, lefts, learning_rates, weight_decays, strict=True)
     with matmul_precision(config.fp32_matmul_prec):
-        for block, right, left, scaled_lr, shrink, length in steps:
+        for block, right, left, lr, decay in steps:
             outer = _repeated(left.T, len(right))  # (k, r, columns)
             factor = factors[block.matrix]
-            if row_lengths is None:
-                block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
-                direction = right.mul_(factor)  # R becomes Q in its place
-            else:
-                scales = _row_scales(block, right, length, config)  # S, (k, rows, 1)
+            if exchange.has_residual:
+                scales = _row_scales(block, right, config)  # S, (k, rows, 1)
                 direction = right * (factor - scales)  # Q - S R, (k, rows, r)
-                right *= factor
-            block.weight.baddbmm_(direction, outer, beta=shrink, alpha=-scaled_lr)
-            if row_lengths is not None:
-                block.weight.addcmul_(block.total, scales, value=-scaled_lr)
+                right *= factor  # R becomes Q in its place
+            else:
+                block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
+                direction = right.mul_(factor)
+            block.weight.baddbmm_(direction, outer, beta=1 - lr * decay, alpha=-lr * block.scale)
+            if exchange.has_residual:
+                block.weight.addcmul_(block.total, scales, value=-lr * block.scale)
                 block.total *= config.momentum
             block.stored_right *= unchanged[block.matrix][block.stored_columns]
             block.stored_right += right[..., block.stored_columns]
@@ -310,13 +244,14 @@ def _update(
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
 
-def _row_scales(block: Block, projection: Tensor, length: float, config: DionConfig) -> Tensor:
+def _row_scales(block: Block, projection: Tensor, config: DionConfig) -> Tensor:
     """The diagonal of S, (k, rows, 1), from whole rows of R, (k, rows, r)."""
     captured = torch.linalg.vector_norm(projection, dim=2).double().square_()  # (k, rows)
     residual = (block.row_squares - captured).clamp_(min=0)
     norms = residual.add_(block.row_squares, alpha=FLOOR**2).sqrt_()
-    norms.nan_to_num_(nan=math.inf, posinf=math.inf)  # where float32 had no number for it
-    return (length / (norms + config.eps)).float().unsqueeze(2)
+    # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
+    norms.nan_to_num_(nan=math.inf, posinf=math.inf)
+    return (block.residual_row / (norms + config.eps)).float().unsqueeze(2)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

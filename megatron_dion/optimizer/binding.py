@@ -255,7 +255,7 @@ class Binding:
     ) -> Block:
         """One rectangle, without the dimension k."""
         layout, rank, rectangle = self.layout, self._distribution.rank, right.rectangle
-        tensor = self._distribution.tensors[placement]
+        tensor, matrix = self._distribution.tensors[placement], right.matrix
         is_whole = not layout.shares_rows(placement) and right.values.dtype == torch.float32
         momentum = _rectangle_view(self._state[tensor]["momentum"], rectangle)
         share = layout.share(placement, rectangle.rows, rank)
@@ -272,6 +272,8 @@ class Binding:
             left_factor=left,
             projection=projection,
             row_squares=row_squares,
+            scale=layout.config.scale(matrix.rows, matrix.columns),
+            residual_row=layout.config.residual_row(matrix.rows, matrix.columns),
             multiplied=share if is_copied else slice(0, rectangle.rows),
             counted=share if right.is_first_of_row else slice(0, 0),
             is_copied=is_copied,

@@ -1,7 +1,7 @@
 """Dion as a torch optimizer, for whole 2-D parameters or for a rank's flat pieces of them."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_dion.algorithm import (
     DionConfig,
-    Figures,
+    Exchange,
     Matrix,
+    Steps,
     dion_step,
     interleave,
     matmul_precision,
@@ -19,12 +20,11 @@ from megatron_dion.algorithm import (
 from megatron_dion.optimizer.binding import (
     Binding,
     Distribution,
-    RightRows,
     StepSet,
     gradient_of,
 )
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
-from megatron_dion.sharding import TORCH_DTYPES, Layout, Placement, Weight
+from megatron_dion.sharding import TORCH_DTYPES, Placement, Weight
 
 
 class Dion(torch.optim.Optimizer):
@@ -43,8 +43,8 @@ class Dion(torch.optim.Optimizer):
             `momentum_dtype="bf16"` a step overwrites the gradients.
 
     Raises:
-        ValueError: a hyperparameter is out of range. `init_state` and the first `step` raise it for
-            a parameter that is not a 2-D float32 matrix, or needs larger buffers than allowed.
+        ValueError: a hyperparameter is out of range. `bind` and the first `step` raise it for a
+            parameter that is not a 2-D float32 matrix, or needs larger buffers than allowed.
         TypeError: there is no such hyperparameter.
     """
 
@@ -70,29 +70,9 @@ class Dion(torch.optim.Optimizer):
         self._distribution = distribution
         self._binding = None
 
-    def init_state(self) -> None:
-        """Allocates momentum and right factors of all parameters that have none yet."""
-        self._bind(self._parameters())
-
-    def layout(self) -> Layout:
-        """All matrices, and who holds and owns what of them, on all ranks."""
-        return self._bind(self._parameters()).layout
-
-    def step_sets(self) -> list[StepSet]:
-        """What this rank does in a step, for each set of matrices that is stepped together."""
-        return self._bind(self._parameters()).sets
-
-    def bytes_per_step(self) -> int:
-        """Bytes that this rank sends to others in a step."""
-        return self._bind(self._parameters()).bytes_per_step()
-
-    def recenter(self) -> None:
-        """Makes the momenta of replicas with compressed gradient sync equal: their mean."""
-        self._bind(self._parameters()).recenter()
-
-    def right_factors(self) -> Iterator[RightRows]:
-        """What this rank stores of the right factors."""
-        return self._bind(self._parameters()).right_factors()
+    def bind(self) -> Binding:
+        """What this rank has of all parameters; allocates the state of those that have none."""
+        return self._bind(self._parameters())
 
     def diagnose_next_step(self) -> None:
         """The next step is measured; on a grid, all ranks must ask for it."""
@@ -126,13 +106,8 @@ class Dion(torch.optim.Optimizer):
         binding.average_gradients()
         # What may be rounded to fewer bits says so itself.
         with matmul_precision("highest"):
-            figures = interleave(self._step_of(binding, each) for each in binding.sets)
-        if self._is_measured:
-            matrices = binding.layout.matrices
-            self._diagnostics = [
-                self._diagnose(matrices[one.matrix], one) for several in figures for one in several
-            ]
-            self._is_measured = False
+            interleave(self._step_of(binding, each) for each in binding.sets)
+        self._is_measured = False
         number = self.number_of_steps + 1
         for group in self.param_groups:
             group["step"] = number
@@ -175,7 +150,7 @@ class Dion(torch.optim.Optimizer):
                 changed.
         """
         if state_dict["state"]:
-            self.init_state()
+            self.bind()
         now = super().state_dict()
         for index, tensors in state_dict["state"].items():
             for name, tensor in tensors.items():
@@ -195,36 +170,35 @@ class Dion(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _step_of(self, binding: Binding, step_set: StepSet) -> Generator[None, None, list[Figures]]:
-        plan, exchange, blocks = step_set
+    def _step_of(self, binding: Binding, step_set: StepSet) -> Steps:
+        _, exchange, blocks = step_set
         binding.add_gradients(blocks)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         groups = [group_of[id(block.parameter)] for block in blocks]
+        lrs, decays = ([group[name] for group in groups] for name in ("lr", "weight_decay"))
         with exchange.allocated():
-            return (
-                yield from dion_step(
-                    plan.layout.matrices,
-                    plan.members,
-                    blocks,
-                    exchange,
-                    self.config,
-                    [group["lr"] for group in groups],
-                    [group["weight_decay"] for group in groups],
-                    self._is_measured,
-                )
-            )
+            yield from dion_step(blocks, exchange, self.config, lrs, decays, self._is_measured)
+            if self._is_measured:
+                of_matrices = {b.matrix: (b, lr) for b, lr in zip(blocks, lrs, strict=True)}
+                matrices = binding.layout.matrices
+                self._diagnostics += [
+                    self._diagnose(k, matrices[k], exchange, lr * block.scale)
+                    for k, (block, lr) in of_matrices.items()
+                ]
 
-    def _diagnose(self, matrix: Matrix, figures: Figures) -> MatrixDiagnostics:
+    def _diagnose(
+        self, index: int, matrix: Matrix, exchange: Exchange, scaled_lr: float
+    ) -> MatrixDiagnostics:
         """With P orthonormal, ||B||^2 = ||R||^2 + ||E||^2, and M keeps mu of R P^T, or of B.
 
         The floor of short rows of E is not looked at.
         """
-        total, squares, mu = float(figures.total), figures.columns, self.config.momentum
-        norms = squares.sqrt()
+        total, squares = float(exchange.totals[index]), exchange.column_squares[index]
+        norms, mu = squares.sqrt(), self.config.momentum
         projected = float(squares.sum())
         update = float((norms / (norms + self.config.eps)).square().sum())
         momentum = total - (1 - mu**2) * projected
-        if figures.has_residual:
+        if exchange.has_residual:
             row = self.config.residual_row(matrix.rows, matrix.columns)
             update += matrix.rows * row**2 if total > projected else 0.0
             momentum = mu**2 * total
@@ -234,7 +208,7 @@ class Dion(torch.optim.Optimizer):
             columns=matrix.columns,
             rank=matrix.rank,
             captured=math.sqrt(projected / max(total, projected)) if total else None,
-            update_norm=figures.scaled_lr * math.sqrt(update),
+            update_norm=scaled_lr * math.sqrt(update),
             momentum_norm=math.sqrt(abs(momentum)),
         )
 

@@ -47,8 +47,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
             return
         self._dion: Dion = self.optimizer
         self._dion.distribute(self._distribution(tensor_group))
-        self._dion.init_state()
-        self.exchanged_bytes_per_step = self._dion.bytes_per_step()
+        self.exchanged_bytes_per_step = self._dion.bind().bytes_per_step()
 
     def _distribution(self, tensor_group: ProcessGroup) -> Distribution:
         """All of Dion's weights in these buffers, in the order that all ranks share."""
@@ -116,16 +115,16 @@ class DionDistributedOptimizer(DistributedOptimizer):
         success = super().step_with_ready_grads()
         interval = self._recenter_interval
         if not self.is_stub_optimizer and interval and self._dion.number_of_steps % interval == 0:
-            self._dion.recenter()
+            self.recenter()
         return success
 
     def recenter(self) -> None:
         """Makes the momenta of replicas with compressed gradient sync equal. A collective call."""
-        self._dion.recenter()
+        self._dion.bind().recenter()
 
     def right_factors(self) -> Iterator[RightRows]:
         """What this rank stores of the right factors."""
-        return self._dion.right_factors()
+        return self._dion.bind().right_factors()
 
 
 def _placement(

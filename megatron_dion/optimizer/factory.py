@@ -114,7 +114,7 @@ def get_megatron_dion_optimizer(
                 inner,
                 config,
                 scaler,
-                lambda inner, config=None: inner.init_state(),
+                lambda inner, config=None: inner.bind(),
                 tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
                 replicas=instances if compressed_sync else None,
                 recenter_interval=recenter_interval,

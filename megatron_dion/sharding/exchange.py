@@ -42,7 +42,8 @@ class ShardedExchange:
         nbytes: the most bytes that the buffers take at a time.
         row_sums: combines the tensor-parallel ranks, which share the rows of every owned P.
         has_residual: whether weights move along the residual, too; not with replicas.
-        numbers: squared norms of the columns of R and of B, of all members.
+        column_squares: by index of the matrix the squared norms of the columns of R, (r,).
+        totals: by index of the matrix ||B||_F^2, (1,).
         lefts: for each rectangle of the plan the rows of P, (columns, r), of its columns.
         projections: for each rectangle of the plan its rows of R, (rows, r).
         row_squares: for each rectangle of the plan the squared norms of its rows of B, (rows,).
@@ -61,7 +62,7 @@ class ShardedExchange:
         self._left = LeftFactorExchange(setup, self._memory, self._left_transit)
         self._right = RightFactorExchange(setup, self._memory, right_transit)
         self._norms = NormExchange(setup, self._memory)
-        self.numbers = self._norms.of_matrices
+        self.column_squares, self.totals = self._norms.columns, self._norms.totals
         self.lefts = self._left.of_rectangles
         self.projections = self._right.of_rectangles
         self.row_squares = self._norms.of_rectangles

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+from torch import Tensor
 
 from megatron_dion.algorithm import Steps
 from megatron_dion.sharding.buffers import Buffers
@@ -20,7 +21,8 @@ class NormExchange:
     hold columns, and each rank has a place for all of them. A step without residual has no rows.
 
     Attributes:
-        of_matrices: r numbers for each member of the plan, then one for each; 1-D.
+        columns: by index of the matrix r numbers.
+        totals: by index of the matrix one number.
         of_rectangles: for each rectangle of the plan one number for each row; 1-D.
     """
 
@@ -38,7 +40,13 @@ class NormExchange:
         count = sum(layout.matrices[k].rank + 1 for k in plan.members)
         sizes = [whole[True], len(cut[True]), count, len(cut[False]), whole[False]]
         self._memory = memory.empty(sum(sizes), torch.float64)
-        shared, shared_cut, self.of_matrices, other_cut, other = self._memory.split(sizes)
+        shared, shared_cut, numbers, other_cut, other = self._memory.split(sizes)
+        ranks = [layout.matrices[k].rank for k in plan.members]
+        columns, totals = numbers.tensor_split([sum(ranks)])
+        parts = (columns.split(ranks) if ranks else (), totals.view(-1, 1).unbind())
+        self.columns: dict[int, Tensor]
+        self.totals: dict[int, Tensor]
+        self.columns, self.totals = (dict(zip(plan.members, part, strict=True)) for part in parts)
         self._of_tensor = self._memory[: sum(sizes[:3])]
         self._of_data = self._memory[sizes[0] : sum(sizes[:4])]
         self._groups = setup.groups

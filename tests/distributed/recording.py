@@ -28,7 +28,7 @@ def rectangles_of(optimizer: Dion) -> Iterator[tuple[Matrix, Tensor, Rectangle]]
     """What a rank holds of all matrices: the matrix, the flat piece of a parameter, the place."""
     distribution = optimizer._distribution
     assert distribution is not None
-    for step_set in optimizer.step_sets():
+    for step_set in optimizer.bind().sets:
         for placement, rectangle in step_set.plan.rectangles:
             matrix = step_set.plan.layout.matrices[rectangle.matrix]
             yield matrix, distribution.tensors[placement], rectangle

@@ -198,18 +198,18 @@ def train_shards(
     return Result(
         blocks=list(blocks_of(optimizer, tensors, rank)),
         sent=sent,
-        planned=optimizer.bytes_per_step(),
+        planned=optimizer.bind().bytes_per_step(),
         state_bytes=sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
-        buffer_bytes=sum(sorted(each.exchange.nbytes for each in optimizer.step_sets())[-2:]),
+        buffer_bytes=sum(sorted(each.exchange.nbytes for each in optimizer.bind().sets)[-2:]),
         diagnostics=optimizer.take_diagnostics(),
     )
 
 
 def blocks_of(optimizer: Dion, tensors: dict[int, Tensor], rank: Rank) -> Iterator[HeldBlock]:
     """What a rank has, rectangle by rectangle."""
-    right_factors = optimizer.right_factors()
+    right_factors = optimizer.bind().right_factors()
     for index, tensor in tensors.items():
-        for rectangle in optimizer.layout().rectangles(index, rank):
+        for rectangle in optimizer.bind().layout.rectangles(index, rank):
             matrix, place, columns, right, _ = next(right_factors)
             assert place == rectangle
             weight, momentum = (

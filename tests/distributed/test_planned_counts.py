@@ -304,6 +304,6 @@ def memory_of(models: Any, chain: Any) -> Counter[str]:
                 if isinstance(value, torch.Tensor) and value.dim():
                     found[kinds.get(name, "masters")] += value.nbytes
         if isinstance(optimizer.optimizer, Dion):
-            sets = [each.exchange.nbytes for each in optimizer.optimizer.step_sets()]
+            sets = [each.exchange.nbytes for each in optimizer.optimizer.bind().sets]
             found["exchange"] += sum(sorted(sets)[-2:])
     return found

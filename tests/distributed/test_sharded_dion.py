@@ -213,7 +213,8 @@ def double_tiles(self: Any) -> Any:
 
 def only_numbers(self: Any) -> Any:
     """Sums the numbers of matrices over the whole world, and leaves the rows as they are."""
-    dist.all_reduce(self.of_matrices, group=dist.group.WORLD)
+    for squares in self.columns.values():
+        dist.all_reduce(squares, group=dist.group.WORLD)
     yield
 
 

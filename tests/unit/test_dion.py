@@ -67,7 +67,7 @@ def test_groups_have_their_own_learning_rate_and_weight_decay_and_follow_a_sched
 def test_init_state_allocates_the_documented_shapes(shape: Shape, rank: int) -> None:
     (parameter,) = parameters([shape])
     optimizer = Dion([parameter], rank_fraction=1 / 3, rank_multiple_of=2)
-    optimizer.init_state()
+    optimizer.bind()
     state = optimizer.state[parameter]
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         "momentum": shape,
@@ -80,7 +80,7 @@ def test_init_state_allocates_the_documented_shapes(shape: Shape, rank: int) -> 
 
 def first_right_factors(params: Any, seed: int = 0) -> list[Tensor]:
     optimizer = Dion(params, seed=seed)
-    optimizer.init_state()
+    optimizer.bind()
     groups = optimizer.param_groups
     return [optimizer.state[p]["right_factor"] for group in groups for p in group["params"]]
 
@@ -116,7 +116,7 @@ def zeros(comparison: Comparison) -> dict[str, Tensor]:
 
 def test_zero_gradient_from_the_start_is_a_clean_no_op() -> None:
     comparison = Comparison([(SHAPES, {})])
-    comparison.optimizer.init_state()
+    comparison.optimizer.bind()
     before = comparison.copies()
     for _ in range(3):
         comparison.step(zeros(comparison))
@@ -134,7 +134,7 @@ def test_directions_without_gradient_are_left_alone(
     m, n = shape
     comparison = Comparison([([shape], {})], rank_fraction=0.7, momentum=0.9)
     left, right = draw((m, true_rank), 0), draw((true_rank, n), 1)
-    comparison.optimizer.init_state()
+    comparison.optimizer.bind()
     first = comparison.tensors("0.0")["right_factor"].clone()
     for step in STEPS:
         comparison.step({"0.0": left @ right * (step + 1) * factor})
@@ -227,7 +227,7 @@ def test_unsuitable_parameter_is_refused_by_name(tensor: Tensor, message: str) -
     parameter.grad = torch.ones_like(parameter)
     before = parameter.detach().clone()
     with pytest.raises(ValueError, match=message):
-        optimizer.init_state()
+        optimizer.bind()
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert torch.equal(parameter, before)
@@ -284,7 +284,7 @@ def test_stored_dtypes_round_the_state_and_nothing_else(
         factor_dtype=factor_dtype,
         weight_decay=0.1,
     )
-    comparison.optimizer.init_state()
+    comparison.optimizer.bind()
     rounding = {
         what: BFLOAT16_ROUNDING if dtype == "bf16" else 0.0 for what, dtype in dtypes.items()
     }
