@@ -16,7 +16,7 @@ from megatron_dion.megatron.progress import human_count, human_duration
 from megatron_dion.megatron.run_directory import Record
 from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
 from megatron_dion.optimizer.rules import without_numbers
-from megatron_dion_tools.report.charts import Chart, Curve, Point
+from megatron_dion_tools.report.charts import Chart, Curve, Point, short
 from megatron_dion_tools.report.folder import Route, RunFolder
 
 Row = Sequence[str | float | None]
@@ -24,7 +24,6 @@ Row = Sequence[str | float | None]
 _FINAL_ITERATIONS = 10
 """Iterations over which the training loss at the end is averaged."""
 _LONGEST_MEAN = 50
-_NAMED_ITERATIONS = 5
 _MOST_DOTS = 60
 _PARALLELISM = {
     "TP": "tensor_model",
@@ -63,12 +62,13 @@ def render(run: RunFolder) -> str:
         curves=list(_curves(run)),
         optimizers=_optimizers(run.routes),
         kinds=_kinds(run.routes),
-        routes=[
-            (r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in run.routes
-        ],
+        routes=[_route(route) for route in run.routes],
         diagnostics=list(_diagnostics(run)),
         last=last,
-        matrices=_matrices(last),
+        matrices=[
+            (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
+            for m in last.matrices
+        ],
         captured=_captured_by_layer(last),
         starts=list(_starts(run)),
         changed_arguments=_arguments(changed, defaults),
@@ -77,17 +77,8 @@ def render(run: RunFolder) -> str:
     )
 
 
-def short(value: str | float | None) -> str:
-    """A cell of a table: a number with four digits or so, a dash for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, str | int):
-        return value if isinstance(value, str) else f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
-
-
 def _verdict(run: RunFolder) -> str:
-    planned = run.arguments.train_iters
+    planned = run.config["arguments"]["train_iters"]
     if not run.training:
         return "No iteration was recorded: the run has not begun, or it failed before. See its log."
     last = run.training[-1]["iteration"]
@@ -112,18 +103,16 @@ def _notes(run: RunFolder) -> Iterator[str]:
 
 
 def _iterations(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"iteration {numbers[0]:,}"
-    named = ", ".join(f"{number:,}" for number in numbers[:_NAMED_ITERATIONS])
-    more = len(numbers) - _NAMED_ITERATIONS
-    return f"iterations {named}" + (f" and {more:,} more" if more > 0 else "")
+    more = len(numbers) - 1
+    return f"iteration {numbers[0]:,}" + (f" and {more:,} more" if more else "")
 
 
 def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     """The numbers that readers ask for first."""
-    args = run.arguments
-    rank = f", rank fraction {args.dion_rank_fraction:g}" if args.optimizer == "dion" else ""
-    yield "optimizer", f"{args.optimizer}{rank}"
+    args = run.config["arguments"]
+    is_dion = args["optimizer"] == "dion"
+    rank = f", rank fraction {args['dion_rank_fraction']:g}" if is_dion else ""
+    yield "optimizer", f"{args['optimizer']}{rank}"
     if losses := [loss for _, loss in _points(run.training, "lm_loss")][-_FINAL_ITERATIONS:]:
         yield f"training loss, mean of {len(losses)}", short(fmean(losses))
     if validation := _points(run.records, "lm_loss", kind="validation"):
@@ -159,7 +148,7 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     """What the model learns, and how fast."""
     losses = _with_mean("training", _points(run.training, "lm_loss"))
     validation = _points(run.records, "lm_loss", kind="validation")
-    losses.append(Curve("validation", validation, colour=1, has_dots=True))
+    losses.append(Curve("validation", validation, has_dots=True))
     entropy = run.starts[-1].get("unigram_entropy") if run.starts else None
     level = ("unigram entropy", entropy) if entropy else None
     yield Chart("Loss", "nats per token", losses, level)
@@ -173,7 +162,7 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     speeds = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
     yield Chart("Tokens per second", "all ranks", _with_mean("rate", speeds), from_zero=True)
     iteration = Curve("iteration", _points(records, "iteration_seconds"))
-    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"), colour=1)
+    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"))
     yield Chart("Time", "seconds", [iteration, step])
 
 
@@ -190,16 +179,17 @@ def _optimizers(routes: Sequence[Route]) -> list[Row]:
     return rows
 
 
-def _routes(routes: Iterable[Route]) -> list[Row]:
-    """For each matrix or parameter: name, size, rank, optimizer, reason."""
-    return [(r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in routes]
+def _route(route: Route) -> Row:
+    """Name, size, rank, optimizer, reason."""
+    return route.name, _size(*route.size), route.rank or None, route.optimizer, route.reason
 
 
 def _kinds(routes: Sequence[Route]) -> list[Row]:
     """The same for each kind of matrix or parameter, and how many there are, and their elements."""
     groups: defaultdict[Row, list[int]] = defaultdict(list)
-    for route, (name, *others) in zip(routes, _routes(routes), strict=True):
-        groups[without_numbers(str(name)), *others].append(route.numel)
+    for route in routes:
+        kind = route._replace(name=without_numbers(route.name))
+        groups[_route(kind)].append(route.numel)
     return [(*kind, len(numels), sum(numels)) for kind, numels in groups.items()]
 
 
@@ -215,21 +205,13 @@ def _diagnostics(run: RunFolder) -> Iterator[Chart]:
             for kind, values in by_kind(snapshot.matrices, figure).items():
                 medians[_short_name(kind)].append((snapshot.iteration, median(values)))
         curves = [
-            Curve(kind, points, colour, has_dots=len(points) < _MOST_DOTS)
-            for colour, (kind, points) in enumerate(medians.items())
+            Curve(kind, points, has_dots=len(points) < _MOST_DOTS)
+            for kind, points in medians.items()
         ]
         yield Chart(title, unit, curves)
 
 
-def _matrices(snapshot: Snapshot) -> list[Row]:
-    """For each matrix: name, size, rank and figures."""
-    return [
-        (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
-        for m in snapshot.matrices
-    ]
-
-
-def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], dict[str, list[float | None]]]:
+def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], list[Row]]:
     """Names of kinds; and for each layer the captured share of each kind, medians over experts."""
     shares: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for matrix in snapshot.matrices:
@@ -239,7 +221,7 @@ def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], dict[str, list[fl
             shares[layer[0] if layer else "–", kind].append(matrix.captured)
     layers, kinds = (list(dict.fromkeys(key[axis] for key in shares)) for axis in (0, 1))
     medians = {key: median(values) for key, values in shares.items()}
-    return kinds, {layer: [medians.get((layer, kind)) for kind in kinds] for layer in layers}
+    return kinds, [(layer, *(medians.get((layer, kind)) for kind in kinds)) for layer in layers]
 
 
 def _short_name(kind: str) -> str:
