@@ -27,8 +27,9 @@ checks:
 STUDY = """
 question: Which is better?
 arguments: model.args
-axis: width
-settings: {"64": --hidden-size 64, 128: ""}
+axes:
+  width: {"64": --hidden-size 64, 128: ""}
+  memory: {fp32: "", bf16: --dion-momentum-dtype bf16}
 methods:
   Base: {flags: --optimizer adam, lr: 0.004}
   New 1/4: {lr: 1}
@@ -68,7 +69,12 @@ def test_case_is_read(folder: Path) -> None:
 
 def test_study_is_read(folder: Path) -> None:
     study = read_study(written(folder, STUDY))
-    assert study.settings == {"64": ("--hidden-size", "64"), "128": ()}
+    assert study.settings == {
+        "width 64, memory fp32": ("--hidden-size", "64"),
+        "width 64, memory bf16": ("--hidden-size", "64", "--dion-momentum-dtype", "bf16"),
+        "width 128, memory fp32": (),
+        "width 128, memory bf16": ("--dion-momentum-dtype", "bf16"),
+    }
     assert study.methods == {
         "Base": Method(0.004, ("--optimizer", "adam")),
         "New 1/4": Method(1.0),

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from megatron_dion_tools.convergence.checks import Verdict
-from megatron_dion_tools.convergence.noise import smoothed, window_of
-from megatron_dion_tools.convergence.results import Result
+from megatron_dion_tools.convergence.curves import smoothed, window_of
+from megatron_dion_tools.convergence.study import Result
 
 # Okabe and Ito's colours, which people who are colour-blind can tell apart.
 _COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
@@ -63,41 +63,25 @@ def draw_study(result: Result) -> Figure:
     """Draw the result of a study.
 
     A row of panels for each setting: validation loss against the learning rate with the first seed,
-    and smoothed training loss at the best rate. With several settings that are numbers, a last row:
-    the gap to the baseline and the best rate against the setting.
+    and smoothed training loss at the best rate.
     """
     methods = dict(zip(result["methods"], cycle(_STYLES), strict=False))
     settings = list(dict.fromkeys(cell["setting"] for cell in result["cells"]))
-    has_axis = len(settings) > 1 and all(map(_is_number, settings))
-    rows = max(1, len(settings) + has_axis)
-    figure = Figure(figsize=(14, 4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2, squeeze=False)
-    for setting, (left, right) in zip(settings, panels, strict=False):
+    figure = Figure(figsize=(14, 4 * len(settings)), layout="constrained")
+    panels = figure.subplots(len(settings), 2, squeeze=False)
+    for setting, (left, right) in zip(settings, panels, strict=True):
         for cell in (cell for cell in result["cells"] if cell["setting"] == setting):
             style = {"label": cell["method"], **methods[cell["method"]]}
             by_rate = {lr: next(iter(of_seeds.values())) for lr, of_seeds in cell["losses"].items()}
             _plot(left, by_rate, marker="o", **style)
             _plot(right, cell["curve"], **style)
-        title = f"{result['axis']} {setting}".strip()
-        _finish(left, title, "learning rate", "validation loss (nats per token)")
-        _finish(right, title, "step", "training loss at the best rate")
+        _finish(left, setting, "learning rate", "validation loss (nats per token)")
+        _finish(right, setting, "step", "training loss at the best rate")
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:g}")
         for axes in (left, right):  # Higher losses would hide how the others differ.
             losses = filter(math.isfinite, (y for line in axes.lines for y in line.get_ydata()))
             axes.set_ylim(top=min(axes.get_ylim()[1], min(losses, default=0.0) + _NATS_SHOWN))
-    if has_axis:
-        left, right = panels[-1]
-        for method, style in methods.items():
-            cells = [cell for cell in result["cells"] if cell["method"] == method]
-            gaps = {float(c["setting"]): c["gap"]["mean"] for c in cells if c["gap"]}
-            _plot(left, gaps, label=method, marker="o", **style)
-            rates = {float(cell["setting"]): cell["best_lr"] for cell in cells}
-            _plot(right, rates, label=method, marker="o", **style)
-        _finish(left, "", result["axis"], f"validation loss minus that of {result['baseline']}")
-        _finish(right, "", result["axis"], "best learning rate")
-        right.set_yscale("log", base=2)
-        right.yaxis.set_major_formatter("{x:g}")
     return figure
 
 
@@ -109,10 +93,3 @@ def _finish(axes: Any, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return math.isfinite(float(name))
-    except ValueError:
-        return False
