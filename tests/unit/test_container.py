@@ -145,7 +145,7 @@ class Base:
     The project is what the build of the image would see.
     """
 
-    LACKING = ("tqdm", "tensorboard")  # of the extras data and run
+    LACKING = ("sentencepiece", "tensorboard")  # of the extras data and run
 
     def __init__(self, folder: Path, without: tuple[str, ...] = LACKING) -> None:
         self.source, self.wheels = folder / "source", folder / "wheels"
@@ -202,7 +202,7 @@ def test_install_script_adds_and_replaces_nothing(tmp_path: Path) -> None:
         base.add_wheel(name)
     ended = base.install()
     assert ended.returncode == 0, ended.stderr
-    assert "adding tqdm tensorboard" in ended.stdout
+    assert "adding sentencepiece tensorboard" in ended.stdout
     assert "verdict: " in ended.stdout
     assert [base.version(name) for name in Base.LACKING] == ["99.0", "99.0"]
     for name in ("torch", "megatron-core", "numpy"):
@@ -217,7 +217,7 @@ def test_requirement_of_another_torch_is_refused(tmp_path: Path) -> None:
     base = Base(tmp_path)
     base.add_wheel("torch")
     base.add_wheel("tensorboard")
-    base.add_wheel("tqdm", "torch>=99")
+    base.add_wheel("sentencepiece", "torch>=99")
     ended = base.install()
     assert ended.returncode != 0
     assert "conflicting dependencies" in ended.stderr

@@ -35,7 +35,12 @@ COMMANDS = {
 REMOVED = {
     "advise": "use `megatron-dion report`: its page says how much of each matrix the rank captures",
     "study": "use `megatron-dion convergence sweep`",
+    "data --workers": "Megatron-LM's tools/preprocess_data.py tokenizes large corpora",
+    "doctor --json": "read its exit code",
+    "inspect --no-norms": "leave out --verify",
+    "plan --plot": "--json has the figures",
 }
+"""Subcommands, and flags behind them, that are gone, and what to use in their place."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,8 +83,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse would take what follows `--` for positional arguments.
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], list(argv[end + 1 :])
-    if own and own[0] in REMOVED:
-        raise ToolError(f"`megatron-dion {own[0]}` is gone: {REMOVED[own[0]]}")
+    for words in (own[:1], *([own[0], word.partition("=")[0]] for word in own[1:])):
+        if what := REMOVED.get(" ".join(words)):
+            raise ToolError(f"`megatron-dion {' '.join(words)}` is gone: {what}")
     parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, what) in COMMANDS.items():

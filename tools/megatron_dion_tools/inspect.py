@@ -26,7 +26,7 @@ from megatron_dion.optimizer.record import (
 )
 from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.terminal import progress_bar, quiet_imports
+from megatron_dion_tools.terminal import quiet_imports
 
 
 class SavedMatrix(NamedTuple):
@@ -156,14 +156,12 @@ def _verify(contents: Contents) -> tuple[list[str], dict[str, float]]:
     else:
         problems += hashes.damage(contents.folder, manifest)
     if not problems:
-        with progress_bar("verifying", total=len(contents.tensors), unit="tensor") as bar:
-            for key in contents.tensors:
-                tensor = contents.read(key)
-                if tensor.is_floating_point():
-                    norms[key] = float(tensor.float().norm())
-                    if not torch.isfinite(tensor.float()).all():
-                        problems.append(f"{key} has numbers that are not finite")
-                bar.update()
+        for key in contents.tensors:
+            tensor = contents.read(key)
+            if tensor.is_floating_point():
+                norms[key] = float(tensor.float().norm())
+                if not torch.isfinite(tensor.float()).all():
+                    problems.append(f"{key} has numbers that are not finite")
     return problems, norms
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.terminal import progress_bar
 
 
 def sha256_of_file(path: Path) -> str:
@@ -62,31 +61,26 @@ def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
         return False  # a file is missing, or the manifest is damaged
 
 
-def read_documents(paths: Sequence[Path], key: str, description: str) -> Iterator[str]:
-    """Yield the documents of text and JSON-lines files, in order, with a progress bar.
+def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
+    """Yield the documents of text and JSON-lines files, in order.
 
     A `.txt` file is one document. Every other file has one JSON object per line, or a blank line.
 
     Args:
         paths: The input files.
         key: The key of the text in each object.
-        description: What the progress bar says.
 
     Raises:
         ToolError: A file cannot be read as such; the error names the file and the line.
     """
-    total = sum(path.stat().st_size for path in paths)
-    with progress_bar(description, total, unit="B") as bar:
-        for path in paths:
-            if path.suffix == ".txt":
-                yield _decode(path.read_bytes(), str(path))
-                bar.update(path.stat().st_size)
-                continue
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _text_in(line, key, place=f"{path}:{number}")
-                    bar.update(len(line))
+    for path in paths:
+        if path.suffix == ".txt":
+            yield _decode(path.read_bytes(), str(path))
+            continue
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_in(line, key, place=f"{path}:{number}")
 
 
 def _text_in(line: bytes, key: str, place: str) -> str:
@@ -94,10 +88,8 @@ def _text_in(line: bytes, key: str, place: str) -> str:
         content = json.loads(_decode(line, place))
     except json.JSONDecodeError as error:
         raise ToolError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(content, dict):
-        raise ToolError(f"{place}: not a JSON object")
-    if not isinstance(content.get(key), str):
-        raise ToolError(f"{place}: no text under {key!r} (keys: {', '.join(content) or 'none'})")
+    if not isinstance(content, dict) or not isinstance(content.get(key), str):
+        raise ToolError(f"{place}: not a JSON object with a text under {key!r}")
     return str(content[key])
 
 
