@@ -12,7 +12,6 @@ from megatron_dion import DionConfig
 from megatron_dion.sharding import Placement, Weight
 from megatron_dion_tools.plan import PRESETS, GptShape, default_bucket_size, place
 from megatron_dion_tools.plan.flags import read_model, shape_from_flags
-from megatron_dion_tools.plan.models import Experts
 from megatron_dion_tools.plan.topology import Group, Topology
 
 TINY = GptShape(layers=6, hidden=24, ffn=40, heads=8, query_groups=4)
@@ -89,7 +88,6 @@ def test_stages_share_the_layers(size: int) -> None:
         ("8B", 8_030_261_248),
         ("70B", 70_553_706_496),
         ("405B", 405_853_388_800),
-        ("16B-MoE", 16_375_728_128),
     ],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
@@ -100,9 +98,7 @@ def test_shapes_of_flags() -> None:
     flags = (
         "--num-layers 28 --hidden-size 2048 --num-attention-heads 16 --max-position-embeddings 99"
     )
-    flags += " --num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 1408 --unknown 3 4"
-    shape = shape_from_flags([*flags.split(), "--moe-layer-freq", "([0]*1+[1]*27)"])
-    assert shape.experts == Experts(64, 6, 1408, dense_layers=1)
+    shape = shape_from_flags([*flags.split(), "--unknown", "3", "4"])
     assert (shape.ffn, shape.gated, shape.tied, shape.vocab) == (8192, False, True, None)
     assert (shape.query_groups, shape.sequence) == (16, 99)
     gated = shape_from_flags(
@@ -130,11 +126,7 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
         ("--hidden-size 8", "need --num-layers, --num-attention-heads"),
         ("--num-layers 'two", "quotation"),
         ("--multi-latent-attention", "--multi-latent-attention is not planned"),
-        (
-            "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --num-experts 2"
-            " --moe-layer-freq every",
-            r"--moe-layer-freq every: .*\(\[0\]\*1\+\[1\]\*27\)",
-        ),
+        ("--num-experts 2", "--num-experts is not planned: leave it out"),
         (
             "--num-layers 2 --hidden-size 10 --num-attention-heads 4",
             "--num-attention-heads 4 does not divide --hidden-size 10: take 2 or 5",
@@ -157,5 +149,3 @@ def test_links_leave_nodes() -> None:
     assert topology.group("data").leaving(to_peers=False) == 1 / 2
     assert topology.group("data").leaving(to_peers=True) == 14 / 15
     assert topology.group("pipeline").leaving(to_peers=True) == 1
-    experts = Topology(dp=16, ep=4, ranks_per_node=8)
-    assert experts.group("data", is_experts=True) == Group("data", 4, 2)

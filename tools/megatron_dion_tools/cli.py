@@ -38,6 +38,7 @@ REMOVED = {
     "data --workers": "Megatron-LM's tools/preprocess_data.py tokenizes large corpora",
     "doctor --json": "read its exit code",
     "inspect --no-norms": "leave out --verify",
+    "plan --ep": "experts are not planned",
     "plan --plot": "--json has the figures",
 }
 """Subcommands, and flags behind them, that are gone, and what to use in their place."""

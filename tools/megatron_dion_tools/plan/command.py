@@ -10,7 +10,6 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_dion import DionConfig
@@ -19,7 +18,7 @@ from megatron_dion_tools.plan.flags import PRESETS, read_model
 from megatron_dion_tools.plan.hardware import MACHINES, hardware
 from megatron_dion_tools.plan.prediction import ASSUMPTIONS, predict, search
 from megatron_dion_tools.plan.stage import Optimizer, Run
-from megatron_dion_tools.plan.tables import details, overview, plot, quantity
+from megatron_dion_tools.plan.tables import details, overview, quantity
 from megatron_dion_tools.plan.topology import Topology
 
 OPTIMIZERS = ("adamw", "muon", "muon-duplicated", "dion:1", "dion:1/4", "dion:1/16")
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tp": "tensor-parallel size",
         "pp": "pipeline stages",
         "cp": "context-parallel size",
-        "ep": "expert-parallel size",
         "instances": "distributed-optimizer instances",
     }.items():
         add(f"--{name}", type=positive, default=1, help=f"{what} (1)")
@@ -97,7 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=positive, metavar="GIB", help="limit of a rank's memory (the machine's)")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print all figures as JSON (off)")
-    add("--plot", type=Path, metavar="FILE.png", help="draw a picture over --dp too (off)")
 
 
 def positive(text: str) -> int:
@@ -140,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    sizes = ("tp", "pp", "cp", "ep", "instances")
+    sizes = ("tp", "pp", "cp", "instances")
     if args.search and (given := [name for name in sizes if getattr(args, name) > 1]):
         raise ValueError(f"--{given[0]}: --search tries all sizes: leave it out")
     machine = hardware(args.hardware)
@@ -174,8 +171,6 @@ def _plan(args: argparse.Namespace) -> None:
             for one in optimizers:
                 run = Run(shape, topology, one, size, global_batch=batch, **common)
                 predictions.append(predict(run, machine))
-    if args.plot:
-        plot(predictions, args.plot, title)
     if args.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=1))
         return
