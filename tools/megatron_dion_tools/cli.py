@@ -37,6 +37,7 @@ REMOVED = {
     "study": "use `megatron-dion convergence sweep`",
     "data --workers": "Megatron-LM's tools/preprocess_data.py tokenizes large corpora",
     "doctor --json": "read its exit code",
+    "doctor --shared-folder": "srun ls DIR shows what each node sees",
     "inspect --no-norms": "leave out --verify",
     "plan --ep": "experts are not planned",
     "plan --plot": "--json has the figures",

@@ -7,13 +7,11 @@ import argparse
 import faulthandler
 import os
 import sys
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     add = parser.add_argument
-    add("--shared-folder", type=Path, metavar="DIR", help="a folder that all ranks should see")
     add("--no-collectives", action="store_true", help="this process alone, no talk between ranks")
     add("--expect-gpus", type=int, metavar="N", help="GPUs that each machine must have")
     add("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait for ranks (60)")

@@ -10,10 +10,8 @@ import queue
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from megatron_dion.error_line import tell
 from megatron_dion_tools.doctor import checks, collectives
@@ -41,9 +39,6 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _examine_rank(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     mailbox = Mailbox({} if args.no_collectives else environ, seconds=2 * args.timeout)
-    # A new name: the client of a file server may remember for a minute that a file is absent.
-    word = mailbox.tell_all("word", uuid.uuid4().hex)
-    file = args.shared_folder / f".doctor-{word}" if args.shared_folder else None
     own: dict[str, Check] = {
         "packages": checks.packages,
         "torch": checks.pytorch,
@@ -54,26 +49,18 @@ def _examine_rank(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine would find the same
         own["gpus"] = partial(checks.gpus, args.expect_gpus)
         own["shared memory"] = checks.shared_memory
-    if file and mailbox.rank == 0:
-        own["shared folder"] = partial(_write, file)
     findings = examine(own, args.timeout / 2)
-    together: dict[str, Check] = {}
-    if not args.no_collectives:
-        together = {
-            "process group": partial(collectives.open_group, mailbox, args.timeout),
-            "all_reduce": partial(collectives.all_reduce, mailbox.rank, mailbox.size),
-            "messages": partial(collectives.messages, mailbox.rank, mailbox.size),
-        }
-    if file and "shared folder" not in findings:
-        together["shared folder"] = partial(_read, file)
-    for name, check in together.items():
+    together: dict[str, Check] = {
+        "process group": partial(collectives.open_group, mailbox, args.timeout),
+        "all_reduce": partial(collectives.all_reduce, mailbox.rank, mailbox.size),
+        "messages": partial(collectives.messages, mailbox.rank, mailbox.size),
+    }
+    for name, check in ({} if args.no_collectives else together).items():
         findings |= examine({name: check}, args.timeout)
         if not findings[name].ended:
             break  # nobody can use the process group any more
     answers = mailbox.collect("report", json.dumps([socket.gethostname(), findings]))
     code = _conclude(answers, mailbox, environ) if mailbox.rank == 0 else 0
-    if file and mailbox.rank == 0:
-        file.unlink(missing_ok=True)
     code = int(mailbox.tell_all("verdict", str(code)))
     # Rank 0, which may host the store, stays until all others have read the verdict.
     mailbox.collect("end", "")
@@ -110,18 +97,6 @@ def _answer(check: Check, answer: queue.SimpleQueue[Finding]) -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         answer.put(Finding(FAILED, text, ended=False))
-
-
-def _write(file: Path) -> Finding:
-    file.touch()
-    return Finding(OK, f"{file.parent} has the file of rank 0")
-
-
-def _read(file: Path) -> Finding:
-    if not file.exists():
-        fix = "mount the same file system on every node, and into every container"
-        return Finding(FAILED, f"rank 0's file is not seen in {file.parent}", fix)
-    return Finding(OK, f"{file.parent} has the file of rank 0")
 
 
 def _conclude(answers: Mapping[int, str], mailbox: Mailbox, environ: Mapping[str, str]) -> int:

@@ -3,8 +3,6 @@
 import argparse
 import functools
 import gc
-import tempfile
-from pathlib import Path
 
 
 def preload() -> None:
@@ -18,33 +16,20 @@ def preload() -> None:
     cpu.install(hide_gpus=True)
     cpu.install_megatron_patches()
 
-    _cache_help_texts()
-    _load_what_trainings_use()
-    start_queues_by("fork")
-    gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
-
-
-def _cache_help_texts() -> None:
-    """Megatron's parser reads its help texts from source files each time that it is built."""
     import megatron.training.arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
 
+    from megatron_dion.megatron import plot, pretrain  # noqa: F401  (what trainings import)
+
+    # Megatron's parser reads its help texts from source files each time that it is built.
     read_docstrings = ArgumentGroupFactory._get_field_docstrings
     cached = functools.cache(
         lambda kind: read_docstrings(object.__new__(ArgumentGroupFactory), kind)
     )
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
-
-
-def _load_what_trainings_use() -> None:
-    """A run imports modules when it trains, and matplotlib looks for fonts when it draws."""
-    from megatron_dion.megatron import plot, pretrain  # noqa: F401
-
-    with tempfile.TemporaryDirectory() as folder:
-        plot.draw_loss(
-            [{"kind": "train", "iteration": 1, "lm_loss": 1.0}], Path(folder, "loss.png"), None
-        )
+    start_queues_by("fork")
+    gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
 
 
 def start_queues_by(method: str) -> None:

@@ -70,10 +70,8 @@ class Run:
 def execute(runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> None:
     """Train all runs that are not finished, several at a time, in the given order.
 
-    The process must have called `megatron_dion_tools.local.preload.preload`.
-
     Args:
-        runs: What to train.
+        runs: What to train. The process must have called `preload` of this package.
         jobs: How many ranks may run at a time; a run that has more runs alone.
         report: Takes a line of progress.
 

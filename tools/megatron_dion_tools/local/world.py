@@ -7,9 +7,9 @@ their parent, however the parent ends.
 
 import contextlib
 import ctypes
-import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -35,15 +35,7 @@ class RankError(AssertionError):
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `function(*args)` on every rank of a new world.
-
-    Args:
-        size: Number of ranks.
-        function: What each rank calls.
-        args: Its arguments.
-
-    Returns:
-        The results, by rank.
+    """Call `function(*args)` on every rank of a new world and return the results, by rank.
 
     Raises:
         RankError: A rank raised or died. The other ranks were ended.
@@ -51,8 +43,10 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     port = str(free_port())
     pipes = [_FORK.Pipe(duplex=False) for _ in range(size)]
     ranks = [
-        _FORK.Process(target=_run_rank, args=(rank, size, port, pipes[rank][1], function, args))
-        for rank in range(size)
+        _FORK.Process(
+            target=_run_rank, args=(environment_of(rank, size, port), end, function, args)
+        )
+        for rank, (_, end) in enumerate(pipes)
     ]
     try:
         for process, (_, rank_end) in zip(ranks, pipes, strict=True):
@@ -109,18 +103,17 @@ def environment_of(rank: int, size: int, port: str) -> dict[str, str]:
 
 
 def _receive_results(ends: Sequence[Connection]) -> list[Any]:
-    ranks = {end: rank for rank, end in enumerate(ends)}
     results: dict[int, Any] = {}
     while len(results) < len(ends):
         failures = []
-        for end in wait([end for end, rank in ranks.items() if rank not in results]):
-            rank = ranks[end]  # type: ignore[index]
+        missing = {end: rank for rank, end in enumerate(ends) if rank not in results}
+        for end in wait(list(missing)):
+            rank = missing[end]  # type: ignore[index]
             try:
-                message = end.recv_bytes()  # type: ignore[union-attr]
+                succeeded, value = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 failures.append(f"rank {rank} died")
                 continue
-            succeeded, value = torch.load(io.BytesIO(message), weights_only=False)
             if succeeded:
                 results[rank] = value
             else:
@@ -132,31 +125,24 @@ def _receive_results(ends: Sequence[Connection]) -> list[Any]:
 
 
 def _run_rank(
-    rank: int,
-    size: int,
-    port: str,
-    end: Connection,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    environment: dict[str, str], end: Connection, function: Callable[..., Any], args: Sequence[Any]
 ) -> None:
     end_with_parent()
     os.setpgrp()
-    os.environ |= environment_of(rank, size, port)
+    os.environ |= environment
     torch.set_num_threads(1)
     try:
         result = (True, function(*args))
     except BaseException:
         result = (False, traceback.format_exc())
     # `end.send` would pass tensors as shared memory, which ends with this process.
-    buffer = io.BytesIO()
-    torch.save(result, buffer)
-    end.send_bytes(buffer.getvalue())
+    end.send_bytes(pickle.dumps(result))
     end.close()
     sys.stdout.flush()
     os._exit(0)  # The parent's threads and exit handlers do not exist in this process.
 
 
-def _with_gloo(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _with_gloo(function: Callable[..., Any], args: Sequence[Any]) -> Any:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
         result = function(*args)
