@@ -90,7 +90,6 @@ def test_study_is_read(folder: Path) -> None:
         ("golden: [one]", "golden: one", "the file: golden cannot be 'one'"),
         ("golden: [one]", "golden: []", r"the file: golden cannot be \[\]"),
         ("golden: [one]", "golden: [other]", r"golden names the run 'other' \(there are one,"),
-        ("[1, 2, 3]", "[1, 2, 2]", r"seeds has a value twice: \[1, 2, 2\]"),
         ("[1, 2, 3]", "[1, 0]", "seeds cannot be 0"),
         ("processes: 2", "processes: true", "runs: two: processes cannot be True"),
         ("processes: 2", "procesess: 2", "runs: two: unknown key 'procesess'"),

@@ -84,7 +84,7 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def test_check_without_golden_curves_ends_before_training(laboratory: Laboratory) -> None:
-    with pytest.raises(ToolError, match="other data and flags: `convergence update` makes new"):
+    with pytest.raises(ToolError, match=r"seed-1\.jsonl: no such file: `convergence update` makes"):
         laboratory.call("check")
     assert laboratory.trained == []
 
@@ -123,20 +123,6 @@ def test_a_mistake_that_nobody_notices_ends_with_status_1(
     laboratory.call("update")
     assert laboratory.call("check") == 1
     assert "small: NOT NOTICED  too fast follows one" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("change", "said"), [("--lr 3\n", "other flags"), ("--lr 1 --data-path DATA\n", "data and fl")]
-)
-def test_golden_curves_of_other_runs_are_refused(
-    laboratory: Laboratory, change: str, said: str
-) -> None:
-    laboratory.call("update")
-    (laboratory.folder / "data.bin").write_text("tokens")
-    data = str(laboratory.folder / "data")
-    (laboratory.folder / "model.args").write_text(change.replace("DATA", data))
-    with pytest.raises(ToolError, match=said):
-        laboratory.call("check")
 
 
 def test_what_diverged_never_becomes_golden(laboratory: Laboratory) -> None:
