@@ -14,7 +14,7 @@ from megatron_dion.optimizer.diagnostics import MatrixDiagnostics, Snapshot
 from megatron_dion_tools.cli import call
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.report.charts import Chart, Curve
-from megatron_dion_tools.report.folder import read_folder, sessions
+from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import render
 from tests import run_folders as run
 
@@ -53,7 +53,7 @@ def test_head_tells_what_became_of_the_run(complete: Page) -> None:
         "validation loss": "4.5",
         "tokens": "410k",
         # Iterations that set things up took 9 s, all others half a second.
-        "tokens/s": "4.10k",
+        "tokens/s, median": "4.10k",
         "time, in optimizer": f"1 min 57 s, {10 / 117:.1%}",
         "sent per step": "1.00kB",
     }
@@ -98,20 +98,12 @@ def test_tables_have_sums_kinds_layers_and_all(complete: Page) -> None:
     assert norm in complete.rows
     one = "decoder.layers.2.mlp.linear_fc2.weight"
     assert [one, "64 × 160", "16", "dion", REASON] in complete.rows
-    assert ["2", "0.7", "0.71", "0.72", "0.73", "0.74"] in complete.rows
     assert [one, "64 × 160", "16", "0.72", "4", "0.5"] in complete.rows
 
 
 def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
     assert ["git revision", "not in a git repository"] in complete.rows
-    start = [
-        str(run.RESUMED_AFTER),
-        "2026-11-24 20:55:02 UTC",
-        "4: TP2 × DP2",
-        "80",
-        "164k",
-        "4.10k",
-    ]
+    start = [str(run.RESUMED_AFTER), "246k", "2026-11-24 20:55:02 UTC", "4: TP2 × DP2"]
     assert start in complete.rows
     first, second = (i for i, row in enumerate(complete.rows) if row[0] == "argument")
     assert ["lr", "0.008", "none"] in complete.rows[first:second]
@@ -150,22 +142,6 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     assert "Only runs with Dion have a routing; this one has --optimizer muon." in page.said
     assert "Only Dion has diagnostics." in page.said
     assert page.facts == {"optimizer": "muon"}
-
-
-def test_each_start_has_its_own_tokens() -> None:
-    """The second went on from a model that had seen other tokens, on a faster machine."""
-    training = [run.train_record(i, run.loss_at(i)) for i in range(1, run.ITERATIONS + 1)]
-    for record in training[run.RESUMED_AFTER :]:
-        record["tokens"] += 10**9
-        record["iteration_seconds"] /= 2
-    tokens = {0: 0, run.RESUMED_AFTER: run.RESUMED_AFTER * run.TOKENS + 10**9}
-    starts = [{"iteration": done, "tokens": seen} for done, seen in tokens.items()]
-    first, second = sessions(training, starts)
-    assert (first.tokens, second.tokens) == (120 * run.TOKENS, 80 * run.TOKENS)
-    assert (first.tokens_per_second, second.tokens_per_second) == (
-        run.TOKENS / 0.5,
-        run.TOKENS / 0.25,
-    )
 
 
 def test_axes_are_logarithmic_where_values_differ_in_magnitude() -> None:
@@ -215,9 +191,7 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (None, "no such folder; give what was given to pretrain_gpt.py's --run-dir"),
-        ({}, "no config.json, so no run has started in it: the output of pretrain"),
-        ({"train.log": "noise\nerror: --lr is odd\nerror: too\n"}, "train.log says why: --lr is"),
+        (None, "no config.json, so no run has started in it: give what was given to pretrain"),
         ({"config.json": '{"arguments": []}'}, "config.json is damaged"),
         ({"config.json": '{"arguments": {}}', "metrics.jsonl": "{}\n"}, "metrics.jsonl is damaged"),
         ({"config.json": '{"arguments": {}}', "routing.tsv": "x\ny\n"}, "routing.tsv is damaged"),

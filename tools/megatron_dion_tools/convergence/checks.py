@@ -31,8 +31,6 @@ class Verdict:
         finding: One sentence with numbers.
         divergent: The first iteration at which something is wrong; None if nothing is.
         curves: Those of the run and of the reference.
-        distance: Run minus reference by iteration, averaged.
-        allowed: How far the averaged curves may be apart, by iteration; empty for equality.
         notices: Whether the run has a planted mistake, which the check must notice.
     """
 
@@ -43,8 +41,6 @@ class Verdict:
     finding: str
     divergent: int | None
     curves: tuple[Curve, Curve]
-    distance: Curve
-    allowed: Curve
     notices: bool = False
 
     @property
@@ -108,9 +104,7 @@ def follows(
         early = " (which is before its checkpoint)" if divergent <= after else ""
         findings.insert(0, f"differs at iteration {divergent}{early}: {values}")
     finding, curves = "; ".join(findings), (ours, theirs)
-    return Verdict(
-        run.name, reference.name, quantity, share, finding, divergent, curves, distance, allowed
-    )
+    return Verdict(run.name, reference.name, quantity, share, finding, divergent, curves)
 
 
 def compare(

@@ -27,35 +27,26 @@ _NATS_SHOWN = 1.0
 
 
 def draw_verdicts(title: str, verdicts: Sequence[Verdict]) -> Figure:
-    """Draw curves, and how far each run is from its reference.
+    """Draw the smoothed curves of runs over those of their references.
 
-    A row of panels for each quantity: at the left the smoothed curves, at the right the smoothed
-    distances on a logarithmic axis, dotted the allowed ones. A cross marks where a run first goes
-    wrong.
+    A panel for each quantity. A cross marks where a run first goes wrong.
     """
     quantities = list(dict.fromkeys(verdict.quantity for verdict in verdicts))
-    figure = Figure(figsize=(14, 1 + 4 * len(quantities)), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 4 * len(quantities)), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(len(quantities), 2, squeeze=False)
-    for quantity, (left, right) in zip(quantities, panels, strict=True):
+    panels = figure.subplots(len(quantities), squeeze=False)[:, 0]
+    for quantity, axes in zip(quantities, panels, strict=True):
         row = [verdict for verdict in verdicts if verdict.quantity == quantity]
-        references = {verdict.reference: verdict.curves[1] for verdict in row}
-        for name, curve in references.items():
-            _plot(left, smoothed(curve, window_of(curve)), label=name, color="grey", linewidth=5)
-        left.set_ylim(*left.get_ylim())  # A run that explodes must not flatten the others.
+        for name, curve in {verdict.reference: verdict.curves[1] for verdict in row}.items():
+            _plot(axes, smoothed(curve, window_of(curve)), label=name, color="grey", linewidth=5)
+        axes.set_ylim(*axes.get_ylim())  # A run that explodes must not flatten the others.
         for verdict, style in zip(row, cycle(_STYLES), strict=False):
-            ours, theirs = verdict.curves
-            label = f"{verdict.run} ~ {verdict.reference}"
-            _plot(left, smoothed(ours, window_of(theirs)), **style)
-            distance = {i: abs(value) or math.nan for i, value in verdict.distance.items()}
-            _plot(right, distance, label=label, **style)
-            _plot(right, verdict.allowed, color=style["color"], linestyle="dotted")
-            if verdict.divergent is not None:
-                height = distance.get(verdict.divergent, math.nan)
-                right.plot(verdict.divergent, height, "X", color=style["color"], markersize=10)
-        _finish(left, "", "iteration", quantity)
-        _finish(right, "", "iteration", f"distance in {quantity}")
-        right.set_yscale("log")
+            ours = smoothed(verdict.curves[0], window_of(verdict.curves[1]))
+            _plot(axes, ours, label=verdict.run, **style)
+            if verdict.divergent in ours:
+                cross = {verdict.divergent: ours[verdict.divergent]}
+                _plot(axes, cross, marker="X", color=style["color"], markersize=10)
+        _finish(axes, "", "iteration", quantity)
     return figure
 
 

@@ -2,10 +2,10 @@
 
 import json
 import math
-import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -69,7 +69,6 @@ def render(run: RunFolder) -> str:
             (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
             for m in last.matrices
         ],
-        captured=_captured_by_layer(last),
         starts=list(_starts(run)),
         changed_arguments=_arguments(changed, defaults),
         other_arguments=_arguments(others, defaults),
@@ -120,8 +119,9 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.training:
         seconds = sum(record["iteration_seconds"] for record in run.training)
         step = sum(record["optimizer_seconds"] for record in run.training)
-        yield "tokens", human_count(sum(session.tokens for session in run.sessions))
-        yield "tokens/s", human_count(run.sessions[-1].tokens_per_second)
+        yield "tokens", human_count(run.training[-1]["tokens"])
+        if speeds := _speeds(run):
+            yield "tokens/s, median", human_count(median(speed for _, speed in speeds))
         yield "time, in optimizer", f"{human_duration(seconds)}, {step / seconds:.1%}"
         yield "sent per step", f"{human_count(run.training[-1]['optimizer_bytes'])}B"
 
@@ -156,14 +156,27 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     yield Chart("Gradient norm", "before clipping", norms)
     rates = [Curve("rate", _points(run.training, "lr"))]
     yield Chart("Learning rate", "", rates, from_zero=True)
-    # The first iteration of each start sets things up, so that its time tells nothing.
-    settled = [iteration for session in run.sessions for iteration in session.settled]
-    records = [record for record, _ in settled]
-    speeds = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
-    yield Chart("Tokens per second", "all ranks", _with_mean("rate", speeds), from_zero=True)
+    speeds = _with_mean("rate", _speeds(run))
+    yield Chart("Tokens per second", "all ranks", speeds, from_zero=True)
+    records = [record for record, _ in _settled(run)]
     iteration = Curve("iteration", _points(records, "iteration_seconds"))
     step = Curve("optimizer’s step", _points(records, "optimizer_seconds"))
     yield Chart("Time", "seconds", [iteration, step])
+
+
+def _settled(run: RunFolder) -> list[tuple[Record, int]]:
+    """Iterations with their tokens, but for the first of each start, which sets things up."""
+    starts = {start["iteration"] for start in run.starts}
+    return [
+        (record, record["tokens"] - before["tokens"])
+        for before, record in pairwise(run.training)
+        if before["iteration"] not in starts
+    ]
+
+
+def _speeds(run: RunFolder) -> list[Point]:
+    """Tokens per second over iterations."""
+    return [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in _settled(run)]
 
 
 def _optimizers(routes: Sequence[Route]) -> list[Row]:
@@ -211,36 +224,18 @@ def _diagnostics(run: RunFolder) -> Iterator[Chart]:
         yield Chart(title, unit, curves)
 
 
-def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], list[Row]]:
-    """Names of kinds; and for each layer the captured share of each kind, medians over experts."""
-    shares: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for matrix in snapshot.matrices:
-        layer = re.search(r"(?<=\.layers\.)\d+", matrix.name)
-        kind = _short_name(without_numbers(matrix.name))
-        if matrix.captured is not None:
-            shares[layer[0] if layer else "–", kind].append(matrix.captured)
-    layers, kinds = (list(dict.fromkeys(key[axis] for key in shares)) for axis in (0, 1))
-    medians = {key: median(values) for key, values in shares.items()}
-    return kinds, [(layer, *(medians.get((layer, kind)) for kind in kinds)) for layer in layers]
-
-
 def _short_name(kind: str) -> str:
     return kind.removeprefix("decoder.layers.*.").replace(".weight", "").replace("self_", "")
 
 
 def _starts(run: RunFolder) -> Iterator[Row]:
-    """For each start: iteration, time, ranks; then iterations, tokens, tokens per second."""
-    sessions = {session.start["iteration"]: session for session in run.sessions}
+    """For each start: iteration, tokens, time, ranks."""
     for start in run.starts:
         time = start["time"].replace("T", " ").replace("+00:00", " UTC")
         sizes = {name: start[f"{long}_parallel_size"] for name, long in _PARALLELISM.items()}
         divided = " × ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
         ranks = ": ".join(filter(None, [str(start["world_size"]), divided]))
-        done: Row = (None, None, None)
-        if session := sessions.get(start["iteration"]):
-            speed = human_count(session.tokens_per_second)
-            done = (len(session.iterations), human_count(session.tokens), speed)
-        yield (start["iteration"], time, ranks, *done)
+        yield start["iteration"], human_count(start["tokens"]), time, ranks
 
 
 def _arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Row]:
