@@ -107,16 +107,10 @@ def predict(run: Run, machine: Hardware) -> Prediction:
 
 
 def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Prediction]:
-    """Tries all `topologies` of a number of ranks, with Megatron's default buckets and with one.
+    """Try all `topologies` of a number of ranks, with Megatron's default buckets and with one.
 
-    Args:
-        run: the run, whose topology and buckets do not count.
-        ranks: how many there are.
-        machine: gives rates.
-        limit: bytes of a device's memory.
-
-    Returns:
-        Those that fit the memory, the fastest first.
+    Returns those that need at most `limit` bytes of a device's memory, the fastest first. Topology
+    and buckets of `run` do not count.
     """
     found = []
     for topology in topologies(run.shape, ranks, machine.ranks_per_node):

@@ -136,11 +136,8 @@ def default_bucket_size(data_parallel_size: int, pipeline_stage: int = 0) -> int
     """The bucket size, in elements, of a run with `--overlap-grad-reduce` and no size of its own.
 
     Without that flag Megatron makes one bucket (None), and in any case in pipeline stages after
-    the first (MC/distributed/distributed_data_parallel.py:68, :105).
-
-    Args:
-        data_parallel_size: data-parallel x context-parallel ranks of all instances together.
-        pipeline_stage: the stage.
+    the first (MC/distributed/distributed_data_parallel.py:68, :105). The data-parallel size is that
+    of all instances together, with context-parallel ranks.
     """
     return max(40_000_000, 1_000_000 * data_parallel_size) if pipeline_stage == 0 else None
 
@@ -154,26 +151,19 @@ def place(
     `--ddp-pad-buckets-for-high-nccl-busbw` (MC/optimizer/distrib_optimizer.py:506).
 
     Args:
-        weights: in the order in which Megatron makes them, as `GptShape.weights` gives them.
+        weights: as `GptShape.weights` gives them; the last one comes first in the result.
         data_parallel_size: data-parallel x context-parallel ranks of one instance.
         bucket_size: elements at which a bucket is full, None for one bucket.
-
-    Returns:
-        In the order in which `DionDistributedOptimizer` lists them, the last weight first.
     """
     placements: list[Placement] = []
     bucket: list[tuple[Weight, int]] = []
-    end = 0
+    end, multiple = 0, math.lcm(data_parallel_size, _BUCKET_MULTIPLE)
     for number, weight in enumerate(reversed(weights), 1):
-        start = _round_up(end, _START_MULTIPLE)
+        start = -(-end // _START_MULTIPLE) * _START_MULTIPLE
         bucket.append((weight, start))
         end = start + numel_of(weight)
         if number == len(weights) or (bucket_size is not None and end >= bucket_size):
-            numel = _round_up(end, math.lcm(data_parallel_size, _BUCKET_MULTIPLE))
+            numel = -(-end // multiple) * multiple
             placements += [Placement(weight, start, numel) for weight, start in bucket]
             bucket, end = [], 0
     return placements
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
