@@ -39,6 +39,8 @@ REMOVED = {
     "doctor --json": "read its exit code",
     "doctor --shared-folder": "srun ls DIR shows what each node sees",
     "inspect --no-norms": "leave out --verify",
+    "launch --job-name": "use --sbatch-flag=--job-name=NAME and --run-dir",
+    "launch --script": "sbatch takes another script and RUN_DIR/recipe.args",
     "plan --ep": "experts are not planned",
     "plan --plot": "--json has the figures",
 }
