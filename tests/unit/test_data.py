@@ -76,14 +76,12 @@ def test_documents_come_in_order_from_text_and_json_lines(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "good"}\n{"text": \n', r"input\.jsonl:2: not JSON"),
-        (
-            b'{"text": "good"}\n\n{"body": "bad"}\n',
-            r"jsonl:3: not a JSON object with a text under 'text'",
-        ),
-        (b'["text"]\n', r"input\.jsonl:1: not a JSON object"),
-        (b'{"text": 3}\n', r"input\.jsonl:1: not a JSON object with a text"),
-        (b'{"text": "\xff"}\n', r"input\.jsonl:1: not UTF-8"),
+        (b'{"text": "good"}\n{"text": \n', r"input\.jsonl:2: not a document \(Expecting value"),
+        (b'{"text": "good"}\n\n{"body": "bad"}\n', r"jsonl:3: .*no object .*text under 'text'"),
+        (b'["text"]\n', r"input\.jsonl:1: .*no object of JSON"),
+        (b'{"text": 3}\n', r"input\.jsonl:1: .*no object of JSON"),
+        (b'{"text": "\xff"}\n', r"input\.jsonl:1: .*can't decode"),
+        (b'\n{"text": ""}\n', r"there is no text in it"),
     ],
 )
 def test_faulty_lines_are_told_with_their_place(
@@ -285,8 +283,7 @@ def test_another_key_is_read_and_empty_documents_are_left_out(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ('{"text": ""}\n', "", r"bad\.jsonl: there is no text in it"),
-        ('{"text": "good"}\nbad\n', "", r"bad\.jsonl:2: not JSON"),
+        ('{"text": "good"}\nbad\n', "", r"bad\.jsonl:2: not a document"),
         ('{"text": "a"}\n', "--tokenizer-type NullTokenizer --vocab-size 9", "refuses 'a'"),
         ("{}", "--tokenizer-model absent", "cannot load SentencePieceTokenizer from absent: "),
         ("{}", "--tokenizer-type NoSuch", "cannot load NoSuch from "),

@@ -62,7 +62,7 @@ def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
 
 
 def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
-    """Yield the documents of text and JSON-lines files, in order.
+    """Yield the documents of text and JSON-lines files, in order, but for empty ones.
 
     A `.txt` file is one document. Every other file has one JSON object per line, or a blank line.
 
@@ -71,30 +71,26 @@ def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
         key: The key of the text in each object.
 
     Raises:
-        ToolError: A file cannot be read as such; the error names the file and the line.
+        ToolError: A file cannot be read as such, or there is no text in any of them.
     """
+    found = False
     for path in paths:
-        if path.suffix == ".txt":
-            yield _decode(path.read_bytes(), str(path))
-            continue
+        is_text = path.suffix == ".txt"
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_in(line, key, place=f"{path}:{number}")
+            for number, content in enumerate([file.read()] if is_text else file, start=1):
+                try:
+                    text = content.decode() if is_text else _text_of_line(content, key)
+                except ValueError as error:
+                    raise ToolError(f"{path}:{number}: not a document ({error})") from error
+                if text:
+                    found = True
+                    yield text
+    if not found:
+        raise ToolError(f"--input {' '.join(map(str, paths))}: there is no text in it")
 
 
-def _text_in(line: bytes, key: str, place: str) -> str:
-    try:
-        content = json.loads(_decode(line, place))
-    except json.JSONDecodeError as error:
-        raise ToolError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+def _text_of_line(line: bytes, key: str) -> str:
+    content = json.loads(line) if line.strip() else {key: ""}
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
-        raise ToolError(f"{place}: not a JSON object with a text under {key!r}")
+        raise ValueError(f"no object of JSON with a text under {key!r}")
     return str(content[key])
-
-
-def _decode(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{place}: not UTF-8 text ({error.reason})") from error

@@ -85,8 +85,6 @@ def write_dataset(args: argparse.Namespace, prefix: Path) -> Mapping[str, Any]:
             builder.add_document(ids, [ids.size])
             documents += 1
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
-    if documents == 0:
-        raise ToolError(f"--input {' '.join(map(str, args.input))}: there is no text in it")
     shares = counts[counts > 0] / counts.sum()
     return {
         "tokenizer_type": args.tokenizer_type,

@@ -85,8 +85,6 @@ def train(args: argparse.Namespace) -> bytes:
     documents = read_documents(args.input, args.json_key)
     # SentencePiece learns no piece across the end of a line.
     lines = [line for text in documents for line in text.splitlines() if line]
-    if not lines:
-        raise ToolError(f"--input {' '.join(map(str, args.input))}: there is no text in it")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
