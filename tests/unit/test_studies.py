@@ -111,6 +111,10 @@ def test_flags_of_a_run(laboratory: Laboratory) -> None:
     expected = "--train-iters 48 --hidden-size 64 --optimizer dion --lr 0.008 --min-lr 0.0008"
     assert " ".join(run.flags) == f"{expected} --seed 2"
     assert run.name == "width 64, New, lr 0.008, seed 2"
+    wide = laboratory.runs(TEXT.replace("lr: 0.008}", "lr: 0.008, processes: 2}"))
+    on_two = wide.run("width 64", "New", 0.008, 2)
+    assert (on_two.processes, on_two.flags) == (2, run.flags)
+    assert on_two.folder != run.folder
 
 
 def test_rates_double_until_the_best_lies_between_two_others(laboratory: Laboratory) -> None:

@@ -55,21 +55,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand and end the process with its exit code.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
-    """
+    """Run a subcommand, by default that of the process, and end with its exit code."""
     words = sys.argv[1:] if argv is None else argv
     run_tool(lambda: call(words))
 
 
 def call(argv: Sequence[str]) -> int | None:
-    """Run a subcommand and return its exit code; mistakes are exceptions.
-
-    Args:
-        argv: The arguments after the program's name.
-    """
+    """Run a subcommand and return its exit code; mistakes are exceptions."""
     args = parse(argv)
     code: int | None = args.run(args)
     return code
@@ -77,9 +69,6 @@ def call(argv: Sequence[str]) -> int | None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read a command line; `args.run` is the function of the subcommand.
-
-    Args:
-        argv: The arguments after the program's name.
 
     Raises:
         ToolError: The command line is wrong.

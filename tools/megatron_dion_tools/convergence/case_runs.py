@@ -22,12 +22,7 @@ _GOLDEN_KEYS = ("kind", "iteration", LOSS, GRAD_NORM)
 
 
 class CaseRuns:
-    """The runs of a case on this machine.
-
-    Args:
-        case: The case.
-        folder: Where its runs go; the folder of a run is RUN/seed-N.
-    """
+    """The runs of a case on this machine, each in the folder RUN/seed-N of a folder."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case = case
@@ -39,11 +34,7 @@ class CaseRuns:
     ) -> None:
         """Train runs from the beginning, since the code may have changed, after their parents.
 
-        Args:
-            names: Names of runs.
-            seeds: Seeds of each run.
-            jobs: How many ranks may run at a time.
-            report: Takes a line of progress.
+        At most `jobs` ranks run at a time; `report` takes lines of progress.
 
         Raises:
             RunFailed: A run failed.

@@ -6,6 +6,7 @@ training, each at its own best learning rate.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.preload import preload
 
 CASES = Path("tests", "convergence")
+_say = functools.partial(print, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +135,3 @@ def _report(title: str, verdicts: Sequence[Verdict], output: Path | None) -> lis
         output.mkdir(parents=True, exist_ok=True)
         draw_verdicts(title, verdicts).savefig(output / f"{title}.png", dpi=120)
     return verdicts
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

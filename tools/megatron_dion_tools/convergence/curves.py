@@ -48,13 +48,11 @@ class Curves:
 
 
 def read_curves(path: Path, name: str) -> Curves:
-    """Read the curves of a run; those of a validation get the prefix `validation_`.
+    """Read the curves of a run from a metrics.jsonl, or from a folder that has one.
+
+    Those of a validation get the prefix `validation_`.
 
     Later values win: a resumed run writes repeated iterations a second time.
-
-    Args:
-        path: A metrics.jsonl, or a folder that has one.
-        name: The name of the run.
 
     Raises:
         ToolError: There is no such file, or it has other content.
@@ -93,10 +91,6 @@ def seed_noise(curves: Sequence[Curve], window: int) -> dict[int, float]:
     """Return the standard deviation over seeds of a smoothed curve at each iteration.
 
     Few seeds estimate the variance badly, so the variance is averaged over `window` points too.
-
-    Args:
-        curves: One for each seed, of one quantity of one run.
-        window: Number of points of both averages.
 
     Raises:
         ToolError: There are fewer than three seeds.

@@ -5,24 +5,15 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.figure import Figure
 
 from megatron_dion_tools.convergence.checks import Verdict
 from megatron_dion_tools.convergence.curves import smoothed, window_of
 from megatron_dion_tools.convergence.study import Result
 
-# Okabe and Ito's colours, which people who are colour-blind can tell apart.
-_COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
 _STYLES = [
-    {"color": colour, "linestyle": dashes}
-    for dashes in ("solid", "dashed", "dotted")
-    for colour in _COLOURS
+    {"color": f"C{i}", "linestyle": dashes} for dashes in ("-", "--", ":") for i in range(10)
 ]
-
 _NATS_SHOWN = 1.0
 
 

@@ -43,10 +43,12 @@ class Method:
     Attributes:
         lr: The learning rate with which its sweep begins.
         flags: Flags of pretrain_gpt.py.
+        processes: Number of ranks.
     """
 
     lr: float
     flags: Flags = ()
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +100,7 @@ class StudyRuns:
     """The runs of a study on this machine.
 
     The folder of a run is the hash of its flags: studies share runs, and an interrupted study goes
-    on where it stopped.
-
-    Args:
-        study: The study.
-        pool: The folder of the runs of all studies.
+    on where it stopped. `pool` has the runs of all studies.
     """
 
     def __init__(self, study: Study, pool: Path) -> None:
@@ -112,11 +110,7 @@ class StudyRuns:
         self._cells = list(itertools.product(study.settings, study.methods))
 
     def train(self, jobs: int, report: Callable[[str], None]) -> None:
-        """Train all runs that the study needs and that are not finished.
-
-        Args:
-            jobs: How many runs train at a time.
-            report: Takes a line of progress.
+        """Train all runs that the study needs and that are not finished, `jobs` at a time.
 
         Raises:
             RunFailed: A run failed.
@@ -128,12 +122,14 @@ class StudyRuns:
 
     def run(self, setting: str, method: str, lr: float, seed: int) -> Run:
         """Return a run of the study."""
-        flags = (*self.study.common_flags, *self.study.settings[setting])
-        flags = (*flags, *self.study.methods[method].flags, "--lr", f"{lr:g}")
-        flags = effective((*flags, "--min-lr", f"{lr / 10:g}", "--seed", str(seed), *self.data))
-        digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()
+        how = self.study.methods[method]
+        flags = (*self.study.common_flags, *self.study.settings[setting], *how.flags)
+        flags = (*flags, "--lr", f"{lr:g}", "--min-lr", f"{lr / 10:g}", "--seed", str(seed))
+        flags = effective((*flags, *self.data))
+        key = shlex.join(flags) + (f" on {how.processes} ranks" if how.processes > 1 else "")
+        digest = hashlib.sha256(key.encode()).hexdigest()
         name = f"{setting}, {method}, lr {lr:g}, seed {seed}".removeprefix(", ")
-        return Run(name, self._pool / digest[:16], flags)
+        return Run(name, self._pool / digest[:16], flags, how.processes)
 
     def losses(self, setting: str, method: str) -> Losses:
         """Return the losses of finished runs, infinite where training diverged.

@@ -129,9 +129,6 @@ def gpus(expected: int | None) -> Finding:
 
     nvidia-smi makes no CUDA context, which would take hundreds of megabytes of a GPU on which
     somebody trains while the health of a container is checked.
-
-    Args:
-        expected: Their number, if it is known.
     """
     command = [
         "nvidia-smi",

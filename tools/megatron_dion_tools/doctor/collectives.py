@@ -19,9 +19,7 @@ SUSPECT = "take the node out and try again without it: a GPU or a link corrupts 
 def open_group(mailbox: Mailbox, seconds: float) -> Finding:
     """Make the process group that the other checks use, of NCCL or gloo.
 
-    Args:
-        mailbox: Of all ranks; they call this together.
-        seconds: How long a check of this process group may take.
+    A check of this group may take so many seconds.
     """
     backend = "nccl" if _device().type == "cuda" else "gloo"
     dist.init_process_group(

@@ -23,12 +23,8 @@ from megatron_dion_tools.doctor.report import Row, merge, ranges, table, worst
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Examine this rank and what is between all ranks; rank 0 prints one table.
 
-    Args:
-        args: The flags of the command.
-        environ: Describes the ranks, as torchrun does.
-
-    Returns:
-        The exit code, the same on all ranks: 0 if training can go on, else 1.
+    `environ` describes the ranks, as torchrun does. The exit code is the same on all ranks: 0 if
+    training can go on, else 1.
     """
     try:
         return _examine_rank(args, environ)
@@ -68,14 +64,10 @@ def _examine_rank(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def examine(checks: Mapping[str, Check], seconds: float) -> dict[str, Finding]:
-    """Run checks at the same time and return their findings by name.
+    """Run checks at the same time, so many seconds at most, and return their findings by name.
 
     A check may hang, as everything does that asks a dead file server or a stuck GPU. It is left
     behind in a daemon thread, which does not hold up the end of the process.
-
-    Args:
-        checks: By name.
-        seconds: How long all of them together may take.
     """
     answers = {name: queue.SimpleQueue[Finding]() for name in checks}
     for name, check in checks.items():

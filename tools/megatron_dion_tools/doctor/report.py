@@ -15,12 +15,9 @@ class Row(NamedTuple):
 
 
 def merge(findings: Mapping[int, Mapping[str, Finding]]) -> list[Row]:
-    """Return the rows of all checks; those of one check begin with the worst verdict.
+    """Return the rows of findings by rank and check; those of a check begin with the worst verdict.
 
     Ranks on which a check is fine share a row, and so do ranks with the same other finding.
-
-    Args:
-        findings: By rank, then by the name of the check.
     """
     rows = []
     for check in dict.fromkeys(name for of_rank in findings.values() for name in of_rank):

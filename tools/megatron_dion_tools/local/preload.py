@@ -35,9 +35,7 @@ def preload() -> None:
 def start_queues_by(method: str) -> None:
     """Choose how a rank that saves a checkpoint starts the process of its queue.
 
-    Args:
-        method: Of multiprocessing. A process that is spawned imports torch again, one that is
-            forked does not.
+    A process that is spawned imports torch again, one that is forked does not.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import (
         get_write_results_queue,

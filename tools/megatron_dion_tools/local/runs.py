@@ -121,12 +121,7 @@ def _train_in_world(run: Run) -> None:
 
 
 def train(flags: Sequence[str], patch: str | None) -> None:
-    """Train on this rank as pretrain_gpt.py would.
-
-    Args:
-        flags: Flags of pretrain_gpt.py.
-        patch: As in `Run`.
-    """
+    """Train on this rank as pretrain_gpt.py would, after the patch of a `Run`."""
     from megatron_dion.megatron.launch import train as launch
 
     if patch is not None:

@@ -1,9 +1,9 @@
 """The shape of a model, and what else the planner takes, from flags of pretrain_gpt.py."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dion_tools.local.flags import read_flags
 from megatron_dion_tools.plan.models import GptShape
 
 _PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.args")}
@@ -15,11 +15,9 @@ _NOT_PLANNED = {
 
 
 def read_model(name: str) -> tuple[GptShape, dict[str, int]]:
-    """A preset, or a file of flags of pretrain_gpt.py.
+    """The shape of a preset, or of a file of flags of pretrain_gpt.py.
 
-    Returns:
-        The model's shape, and `weight-bytes`, `micro-batch-size` and `global-batch-size`; sizes
-        that the flags do not say are 0.
+    And `weight-bytes`, `micro-batch-size` and `global-batch-size`; 0 where the flags do not say it.
 
     Raises:
         ValueError: there is no such preset or file, or a mistake is in it.
@@ -29,7 +27,7 @@ def read_model(name: str) -> tuple[GptShape, dict[str, int]]:
         presets = ", ".join(sorted(_PRESETS))
         raise ValueError(f"MODEL {name}: no file of flags, and no preset ({presets})")
     try:
-        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+        words = read_flags(path)
         flags = _values(words)
         settings = {n: _size(flags, n) for n in ("micro-batch-size", "global-batch-size")}
         settings["weight-bytes"] = 2 if flags.keys() & {"bf16", "fp16"} else 4

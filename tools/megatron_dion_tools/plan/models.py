@@ -85,10 +85,6 @@ class GptShape:
 
         Fused weights are split as `--dion-split` does by default: query, key, value; gate, up.
 
-        Args:
-            layers: global numbers of the layers, from 0, such as `stage_layers` gives.
-            tensor_parallel_size: ranks that share each weight.
-
         Raises:
             ValueError: Megatron could not divide the model over so many ranks.
         """

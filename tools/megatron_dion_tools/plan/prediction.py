@@ -33,7 +33,6 @@ class Prediction:
         memory: bytes by kind, of the rank that needs most.
         collectives: of the stage that sends most in each.
         operations: of the optimizer, on the rank with most.
-        model_operations: forward and backward, of all micro batches, on the rank with most.
         step: seconds of the optimizer's step by part, in the stage where it is longest.
         seconds: of an iteration.
     """
@@ -42,7 +41,6 @@ class Prediction:
     memory: dict[str, float]
     collectives: list[Collective]
     operations: float
-    model_operations: float
     step: dict[str, float]
     seconds: float
 
@@ -72,7 +70,7 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         ValueError: Megatron could not divide the model in this way, in words that name flags.
     """
     rate = (machine.half if run.weight_bytes == 2 else machine.single) * machine.product_share
-    memories, operations, models, steps, slots, exposed = [], [], [], [], [], []
+    memories, operations, steps, slots, exposed = [], [], [], [], []
     most_sent: dict[tuple[str, str], Collective] = {}
     for stage in _distinct_stages(run):
         update = _UPDATES[run.optimizer.kind](stage)
@@ -86,7 +84,6 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         forward, backward = model_work(stage)
         memories.append(memory(stage, update))
         operations.append(update.products + update.float32_products + update.factorizations)
-        models.append(run.micro_batches * (forward + backward))
         steps.append({**_computing(stage, update, machine), "exchange": waits["step"]})
         slots.append((forward + backward) / rate + waits["layer"] / run.micro_batches)
         exposed.append(
@@ -100,7 +97,6 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         memory=max(memories, key=_total),
         collectives=list(most_sent.values()),
         operations=max(operations),
-        model_operations=max(models),
         step=step,
         seconds=seconds,
     )

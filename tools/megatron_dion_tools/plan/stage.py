@@ -87,10 +87,6 @@ class Run:
 class Stage:
     """A pipeline stage of a run.
 
-    Args:
-        run: the run.
-        index: number of the stage.
-
     Attributes:
         layers: their global numbers.
         weights: the optimizer's matrices on a rank.

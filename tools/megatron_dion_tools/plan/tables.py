@@ -14,12 +14,7 @@ _UNITS = {
 
 
 def quantity(value: float, kind: str) -> str:
-    """A number with three digits and the unit that fits it.
-
-    Args:
-        value: in bytes, operations or seconds.
-        kind: a key of `_UNITS`: `B` of memory, `sent` bytes, `FLOP`, `s` or `parameters`.
-    """
+    """A number with three digits and the unit of a kind, a key of `_UNITS`, that fits it."""
     if value == 0:
         return "-"
     units = sorted(_UNITS[kind].items(), key=lambda unit: unit[1])
@@ -29,12 +24,7 @@ def quantity(value: float, kind: str) -> str:
 
 
 def overview(predictions: Sequence[Prediction], limit: float) -> str:
-    """A line for each prediction.
-
-    Args:
-        predictions: of any runs.
-        limit: bytes of a device's memory; what needs more is marked.
-    """
+    """A line for each prediction; what needs more than a limit of memory is marked."""
     rows = []
     names = ("tp", "pp", "cp", "dp", "instances")
     sizes = [s for s in names if any(getattr(p.run.topology, s) > 1 for p in predictions)]
