@@ -83,7 +83,9 @@ def test_a_run(nursery: Nursery, name: str) -> None:
     values = {"shape": SHAPE, "bucket_size": 0, "recompute": "none", **changes}
     run = Run(topology=topology, optimizer=optimizer, global_batch=12, **values)
     argv = [*MODEL, *TRAINING, *flags.split(), "--bf16", "--micro-batch-size", "1"]
-    records = nursery.run(topology.world, train_counted, [*argv, "--train-iters", "3"])
+    records = nursery.run(
+        topology.tp * topology.pp * topology.dp, train_counted, [*argv, "--train-iters", "3"]
+    )
     for index in range(topology.pp):
         stage = Stage(run, index)
         ranks = [record for record in records if record["stage"] == index]

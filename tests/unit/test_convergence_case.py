@@ -98,7 +98,6 @@ def test_study_is_read(folder: Path) -> None:
         ("share: 0", "share: -1", "checks: share cannot be -1"),
         ("at: 10", "", "run later: 'continues' and 'at' need each other"),
         ("reference: one, share: 0", "reference: two", "only golden runs have a measured noise"),
-        ("two: {", "a/b: {}\n  two: {", "run 'a/b': its name cannot be that of a folder"),
         ('break_it"', '"', "patch 'mistakes.py:' is not FILE:FUNCTION"),
         ("mistakes.py", "none.py", "patch 'none.py:break_it' is not FILE:FUNCTION"),
         ("{}", "{continues: later, at: 1}", "itself continues another run"),

@@ -26,14 +26,7 @@ KEYS = {"description", "arguments", "topologies"}
 
 
 class Recipe(NamedTuple):
-    """A model, how it is trained, and how it is spread over GPUs.
-
-    Attributes:
-        path: The recipe's file.
-        description: One line.
-        arguments: Megatron's flags, on any number of GPUs.
-        topologies: More flags by number of GPUs.
-    """
+    """Flags of a model and of its training, and more of them by number of GPUs."""
 
     path: Path
     description: str

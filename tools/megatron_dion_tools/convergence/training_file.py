@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_dion_tools.data.prepared import data_flags, data_with_vocabulary, prepare
+from megatron_dion_tools.data.prepared import Data, data_flags, prepare
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.flags import read_flags
 
@@ -51,7 +51,7 @@ class TrainingFile:
         """Prepare the project's corpus if it is asked for, and return the flags that name it."""
         if self.vocab_size is None:
             return ()
-        data = data_with_vocabulary(self.vocab_size)
+        data = Data(Path("data", f"vocab-{self.vocab_size}"), self.vocab_size)
         prepare(data)
         return tuple(data_flags(data))
 

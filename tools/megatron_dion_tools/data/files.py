@@ -64,11 +64,8 @@ def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
 def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
     """Yield the documents of text and JSON-lines files, in order, but for empty ones.
 
-    A `.txt` file is one document. Every other file has one JSON object per line, or a blank line.
-
-    Args:
-        paths: The input files.
-        key: The key of the text in each object.
+    A `.txt` file is one document. Every other file has one JSON object per line, or a blank line,
+    and `key` is that of the text in each object.
 
     Raises:
         ToolError: A file cannot be read as such, or there is no text in any of them.

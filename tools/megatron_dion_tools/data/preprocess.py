@@ -59,12 +59,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def write_dataset(args: argparse.Namespace, prefix: Path) -> Mapping[str, Any]:
-    """Write the dataset and return the facts about it that training checks and reports.
-
-    Args:
-        args: The flags of the command.
-        prefix: Path of the `.bin` and `.idx` files without the ending.
-    """
+    """Write PREFIX.bin and .idx, and return the facts that training checks and reports."""
     tokenizer = build_tokenizer(args)
     with quiet_imports():
         from megatron.core.datasets import indexed_dataset

@@ -14,14 +14,11 @@ from megatron_dion_tools.plan.updates import Collective, Update
 
 
 def model_work(stage: Stage) -> tuple[float, float]:
-    """Operations of a micro batch on a rank of a stage.
+    """Operations of a micro batch on a rank of a stage, forward and backward.
 
     Products with weights, 2 per element and token, and causal attention, half of all pairs.
     Backward twice as much; attention once more with `selective` recomputation, all layers with
     `full`.
-
-    Returns:
-        Those of the forward and of the backward pass, with what is computed again.
     """
     run, topology, shape = stage.run, stage.run.topology, stage.run.shape
     tokens = shape.sequence // topology.cp * run.micro_batch

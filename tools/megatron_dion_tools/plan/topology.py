@@ -57,11 +57,6 @@ class Topology:
         """Ranks with the same weights, data-parallel x context-parallel ones."""
         return self.dp * self.cp
 
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.tp * self.pp * self.replicated
-
     def group(self, link: str) -> Group:
         """The ranks that a link joins.
 

@@ -16,13 +16,7 @@ from megatron_dion_tools.errors import ToolError
 class Route(NamedTuple):
     """A line of routing.tsv: a logical matrix, or a parameter that is not split into matrices.
 
-    Attributes:
-        name: Of the logical matrix, or of the parameter.
-        parameter: Its name.
-        size: Rows and columns of the matrix, or the shape of the parameter.
-        optimizer: The optimizer that updates it.
-        reason: Why this optimizer.
-        rank: Of the matrix's updates; 0 without Dion.
+    The rank is that of the matrix's updates, and 0 without Dion; `reason` says why this optimizer.
     """
 
     name: str

@@ -24,7 +24,6 @@ Row = Sequence[str | float | None]
 _FINAL_ITERATIONS = 10
 """Iterations over which the training loss at the end is averaged."""
 _LONGEST_MEAN = 50
-_MOST_DOTS = 60
 _PARALLELISM = {
     "TP": "tensor_model",
     "PP": "pipeline_model",
@@ -217,11 +216,7 @@ def _diagnostics(run: RunFolder) -> Iterator[Chart]:
         for snapshot in run.diagnostics:
             for kind, values in by_kind(snapshot.matrices, figure).items():
                 medians[_short_name(kind)].append((snapshot.iteration, median(values)))
-        curves = [
-            Curve(kind, points, has_dots=len(points) < _MOST_DOTS)
-            for kind, points in medians.items()
-        ]
-        yield Chart(title, unit, curves)
+        yield Chart(title, unit, [Curve(kind, points) for kind, points in medians.items()])
 
 
 def _short_name(kind: str) -> str:
@@ -240,11 +235,10 @@ def _starts(run: RunFolder) -> Iterator[Row]:
 
 def _arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Row]:
     """Name, value and default."""
-
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-
     return [
-        (name, text(value), text(defaults[name]) if name in defaults else "–")
-        for name, value in arguments.items()
+        (n, _text(v), _text(defaults[n]) if n in defaults else "–") for n, v in arguments.items()
     ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
