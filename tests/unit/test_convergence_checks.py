@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,19 +144,6 @@ def test_only_common_iterations_are_compared_but_an_early_end_fails() -> None:
     [shorter] = compare([reference, curves([9.0, 1.0, 9.0, 2.0])], [], 0.1, ["x"])
     assert shorter.divergent == 6
     assert shorter.finding.startswith("differs at iteration 6: nothing against 3.0")
-
-
-def test_runs_are_compared_within_the_noise_of_others() -> None:
-    seeds = seeds_of(np.random.default_rng(1))
-    reference = Curves("reference", seeds[0].quantities)
-    sd = statistics.fmean(seed_noise([s.curve("x") for s in seeds], 4).values())
-    near, far = (
-        curves({i: v + share * sd for i, v in reference.curve("x").items()}, f"{share}")
-        for share in (0.02, 2.0)
-    )
-    verdicts = compare([reference, near, far], seeds, 0.1, ["x"])
-    assert [verdict.is_good for verdict in verdicts] == [True, False]
-    assert not compare([reference, near], [], 0.1, ["x"])[0].is_good
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,6 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     assert max(recipe.topologies) >= 64
 
 
-def test_size_of_the_vocabulary_may_be_left_to_the_tokenizer(nursery: Nursery) -> None:
-    data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model elsewhere --data-path there"
-    runs = [([*Recipe.read(RECIPES[0]).flags(8), *data.split()], 8)]
-    assert nursery.run(1, complaints_about, runs) == [[""]]
-
-
 @pytest.mark.parametrize(
     ("name", "gpus", "more", "named"),
     [

@@ -14,7 +14,6 @@ from megatron_dion_tools.plan.hardware import hardware
 from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.prediction import predict, search
 from megatron_dion_tools.plan.stage import Optimizer, Run
-from megatron_dion_tools.plan.tables import quantity
 from megatron_dion_tools.plan.topology import Topology
 
 TINY = GptShape(6, 512, 1024, 8, 4, vocab=1000, sequence=256)
@@ -92,29 +91,6 @@ def test_a_file_of_rates(tmp_path: Path) -> None:
     lines = (f"{k} = {v!r}" for k, v in vars(replace(H100, source="us", latency=1.0)).items())
     file.write_text("\n".join(lines))
     assert hardware(str(file)) == replace(H100, source="us", latency=1.0)
-
-
-def test_every_option_tells_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call(["plan", "--help"])
-    text = capsys.readouterr().out.partition("\nranks:")[2]
-    options = re.findall(r"^  --.*(?:\n {5}.*)*", text, re.MULTILINE)
-    assert len(options) > 15
-    assert all(option.endswith(")") for option in options), options
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "text"),
-    [
-        (0, "s", "-"),
-        (1.5 * 2**20, "B", "1.5 MiB"),
-        (1203e9, "sent", "1203 GB"),
-        (3e-7, "s", "0.3 us"),
-        (8030261248, "parameters", "8.03 B parameters"),
-    ],
-)
-def test_quantities(value: float, kind: str, text: str) -> None:
-    assert quantity(value, kind) == text
 
 
 def test_fp32_weights_need_no_masters() -> None:
