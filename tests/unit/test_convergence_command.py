@@ -160,10 +160,3 @@ def test_compare_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "c.jsonl follows" in said
     assert "differs at iteration 2: 2.5 against 2.0; 2 iterations, the last differ by +0.5" in said
     assert (output / "comparison.png").exists()
-
-
-def test_removed_subcommand_names_what_to_use() -> None:
-    with pytest.raises(
-        ToolError, match="`megatron-dion study` is gone: use `megatron-dion convergence sweep`"
-    ):
-        cli.call(["study", "run", "studies/width.yaml"])

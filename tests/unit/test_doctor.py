@@ -6,11 +6,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections import namedtuple
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -19,7 +18,6 @@ from megatron_dion_tools import cli
 from megatron_dion_tools.doctor import checks, examination, report
 from megatron_dion_tools.doctor.checks import FAILED, OK, WARNING, Finding
 
-GIB = 2**30
 H100 = "NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05"
 A100 = "NVIDIA A100, 40960 MiB, 580.95.05"
 
@@ -71,13 +69,6 @@ def test_transformer_engine(
         assert checks.transformer_engine().verdict == verdict
 
 
-def test_nccl_is_needed_by_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.torch.distributed, "is_nccl_available", lambda: False)
-    assert checks.pytorch().verdict == OK
-    pretend_gpus(monkeypatch, 1)
-    assert checks.pytorch().verdict == FAILED
-
-
 @pytest.mark.parametrize(
     ("files", "locked", "number", "verdict"),
     [
@@ -96,11 +87,15 @@ def test_limits(
     assert checks.limits().verdict == verdict
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(2**20, WARNING), (5 * GIB, OK)])
-def test_shared_memory(monkeypatch: pytest.MonkeyPatch, size: int, verdict: str) -> None:
-    usage = namedtuple("usage", "total")(size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    assert checks.shared_memory().verdict == verdict
+def test_nccl_is_needed_by_gpus_and_shared_memory_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.torch.distributed, "is_nccl_available", lambda: False)
+    assert checks.pytorch().verdict == OK
+    pretend_gpus(monkeypatch, 1)
+    assert checks.pytorch().verdict == FAILED
+    for size, verdict in ((2**20, WARNING), (5 * 2**30, OK)):
+        usage = SimpleNamespace(total=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, usage=usage: usage)
+        assert checks.shared_memory().verdict == verdict
 
 
 @pytest.mark.parametrize(
