@@ -12,9 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from megatron_dion.error_line import PREFIX
 from megatron_dion_tools.data.prepared import Data, data_flags, prepare
@@ -78,7 +77,11 @@ def train(command: Sequence[str], log: Path) -> None:
     ):
         assert child.stdout is not None
         try:
-            relay(child.stdout, file)
+            for line in child.stdout:
+                file.write(line)
+                file.flush()
+                if match := PROGRESS.fullmatch(line):
+                    print(line.removeprefix(match[1] or ""), end="", flush=True)
         except BaseException:
             child.terminate()  # or the processes that it started would train on, unseen
             raise
@@ -92,15 +95,6 @@ def train(command: Sequence[str], log: Path) -> None:
         sys.exit(child.returncode)
 
 
-def relay(output: Iterable[str], log: TextIO) -> None:
-    """Copy output to the log, and its progress lines to the terminal."""
-    for line in output:
-        log.write(line)
-        log.flush()
-        if match := PROGRESS.fullmatch(line):
-            print(line.removeprefix(match[1] or ""), end="", flush=True)
-
-
 def explain(log: str) -> tuple[list[str], list[str]]:
     """Return the errors that ranks named, each once, and what they said last."""
     lines = log.splitlines()
@@ -112,14 +106,13 @@ def explain(log: str) -> tuple[list[str], list[str]]:
 def next_commands(command: Sequence[str], overrides: Sequence[str]) -> tuple[str, str]:
     """Return what can be typed after a training: one to see it, one to train as long again."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--save")
-    parser.add_argument("--run-dir")
-    parser.add_argument("--train-iters", type=int)
+    for flag in ("--save", "--run-dir", "--train-iters"):
+        parser.add_argument(flag)
     trained, _ = parser.parse_known_args(command)
     program = Path(sys.executable).with_name("megatron-dion")
     report = [os.path.relpath(program), "report", os.path.relpath(ROOT / trained.run_dir)]
     flags = [*overrides, "--load", os.path.relpath(ROOT / trained.save, ROOT), "--train-iters"]
-    flags += [str(2 * trained.train_iters), "--override-opt-param-scheduler"]
+    flags += [str(2 * int(trained.train_iters)), "--override-opt-param-scheduler"]
     return shlex.join(report), f"make train ARGS={shlex.quote(shlex.join(flags))}"
 
 

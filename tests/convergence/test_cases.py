@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion_tools.convergence.curves import VALIDATION_LOSS, read_curves
-from megatron_dion_tools.convergence.results import estimate
+from megatron_dion_tools.convergence.study import estimate
 from tests.project import ROOT, words_from_make
 
 GOLDEN = ROOT / "tests" / "convergence" / "golden"

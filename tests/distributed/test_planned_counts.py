@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from megatron_dion import Dion, DionConfig
 from megatron_dion_tools.plan.costs import activations, gradients_and_weights, memory, model_work
 from megatron_dion_tools.plan.dion import dion
-from megatron_dion_tools.plan.models import Experts, GptShape
+from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
 from megatron_dion_tools.plan.topology import Topology
 from megatron_dion_tools.plan.updates import Update, adamw, muon
@@ -21,12 +20,6 @@ from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 
 # What MODEL says.
 SHAPE = GptShape(4, 72, 200, 4, 2, kv_channels=18, vocab=250, vocab_multiple=8, sequence=32)
-MOE = replace(SHAPE, experts=Experts(count=4, top_k=2, ffn=40, shared_ffn=48))
-MOE_FLAGS = (
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 40"
-    " --moe-shared-expert-intermediate-size 48 --moe-router-load-balancing-type none"
-    " --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2"
-)
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
@@ -47,11 +40,11 @@ CASES: dict[str, Case] = {
         {"recompute": "full"},
     ),
     "adam-tp2-pp2": (f"{ADAM} {TP2} {PP2}", Topology(tp=2, pp=2), Optimizer("adamw"), {}),
-    "adam-ep2-tp2": (
-        f"{ADAM} {MOE_FLAGS} {TP2} {OVERLAP} 10000000 --recompute-granularity selective",
-        Topology(tp=2, dp=2, ep=2),
+    "adam-tp2-dp2-overlap": (
+        f"{ADAM} {TP2} {OVERLAP} 10000000 --recompute-granularity selective",
+        Topology(tp=2, dp=2),
         Optimizer("adamw"),
-        {"shape": MOE, "bucket_size": 10_000_000, "recompute": "selective"},
+        {"bucket_size": 10_000_000, "recompute": "selective"},
     ),
     "muon-tp2-dp2": (
         f"{MUON} {TP2}",
@@ -79,7 +72,7 @@ CASES: dict[str, Case] = {
         {},
     ),
 }
-QUICK = ("adam-ep2-tp2", "dion-tp2-dp2-bf16")
+QUICK = ("adam-tp2-dp2-overlap", "dion-tp2-dp2-bf16")
 
 
 @pytest.mark.parametrize(
@@ -90,18 +83,17 @@ def test_a_run(nursery: Nursery, name: str) -> None:
     values = {"shape": SHAPE, "bucket_size": 0, "recompute": "none", **changes}
     run = Run(topology=topology, optimizer=optimizer, global_batch=12, **values)
     argv = [*MODEL, *TRAINING, *flags.split(), "--bf16", "--micro-batch-size", "1"]
-    records = nursery.run(topology.world, train_counted, [*argv, "--train-iters", "3"])
+    records = nursery.run(
+        topology.tp * topology.pp * topology.dp, train_counted, [*argv, "--train-iters", "3"]
+    )
     for index in range(topology.pp):
         stage = Stage(run, index)
         ranks = [record for record in records if record["stage"] == index]
-        updates = [
-            {"adamw": adamw, "muon": muon, "dion": dion}[optimizer.kind](stage, section)
-            for section in stage.sections
-        ]
-        if optimizer.kind != "muon":  # its step is within what is counted
+        update = {"adamw": adamw, "muon": muon, "dion": dion}[optimizer.kind](stage)
+        if optimizer.kind == "adamw":  # its step has no products
             assert_operations(stage, ranks)
-        assert_memory(stage, updates, ranks)
-        assert_bytes(stage, updates, ranks)
+        assert_memory(stage, update, ranks)
+        assert_bytes(stage, update, ranks)
 
 
 def assert_operations(stage: Stage, ranks: list[dict[str, Any]]) -> None:
@@ -113,9 +105,9 @@ def assert_operations(stage: Stage, ranks: list[dict[str, Any]]) -> None:
     assert counted == pytest.approx(planned * run.micro_batches, rel=0.01)
 
 
-def assert_memory(stage: Stage, updates: list[Update], ranks: list[dict[str, Any]]) -> None:
+def assert_memory(stage: Stage, update: Update, ranks: list[dict[str, Any]]) -> None:
     """By kind, on the rank with most; what is padding and unevenness is not planned."""
-    planned = memory(stage, updates)
+    planned = memory(stage, update)
     counted = {kind: max(record["memory"][kind] for record in ranks) for kind in planned}
     for kind, spare in {"weights": 0.02, "gradients": 0.02, "right factors": 0.08}.items():
         assert counted[kind] == pytest.approx(planned[kind], rel=spare), kind
@@ -127,16 +119,14 @@ def assert_memory(stage: Stage, updates: list[Update], ranks: list[dict[str, Any
     assert counted["exchange"] == planned["exchange"]
 
 
-def assert_bytes(stage: Stage, updates: list[Update], ranks: list[dict[str, Any]]) -> None:
+def assert_bytes(stage: Stage, update: Update, ranks: list[dict[str, Any]]) -> None:
     """Of Dion's step and of the rest, by link, on the rank that sends most."""
     of_megatron: Counter[str] = Counter()
     for one in [*gradients_and_weights(stage), *activations(stage)]:
-        # With EP2 x DP2 the expert-parallel group is the data-parallel one.
-        of_megatron[one.group.link.replace("expert", "data")] += int(one.bytes)
+        of_megatron[one.group.link] += int(one.bytes)
     of_step: Counter[str] = Counter()
-    for update in updates:
-        for one in update.collectives:
-            of_step[one.group.link] += int(one.bytes)
+    for one in update.collectives:
+        of_step[one.group.link] += int(one.bytes)
     if stage.run.optimizer.kind == "muon":  # it gathers within its step
         of_megatron, of_step = of_megatron + of_step, Counter()
         del of_megatron["data"]  # shares are unequal, and padded to the largest on a CPU
@@ -149,16 +139,11 @@ def assert_bytes(stage: Stage, updates: list[Update], ranks: list[dict[str, Any]
 
 
 def train_counted(argv: Sequence[str]) -> dict[str, Any]:
-    """On a rank: what it has in the third iteration, and what it sent and computed in the second.
-
-    Every expert gets as many tokens.
-    """
+    """What a rank has in the third iteration, and what it sent and computed in the second."""
     from megatron.core import parallel_state as state
-    from megatron.core.transformer.moe import router
     from megatron.training import training
     from torch.utils.flop_counter import FlopCounterMode
 
-    router.topk_routing_with_score_function = evenly
     sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
     count_collectives(sent)
     record: dict[str, Any] = {}
@@ -176,26 +161,19 @@ def train_counted(argv: Sequence[str]) -> dict[str, Any]:
             result = train_step(*args, **kwargs)
         if iterations == 2:
             record["sent"] = by_link(sent - before, groups_of_rank())
-            record["operations"] = counter.get_total_flops() - record.pop("step operations", 0)
+            record["operations"] = counter.get_total_flops()
             record["stage"] = state.get_pipeline_model_parallel_rank()
         return result
 
-    def step_counted(step: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(step)
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            IN_STEP.append(True)
-            with FlopCounterMode(display=False) as counter:
-                result = step(*args, **kwargs)
-            IN_STEP.pop()
-            if iterations == 2:
-                record["step operations"] = (
-                    record.get("step operations", 0) + counter.get_total_flops()
-                )
-            return result
+    step = Dion.step
 
-        return counting
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        IN_STEP.append(True)
+        result = step(*args, **kwargs)
+        IN_STEP.pop()
+        return result
 
-    Dion.step = step_counted(Dion.step)
+    Dion.step = marked  # type: ignore[method-assign]
     training.train_step = counted
     train(argv)
     return record
@@ -205,19 +183,11 @@ IN_STEP: list[bool] = []
 """Not empty while a Dion optimizer steps."""
 
 
-def evenly(logits: torch.Tensor, topk: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, experts = logits.shape
-    chosen = (torch.arange(tokens).unsqueeze(1) + torch.arange(topk)) % experts
-    routing = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-    return logits.softmax(dim=-1) * routing, routing
-
-
 def groups_of_rank() -> dict[tuple[int, ...], str]:
-    """The link of each group of several ranks; where groups are the same, of the later one."""
+    """The link of each group of several ranks."""
     from megatron.core import parallel_state as state
 
     groups = {
-        "expert": state.get_expert_model_parallel_group(),
         "tensor": state.get_tensor_model_parallel_group(),
         "data": state.get_data_parallel_group(
             with_context_parallel=True, partial_data_parallel=True
@@ -289,7 +259,7 @@ def memory_of(models: Any, chain: Any) -> Counter[str]:
     """Bytes of tensors by kind; masters and moments of Muon and AdamW count as masters."""
     found: Counter[str] = Counter()
     for model in models:
-        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        for buffer in model.buffers:
             weights = list(buffer.params) if buffer.param_data is None else [buffer.param_data]
             found["weights"] += sum(tensor.nbytes for tensor in weights)
             found["gradients"] += buffer.grad_data.nbytes

@@ -90,6 +90,7 @@ def test_faults_of_our_own_are_not_hidden() -> None:
         ("nurse", "invalid choice: 'nurse'"),
         ("advise runs/1", "use `megatron-dion report`"),
         ("study run a.yaml", "use `megatron-dion convergence sweep`"),
+        ("plan 8B --plot=a.png", "`megatron-dion plan --plot` is gone: --json has the figures"),
         ("launch recipe.yaml --nodes 1", "recipe.yaml: No such file or directory"),
     ],
 )

@@ -84,7 +84,7 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def test_check_without_golden_curves_ends_before_training(laboratory: Laboratory) -> None:
-    with pytest.raises(ToolError, match="other data and flags: `convergence update` makes new"):
+    with pytest.raises(ToolError, match=r"seed-1\.jsonl: no such file: `convergence update` makes"):
         laboratory.call("check")
     assert laboratory.trained == []
 
@@ -125,20 +125,6 @@ def test_a_mistake_that_nobody_notices_ends_with_status_1(
     assert "small: NOT NOTICED  too fast follows one" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("change", "said"), [("--lr 3\n", "other flags"), ("--lr 1 --data-path DATA\n", "data and fl")]
-)
-def test_golden_curves_of_other_runs_are_refused(
-    laboratory: Laboratory, change: str, said: str
-) -> None:
-    laboratory.call("update")
-    (laboratory.folder / "data.bin").write_text("tokens")
-    data = str(laboratory.folder / "data")
-    (laboratory.folder / "model.args").write_text(change.replace("DATA", data))
-    with pytest.raises(ToolError, match=said):
-        laboratory.call("check")
-
-
 def test_what_diverged_never_becomes_golden(laboratory: Laboratory) -> None:
     laboratory.call("update")
     golden = laboratory.folder / "golden" / "small"
@@ -174,10 +160,3 @@ def test_compare_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "c.jsonl follows" in said
     assert "differs at iteration 2: 2.5 against 2.0; 2 iterations, the last differ by +0.5" in said
     assert (output / "comparison.png").exists()
-
-
-def test_removed_subcommand_names_what_to_use() -> None:
-    with pytest.raises(
-        ToolError, match="`megatron-dion study` is gone: use `megatron-dion convergence sweep`"
-    ):
-        cli.call(["study", "run", "studies/width.yaml"])

@@ -45,11 +45,9 @@ def test_of_dion(nursery: Nursery, verify: bool) -> None:
     assert "split       gate, qkv" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("decoder.layers.")]
     assert len(rows) == 17
-    name, m, n, rank, types, *norms = rows[0]
+    name, m, n, rank, types = rows[0]
     assert name == "decoder.layers.0.mlp.linear_fc1.weight[gate]"
     assert (m, n, rank, types) == ("88", "60", "15", "fp32")
-    assert len(norms) == (3 if verify else 0)
-    assert all(float(norm) > 0 for norm in norms)
     assert said.rstrip().endswith("iter_0000004 is whole") == verify
 
 

@@ -41,12 +41,6 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     assert max(recipe.topologies) >= 64
 
 
-def test_size_of_the_vocabulary_may_be_left_to_the_tokenizer(nursery: Nursery) -> None:
-    data = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model elsewhere --data-path there"
-    runs = [([*Recipe.read(RECIPES[0]).flags(8), *data.split()], 8)]
-    assert nursery.run(1, complaints_about, runs) == [[""]]
-
-
 @pytest.mark.parametrize(
     ("name", "gpus", "more", "named"),
     [
@@ -67,17 +61,10 @@ def test_mistakes_are_named_before_anything_queues(
     assert "\n" not in complaint
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--nodes 3 --gpus-per-node 1", "no topology for 3 GPUs, only for"),
-        ("--nodes 0", "--nodes must be at least 1, not 0"),
-        ("--nodes 1 --gpus-per-node -1", "--gpus-per-node must be at least 1, not -1"),
-    ],
-)
-def test_other_numbers_of_gpus_are_refused(words: str, message: str) -> None:
-    with pytest.raises(ToolError, match=message):
-        cli.call(f"launch {RECIPES[0]} {words}".split())
+@pytest.mark.parametrize("nodes", [3, 0])
+def test_other_numbers_of_gpus_are_refused(nodes: int) -> None:
+    with pytest.raises(ToolError, match=f"no topology for {nodes} GPUs, only for .*--nodes"):
+        cli.call(f"launch {RECIPES[0]} --gpus-per-node 1 --nodes {nodes}".split())
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: 1", "- description", ""])

@@ -5,16 +5,14 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_dion_tools.local import runs as runs_module
 from megatron_dion_tools.local.flags import effective, read_flags
-from megatron_dion_tools.local.runs import Run, RunFailed, execute, train
+from megatron_dion_tools.local.runs import Run, RunFailed, execute
 
 FORK = multiprocessing.get_context("fork")
 TOO_LONG = 60  # seconds, after which a test that hangs fails
@@ -160,59 +158,13 @@ def test_a_failure_ends_the_runs_beside_it_and_starts_no_others(
     assert sorted(events.read_text().split()) == ["+bad", "+long"]
 
 
-@pytest.mark.parametrize(
-    ("processes", "jobs", "beside"),
-    [
-        ([1, 1, 1], 1, ["0", "1", "2"]),
-        ([1, 1, 1, 1], 2, ["01", "12", "23", "3"]),
-        ([2, 1, 1, 2], 3, ["01", "12", "23", "3"]),
-        ([1, 3, 1, 1], 2, ["0", "1", "23", "3"]),
-    ],
-)
-def test_never_more_processes_than_jobs_unless_a_run_alone_has_more(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    processes: list[int],
-    jobs: int,
-    beside: list[str],
+def test_no_more_ranks_than_jobs_unless_a_run_alone_has_more(
+    tmp_path: Path, train_by: Callable[[Fake], Path]
 ) -> None:
-    seen: list[str] = []
-
-    class Process:
-        """Runs until it is the oldest of those that are waited for."""
-
-        exitcode = 0
-
-        def __init__(self, target: object, args: tuple[Run]) -> None:
-            self.sentinel = args[0].name
-            self.start = args[0].folder.mkdir
-
-        def join(self) -> None:
-            pass
-
-    def wait(sentinels: list[str]) -> list[str]:
-        seen.append("".join(sentinels))
-        return sentinels[:1]
-
-    monkeypatch.setattr(type(FORK), "Process", Process)
-    monkeypatch.setattr(runs_module, "wait", wait)
-    execute([named(tmp_path, str(i), size) for i, size in enumerate(processes)], jobs, nothing)
-    assert seen == beside
-
-
-def test_a_patch_is_applied_before_training(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    done: list[object] = []
-    launch = SimpleNamespace(train=lambda flags: done.append(flags), done=done)
-    monkeypatch.setitem(sys.modules, "megatron_dion.megatron.launch", launch)
-    mistakes = tmp_path / "mistakes.py"
-    mistakes.write_text(
-        "from megatron_dion.megatron.launch import done\ndef make(): done.append('mistake')\n"
-    )
-    train(["--lr", "1"], None)
-    train(["--lr", "2"], f"{mistakes}:make")
-    assert done == [["--lr", "1"], "mistake", ["--lr", "2"]]
+    events = train_by(nothing)
+    execute([named(tmp_path, str(i), size) for i, size in enumerate([1, 3, 1])], 1, nothing)
+    begun_or_done = [line[1] for line in events.read_text().split()]
+    assert begun_or_done == ["0"] * 2 + ["1"] * 6 + ["2"] * 2
 
 
 # No process is left behind

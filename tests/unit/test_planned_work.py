@@ -29,13 +29,13 @@ def test_muons_iterations(shape: tuple[int, int]) -> None:
 def test_muon_on_more_ranks_than_weights_does_a_whole_one() -> None:
     run = Run(SHAPE, Topology(tp=2, dp=64), Optimizer("muon"), global_batch=64)
     stage = Stage(run, 0)
-    found = muon(stage, stage.sections[0])
+    found = muon(stage)
     assert found.elements == 2 * 1376 * 512 // 2
     assert found.products == newton_schulz(1376, 512)  # gate and up of a tensor-parallel rank
     duplicated = Run(
         SHAPE, run.topology, Optimizer("muon", muon_tp_mode="duplicated"), global_batch=64
     )
-    gathering = muon(Stage(duplicated, 0), stage.sections[0])
+    gathering = muon(Stage(duplicated, 0))
     assert gathering.products == newton_schulz(2752, 512)
     assert gathering.collectives[0].bytes == 4 * found.elements
 
@@ -54,8 +54,8 @@ def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_si
     config = DionConfig(rank_fraction=0.25, comm_dtype="bf16")
     run = Run(SHAPE, topology, Optimizer("dion", config), bucket_size, global_batch=192)
     stage = Stage(run, 0)
-    update = dion(stage, stage.sections[0])
-    placements = place(stage.sections[0].weights, topology.dp, stage.bucket_size)
+    update = dion(stage)
+    placements = place(stage.weights, topology.dp, stage.bucket_size)
     layout = Layout(placements, Grid(topology.tp, topology.dp), config)
     sets = sets_of(layout, range(len(placements)), layout.grid.size)
     most: Counter[str] = Counter()
@@ -74,8 +74,7 @@ def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_si
     for name in ("tensor", "data", "replicas", "operations"):
         # Products and factorizations have their maxima on different ranks.
         assert 0.99 * most[name] <= planned[name] <= 1.05 * most[name], name
-    matrices = sum(weight.rows * weight.columns for weight in stage.sections[0].weights)
-    assert update.memory["momenta"] == 4 * matrices / topology.dp
+    assert update.memory["momenta"] == 4 * stage.matrices / topology.dp
     # Of a plan with all weights in it, on all ranks together.
     total = sum(8 * m.rows * m.columns * m.rank for m in layout.matrices)
     assert 1 <= update.products * layout.grid.size / total < 2.5
@@ -88,7 +87,7 @@ def test_compressed_sync_averages_what_is_smaller() -> None:
     for fraction in (1 / 16, 1.0):
         optimizer = Optimizer("dion", DionConfig(rank_fraction=fraction), compressed_sync=True)
         stage = Stage(Run(SHAPE, topology, optimizer, 0, global_batch=4), 0)
-        update = dion(stage, stage.sections[0])
+        update = dion(stage)
         sent[fraction] = {one.group.link: one.bytes for one in update.collectives}["replicas"]
-    assert sent[1.0] == 4 * stage.sections[0].matrices / 2  # an all-reduce over two
+    assert sent[1.0] == 4 * stage.matrices / 2  # an all-reduce over two
     assert 0 < sent[1 / 16] < sent[1.0] / 4

@@ -1,56 +1,15 @@
-"""Shapes, layouts and flags; tests/distributed has the comparison with Megatron."""
+"""Shapes and flags; tests/distributed has the comparison with Megatron."""
 
-import math
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import Placement, Weight
-from megatron_dion_tools.plan import PRESETS, GptShape, default_bucket_size, place
+from megatron_dion_tools.plan import PRESETS, GptShape
 from megatron_dion_tools.plan.flags import read_model, shape_from_flags
-from megatron_dion_tools.plan.models import Experts
 from megatron_dion_tools.plan.topology import Group, Topology
 
 TINY = GptShape(layers=6, hidden=24, ffn=40, heads=8, query_groups=4)
-sizes = st.integers(1, 40)
-weight_lists = st.lists(st.builds(Weight, st.sampled_from("abc"), sizes, sizes), max_size=20)
-bucket_sizes = st.none() | st.integers(1, 4000)
-
-
-def end(placement: Placement) -> int:
-    return placement.start + placement.weight.rows * placement.weight.columns
-
-
-@given(weight_lists, st.integers(1, 300), bucket_sizes)
-def test_layout(weights: list[Weight], ranks: int, bucket_size: int | None) -> None:
-    """Weights lie in reverse order; a bucket ends with the weight that fills it."""
-    placements = place(weights, ranks, bucket_size)
-    assert [placement.weight for placement in placements] == weights[::-1]
-    firsts = [index for index, placement in enumerate(placements) if placement.start == 0]
-    buckets = [placements[a:b] for a, b in pairwise([*firsts, len(placements)])]
-    for bucket in buckets:
-        assert all(0 <= after.start - end(before) < 64 for before, after in pairwise(bucket))
-        assert all(placement.start % 64 == 0 for placement in bucket)
-        (numel,) = {placement.bucket_numel for placement in bucket}
-        assert numel % ranks == numel % 128 == 0
-        assert 0 <= numel - end(bucket[-1]) < math.lcm(ranks, 128)
-    if bucket_size is None:
-        assert len(buckets) == min(len(weights), 1)
-    else:
-        assert all(end(bucket[-1]) >= bucket_size for bucket in buckets[:-1])
-        assert all(end(p) < bucket_size for bucket in buckets for p in bucket[:-1])
-
-
-@pytest.mark.parametrize(
-    ("data_parallel_size", "stage", "expected"),
-    [(1, 0, 40_000_000), (40, 0, 40_000_000), (1024, 0, 1_024_000_000), (1024, 1, None)],
-)
-def test_default_bucket_size(data_parallel_size: int, stage: int, expected: int | None) -> None:
-    assert default_bucket_size(data_parallel_size, stage) == expected
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -89,7 +48,6 @@ def test_stages_share_the_layers(size: int) -> None:
         ("8B", 8_030_261_248),
         ("70B", 70_553_706_496),
         ("405B", 405_853_388_800),
-        ("16B-MoE", 16_375_728_128),
     ],
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
@@ -100,9 +58,7 @@ def test_shapes_of_flags() -> None:
     flags = (
         "--num-layers 28 --hidden-size 2048 --num-attention-heads 16 --max-position-embeddings 99"
     )
-    flags += " --num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 1408 --unknown 3 4"
-    shape = shape_from_flags([*flags.split(), "--moe-layer-freq", "([0]*1+[1]*27)"])
-    assert shape.experts == Experts(64, 6, 1408, dense_layers=1)
+    shape = shape_from_flags([*flags.split(), "--unknown", "3", "4"])
     assert (shape.ffn, shape.gated, shape.tied, shape.vocab) == (8192, False, True, None)
     assert (shape.query_groups, shape.sequence) == (16, 99)
     gated = shape_from_flags(
@@ -130,11 +86,7 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
         ("--hidden-size 8", "need --num-layers, --num-attention-heads"),
         ("--num-layers 'two", "quotation"),
         ("--multi-latent-attention", "--multi-latent-attention is not planned"),
-        (
-            "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --num-experts 2"
-            " --moe-layer-freq every",
-            r"--moe-layer-freq every: .*\(\[0\]\*1\+\[1\]\*27\)",
-        ),
+        ("--num-experts 2", "--num-experts is not planned: leave it out"),
         (
             "--num-layers 2 --hidden-size 10 --num-attention-heads 4",
             "--num-attention-heads 4 does not divide --hidden-size 10: take 2 or 5",
@@ -157,5 +109,3 @@ def test_links_leave_nodes() -> None:
     assert topology.group("data").leaving(to_peers=False) == 1 / 2
     assert topology.group("data").leaving(to_peers=True) == 14 / 15
     assert topology.group("pipeline").leaving(to_peers=True) == 1
-    experts = Topology(dp=16, ep=4, ranks_per_node=8)
-    assert experts.group("data", is_experts=True) == Group("data", 4, 2)

@@ -1,5 +1,6 @@
-"""What the report says of all kinds of runs; tests/browser looks at how it is shown."""
+"""What the report says of all kinds of runs."""
 
+import base64
 import json
 import math
 import re
@@ -15,7 +16,6 @@ from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.report.charts import Chart, Curve
 from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import render
-from megatron_dion_tools.report.sessions import sessions
 from tests import run_folders as run
 
 REASON = "<script>linear</script> layer"
@@ -53,54 +53,39 @@ def test_head_tells_what_became_of_the_run(complete: Page) -> None:
         "validation loss": "4.5",
         "tokens": "409,600",
         # Iterations that set things up took 9 s, all others half a second.
-        "tokens/s": "4096",
-        "time, in optimizer": f"0:01:57, {10 / 117:.1%}",
-        "sent per step": "0.001 MB",
+        "tokens/s, median": "4.10k",
+        "time, in optimizer": f"1 min 57 s, {10 / 117:.1%}",
+        "sent per step": "1.00kB",
     }
 
 
 def test_page_needs_nothing_else(complete: Page) -> None:
     assert complete.html.startswith("<!doctype html>")
-    assert not complete.soup.find_all(["link", "img", "script", "iframe", "image"])
+    assert not complete.soup.find_all(["link", "script", "iframe"])
     for element in complete.soup.find_all(True):
-        for name in ("href", "src", "xlink:href"):
-            assert str(element.get(name, "#")).startswith("#")
-    assert all(place.startswith("#") for place in complete.html.split("url(")[1:])
+        for name in ("href", "src"):
+            assert str(element.get(name, "#")).startswith(("#", "data:image/svg+xml;base64,"))
     anchors = {str(link["href"]) for link in complete.soup.select("nav a")}
     assert anchors == {f"#{section['id']}" for section in complete.soup.find_all("section")}
 
 
-def test_colours_can_be_told_from_what_is_behind_them(complete: Page) -> None:
-    """In both schemes, with the contrast that WCAG 2.2 asks for: 4.5 for text, 3 for curves."""
-
-    def luminance(colour: str) -> float:
-        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    schemes = complete.soup.style.text.split("prefers-color-scheme: dark")
-    light, dark = (dict(re.findall(r"(--\w+): (#\w{6});", scheme)) for scheme in schemes)
-    assert light.keys() == dark.keys()
-    pairs = [("--text", shade, 4.5) for shade in ("--page", "--warn", "--heat", "--shade")]
-    pairs += [("--faint", shade, 4.5) for shade in ("--page", "--shade")]
-    pairs += [(f"--c{number}", "--page", 3) for number in range(1, 8)]
-    for scheme in (light, dark):
-        for one, other, least in pairs:
-            low, high = sorted((luminance(scheme[one]), luminance(scheme[other])))
-            assert (high + 0.05) / (low + 0.05) > least, (one, other)
+def words(svg: str | None) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg or "")
 
 
 def test_charts_have_titles_and_last_values(complete: Page) -> None:
-    figures = complete.soup.find_all("figure")
-    charts = {f.b.text: [item.text.strip() for item in f.find_all("li")] for f in figures}
-    assert charts["Loss"][0] == "training 4"
-    assert charts["Loss"][2:] == ["validation 4.5", "resumed"]
-    assert charts["Learning rate"] == ["rate 0.008", "resumed"]
-    assert charts["Time"] == ["iteration 0.5", "optimizer’s step 0.05", "resumed"]
-    assert charts["Update"][0] == "mlp.linear_fc1[gate] 4"
-    assert charts["Captured share"][2] == "mlp.linear_fc2 0.62"  # the median over three layers
-    # The loss is there twice: for narrow and for wide screens.
-    assert [len(figure.find_all("svg")) for figure in figures] == [2, 1, 1, 1, 1, 1, 1, 1]
+    pictures = {str(image["alt"]): str(image["src"]) for image in complete.soup.find_all("img")}
+    charts = {
+        title: words(base64.b64decode(source.partition(",")[2]).decode())
+        for title, source in pictures.items()
+    }
+    legend = {"training 4", "validation 4.5", "resumed", "iteration"}
+    assert legend <= set(charts["Loss"])
+    assert "rate 0.008" in charts["Learning rate"]
+    assert {"iteration 0.5", "optimizer’s step 0.05"} <= set(charts["Time"])
+    assert "mlp.linear_fc1[gate] 4" in charts["Update"]
+    assert "mlp.linear_fc2 0.62" in charts["Captured share"]  # the median over three layers
+    assert len(charts) == 8
 
 
 def test_tables_have_sums_kinds_layers_and_all(complete: Page) -> None:
@@ -113,20 +98,12 @@ def test_tables_have_sums_kinds_layers_and_all(complete: Page) -> None:
     assert norm in complete.rows
     one = "decoder.layers.2.mlp.linear_fc2.weight"
     assert [one, "64 × 160", "16", "dion", REASON] in complete.rows
-    assert ["2", "0.7", "0.71", "0.72", "0.73", "0.74"] in complete.rows
     assert [one, "64 × 160", "16", "0.72", "4", "0.5"] in complete.rows
 
 
 def test_environment_has_arguments_that_differ_first(complete: Page) -> None:
     assert ["git revision", "not in a git repository"] in complete.rows
-    start = [
-        str(run.RESUMED_AFTER),
-        "2026-11-24 20:55:02 UTC",
-        "4: TP2 × DP2",
-        "80",
-        "163,840",
-        "4096",
-    ]
+    start = [str(run.RESUMED_AFTER), "246k", "2026-11-24 20:55:02 UTC", "4: TP2 × DP2"]
     assert start in complete.rows
     first, second = (i for i, row in enumerate(complete.rows) if row[0] == "argument")
     assert ["lr", "0.008", "none"] in complete.rows[first:second]
@@ -141,9 +118,7 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     records[59] |= {"lm_loss": None, "skipped": True}
     page = Page(run.write_run(tmp_path, records))
     assert "Unfinished: iteration 100 of 200." in page.said
-    assert (
-        "The training loss is not finite in iterations 30, 31, 32, 33, 34 and 1 more." in page.said
-    )
+    assert "The training loss is not finite in iteration 30 and 5 more." in page.said
     assert "The step was skipped in iteration 60" in page.said
     assert "resumed" not in page.said
     assert "With --dion-log-interval N" in page.said
@@ -154,14 +129,14 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     page = Page(run.write_run(tmp_path, [run.train_record(7, math.nan)]))
     assert "Curves begin at iteration 7" in page.said
     assert page.facts["training loss, mean of 1"] == "nan"
-    assert page.said.count("No finite value was recorded.") == 3  # nor were there times
+    assert page.said.count("no finite value was recorded.") == 3  # nor were there times
 
     for name in ("metrics.jsonl", "starts.jsonl"):
         (tmp_path / name).unlink()
     page = Page(tmp_path)
     assert "No iteration was recorded" in page.said
     assert "There is no routing.tsv" in page.said
-    assert page.said.count("No finite value was recorded.") == 5
+    assert page.said.count("no finite value was recorded.") == 5
 
     page = Page(run.write_run(tmp_path, [], optimizer="muon"))
     assert "Only runs with Dion have a routing; this one has --optimizer muon." in page.said
@@ -169,30 +144,15 @@ def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     assert page.facts == {"optimizer": "muon"}
 
 
-def test_each_start_has_its_own_tokens() -> None:
-    """The second went on from a model that had seen other tokens, on a faster machine."""
-    training = [run.train_record(i, run.loss_at(i)) for i in range(1, run.ITERATIONS + 1)]
-    for record in training[run.RESUMED_AFTER :]:
-        record["tokens"] += 10**9
-        record["iteration_seconds"] /= 2
-    tokens = {0: 0, run.RESUMED_AFTER: run.RESUMED_AFTER * run.TOKENS + 10**9}
-    starts = [{"iteration": done, "tokens": seen} for done, seen in tokens.items()]
-    first, second = sessions(training, starts)
-    assert (first.tokens, second.tokens) == (120 * run.TOKENS, 80 * run.TOKENS)
-    assert (first.tokens_per_second, second.tokens_per_second) == (
-        run.TOKENS / 0.5,
-        run.TOKENS / 0.25,
-    )
-
-
 def test_axes_are_logarithmic_where_values_differ_in_magnitude() -> None:
     def labels(*values: float, from_zero: bool = False) -> list[str]:
-        chart = Chart("", "", [Curve("", list(enumerate(values)))], from_zero=from_zero)
-        return [text.text for text in BeautifulSoup(chart.svg([]), "html.parser").find_all("text")]
+        return words(
+            Chart("", "", [Curve("", list(enumerate(values)))], from_zero=from_zero).svg([])
+        )
 
     assert {"0.01", "0.1", "1", "10"} <= set(labels(0.005, 30))
     assert "0.1" not in labels(0.005, 30, from_zero=True)
-    assert {"4", "5"} <= set(labels(4, 8))
+    assert {"4.0", "5.0"} <= set(labels(4, 8))
     assert "nan" not in "".join(labels(1, math.nan, 2))
 
 
@@ -220,11 +180,8 @@ def test_diagnostics_are_read_as_they_were_written() -> None:
 
 def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = run.write_run(tmp_path / "run", [])
-    for options, path in (
-        ([], run_dir / "report.html"),
-        (["--output", str(tmp_path / "page.html")], tmp_path / "page.html"),
-    ):
-        assert not call(["report", str(run_dir), *options])
+    for options, path in (([], run_dir / "report.html"), (["--output"], tmp_path / "page.html")):
+        assert not call(["report", str(run_dir), *options, *(str(path) for _ in options)])
         assert path.read_text().startswith("<!doctype html>")
         assert f"wrote {path}, " in capsys.readouterr().out
     with pytest.raises(ToolError, match="name another file with --output"):
@@ -234,10 +191,7 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (None, "no such folder; give what was given to pretrain_gpt.py's --run-dir"),
-        ({}, "no config.json, so no run has started in it: the output of pretrain"),
-        ({"train.log": "noise\nerror: --lr is odd\nerror: too\n"}, "train.log says why: --lr is"),
-        ({"one/config.json": ""}, "no config.json in it, but 1 folders with one: "),
+        (None, "no config.json, so no run has started in it: give what was given to pretrain"),
         ({"config.json": '{"arguments": []}'}, "config.json is damaged"),
         ({"config.json": '{"arguments": {}}', "metrics.jsonl": "{}\n"}, "metrics.jsonl is damaged"),
         ({"config.json": '{"arguments": {}}', "routing.tsv": "x\ny\n"}, "routing.tsv is damaged"),
@@ -247,7 +201,6 @@ def test_what_is_no_run_ends_with_an_error(
     tmp_path: Path, files: dict[str, str] | None, said: str
 ) -> None:
     for name, text in (files or {}).items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     folder = tmp_path / "none" if files is None else tmp_path
     with pytest.raises(ToolError, match=re.escape(said)):

@@ -11,16 +11,21 @@ from megatron_dion_tools import cli
 from megatron_dion_tools.convergence import command
 from megatron_dion_tools.convergence import study as study_module
 from megatron_dion_tools.convergence.pictures import draw_study
-from megatron_dion_tools.convergence.results import collect, estimate, to_json, to_markdown
-from megatron_dion_tools.convergence.study import StudyRuns, best_rate, read_study
+from megatron_dion_tools.convergence.study import (
+    StudyRuns,
+    best_rate,
+    estimate,
+    read_study,
+    to_json,
+    to_markdown,
+)
 from megatron_dion_tools.local.runs import Run
 
 STEPS = 48
 TEXT = """
 question: Which is better?
 arguments: common.args
-axis: width
-settings: {"64": --hidden-size 64, "128": ""}
+axes: {width: {"64": --hidden-size 64, "128": ""}}
 methods:
   Base: {flags: --optimizer adam, lr: 0.004}
   New: {flags: --optimizer dion, lr: 0.008}
@@ -90,7 +95,7 @@ class Laboratory:
         return [float(flag(run, "--lr")) for run in of]
 
 
-ONE_SETTING = "".join(line for line in TEXT.splitlines(True) if not line.startswith("settings"))
+ONE_SETTING = "".join(line for line in TEXT.splitlines(True) if not line.startswith("axes"))
 
 
 @pytest.fixture
@@ -102,10 +107,14 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def test_flags_of_a_run(laboratory: Laboratory) -> None:
-    run = laboratory.runs().run("64", "New", 0.008, 2)
+    run = laboratory.runs().run("width 64", "New", 0.008, 2)
     expected = "--train-iters 48 --hidden-size 64 --optimizer dion --lr 0.008 --min-lr 0.0008"
     assert " ".join(run.flags) == f"{expected} --seed 2"
-    assert run.name == "64, New, lr 0.008, seed 2"
+    assert run.name == "width 64, New, lr 0.008, seed 2"
+    wide = laboratory.runs(TEXT.replace("lr: 0.008}", "lr: 0.008, processes: 2}"))
+    on_two = wide.run("width 64", "New", 0.008, 2)
+    assert (on_two.processes, on_two.flags) == (2, run.flags)
+    assert on_two.folder != run.folder
 
 
 def test_rates_double_until_the_best_lies_between_two_others(laboratory: Laboratory) -> None:
@@ -127,7 +136,7 @@ def test_a_sweep_ends_though_every_lower_rate_is_better(laboratory: Laboratory) 
         *(0.001, 0.0005, 0.00025, 0.000125, 6.25e-05),
     ]
     assert runs.losses("", "Base")[0.008] == {1: math.inf}
-    assert not any(cell["is_bracketed"] for cell in collect(runs)["cells"])
+    assert not any(cell["is_bracketed"] for cell in runs.result()["cells"])
 
 
 def test_given_rates_train_with_all_seeds(laboratory: Laboratory) -> None:
@@ -146,12 +155,14 @@ def test_equal_runs_are_shared_and_an_interrupted_sweep_goes_on(laboratory: Labo
     folders = [run.folder for run in laboratory.trained]
     assert len(set(folders)) == len(folders)
     (folders[before] / "finished.json").unlink()
-    pairs = [(setting, name) for setting in ("64", "128") for name in ("Base", "Same", "New")]
+    pairs = [
+        (setting, name) for setting in ("width 64", "width 128") for name in ("Base", "Same", "New")
+    ]
     assert {run.folder for pair in pairs for run in runs.missing(*pair)} == {folders[before]}
 
 
 def test_what_a_study_found(laboratory: Laboratory) -> None:
-    result = collect(laboratory.trained_runs())
+    result = laboratory.trained_runs().result()
     base, new = result["cells"][:2]
     assert (base["method"], base["best_lr"], base["gap"]) == ("Base", 0.004, None)
     assert base["loss"] == pytest.approx({"mean": 3.02, "sd": 0.01, "margin": 0.0248}, rel=1e-2)
@@ -178,7 +189,7 @@ def test_tables(laboratory: Laboratory) -> None:
         if optimizer == "dion" and (seed == 2 or lr > 0.04)
         else parabola(optimizer, lr, seed)
     )
-    result = collect(laboratory.trained_runs())
+    result = laboratory.trained_runs().result()
     assert draw_study(result).axes  # with a method of which some runs diverged
     table = to_markdown(result)
     assert "## width 64\n\n48 steps, 4800 tokens, seeds 1, 2, 3.\n" in table

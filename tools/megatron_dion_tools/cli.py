@@ -34,7 +34,16 @@ COMMANDS = {
 REMOVED = {
     "advise": "use `megatron-dion report`: its page says how much of each matrix the rank captures",
     "study": "use `megatron-dion convergence sweep`",
+    "data --workers": "Megatron-LM's tools/preprocess_data.py tokenizes large corpora",
+    "doctor --json": "read its exit code",
+    "doctor --shared-folder": "srun ls DIR shows what each node sees",
+    "inspect --no-norms": "leave out --verify",
+    "launch --job-name": "use --sbatch-flag=--job-name=NAME and --run-dir",
+    "launch --script": "sbatch takes another script and RUN_DIR/recipe.args",
+    "plan --ep": "experts are not planned",
+    "plan --plot": "--json has the figures",
 }
+"""Subcommands, and flags behind them, that are gone, and what to use in their place."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,21 +54,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand and end the process with its exit code.
-
-    Args:
-        argv: The arguments after the program's name; those of the process by default.
-    """
+    """Run a subcommand, by default that of the process, and end with its exit code."""
     words = sys.argv[1:] if argv is None else argv
     run_tool(lambda: call(words))
 
 
 def call(argv: Sequence[str]) -> int | None:
-    """Run a subcommand and return its exit code; mistakes are exceptions.
-
-    Args:
-        argv: The arguments after the program's name.
-    """
+    """Run a subcommand and return its exit code; mistakes are exceptions."""
     args = parse(argv)
     code: int | None = args.run(args)
     return code
@@ -68,17 +69,15 @@ def call(argv: Sequence[str]) -> int | None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read a command line; `args.run` is the function of the subcommand.
 
-    Args:
-        argv: The arguments after the program's name.
-
     Raises:
         ToolError: The command line is wrong.
     """
     # argparse would take what follows `--` for positional arguments.
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], list(argv[end + 1 :])
-    if own and own[0] in REMOVED:
-        raise ToolError(f"`megatron-dion {own[0]}` is gone: {REMOVED[own[0]]}")
+    for words in (own[:1], *([own[0], word.partition("=")[0]] for word in own[1:])):
+        if what := REMOVED.get(" ".join(words)):
+            raise ToolError(f"`megatron-dion {' '.join(words)}` is gone: {what}")
     parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, what) in COMMANDS.items():

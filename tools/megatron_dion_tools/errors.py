@@ -18,9 +18,8 @@ class ToolError(Exception):
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and end the process, with one line on stderr and code 2 after a mistake.
 
-    Args:
-        main: Returns the exit code. It raises `ToolError`, `OSError` for a file that it cannot
-            use, or `ModuleNotFoundError` for an optional package.
+    A mistake is a `ToolError`, an `OSError` for a file that it cannot use, or a
+    `ModuleNotFoundError` for an optional package.
     """
     try:
         try:

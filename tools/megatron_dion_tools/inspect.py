@@ -1,12 +1,11 @@
 """Say what a checkpoint holds and, with --verify, whether it is whole.
 
 DIR is a folder of checkpoints, of which the newest complete one is taken, or one checkpoint
-(iter_0000100). For each logical matrix of Dion's: rows, columns, rank and types; with --verify also
-the Frobenius norms of weight, momentum and right factor.
+(iter_0000100). For each logical matrix of Dion's: rows, columns, rank and types.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,25 +25,17 @@ from megatron_dion.optimizer.record import (
 )
 from megatron_dion.optimizer.rules import in_order_of_layers
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.terminal import progress_bar, quiet_imports
+from megatron_dion_tools.terminal import quiet_imports
 
 
 class SavedMatrix(NamedTuple):
-    """A logical matrix in a checkpoint.
-
-    Attributes:
-        name: Of the matrix.
-        rows: m.
-        columns: n.
-        rank: r.
-        dtypes: Of weight, momentum and right factor.
-    """
+    """A logical matrix in a checkpoint: m, n, r, and the types of its tensors."""
 
     name: str
     rows: int
     columns: int
     rank: int
-    dtypes: tuple[str, ...]
+    types: str
 
     def key(self, kind: str) -> str:
         """Return the checkpoint's key of a tensor, one of `KINDS`."""
@@ -65,9 +56,11 @@ def saved_matrices(contents: Contents) -> tuple[list[SavedMatrix], list[str]]:
         if sizes[MOMENTUM] != sizes[WEIGHT] or sizes[RIGHT_FACTOR][0] != sizes[WEIGHT][0]:
             listed = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
             problems.append(f"{name}: {listed} do not fit together")
-        dtypes = (str(entry.properties.dtype).removeprefix("torch.") for entry in there.values())
+        types = [str(entry.properties.dtype) for entry in there.values()]
+        types = types if len(set(types)) > 1 else types[:1]
+        short = "/".join(types).replace("torch.", "").replace("float", "fp").replace("bfp", "bf")
         rows, columns = sizes[WEIGHT]
-        matrices.append(SavedMatrix(name, rows, columns, sizes[RIGHT_FACTOR][1], tuple(dtypes)))
+        matrices.append(SavedMatrix(name, rows, columns, sizes[RIGHT_FACTOR][1], short))
     return sorted(matrices, key=lambda matrix: in_order_of_layers(matrix.name)), problems
 
 
@@ -111,11 +104,13 @@ def _examine(contents: Contents, verify: bool) -> list[str]:
         import megatron.core.dist_checkpointing  # noqa: F401  (contents.common needs it)
     print("\n".join(_summary(contents)))
     matrices, problems = saved_matrices(contents)
-    norms: dict[str, float] = {}
     if verify and not problems:
-        problems, norms = _verify(contents)
+        problems = _verify(contents)
+    width = max((len(matrix.name) for matrix in matrices), default=0)
     if matrices:
-        print("\n" + "\n".join(_table(matrices, norms)))
+        print()
+        for name, *rest in (("matrix", *SavedMatrix._fields[1:]), *matrices):
+            print(" ".join([f"{name:{width}}", *(f"{value:>14}" for value in rest)]))
     return problems
 
 
@@ -145,38 +140,16 @@ def _summary(contents: Contents) -> Iterator[str]:
         yield f"{name:11} {', '.join(config[name]) or 'none'}"
 
 
-def _verify(contents: Contents) -> tuple[list[str], dict[str, float]]:
-    """Read everything; return what is wrong, and the Frobenius norm of each tensor by key."""
+def _verify(contents: Contents) -> list[str]:
+    """Read everything, and return what is wrong."""
     problems: list[str] = []
-    norms: dict[str, float] = {}
     manifest = hashes.read_manifest(contents.folder)
     if manifest is None:
         print("saved without hashes: changed bytes within a tensor cannot be seen")
     else:
         problems += hashes.damage(contents.folder, manifest)
-    if not problems:
-        with progress_bar("verifying", total=len(contents.tensors), unit="tensor") as bar:
-            for key in contents.tensors:
-                tensor = contents.read(key)[key]
-                if tensor.is_floating_point():
-                    norms[key] = float(tensor.float().norm())
-                    if not torch.isfinite(tensor.float()).all():
-                        problems.append(f"{key} has numbers that are not finite")
-                bar.update()
-    return problems, norms
-
-
-def _table(matrices: Sequence[SavedMatrix], norms: Mapping[str, float]) -> Iterator[str]:
-    width = max(len(matrix.name) for matrix in matrices)
-    shown = KINDS if norms else ()
-    rows = [("matrix", "rows", "columns", "rank", "types", *(f"|{kind}|" for kind in shown))]
-    for matrix in matrices:
-        cells = map(str, (*matrix[:4], _types(matrix)))
-        rows.append((*cells, *(f"{norms[matrix.key(kind)]:.6g}" for kind in shown)))
-    for name, *rest in rows:
-        yield " ".join([f"{name:{width}}", *(f"{value:>14}" for value in rest)])
-
-
-def _types(matrix: SavedMatrix) -> str:
-    short = [dtype.replace("float", "fp").replace("bfp", "bf") for dtype in matrix.dtypes]
-    return short[0] if len(set(short)) == 1 else "/".join(short)
+    for key in contents.tensors if not problems else ():
+        tensor = contents.read(key)[key]
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            problems.append(f"{key} has numbers that are not finite")
+    return problems

@@ -26,14 +26,7 @@ KEYS = {"description", "arguments", "topologies"}
 
 
 class Recipe(NamedTuple):
-    """A model, how it is trained, and how it is spread over GPUs.
-
-    Attributes:
-        path: The recipe's file.
-        description: One line.
-        arguments: Megatron's flags, on any number of GPUs.
-        topologies: More flags by number of GPUs.
-    """
+    """Flags of a model and of its training, and more of them by number of GPUs."""
 
     path: Path
     description: str
@@ -112,33 +105,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("recipe", type=Path, help="a file of examples/recipes/")
     add("--nodes", type=int, required=True)
     add("--gpus-per-node", type=int, default=8)
-    add("--job-name", help="default: the recipe's name")
-    add("--run-dir", type=Path, help="default: runs/<job name>")
+    add("--run-dir", type=Path, help="default: runs/<the recipe's name>")
     add("--sbatch-flag", action="append", default=[], metavar="FLAG", help="as --time=2:00:00")
-    add("--script", type=Path, default=SCRIPT, metavar="FILE", help="the job (%(default)s)")
     add("--dry-run", action="store_true", help="check, print, and submit nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check and submit; the exit code is sbatch's."""
-    for flag, value in (("--nodes", args.nodes), ("--gpus-per-node", args.gpus_per_node)):
-        if value < 1:
-            raise ToolError(f"{flag} must be at least 1, not {value}")
-    name, gpus = args.job_name or args.recipe.stem, args.nodes * args.gpus_per_node
+    gpus = args.nodes * args.gpus_per_node
     recipe = Recipe.read(args.recipe)
     flags = [*recipe.flags(gpus), *args.flags]
     check(flags, gpus)
-    run_dir = (args.run_dir or Path("runs", name)).absolute()
+    run_dir = (args.run_dir or Path("runs", args.recipe.stem)).absolute()
     arguments_file = run_dir / "recipe.args"
     text = render(recipe, flags, gpus)
-    command = ["sbatch", f"--job-name={name}", f"--nodes={args.nodes}"]
+    command = ["sbatch", f"--job-name={args.recipe.stem}", f"--nodes={args.nodes}"]
     command += [f"--gpus-per-node={args.gpus_per_node}", f"--output={run_dir / 'slurm-%j.log'}"]
-    command += [*args.sbatch_flag, str(args.script), str(arguments_file)]
+    command += [*args.sbatch_flag, str(SCRIPT), str(arguments_file)]
     if args.dry_run:
         print(f"{text}\n{shlex.join(command)}")
         return 0
-    if not args.script.is_file():
-        raise ToolError(f"--script {args.script} is not a file: submit from the repository's root")
+    if not SCRIPT.is_file():
+        raise ToolError(f"there is no {SCRIPT}: submit from the repository's root")
     if shutil.which("sbatch") is None:
         raise ToolError("there is no sbatch on this machine: use --dry-run, or a login node")
     run_dir.mkdir(parents=True, exist_ok=True)

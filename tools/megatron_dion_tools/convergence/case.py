@@ -96,8 +96,6 @@ def _problems(case: Case) -> Iterator[str]:
         if run not in case.runs:
             yield f"{user} names the run {run!r} (there are {', '.join(case.runs)})"
     for name, spec in case.runs.items():
-        if "/" in name or name in (".", ".."):
-            yield f"run {name!r}: its name cannot be that of a folder"
         if (spec.continues is None) != (spec.at is None):
             yield f"run {name}: 'continues' and 'at' need each other"
         if spec.continues and case.runs[spec.continues].continues:

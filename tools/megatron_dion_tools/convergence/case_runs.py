@@ -22,12 +22,7 @@ _GOLDEN_KEYS = ("kind", "iteration", LOSS, GRAD_NORM)
 
 
 class CaseRuns:
-    """The runs of a case on this machine.
-
-    Args:
-        case: The case.
-        folder: Where its runs go; the folder of a run is RUN/seed-N.
-    """
+    """The runs of a case on this machine, each in the folder RUN/seed-N of a folder."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case = case
@@ -39,19 +34,13 @@ class CaseRuns:
     ) -> None:
         """Train runs from the beginning, since the code may have changed, after their parents.
 
-        Args:
-            names: Names of runs.
-            seeds: Seeds of each run.
-            jobs: How many ranks may run at a time.
-            report: Takes a line of progress.
+        At most `jobs` ranks run at a time; `report` takes lines of progress.
 
         Raises:
             RunFailed: A run failed.
         """
-        parents = {name: self.case.runs[name].continues for name in names}
-        first = dict.fromkeys(parents[name] or name for name in names)
-        later = dict.fromkeys(name for name in names if parents[name])
-        for batch in (first, later):
+        first = dict.fromkeys(self.case.runs[name].continues or name for name in names)
+        for batch in (list(first), [name for name in names if name not in first]):
             runs = [self.run(name, seed) for name in batch for seed in seeds]
             for run in runs:
                 run.remove()
@@ -75,24 +64,18 @@ class CaseRuns:
         """Read the golden curves.
 
         Raises:
-            ToolError: There are none, or they were made with other data or flags.
+            ToolError: There are none.
         """
-        case, folder = self.case, self.case.golden_folder
-        settings = folder / "settings.json"
-        before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        now = self._settings()
-        if other := [name for name in ("data", "flags") if before.get(name) != now[name]]:
-            raise ToolError(
-                f"{settings}: the golden curves were made with other {' and '.join(other)}: "
-                "`convergence update` makes new ones"
-            )
-        return {
-            name: {
-                seed: read_curves(folder / name / f"seed-{seed}.jsonl", f"golden {name}")
-                for seed in case.seeds
-            }
-            for name in case.golden
-        }
+        golden: dict[str, dict[int, Curves]] = {}
+        for name in self.case.golden:
+            for seed in self.case.seeds:
+                path = self.case.golden_folder / name / f"seed-{seed}.jsonl"
+                if not path.exists():
+                    raise ToolError(
+                        f"{path}: no such file: `convergence update` makes golden curves"
+                    )
+                golden.setdefault(name, {})[seed] = read_curves(path, f"golden {name}")
+        return golden
 
     def write_golden(self) -> None:
         """Make the curves of the trained golden runs the golden ones.
@@ -100,7 +83,8 @@ class CaseRuns:
         Raises:
             ToolError: A number is not finite. Nothing was written.
         """
-        texts = {}
+        environment = describe((*self.case.common_flags, *self._data))
+        texts = {"environment.json": json.dumps(environment, indent=2) + "\n"}
         for name in self.case.golden:
             for seed in self.case.seeds:
                 run = self.run(name, seed)
@@ -109,20 +93,10 @@ class CaseRuns:
                     raise ToolError(f"{run.name}: a loss is not finite: it cannot become golden")
                 lines = [{key: r[key] for key in _GOLDEN_KEYS if key in r} for r in records]
                 texts[f"{name}/seed-{seed}.jsonl"] = "".join(f"{json.dumps(x)}\n" for x in lines)
-        texts["settings.json"] = json.dumps(self._settings(), indent=2) + "\n"
         for file, text in texts.items():
             path = self.case.golden_folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, text)
-
-    def _settings(self) -> dict[str, object]:
-        """What golden curves depend on."""
-        common = self.case.common_flags
-        flags = {
-            name: " ".join(effective((*common, *self.case.runs[name].flags)))
-            for name in self.case.golden
-        }
-        return {"flags": flags, **describe((*common, *self._data))}
 
     def verdicts(self, golden: Golden) -> Iterator[Verdict]:
         """Apply all checks to trained runs, first that golden runs follow their golden curves.

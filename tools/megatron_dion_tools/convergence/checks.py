@@ -4,8 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dion_tools.convergence.curves import QUANTITIES, Curve, Curves
-from megatron_dion_tools.convergence.noise import seed_noise, smoothed, window_of
+from megatron_dion_tools.convergence.curves import (
+    QUANTITIES,
+    Curve,
+    Curves,
+    seed_noise,
+    smoothed,
+    window_of,
+)
 from megatron_dion_tools.errors import ToolError
 
 SHARE = 0.1
@@ -25,8 +31,6 @@ class Verdict:
         finding: One sentence with numbers.
         divergent: The first iteration at which something is wrong; None if nothing is.
         curves: Those of the run and of the reference.
-        distance: Run minus reference by iteration, averaged.
-        allowed: How far the averaged curves may be apart, by iteration; empty for equality.
         notices: Whether the run has a planted mistake, which the check must notice.
     """
 
@@ -37,8 +41,6 @@ class Verdict:
     finding: str
     divergent: int | None
     curves: tuple[Curve, Curve]
-    distance: Curve
-    allowed: Curve
     notices: bool = False
 
     @property
@@ -102,9 +104,7 @@ def follows(
         early = " (which is before its checkpoint)" if divergent <= after else ""
         findings.insert(0, f"differs at iteration {divergent}{early}: {values}")
     finding, curves = "; ".join(findings), (ours, theirs)
-    return Verdict(
-        run.name, reference.name, quantity, share, finding, divergent, curves, distance, allowed
-    )
+    return Verdict(run.name, reference.name, quantity, share, finding, divergent, curves)
 
 
 def compare(
@@ -133,22 +133,19 @@ def compare(
     verdicts = []
     for run in runs[1:]:
         for quantity in quantities or common:
-            ours, theirs, *seeds = _align([run, runs[0], *noise], quantity)
+            given = (run, runs[0], *noise)
+            shared = set.intersection(*(set(one.curve(quantity)) for one in given))
+            if not shared:
+                all_names = " and ".join(one.name for one in given)
+                raise ToolError(f"{all_names} have no iteration of {quantity} in common")
+            end = max(run.curve(quantity))
+            curves = [
+                {i: x for i, x in one.curve(quantity).items() if i in shared or i > end}
+                for one in given
+            ]
+            ours, theirs, *seeds = (
+                Curves(one.name, {quantity: curve})
+                for one, curve in zip(given, curves, strict=True)
+            )
             verdicts.append(follows(ours, theirs, quantity, share if noise else 0.0, seeds))
     return verdicts
-
-
-def _align(all_curves: Sequence[Curves], quantity: str) -> list[Curves]:
-    """Keep the iterations that all curves have, and those that the first one ends before."""
-    common = set.intersection(*(set(one.curve(quantity)) for one in all_curves))
-    if not common:
-        names = " and ".join(one.name for one in all_curves)
-        raise ToolError(f"{names} have no iteration of {quantity} in common")
-    end = max(all_curves[0].curve(quantity))
-    return [
-        Curves(
-            one.name,
-            {quantity: {i: x for i, x in one.curve(quantity).items() if i in common or i > end}},
-        )
-        for one in all_curves
-    ]

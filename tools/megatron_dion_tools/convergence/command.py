@@ -6,6 +6,7 @@ training, each at its own best learning rate.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from megatron_dion_tools.convergence.case import read_case
 from megatron_dion_tools.convergence.case_runs import CaseRuns
 from megatron_dion_tools.convergence.checks import SHARE, Verdict, compare
 from megatron_dion_tools.convergence.curves import read_curves
-from megatron_dion_tools.convergence.results import collect, to_json, to_markdown
-from megatron_dion_tools.convergence.study import StudyRuns, read_study
+from megatron_dion_tools.convergence.study import StudyRuns, read_study, to_json, to_markdown
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.preload import preload
 
 CASES = Path("tests", "convergence")
+_say = functools.partial(print, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool", type=Path, default=Path("runs", "pool"), metavar="DIR", help="for the runs")
     add_training_flags(add, "studies")
     add = action("compare", compare_runs, "compare any runs with the first of them")
-    run = "a metrics.jsonl, its folder, or a folder of TensorBoard"
+    run = "a metrics.jsonl, or its folder"
     add("runs", type=Path, nargs="+", metavar="RUN", help=run)
     noise = "three runs or more like the first one, which differ in their seed only"
     add("--noise", type=Path, nargs="+", default=[], metavar="RUN", help=noise)
@@ -106,7 +107,7 @@ def sweep_rates(arguments: argparse.Namespace) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for runs in given:
         runs.train(arguments.jobs, _say)
-        result, path = collect(runs), arguments.output / runs.study.name
+        result, path = runs.result(), arguments.output / runs.study.name
         Path(f"{path}.json").write_text(to_json(result), encoding="utf-8")
         Path(f"{path}.md").write_text(to_markdown(result), encoding="utf-8")
         draw_study(result).savefig(f"{path}.png", dpi=120)
@@ -134,7 +135,3 @@ def _report(title: str, verdicts: Sequence[Verdict], output: Path | None) -> lis
         output.mkdir(parents=True, exist_ok=True)
         draw_verdicts(title, verdicts).savefig(output / f"{title}.png", dpi=120)
     return verdicts
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -1,11 +1,10 @@
-"""Curves of a run, read from metrics.jsonl or from TensorBoard's files."""
+"""Curves of a run, their means, and what chance alone does to them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion_tools.errors import ToolError
@@ -17,16 +16,11 @@ LOSS = "lm_loss"
 GRAD_NORM = "grad_norm"
 VALIDATION_LOSS = "validation_loss"
 QUANTITIES = (LOSS, GRAD_NORM, VALIDATION_LOSS, "lr")
-"""The quantities that golden files have, and that `compare` compares by default."""
+"""The quantities that `compare` compares by default."""
 
-# Megatron's names in TensorBoard. Megatron writes most curves a second time, by number of samples.
-_TENSORBOARD_NAMES = {
-    "lm loss": LOSS,
-    "grad-norm": GRAD_NORM,
-    "learning-rate": "lr",
-    "lm loss validation": VALIDATION_LOSS,
-}
-_BY_SAMPLES = " vs samples"
+# Single iterations are noise of their batches. A tenth of a run is long enough to average the noise
+# and short enough to say where two curves part.
+_WINDOW_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,64 +48,56 @@ class Curves:
 
 
 def read_curves(path: Path, name: str) -> Curves:
-    """Read the curves of a run.
+    """Read the curves of a run from a metrics.jsonl, or from a folder that has one.
 
-    Args:
-        path: A metrics.jsonl, a folder that has one, or a folder with TensorBoard's event files.
-        name: The name of the run.
+    Those of a validation get the prefix `validation_`.
+
+    Later values win: a resumed run writes repeated iterations a second time.
 
     Raises:
         ToolError: There is no such file, or it has other content.
     """
     metrics = path / "metrics.jsonl" if path.is_dir() else path
-    if metrics.is_file():
-        return Curves(name, _from_metrics(metrics))
-    if any(path.glob("events.out.tfevents.*")):
-        return Curves(name, _from_tensorboard(path))
-    raise ToolError(
-        f"{path}: neither a metrics.jsonl, nor a folder with one or with TensorBoard's event files"
-    )
-
-
-def _from_metrics(path: Path) -> dict[str, Curve]:
-    try:
-        return _by_quantity(
-            (name, record["iteration"], value)
-            for record in read_metrics(path)
-            for name, value in _values(record)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolError(f"{path}: not lines of metrics ({error!r})") from error
-
-
-def _values(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield names and numbers; those of a validation get the prefix `validation_`."""
-    kind = record.get("kind", "train")
-    for name, value in record.items():
-        if type(value) in (int, float) and name != "iteration":
-            full_name = name if kind == "train" else f"{kind}_{name.removeprefix('lm_')}"
-            yield full_name, float(value)
-
-
-def _from_tensorboard(folder: Path) -> dict[str, Curve]:
-    # TensorBoard is a large package, which metrics.jsonl does not need.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return _by_quantity(
-        (_TENSORBOARD_NAMES.get(tag, tag), event.step, float(event.value))
-        for tag in events.Tags()["scalars"]
-        if not tag.endswith(_BY_SAMPLES)
-        for event in events.Scalars(tag)
-    )
-
-
-def _by_quantity(points: Iterable[tuple[str, int, float]]) -> dict[str, Curve]:
-    """Collect curves, rounded to float32 as TensorBoard has them.
-
-    Later values win: a resumed run writes repeated iterations a second time.
-    """
+    if not metrics.is_file():
+        raise ToolError(f"{path}: neither a metrics.jsonl, nor a folder with one")
     curves: dict[str, dict[int, float]] = {}
-    for name, iteration, value in points:
-        curves.setdefault(name, {})[iteration] = float(np.float32(value))
-    return {name: dict(sorted(curve.items())) for name, curve in sorted(curves.items())}
+    try:
+        for record in read_metrics(metrics):
+            kind = record.get("kind", "train")
+            for key, value in record.items():
+                if type(value) in (int, float) and key != "iteration":
+                    quantity = key if kind == "train" else f"{kind}_{key.removeprefix('lm_')}"
+                    curves.setdefault(quantity, {})[record["iteration"]] = float(value)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ToolError(f"{metrics}: not lines of metrics ({error!r})") from error
+    return Curves(name, {name: dict(sorted(curve.items())) for name, curve in curves.items()})
+
+
+def window_of(curve: Curve) -> int:
+    """Return the number of points over which a curve is averaged."""
+    return max(1, round(_WINDOW_SHARE * len(curve)))
+
+
+def smoothed(curve: Curve, window: int) -> dict[int, float]:
+    """Return means over the last `window` points up to each iteration; over fewer at the start."""
+    values = list(curve.values())
+    return {
+        iteration: statistics.fmean(values[max(0, position - window + 1) : position + 1])
+        for position, iteration in enumerate(curve)
+    }
+
+
+def seed_noise(curves: Sequence[Curve], window: int) -> dict[int, float]:
+    """Return the standard deviation over seeds of a smoothed curve at each iteration.
+
+    Few seeds estimate the variance badly, so the variance is averaged over `window` points too.
+
+    Raises:
+        ToolError: There are fewer than three seeds.
+    """
+    if len(curves) < 3:
+        raise ToolError(f"seed noise needs three seeds or more, not {len(curves)}")
+    each = [smoothed(curve, window) for curve in curves]
+    common = [i for i in each[0] if all(i in curve for curve in each)]
+    variances = {i: statistics.variance([curve[i] for curve in each]) for i in common}
+    return {i: math.sqrt(variance) for i, variance in smoothed(variances, window).items()}

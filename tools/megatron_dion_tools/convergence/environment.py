@@ -3,23 +3,26 @@
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import megatron_dion
 from megatron_dion.megatron.run_directory import git_revision
 
-Environment = Mapping[str, str | None]
-
 _ENDINGS = ("", ".bin", ".idx")
-# Hashing larger files would take longer than a case; their sizes stand for them.
-_HASHED_BYTES = 1 << 30
+_HASHED_BYTES = 1 << 28  # of a file; more would take longer than a case
 
 
-def describe(flags: Sequence[str]) -> Environment:
+def describe(flags: Sequence[str]) -> Mapping[str, str | None]:
     """Describe this machine, and the data files that flags of pretrain_gpt.py name."""
     import torch
 
+    data = hashlib.sha256()
+    for file in (Path(value + ending) for value in flags for ending in _ENDINGS):
+        if file.is_file():
+            data.update(f"{file.stat().st_size} ".encode())
+            with file.open("rb") as opened:
+                data.update(opened.read(_HASHED_BYTES))
     return {
         "megatron_dion": megatron_dion.__version__,
         "revision": git_revision(Path(megatron_dion.__file__).parent),
@@ -27,24 +30,13 @@ def describe(flags: Sequence[str]) -> Environment:
         **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "data": _hash_of(Path(value + ending) for value in flags for ending in _ENDINGS),
+        "data": data.hexdigest(),
     }
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
+    """Linux has the name in a file only."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def _hash_of(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in filter(Path.is_file, paths):
-        size = file.stat().st_size
-        digest.update(f"{size} ".encode())
-        if size <= _HASHED_BYTES:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -1,13 +1,19 @@
 """Studies: methods compared in settings, each at its own best learning rate, over seeds."""
 
 import hashlib
+import itertools
+import json
 import math
 import shlex
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_dion.megatron.run_directory import read_metrics
+from megatron_dion_tools.convergence.curves import smoothed, window_of
+from megatron_dion_tools.convergence.environment import describe
 from megatron_dion_tools.convergence.training_file import Flags, TrainingFile, read_training_file
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.flags import effective
@@ -15,9 +21,19 @@ from megatron_dion_tools.local.runs import Run, execute
 
 _MOST_RATES = 8
 """A loss that still falls after so many doublings is not a matter of the learning rate."""
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1 to 10.
+_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_POINTS = 64  # of a curve in the result
+_LEGEND = """\
+* best `--lr`: that with the lowest validation loss of the first seed; \\*: not between two others.
+* validation loss: nats per token after the last step, mean ± standard deviation over seeds.
+* minus the baseline: paired by seed, mean ± half of the 95 % interval (Student's t).
+* optimizer ms, iteration ms: median per step at the best rate, on a machine shared by runs."""
 
 Losses = dict[float, dict[int, float]]
 """Final validation loss (nats per token) by learning rate, ascending, and by seed."""
+
+Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,10 +43,12 @@ class Method:
     Attributes:
         lr: The learning rate with which its sweep begins.
         flags: Flags of pretrain_gpt.py.
+        processes: Number of ranks.
     """
 
     lr: float
     flags: Flags = ()
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +58,8 @@ class Study(TrainingFile):
     Attributes:
         question: What is asked.
         methods: The methods, by name.
-        axis: What the settings vary.
-        settings: Flags, by name of setting.
+        axes: What else varies: flags by value, by name of the axis. Every method is swept at every
+            combination of values.
         rates: Learning rates as multiples of each method's first one, at which all seeds train.
             Without them, the first seed trains at the first rate, its double, its half, and so on
             until the best rate lies between two others; then the other seeds train at the best.
@@ -50,10 +68,19 @@ class Study(TrainingFile):
 
     question: str
     methods: Mapping[str, Method]
-    axis: str = ""
-    settings: Mapping[str, Flags] = field(default_factory=lambda: {"": ()})
+    axes: Mapping[str, Mapping[str, Flags]] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     baseline: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Flags]:
+        """The flags of each combination of the axes' values, by its name."""
+        settings = {}
+        for values in itertools.product(*self.axes.values()):
+            pairs = list(zip(self.axes, values, strict=True))
+            flags = itertools.chain(*(self.axes[axis][value] for axis, value in pairs))
+            settings[", ".join(f"{axis} {value}" for axis, value in pairs)] = tuple(flags)
+        return settings
 
 
 def read_study(path: Path) -> Study:
@@ -73,42 +100,36 @@ class StudyRuns:
     """The runs of a study on this machine.
 
     The folder of a run is the hash of its flags: studies share runs, and an interrupted study goes
-    on where it stopped.
-
-    Args:
-        study: The study.
-        pool: The folder of the runs of all studies.
+    on where it stopped. `pool` has the runs of all studies.
     """
 
     def __init__(self, study: Study, pool: Path) -> None:
         self.study = study
         self.data = study.prepare_data()
         self._pool = pool
+        self._cells = list(itertools.product(study.settings, study.methods))
 
     def train(self, jobs: int, report: Callable[[str], None]) -> None:
-        """Train all runs that the study needs and that are not finished.
-
-        Args:
-            jobs: How many runs train at a time.
-            report: Takes a line of progress.
+        """Train all runs that the study needs and that are not finished, `jobs` at a time.
 
         Raises:
             RunFailed: A run failed.
         """
-        cells = [(setting, name) for setting in self.study.settings for name in self.study.methods]
         # By folder: two methods may need the same run.
-        while missing := {run.folder: run for cell in cells for run in self.missing(*cell)}:
+        while missing := {run.folder: run for cell in self._cells for run in self.missing(*cell)}:
             report(f"{self.study.name}:")
             execute(list(missing.values()), jobs, report)
 
     def run(self, setting: str, method: str, lr: float, seed: int) -> Run:
         """Return a run of the study."""
-        flags = (*self.study.common_flags, *self.study.settings[setting])
-        flags = (*flags, *self.study.methods[method].flags, "--lr", f"{lr:g}")
-        flags = effective((*flags, "--min-lr", f"{lr / 10:g}", "--seed", str(seed), *self.data))
-        digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()
+        how = self.study.methods[method]
+        flags = (*self.study.common_flags, *self.study.settings[setting], *how.flags)
+        flags = (*flags, "--lr", f"{lr:g}", "--min-lr", f"{lr / 10:g}", "--seed", str(seed))
+        flags = effective((*flags, *self.data))
+        key = shlex.join(flags) + (f" on {how.processes} ranks" if how.processes > 1 else "")
+        digest = hashlib.sha256(key.encode()).hexdigest()
         name = f"{setting}, {method}, lr {lr:g}, seed {seed}".removeprefix(", ")
-        return Run(name, self._pool / digest[:16], flags)
+        return Run(name, self._pool / digest[:16], flags, how.processes)
 
     def losses(self, setting: str, method: str) -> Losses:
         """Return the losses of finished runs, infinite where training diverged.
@@ -140,10 +161,111 @@ class StudyRuns:
         runs = [self.run(setting, method, lr, seed) for lr in rates for seed in seeds]
         return [run for run in runs if not run.is_finished()]
 
+    def result(self) -> Result:
+        """Return what the finished study has found, ready for JSON.
+
+        A cell is a method in a setting at its best learning rate. Its `losses` are by learning rate
+        and seed; `gap` is the loss minus the baseline's; seconds are medians per step; `curve` is
+        the smoothed training loss.
+        """
+        study = self.study
+        return {
+            "name": study.name,
+            "question": study.question,
+            "baseline": study.baseline,
+            "seeds": study.seeds,
+            "common_flags": study.common_flags,
+            "axes": study.axes,
+            "methods": {name: method.flags for name, method in study.methods.items()},
+            "environment": describe((*study.common_flags, *self.data)),
+            "cells": [self._cell(*cell) for cell in self._cells],
+        }
+
+    def _cell(self, setting: str, method: str) -> Result:
+        study, losses = self.study, self.losses(setting, method)
+        best, gap = best_rate(losses), None
+        if study.baseline not in (None, method):
+            theirs = self.losses(setting, str(study.baseline))
+            theirs_at_best = theirs[best_rate(theirs)]
+            pairs = [loss - theirs_at_best[seed] for seed, loss in losses[best].items()]
+            gap = estimate([pair if math.isfinite(pair) else math.nan for pair in pairs])
+        folders = [self.run(setting, method, best, seed).metrics for seed in study.seeds]
+        records = [[r for r in read_metrics(path) if r["kind"] == "train"] for path in folders]
+        curve = {r["iteration"]: r["lm_loss"] or math.nan for r in records[0]}
+        points = list(smoothed(curve, window_of(curve)).items())
+        return {
+            "setting": setting,
+            "method": method,
+            "best_lr": best,
+            "is_bracketed": min(losses) < best < max(losses),
+            "losses": losses,
+            "loss": estimate(list(losses[best].values())),
+            "gap": gap,
+            "steps": records[0][-1]["iteration"],
+            "tokens": records[0][-1]["tokens"],
+            **{
+                key: statistics.median(record[key] for record in itertools.chain(*records))
+                for key in ("optimizer_seconds", "iteration_seconds")
+            },
+            "curve": dict(points[:: -(-len(points) // _POINTS)]),
+        }
+
 
 def best_rate(losses: Losses) -> float:
     """Return the learning rate with the lowest loss of the first seed."""
     return min(losses, key=lambda lr: next(iter(losses[lr].values())))
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, sample standard deviation, and half of the 95 % interval of the mean.
+
+    The last two are NaN for one value. The interval is a little too wide for more than eleven.
+    """
+    n, sd = len(values), math.nan
+    if n > 1:  # `statistics.stdev` would raise where a value is not finite.
+        sd = math.sqrt(statistics.variance(values))
+    margin = _STUDENT_T[min(max(n - 1, 1), len(_STUDENT_T)) - 1] * sd / math.sqrt(n)
+    return {"mean": statistics.fmean(values), "sd": sd, "margin": margin}
+
+
+def to_json(result: Result) -> str:
+    """Write a result as JSON; numbers that are not finite become null."""
+    finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1) + "\n"
+
+
+def to_markdown(result: Result) -> str:
+    """Write the question, a table for each setting, and what the columns mean."""
+    parts = [f"# {result['name']}", result["question"]]
+    titles = ["method", "best `--lr`", "validation loss", f"minus {result['baseline'] or '-'}"]
+    titles += ["optimizer ms", "iteration ms", "validation loss by `--lr`, first seed"]
+    seeds = ", ".join(map(str, result["seeds"]))
+    for setting, group in itertools.groupby(result["cells"], lambda cell: cell["setting"]):
+        parts += [f"## {setting}"] if setting else []
+        cells = list(group)
+        parts.append(f"{cells[0]['steps']} steps, {cells[0]['tokens']} tokens, seeds {seeds}.")
+        rows = [titles, ["---"] * len(titles), *map(_row, cells)]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join([*parts, _LEGEND]) + "\n"
+
+
+def _row(cell: Result) -> Sequence[str]:
+    rates = (f"{lr:g}: {_number(next(iter(of.values())))}" for lr, of in cell["losses"].items())
+    return (
+        cell["method"],
+        f"{cell['best_lr']:g}" + ("" if cell["is_bracketed"] else "\\*"),
+        _number(cell["loss"]["mean"], cell["loss"]["sd"]),
+        _number(cell["gap"]["mean"], cell["gap"]["margin"], "+") if cell["gap"] else "",
+        f"{1000 * cell['optimizer_seconds']:.1f}",
+        f"{1000 * cell['iteration_seconds']:.0f}",
+        "; ".join(rates),
+    )
+
+
+def _number(mean: float, spread: float = math.nan, sign: str = "") -> str:
+    if not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:{sign}.3f}" + (f" ± {spread:.3f}" if math.isfinite(spread) else "")
 
 
 def _loss(run: Run) -> float:

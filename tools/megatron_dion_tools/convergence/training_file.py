@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_dion_tools.data.prepared import data_flags, data_with_vocabulary, prepare
+from megatron_dion_tools.data.prepared import Data, data_flags, prepare
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.local.flags import read_flags
 
@@ -51,24 +51,20 @@ class TrainingFile:
         """Prepare the project's corpus if it is asked for, and return the flags that name it."""
         if self.vocab_size is None:
             return ()
-        data = data_with_vocabulary(self.vocab_size)
+        data = Data(Path("data", f"vocab-{self.vocab_size}"), self.vocab_size)
         prepare(data)
         return tuple(data_flags(data))
 
 
 def read_training_file[T: TrainingFile](path: Path, kind: type[T]) -> T:
-    """Read a case or a study.
-
-    Args:
-        path: A YAML file.
-        kind: The class of the result.
+    """Read a case or a study, that is, a YAML file with the fields of `kind` for keys.
 
     Raises:
         ToolError: The file is not as `kind` asks; the message names the file, key and value.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        result: T = _parse_fields(kind, content, "the file", {"path": path})
+        result: T = _parse_fields(kind, content, "the file", path=path)
         read_flags(path.parent / result.arguments)
     except OSError as error:
         raise ToolError(f"{path}: cannot read {error.filename} ({error.strerror})") from error
@@ -77,18 +73,17 @@ def read_training_file[T: TrainingFile](path: Path, kind: type[T]) -> T:
     return result
 
 
-def _parse_fields(kind: Any, content: Any, where: str, given: Mapping[str, Any]) -> Any:
+def _parse_fields(kind: Any, content: Any, where: str, **given: Any) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{where} is {content!r} and not a mapping")
-    all_hints = get_type_hints(kind, include_extras=True).items()
-    hints = {name: hint for name, hint in all_hints if name not in given}
-    for key in content:
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r} (there are {', '.join(hints)})")
-    for field in dataclasses.fields(kind):
-        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if not has_default and field.name not in {*content, *given}:
-            raise ValueError(f"{where}: no key {field.name!r}")
+    hints = get_type_hints(kind, include_extras=True)
+    keys = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
+    if unknown := [key for key in content if key not in keys]:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r} (there are {', '.join(keys)})")
+    for name, field in keys.items():
+        is_needed = field.default is field.default_factory is dataclasses.MISSING
+        if is_needed and name not in content:
+            raise ValueError(f"{where}: no key {name!r}")
     values = {key: _parse(hints[key], value, f"{where}: {key}") for key, value in content.items()}
     return kind(**values, **given)
 
@@ -99,14 +94,12 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if origin is UnionType:  # T | None
         return _parse(parts[0], value, where)
     if dataclasses.is_dataclass(kind):
-        return _parse_fields(kind, value, where, {})
+        return _parse_fields(kind, value, where)
     if origin is Mapping and isinstance(value, dict) and value:
         return {str(key): _parse(parts[1], v, f"{where}: {key}") for key, v in value.items()}
     if origin is Annotated and isinstance(value, str):  # Flags
         return tuple(shlex.split(value))
     if origin is tuple and isinstance(value, list) and value:
-        if any(value.count(item) > 1 for item in value):
-            raise ValueError(f"{where} has a value twice: {value!r}")
         return tuple(_parse(parts[0], item, where) for item in value)
     if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
         return float(value)

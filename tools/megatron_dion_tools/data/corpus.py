@@ -33,15 +33,10 @@ DJANGO = Pin("Django", "5.2.8", "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589b
 
 
 def fetch_corpus(output: Path, archive: Path | None = None, pin: Pin = DJANGO) -> bool:
-    """Write `train.jsonl`, `validation.jsonl` and the manifest `corpus.json`.
+    """Write `train.jsonl`, `validation.jsonl` and the manifest `corpus.json` into a folder.
 
-    Args:
-        output: The folder to write to.
-        archive: A local copy of the source archive; without one it is downloaded.
-        pin: The release that the text comes from.
-
-    Returns:
-        False if the right files were there already.
+    The text comes from a local copy of the source archive; without one it is downloaded. False if
+    the right files were there already.
 
     Raises:
         ToolError: The archive cannot be had, is not the pinned one or holds no documents.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.terminal import progress_bar
 
 
 def sha256_of_file(path: Path) -> str:
@@ -62,47 +61,33 @@ def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
         return False  # a file is missing, or the manifest is damaged
 
 
-def read_documents(paths: Sequence[Path], key: str, description: str) -> Iterator[str]:
-    """Yield the documents of text and JSON-lines files, in order, with a progress bar.
+def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
+    """Yield the documents of text and JSON-lines files, in order, but for empty ones.
 
-    A `.txt` file is one document. Every other file has one JSON object per line, or a blank line.
-
-    Args:
-        paths: The input files.
-        key: The key of the text in each object.
-        description: What the progress bar says.
+    A `.txt` file is one document. Every other file has one JSON object per line, or a blank line,
+    and `key` is that of the text in each object.
 
     Raises:
-        ToolError: A file cannot be read as such; the error names the file and the line.
+        ToolError: A file cannot be read as such, or there is no text in any of them.
     """
-    total = sum(path.stat().st_size for path in paths)
-    with progress_bar(description, total, unit="B") as bar:
-        for path in paths:
-            if path.suffix == ".txt":
-                yield _decode(path.read_bytes(), str(path))
-                bar.update(path.stat().st_size)
-                continue
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _text_in(line, key, place=f"{path}:{number}")
-                    bar.update(len(line))
+    found = False
+    for path in paths:
+        is_text = path.suffix == ".txt"
+        with path.open("rb") as file:
+            for number, content in enumerate([file.read()] if is_text else file, start=1):
+                try:
+                    text = content.decode() if is_text else _text_of_line(content, key)
+                except ValueError as error:
+                    raise ToolError(f"{path}:{number}: not a document ({error})") from error
+                if text:
+                    found = True
+                    yield text
+    if not found:
+        raise ToolError(f"--input {' '.join(map(str, paths))}: there is no text in it")
 
 
-def _text_in(line: bytes, key: str, place: str) -> str:
-    try:
-        content = json.loads(_decode(line, place))
-    except json.JSONDecodeError as error:
-        raise ToolError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(content, dict):
-        raise ToolError(f"{place}: not a JSON object")
-    if not isinstance(content.get(key), str):
-        raise ToolError(f"{place}: no text under {key!r} (keys: {', '.join(content) or 'none'})")
+def _text_of_line(line: bytes, key: str) -> str:
+    content = json.loads(line) if line.strip() else {key: ""}
+    if not isinstance(content, dict) or not isinstance(content.get(key), str):
+        raise ValueError(f"no object of JSON with a text under {key!r}")
     return str(content[key])
-
-
-def _decode(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{place}: not UTF-8 text ({error.reason})") from error

@@ -15,11 +15,6 @@ class Data(NamedTuple):
     vocab_size: int = 4096
 
 
-def data_with_vocabulary(vocab_size: int) -> Data:
-    """Return the corpus with a tokenizer of this size, in `data` of the working folder."""
-    return Data(Path("data", f"vocab-{vocab_size}"), vocab_size)
-
-
 def prepare(data: Data) -> None:
     """Fetch the corpus, train the tokenizer and tokenize both splits, or reuse what is there."""
     folder, tokenizer = data.folder, data.folder / "tokenizer"

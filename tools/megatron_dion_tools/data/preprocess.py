@@ -1,31 +1,21 @@
 """Tokenize documents into Megatron's indexed datasets.
 
 Writes PREFIX_KEY_document.bin and .idx, and a .json beside them that tells what they were made
-from. The result does not depend on the number of workers. A second call with the same input and
-settings reuses what is there.
+from. A second call with the same input and settings reuses what is there. One process does it:
+Megatron-LM's own tools/preprocess_data.py writes datasets of large corpora in the same format.
 """
 
 import argparse
-import itertools
-import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_dion_tools.data.files import make_once, read_documents, sha256_of_file
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.terminal import quiet_imports
-
-# Documents handed to the workers at a time: enough to keep them busy, and a bound on memory, which
-# an unbounded queue of a large corpus would not have.
-BATCH = 4096
-CHUNK = 32  # documents per message to a worker
-
-TokenIds = npt.NDArray[np.integer[Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,21 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--merge-file", help="merges file, for GPT2BPETokenizer")
     add("--vocab-size", type=int, help="for tokenizers without a vocabulary of their own")
     add("--output-prefix", type=Path, required=True, help="writes PREFIX_KEY_document.*")
-    add("--workers", type=int, default=1, help="processes (default: 1)")
     add("--append-eod", action="store_true", help="end each document with the <eod> token")
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Tokenize, or reuse what is there.
-
-    Returns:
-        Whether the dataset was written.
+    """Tokenize, or reuse what is there; return whether the dataset was written.
 
     Raises:
         ToolError: The input is faulty or has no text, or the tokenizer cannot be built.
     """
-    if args.workers < 1:
-        raise ToolError(f"--workers must be at least 1, not {args.workers}")
     dataset = args.output_prefix.with_name(f"{args.output_prefix.name}_{args.json_key}_document")
     files = (args.tokenizer_model, args.vocab_file, args.merge_file)
     recipe = {
@@ -75,12 +59,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def write_dataset(args: argparse.Namespace, prefix: Path) -> Mapping[str, Any]:
-    """Write the dataset and return the facts about it that training checks and reports.
-
-    Args:
-        args: The flags of the command.
-        prefix: Path of the `.bin` and `.idx` files without the ending.
-    """
+    """Write PREFIX.bin and .idx, and return the facts that training checks and reports."""
     tokenizer = build_tokenizer(args)
     with quiet_imports():
         from megatron.core.datasets import indexed_dataset
@@ -89,15 +68,18 @@ def write_dataset(args: argparse.Namespace, prefix: Path) -> Mapping[str, Any]:
         dtype=indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size),
     )
     documents, counts = 0, np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    texts = read_documents(args.input, args.json_key, "tokenizing")
-    for ids in encode_all(texts, Encoder(tokenizer, args.append_eod), args.workers):
-        if ids.size:  # Megatron cannot sample from an empty document
-            np.add.at(counts, ids, 1)
+    end = [tokenizer.eod] if args.append_eod else []
+    for text in read_documents(args.input, args.json_key):
+        try:
+            pieces = tokenizer.tokenize(text)
+        except ValueError as error:
+            raise ToolError(f"the tokenizer refuses {text[:40]!r}: {error}") from error
+        if pieces:  # Megatron cannot sample from an empty document
+            ids = np.array([*pieces, *end])
+            counts += np.bincount(ids, minlength=len(counts))
             builder.add_document(ids, [ids.size])
             documents += 1
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
-    if documents == 0:
-        raise ToolError(f"--input {' '.join(map(str, args.input))}: there is no text in it")
     shares = counts[counts > 0] / counts.sum()
     return {
         "tokenizer_type": args.tokenizer_type,
@@ -129,45 +111,6 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         raise ToolError(
             f"cannot load {args.tokenizer_type} from {args.tokenizer_model}: {reason}"
         ) from error
-
-
-class Encoder:
-    """Turns the text of a document into token ids; an empty text has none."""
-
-    def __init__(self, tokenizer: Any, append_eod: bool) -> None:
-        self._tokenizer = tokenizer
-        self._end = [tokenizer.eod] if append_eod else []
-
-    def __call__(self, text: str) -> TokenIds:
-        try:
-            ids = self._tokenizer.tokenize(text)
-        except ValueError as error:
-            raise ToolError(f"the tokenizer refuses {text[:40]!r}: {error}") from error
-        return np.asarray([*ids, *self._end] if ids else [], dtype=np.int64)
-
-
-def encode_all(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[TokenIds]:
-    """Yield the token ids of documents in the order of the input."""
-    if workers == 1:
-        yield from map(encoder, texts)
-        return
-    # Forked, because importing Megatron anew takes each worker many seconds.
-    with multiprocessing.get_context("fork").Pool(workers, _start_worker, (encoder,)) as pool:
-        for batch in itertools.batched(texts, BATCH):
-            # imap, unlike map, reports the first faulty document whatever the workers' speed.
-            yield from pool.imap(_encode_in_worker, batch, chunksize=CHUNK)
-
-
-_encoder: Encoder  # of a worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode_in_worker(text: str) -> TokenIds:
-    return _encoder(text)
 
 
 def _hash_or_name(name: str | None) -> str | None:

@@ -51,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Train, or reuse what is there.
-
-    Returns:
-        Whether the tokenizer was trained.
+    """Train, or reuse what is there; return whether the tokenizer was trained.
 
     Raises:
         ToolError: The input is faulty or does not yield that many pieces.
@@ -85,11 +82,9 @@ def train(args: argparse.Namespace) -> bytes:
     """
     import sentencepiece
 
-    documents = read_documents(args.input, args.json_key, "reading")
+    documents = read_documents(args.input, args.json_key)
     # SentencePiece learns no piece across the end of a line.
     lines = [line for text in documents for line in text.splitlines() if line]
-    if not lines:
-        raise ToolError(f"--input {' '.join(map(str, args.input))}: there is no text in it")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -7,13 +7,11 @@ import argparse
 import faulthandler
 import os
 import sys
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     add = parser.add_argument
-    add("--shared-folder", type=Path, metavar="DIR", help="a folder that all ranks should see")
     add("--no-collectives", action="store_true", help="this process alone, no talk between ranks")
     add("--expect-gpus", type=int, metavar="N", help="GPUs that each machine must have")
     add("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait for ranks (60)")
@@ -35,7 +33,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
+    if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text}")
-    return seconds
+    return float(text)

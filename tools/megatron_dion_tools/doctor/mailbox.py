@@ -15,23 +15,17 @@ class LostError(Exception):
 class Mailbox:
     """The store that torchrun hosts, or else rank 0.
 
-    Attributes:
-        rank: This rank.
-        size: How many ranks there should be.
+    Args:
+        environ: The variables that torchrun sets, or a job script around srun. Without them this
+            is the only rank.
         seconds: How long rank 0 waits for the letters of others. They wait twice as long for
             rank 0.
+
+    Raises:
+        LostError: Rank 0 cannot be reached, or the variables are incomplete.
     """
 
     def __init__(self, environ: Mapping[str, str], seconds: float) -> None:
-        """Find rank 0; without the variables of a launcher, be the only rank.
-
-        Args:
-            environ: The variables that torchrun sets, or a job script around srun.
-            seconds: How long to wait for letters.
-
-        Raises:
-            LostError: Rank 0 cannot be reached, or the variables are incomplete.
-        """
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in environ]
         if "RANK" in environ and missing:
@@ -60,7 +54,7 @@ class Mailbox:
             reason = str(error).partition("\n")[0]
             raise LostError(f"no rank 0 at {host}:{port} (MASTER_ADDR): {reason}") from error
 
-    def tell_all(self, key: str, words: str = "") -> str:
+    def tell_all(self, key: str, words: str) -> str:
         """Return the words of rank 0; those of other ranks do not count.
 
         Raises:
@@ -84,5 +78,5 @@ class Mailbox:
         keys = {rank: f"{key}/{rank}" for rank in range(self.size)}
         with contextlib.suppress(dist.DistError):
             self._store.wait(list(keys.values()), timedelta(seconds=self.seconds))
-        there = [rank for rank, key in keys.items() if self._store.check([key])]
-        return {rank: self._store.get(keys[rank]).decode() for rank in there}
+        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: self._store.get(key).decode() for rank, key in there.items()}

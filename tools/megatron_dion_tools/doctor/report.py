@@ -1,50 +1,37 @@
 """One table and one verdict from the findings of all ranks."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_dion_tools.doctor.findings import FAILED, OK, VERDICTS, WARNING, Finding
+from megatron_dion_tools.doctor.checks import FAILED, OK, VERDICTS, WARNING, Finding
 
 
 class Row(NamedTuple):
     """A line of the table: the finding of a check on some ranks."""
 
     check: str
-    ranks: Sequence[int]
+    ranks: list[int]
     finding: Finding
 
 
 def merge(findings: Mapping[int, Mapping[str, Finding]]) -> list[Row]:
-    """Return the rows of all checks; those of one check begin with the worst verdict.
+    """Return the rows of findings by rank and check; those of a check begin with the worst verdict.
 
     Ranks on which a check is fine share a row, and so do ranks with the same other finding.
-
-    Args:
-        findings: By rank, then by the name of the check.
     """
-    by_check: dict[str, dict[int, Finding]] = defaultdict(dict)
-    for rank, of_rank in sorted(findings.items()):
-        for check, finding in of_rank.items():
-            by_check[check][rank] = finding
-    return [row for check, of_check in by_check.items() for row in _rows(check, of_check)]
-
-
-def _rows(check: str, findings: Mapping[int, Finding]) -> list[Row]:
-    differ = len({finding.text for finding in findings.values()}) > 1
-    groups: dict[Finding, list[int]] = {}
-    fine: list[int] = []
-    for rank, finding in findings.items():
-        if finding.verdict != OK:
-            groups.setdefault(finding, []).append(rank)
-        elif differ and finding.same:
-            fix = "give all ranks the same image or environment"
-            groups.setdefault(Finding(FAILED, finding.text, fix), []).append(rank)
-        else:
-            fine.append(rank)
-    rows = [Row(check, ranks, finding) for finding, ranks in groups.items()]
-    rows += [Row(check, fine, findings[fine[0]])] if fine else []
-    return sorted(rows, key=lambda row: -VERDICTS.index(row.finding.verdict))
+    rows = []
+    for check in dict.fromkeys(name for of_rank in findings.values() for name in of_rank):
+        mine = {rank: of[check] for rank, of in sorted(findings.items()) if check in of}
+        differ = len({finding.text for finding in mine.values()}) > 1
+        groups: dict[object, Row] = {}
+        for rank, finding in mine.items():
+            if finding.same and differ:
+                fix = "give all ranks the same image or environment"
+                finding = Finding(FAILED, finding.text, fix)
+            group = OK if finding.verdict == OK else finding
+            groups.setdefault(group, Row(check, [], finding)).ranks.append(rank)
+        rows += sorted(groups.values(), key=lambda row: -VERDICTS.index(row.finding.verdict))
+    return rows
 
 
 def worst(rows: Iterable[Row]) -> str:

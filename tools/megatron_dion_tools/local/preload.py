@@ -15,32 +15,26 @@ def preload() -> None:
 
     cpu.install(hide_gpus=True)
 
-    _cache_help_texts()
-    from megatron_dion.megatron import pretrain  # noqa: F401
-
-    start_queues_by("fork")
-    gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
-
-
-def _cache_help_texts() -> None:
-    """Megatron's parser reads its help texts from source files each time that it is built."""
     import megatron.training.arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
 
+    from megatron_dion.megatron import pretrain  # noqa: F401  (what trainings import)
+
+    # Megatron's parser reads its help texts from source files each time that it is built.
     read_docstrings = ArgumentGroupFactory._get_field_docstrings
     cached = functools.cache(
         lambda kind: read_docstrings(object.__new__(ArgumentGroupFactory), kind)
     )
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    start_queues_by("fork")
+    gc.freeze()  # Otherwise the garbage collector of each rank would copy the shared pages.
 
 
 def start_queues_by(method: str) -> None:
     """Choose how a rank that saves a checkpoint starts the process of its queue.
 
-    Args:
-        method: Of multiprocessing. A process that is spawned imports torch again, one that is
-            forked does not.
+    A process that is spawned imports torch again, one that is forked does not.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import (
         get_write_results_queue,

@@ -70,10 +70,8 @@ class Run:
 def execute(runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> None:
     """Train all runs that are not finished, several at a time, in the given order.
 
-    The process must have called `megatron_dion_tools.local.preload.preload`.
-
     Args:
-        runs: What to train.
+        runs: What to train. The process must have called `preload` of this package.
         jobs: How many ranks may run at a time; a run that has more runs alone.
         report: Takes a line of progress.
 
@@ -123,12 +121,7 @@ def _train_in_world(run: Run) -> None:
 
 
 def train(flags: Sequence[str], patch: str | None) -> None:
-    """Train on this rank as pretrain_gpt.py would.
-
-    Args:
-        flags: Flags of pretrain_gpt.py.
-        patch: As in `Run`.
-    """
+    """Train on this rank as pretrain_gpt.py would, after the patch of a `Run`."""
     from megatron_dion.megatron.launch import train as launch
 
     if patch is not None:

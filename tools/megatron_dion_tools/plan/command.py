@@ -10,7 +10,6 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_dion import DionConfig
@@ -19,69 +18,47 @@ from megatron_dion_tools.plan.flags import PRESETS, read_model
 from megatron_dion_tools.plan.hardware import MACHINES, hardware
 from megatron_dion_tools.plan.prediction import ASSUMPTIONS, predict, search
 from megatron_dion_tools.plan.stage import Optimizer, Run
-from megatron_dion_tools.plan.tables import details, overview, plot, quantity
+from megatron_dion_tools.plan.tables import details, overview, quantity
 from megatron_dion_tools.plan.topology import Topology
 
 OPTIMIZERS = ("adamw", "muon", "muon-duplicated", "dion:1", "dion:1/4", "dion:1/16")
 _DION = ("fp32_matmul_prec", "comm_dtype", "momentum_dtype", "factor_dtype", "exchange_buffer_mib")
+SIZES = {
+    "tp": "tensor-parallel size",
+    "pp": "pipeline stages",
+    "cp": "context-parallel size",
+    "instances": "distributed-optimizer instances",
+}
 _BEST = 10
 """Topologies that `--search` shows for each optimizer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"{', '.join(PRESETS)}, or a file of flags such as examples/quick_start.args",
-    )
+    files = "or a file of flags such as examples/quick_start.args"
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(PRESETS)}, {files}")
     add = parser.add_argument_group("ranks").add_argument
-    for name, what in {
-        "tp": "tensor-parallel size",
-        "pp": "pipeline stages",
-        "cp": "context-parallel size",
-        "ep": "expert-parallel size",
-        "instances": "distributed-optimizer instances",
-    }.items():
+    for name, what in SIZES.items():
         add(f"--{name}", type=positive, default=1, help=f"{what} (1)")
     add("--dp", type=positive, nargs="+", default=[8], help="data-parallel sizes (8)")
-    add(
-        "--search",
-        type=positive,
-        metavar="RANKS",
-        help="look for the fastest topologies of so many ranks that fit (off)",
-    )
+    what = "look for the fastest topologies of so many ranks that fit (off)"
+    add("--search", type=positive, metavar="RANKS", help=what)
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--optimizer",
-        nargs="+",
-        type=optimizer,
-        default=list(map(optimizer, OPTIMIZERS)),
-        help="any of adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the"
-        f" rank fraction is in (0, 1] ({' '.join(OPTIMIZERS)})",
+    what = (
+        "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the rank fraction"
     )
-    add(
-        "--bucket-size",
-        type=lambda text: 0 if text == "0" else positive(text),
-        nargs="+",
-        default=[None],
-        help="elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's:"
-        " 40 million, or a million for each data-parallel rank if that is more)",
-    )
+    what += f" is in (0, 1] ({' '.join(OPTIMIZERS)})"
+    default: list[Any] = list(map(optimizer, OPTIMIZERS))
+    add("--optimizer", nargs="+", type=optimizer, default=default, help=what)
+    what = "elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's: 40"
+    what += " million, or a million for each data-parallel rank if that is more)"
+    add("--bucket-size", type=positive_or_0, nargs="+", default=[None], help=what)
     add("--micro-batch-size", type=positive, help="sequences of a micro batch (the file's, or 1)")
-    add(
-        "--global-batch-size",
-        type=positive,
-        help="sequences of a step (the file's, or on each data-parallel rank 8 micro batches, or"
-        " 4 x --pp; with --search one for each rank)",
-    )
+    what = "sequences of a step (the file's, or on each data-parallel rank 8 micro batches, or 4 x"
+    add("--global-batch-size", type=positive, help=f"{what} --pp; with --search one for each rank)")
     add("--seq-length", type=positive, help="tokens of a sequence (the model's)")
-    add(
-        "--recompute",
-        choices=("none", "selective", "full"),
-        default="selective",
-        help="activations that are computed again; `selective` is attention (selective)",
-    )
+    what = "activations that are computed again; `selective` is attention (selective)"
+    add("--recompute", choices=("none", "selective", "full"), default="selective", help=what)
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (the file's)")
     for each in (each for each in fields(DionConfig) if each.name in _DION):
         choices = get_args(each.type) if get_origin(each.type) is Literal else None
@@ -95,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--hardware", default="h100", help=f"{', '.join(MACHINES)}, or a TOML file (h100)")
     add("--memory", type=positive, metavar="GIB", help="limit of a rank's memory (the machine's)")
-    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print all figures as JSON (off)")
-    add("--plot", type=Path, metavar="FILE.png", help="draw a picture over --dp too (off)")
 
 
 def positive(text: str) -> int:
@@ -107,19 +82,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_or_0(text: str) -> int:
+    """A size, or 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def optimizer(text: str) -> Optimizer:
     """An optimizer on the command line."""
     name, _, fraction = text.partition(":")
     if name in ("dion", "dion-compressed"):
         try:
             rank_fraction = float(Fraction(fraction or "1/4"))
-        except (ValueError, ZeroDivisionError):
-            rank_fraction = 0
-        if not 0 < rank_fraction <= 1:
+            return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
+        except (ValueError, ZeroDivisionError) as error:
             raise argparse.ArgumentTypeError(
                 f"{text}: a rank fraction is in (0, 1], and written dion:FRACTION, such as dion:1/4"
-            )
-        return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
+            ) from error
     known = {
         "adam": Optimizer("adamw"),
         "adamw": Optimizer("adamw"),
@@ -140,8 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    sizes = ("tp", "pp", "cp", "ep", "instances")
-    if args.search and (given := [name for name in sizes if getattr(args, name) > 1]):
+    if args.search and (given := [name for name in SIZES if getattr(args, name) > 1]):
         raise ValueError(f"--{given[0]}: --search tries all sizes: leave it out")
     machine = hardware(args.hardware)
     limit = args.memory * 2**30 if args.memory else machine.memory
@@ -167,15 +144,13 @@ def _plan(args: argparse.Namespace) -> None:
             run = Run(shape, Topology(), one, global_batch=batch, **common)
             predictions += search(run, args.search, machine, limit)[:_BEST]
     for dp in [] if args.search else args.dp:
-        own = {name: getattr(args, name) for name in sizes}
+        own = {name: getattr(args, name) for name in SIZES}
         topology = Topology(dp=dp, ranks_per_node=machine.ranks_per_node, **own)
         batch = global_ or micro * dp * max(8, 4 * args.pp)
         for size in args.bucket_size:
             for one in optimizers:
                 run = Run(shape, topology, one, size, global_batch=batch, **common)
                 predictions.append(predict(run, machine))
-    if args.plot:
-        plot(predictions, args.plot, title)
     if args.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=1))
         return

@@ -16,7 +16,7 @@ from megatron_dion.sharding import (
     make_plan,
     sets_of,
 )
-from megatron_dion_tools.plan.stage import Section, Stage, numel_of, place
+from megatron_dion_tools.plan.stage import Stage, numel_of, place
 from megatron_dion_tools.plan.updates import Collective, Update
 
 _PLANNED = 16
@@ -26,15 +26,15 @@ _CALLS = {"tensor": 8, "data": 6, "replicas": 3}
 """About how many collectives a set of weights makes in a step (docs/design.md)."""
 
 
-def dion(stage: Stage, section: Section) -> Update:
+def dion(stage: Stage) -> Update:
     """Dion over the distributed optimizer.
 
     Raises:
         ValueError: the limit of exchange buffers is too small for some weight.
     """
     optimizer, topology = stage.run.optimizer, stage.run.topology
-    config, grid = optimizer.dion, Grid(topology.tp, section.group.size)
-    layout = Layout(place(section.weights, section.group.size, stage.bucket_size), grid, config)
+    config, grid = optimizer.dion, Grid(topology.tp, stage.group.size)
+    layout = Layout(place(stage.weights, stage.group.size, stage.bucket_size), grid, config)
     replicas = topology.instances if optimizer.compressed_sync else 1
     averaged = [
         index
@@ -49,8 +49,8 @@ def dion(stage: Stage, section: Section) -> Update:
     most = {name: float(max(load[name] for load in loads)) for name in names}
     if replicas > 1:  # gradients of weights for which P and R are no smaller
         elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
-        most["replicas"] += 8 * elements / section.group.size * (replicas - 1) / replicas
-    held = section.matrices / section.group.size
+        most["replicas"] += 8 * elements / stage.group.size * (replicas - 1) / replicas
+    held = stage.matrices / stage.group.size
     factors = sum(matrix.rows * matrix.rank for matrix in layout.matrices) / grid.size
     return Update(
         held,
@@ -66,8 +66,8 @@ def dion(stage: Stage, section: Section) -> Update:
         factorizations=most["factorizations"],
         collectives=[
             Collective(
-                f"dion{' of experts' * section.is_experts}",
-                topology.group(link, section.is_experts),
+                "dion",
+                topology.group(link),
                 most[link],
                 calls * len(sets),
                 to_peers=link == "data",

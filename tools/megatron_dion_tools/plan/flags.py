@@ -1,26 +1,23 @@
 """The shape of a model, and what else the planner takes, from flags of pretrain_gpt.py."""
 
-import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dion_tools.plan.models import Experts, GptShape
+from megatron_dion_tools.local.flags import read_flags
+from megatron_dion_tools.plan.models import GptShape
 
 _PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.args")}
 # They change the parameters of a layer, or add some.
 _NOT_PLANNED = {
-    *("multi-latent-attention", "attention-output-gate", "mtp-num-layers"),
-    "experimental-attention-variant",
+    *("multi-latent-attention", "attention-output-gate", "experimental-attention-variant"),
+    *("mtp-num-layers", "num-experts"),
 }
 
 
 def read_model(name: str) -> tuple[GptShape, dict[str, int]]:
-    """A preset, or a file of flags of pretrain_gpt.py.
+    """The shape of a preset, or of a file of flags of pretrain_gpt.py.
 
-    Returns:
-        The model's shape, and `weight-bytes`, `micro-batch-size` and `global-batch-size`; sizes
-        that the flags do not say are 0.
+    And `weight-bytes`, `micro-batch-size` and `global-batch-size`; 0 where the flags do not say it.
 
     Raises:
         ValueError: there is no such preset or file, or a mistake is in it.
@@ -30,7 +27,7 @@ def read_model(name: str) -> tuple[GptShape, dict[str, int]]:
         presets = ", ".join(sorted(_PRESETS))
         raise ValueError(f"MODEL {name}: no file of flags, and no preset ({presets})")
     try:
-        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+        words = read_flags(path)
         flags = _values(words)
         settings = {n: _size(flags, n) for n in ("micro-batch-size", "global-batch-size")}
         settings["weight-bytes"] = 2 if flags.keys() & {"bf16", "fp16"} else 4
@@ -59,15 +56,6 @@ def shape_from_flags(words: Sequence[str]) -> GptShape:
     usual_ffn = int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden
     ffn = _size(flags, "ffn-hidden-size", usual_ffn)
     padded = _size(flags, "padded-vocab-size")
-    experts = None
-    if count := _size(flags, "num-experts"):
-        experts = Experts(
-            count=count,
-            top_k=_size(flags, "moe-router-topk", 2),
-            ffn=_size(flags, "moe-ffn-hidden-size", ffn),
-            shared_ffn=_size(flags, "moe-shared-expert-intermediate-size"),
-            dense_layers=_dense_layers(flags.get("moe-layer-freq", "1")),
-        )
     is_grouped = "group-query-attention" in flags
     return GptShape(
         layers=layers,
@@ -80,20 +68,8 @@ def shape_from_flags(words: Sequence[str]) -> GptShape:
         vocab=padded or _size(flags, "vocab-size") or None,
         vocab_multiple=1 if padded else _size(flags, "make-vocab-size-divisible-by", 128),
         tied="untie-embeddings-and-output-weights" not in flags,
-        experts=experts,
         sequence=_size(flags, "seq-length") or _size(flags, "max-position-embeddings", 4096),
     )
-
-
-def _dense_layers(pattern: str) -> int:
-    """Layers without experts, which come first."""
-    written = re.fullmatch(r"1|\(?\[0\]\*(\d+)\+\[1\]\*\d+\)?", pattern.replace(" ", ""))
-    if written is None:
-        raise ValueError(
-            f"--moe-layer-freq {pattern}: only dense layers first are planned,"
-            " written as ([0]*1+[1]*27)"
-        )
-    return int(written[1] or 0)
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:

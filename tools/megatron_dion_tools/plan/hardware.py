@@ -40,17 +40,13 @@ def hardware(name: str) -> Hardware:
     """
     if name in MACHINES:
         return MACHINES[name]
+    if not Path(name).is_file():
+        raise ValueError(f"--hardware {name}: no file, and none of {', '.join(MACHINES)}")
     try:
         found = Hardware(**tomllib.loads(Path(name).read_text(encoding="utf-8")))
         if not all(value > 0 for key, value in vars(found).items() if key != "source"):
             raise ValueError("a rate is not positive")
-    except OSError as error:
-        raise ValueError(
-            f"--hardware {name}: no file, and none of {', '.join(MACHINES)}"
-        ) from error
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("Hardware.__init__() ").split())
-        raise ValueError(
-            f"--hardware {name}: {reason}: write lines such as those of plan/machines.toml"
-        ) from error
+        raise ValueError(f"--hardware {name}: {reason}: write it as plan/machines.toml") from error
     return found

@@ -7,21 +7,6 @@ from megatron_dion.sharding import Part, Weight
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in the layers after the first `dense_layers`.
-
-    Of `count` routed experts of width `ffn`, `top_k` see a token; shared experts have `shared_ffn`
-    together.
-    """
-
-    count: int
-    top_k: int
-    ffn: int
-    shared_ffn: int = 0
-    dense_layers: int = 0
-
-
-@dataclass(frozen=True)
 class GptShape:
     """Sizes of a GPT; biases and learned positions are left out.
 
@@ -36,7 +21,6 @@ class GptShape:
         vocab: tokens; None leaves the embedding and the output layer out. Dion updates neither.
         vocab_multiple: their rows are padded to a multiple of this and of the tensor-parallel size.
         tied: whether the output layer is the embedding.
-        experts: a mixture of experts, or None.
         sequence: tokens of a sequence.
 
     Raises:
@@ -53,7 +37,6 @@ class GptShape:
     vocab: int | None = None
     vocab_multiple: int = 128
     tied: bool = False
-    experts: Experts | None = None
     sequence: int = 4096
 
     def __post_init__(self) -> None:
@@ -72,17 +55,13 @@ class GptShape:
     def parameters(self) -> int:
         """Elements of the whole model, its vocabulary padded for one rank."""
         layers = range(self.layers)
-        weights = self.weights(layers) + self.expert_weights(layers)
-        return sum(w.rows * w.columns for w in weights) + self.other_elements(layers)
+        matrices = sum(w.rows * w.columns for w in self.weights(layers))
+        return matrices + self.other_elements(layers)
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding (MT/vocab_utils.py:25)."""
         multiple = self.vocab_multiple * tensor_parallel_size
         return -(-(self.vocab or 0) // multiple) * multiple
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether a layer is a mixture of experts."""
-        return self.experts is not None and layer >= self.experts.dense_layers
 
     def stage_layers(self, pipeline_parallel_size: int, stage: int) -> range:
         """The layers of a pipeline stage.
@@ -102,13 +81,9 @@ class GptShape:
         return range(max(start, 0), min(start + share, layers))
 
     def weights(self, layers: Iterable[int], tensor_parallel_size: int = 1) -> list[Weight]:
-        """Dion's weights in some layers but for experts, in the order in which Megatron makes them.
+        """Dion's weights in some layers, in the order in which Megatron makes them.
 
         Fused weights are split as `--dion-split` does by default: query, key, value; gate, up.
-
-        Args:
-            layers: global numbers of the layers, from 0, such as `stage_layers` gives.
-            tensor_parallel_size: ranks that share each weight.
 
         Raises:
             ValueError: Megatron could not divide the model over so many ranks.
@@ -121,34 +96,14 @@ class GptShape:
             check_divides("--tp", size, self.query_groups, groups)
         return [weight for layer in layers for weight in self._layer(layer, size)]
 
-    def expert_weights(
-        self, layers: Iterable[int], tensor_parallel_size: int = 1, expert_parallel_size: int = 1
-    ) -> list[Weight]:
-        """As `weights`, of the routed experts of the first of some expert-parallel ranks."""
-        if self.experts is None:
-            return []
-        experts, size = self.experts, tensor_parallel_size
-        check_divides("--ep", expert_parallel_size, experts.count, f"its {experts.count} experts")
-        check_divides("--tp", size, experts.ffn, f"the {experts.ffn} columns of an expert")
-        return [
-            weight
-            for layer in filter(self.has_experts, layers)
-            for expert in range(experts.count // expert_parallel_size)
-            for weight in self._mlp(
-                f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}", experts.ffn, size
-            )
-        ]
-
     def other_elements(self, layers: Iterable[int], tensor_parallel_size: int = 1) -> int:
-        """Elements of the embeddings, the output layer, norms and routers on a rank with layers."""
+        """Elements of the embeddings, the output layer and norms on a rank with some layers."""
         layers = list(layers)
         vocabulary = self.padded_vocab(tensor_parallel_size) // tensor_parallel_size
         is_first, is_last = 0 in layers, self.layers - 1 in layers
         rows = 2 * len(layers) + is_last
         rows += vocabulary * is_first
         rows += vocabulary * (is_last and not (self.tied and is_first))
-        if self.experts is not None:
-            rows += self.experts.count * sum(map(self.has_experts, layers))
         return rows * self.hidden
 
     def _layer(self, layer: int, size: int) -> Iterator[Weight]:
@@ -159,17 +114,12 @@ class GptShape:
         rows = self.query_groups * sum(part.rows for part in qkv)
         yield self._row_parallel(f"{name}.self_attention.linear_proj", attention, size)
         yield self._column_parallel(f"{name}.self_attention.linear_qkv", rows, size, qkv)
-        if not self.has_experts(layer):
-            yield from self._mlp(f"{name}.mlp", self.ffn, size)
-        elif self.experts and self.experts.shared_ffn:
-            yield from self._mlp(f"{name}.mlp.shared_experts", self.experts.shared_ffn, size)
-
-    def _mlp(self, name: str, ffn: int, size: int) -> Iterator[Weight]:
-        """A rank's rows of gate and up projection alternate."""
-        parts = (Part("gate", ffn // size), Part("up", ffn // size)) if self.gated else ()
-        rows = 2 * ffn if self.gated else ffn
-        yield self._column_parallel(f"{name}.linear_fc1", rows, size, parts)
-        yield self._row_parallel(f"{name}.linear_fc2", ffn, size)
+        # A rank's rows of gate and up projection alternate.
+        share = self.ffn // size
+        parts = (Part("gate", share), Part("up", share)) if self.gated else ()
+        rows = 2 * self.ffn if self.gated else self.ffn
+        yield self._column_parallel(f"{name}.mlp.linear_fc1", rows, size, parts)
+        yield self._row_parallel(f"{name}.mlp.linear_fc2", self.ffn, size)
 
     def _column_parallel(self, name: str, rows: int, size: int, parts: tuple[Part, ...]) -> Weight:
         dim = 0 if size > 1 else None
@@ -186,17 +136,7 @@ def divisors(number: int) -> list[int]:
 
 
 def check_divides(flag: str, size: int, number: int, what: str) -> None:
-    """Refuses a size that does not divide a number.
-
-    Args:
-        flag: what gives the size.
-        size: its value.
-        number: what it has to divide.
-        what: the number in words, with its value.
-
-    Raises:
-        ValueError: it does not divide it; the message has the nearest sizes that do.
-    """
+    """Refuse the size that a flag gives, if it does not divide a number that `what` describes."""
     if number % size:
         below = max(n for n in divisors(number) if n < size)
         above = [f" or {n}" for n in divisors(number) if n > size][:1]

@@ -33,7 +33,6 @@ class Prediction:
         memory: bytes by kind, of the rank that needs most.
         collectives: of the stage that sends most in each.
         operations: of the optimizer, on the rank with most.
-        model_operations: forward and backward, of all micro batches, on the rank with most.
         step: seconds of the optimizer's step by part, in the stage where it is longest.
         seconds: of an iteration.
     """
@@ -42,7 +41,6 @@ class Prediction:
     memory: dict[str, float]
     collectives: list[Collective]
     operations: float
-    model_operations: float
     step: dict[str, float]
     seconds: float
 
@@ -72,23 +70,21 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         ValueError: Megatron could not divide the model in this way, in words that name flags.
     """
     rate = (machine.half if run.weight_bytes == 2 else machine.single) * machine.product_share
-    memories, operations, models, steps, slots, exposed = [], [], [], [], [], []
+    memories, operations, steps, slots, exposed = [], [], [], [], []
     most_sent: dict[tuple[str, str], Collective] = {}
     for stage in _distinct_stages(run):
-        updates = [_UPDATES[run.optimizer.kind](stage, section) for section in stage.sections]
-        collectives = [*gradients_and_weights(stage), *activations(stage)]
-        collectives += [one for update in updates for one in update.collectives]
-        collectives = [one for one in collectives if one.bytes]
+        update = _UPDATES[run.optimizer.kind](stage)
+        all_collectives = [*gradients_and_weights(stage), *activations(stage), *update.collectives]
+        collectives = [one for one in all_collectives if one.bytes]
         for one in collectives:
             key = one.name, one.group.link
             most_sent[key] = max(one, most_sent.get(key, one), key=lambda each: each.bytes)
         times = ("layer", "forward", "backward", "step")
         waits = {when: _seconds(collectives, machine, when) for when in times}
         forward, backward = model_work(stage)
-        memories.append(memory(stage, updates))
-        operations.append(sum(u.products + u.float32_products + u.factorizations for u in updates))
-        models.append(run.micro_batches * (forward + backward))
-        steps.append({**_computing(stage, updates, machine), "exchange": waits["step"]})
+        memories.append(memory(stage, update))
+        operations.append(update.products + update.float32_products + update.factorizations)
+        steps.append({**_computing(stage, update, machine), "exchange": waits["step"]})
         slots.append((forward + backward) / rate + waits["layer"] / run.micro_batches)
         exposed.append(
             max(waits["backward"] - backward / rate, 0) + max(waits["forward"] - forward / rate, 0)
@@ -101,23 +97,16 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         memory=max(memories, key=_total),
         collectives=list(most_sent.values()),
         operations=max(operations),
-        model_operations=max(models),
         step=step,
         seconds=seconds,
     )
 
 
 def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Prediction]:
-    """Tries all `topologies` of a number of ranks, with Megatron's default buckets and with one.
+    """Try all `topologies` of a number of ranks, with Megatron's default buckets and with one.
 
-    Args:
-        run: the run, whose topology and buckets do not count.
-        ranks: how many there are.
-        machine: gives rates.
-        limit: bytes of a device's memory.
-
-    Returns:
-        Those that fit the memory, the fastest first.
+    Returns those that need at most `limit` bytes of a device's memory, the fastest first. Topology
+    and buckets of `run` do not count.
     """
     found = []
     for topology in topologies(run.shape, ranks, machine.ranks_per_node):
@@ -132,24 +121,22 @@ def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Predic
 
 
 def _distinct_stages(run: Run) -> Iterable[Stage]:
-    """The first stage, the last one, and of others one for each number of layers of each kind."""
+    """The first stage, the last one, and of others one for each number of layers."""
     found: dict[object, Stage] = {}
     for index in range(run.topology.pp):
         stage = Stage(run, index)
-        kinds = tuple(map(run.shape.has_experts, stage.layers))
-        found.setdefault((kinds, stage.is_first, stage.is_last), stage)
+        found.setdefault((len(stage.layers), stage.is_first, stage.is_last), stage)
     return found.values()
 
 
-def _computing(stage: Stage, updates: list[Update], machine: Hardware) -> dict[str, float]:
+def _computing(stage: Stage, update: Update, machine: Hardware) -> dict[str, float]:
     """Seconds of what an optimizer's step computes."""
     rates = {"highest": machine.single, "high": machine.tf32, "medium": machine.half}
     optimizer = stage.run.optimizer
     rate = rates[optimizer.dion.fp32_matmul_prec if optimizer.kind == "dion" else "medium"]
-    products = sum(u.products / rate + u.float32_products / machine.single for u in updates)
-    factorizations = sum(update.factorizations for update in updates) / machine.single
-    passed = sum(update.bytes_passed for update in updates)
-    passed += sum(ADAMW_BYTES * section.others / section.group.size for section in stage.sections)
+    products = update.products / rate + update.float32_products / machine.single
+    factorizations = update.factorizations / machine.single
+    passed = update.bytes_passed + ADAMW_BYTES * stage.others / stage.group.size
     return {
         "products": products / machine.product_share,
         "factorizations": factorizations / machine.factorization_share,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_dion.algorithm import DionConfig
 from megatron_dion.sharding import Placement, Weight
 from megatron_dion_tools.plan.models import GptShape
-from megatron_dion_tools.plan.topology import Group, Topology
+from megatron_dion_tools.plan.topology import Topology
 
 # MC/optimizer/param_layout.py:23, :28
 _START_MULTIPLE = 64
@@ -84,39 +84,15 @@ class Run:
         return self.global_batch // (self.micro_batch * self.topology.dp)
 
 
-@dataclass(frozen=True)
-class Section:
-    """Parameters of a rank that the same data-parallel ranks, `group`, share.
-
-    The optimizer's matrices are `weights`; all other parameters have `others` elements.
-    """
-
-    weights: list[Weight]
-    others: int
-    is_experts: bool
-    group: Group
-
-    @property
-    def matrices(self) -> int:
-        """Elements of the matrices."""
-        return sum(map(numel_of, self.weights))
-
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters."""
-        return self.matrices + self.others
-
-
 class Stage:
     """A pipeline stage of a run.
 
-    Args:
-        run: the run.
-        index: number of the stage.
-
     Attributes:
         layers: their global numbers.
-        sections: dense parameters, and experts if there are any.
+        weights: the optimizer's matrices on a rank.
+        matrices: their elements.
+        others: elements of all other parameters.
+        group: the data-parallel ranks.
         bucket_size: elements at which a bucket of this stage is full, None for one bucket.
 
     Raises:
@@ -126,8 +102,6 @@ class Stage:
     def __init__(self, run: Run, index: int) -> None:
         shape, topology = run.shape, run.topology
         self.run, self.index = run, index
-        if shape.experts is None and topology.ep > 1:
-            raise ValueError(f"--ep {topology.ep}: the model has no experts: take 1")
         if run.optimizer.kind == "muon" and topology.instances > 1:
             raise ValueError(
                 f"--instances {topology.instances}: Megatron's Muon refuses them: take 1, or leave"
@@ -135,15 +109,18 @@ class Stage:
             )
         self.layers = shape.stage_layers(topology.pp, index)
         self.is_first, self.is_last = index == 0, index == topology.pp - 1
-        dense = shape.weights(self.layers, topology.tp)
-        others = shape.other_elements(self.layers, topology.tp)
-        experts = shape.expert_weights(self.layers, topology.tp, topology.ep)
-        self.sections = [Section(dense, others, False, topology.group("data"))]
-        if experts:
-            self.sections.append(Section(experts, 0, True, topology.group("data", True)))
+        self.weights = shape.weights(self.layers, topology.tp)
+        self.matrices = sum(map(numel_of, self.weights))
+        self.others = shape.other_elements(self.layers, topology.tp)
+        self.group = topology.group("data")
         self.bucket_size = default_bucket_size(topology.replicated, index)
         if run.bucket_size is not None and self.is_first:
             self.bucket_size = run.bucket_size or None
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters of a rank."""
+        return self.matrices + self.others
 
 
 def numel_of(weight: Weight) -> int:
@@ -155,12 +132,8 @@ def default_bucket_size(data_parallel_size: int, pipeline_stage: int = 0) -> int
     """The bucket size, in elements, of a run with `--overlap-grad-reduce` and no size of its own.
 
     Without that flag Megatron makes one bucket (None), and in any case in pipeline stages after
-    the first (MC/distributed/distributed_data_parallel.py:68, :105).
-
-    Args:
-        data_parallel_size: data-parallel x context-parallel ranks, those of all
-            distributed-optimizer instances together.
-        pipeline_stage: the stage.
+    the first (MC/distributed/distributed_data_parallel.py:68, :105). The data-parallel size is that
+    of all instances together, with context-parallel ranks.
     """
     return max(40_000_000, 1_000_000 * data_parallel_size) if pipeline_stage == 0 else None
 
@@ -174,28 +147,19 @@ def place(
     `--ddp-pad-buckets-for-high-nccl-busbw` (MC/optimizer/distrib_optimizer.py:506).
 
     Args:
-        weights: in the order in which Megatron makes them, as `GptShape.weights` gives them.
-        data_parallel_size: ranks over which a bucket is cut: data-parallel x context-parallel ones
-            of one distributed-optimizer instance; for experts those of the expert-data-parallel
-            group.
+        weights: as `GptShape.weights` gives them; the last one comes first in the result.
+        data_parallel_size: data-parallel x context-parallel ranks of one instance.
         bucket_size: elements at which a bucket is full, None for one bucket.
-
-    Returns:
-        In the order in which `DionDistributedOptimizer` lists them, the last weight first.
     """
     placements: list[Placement] = []
     bucket: list[tuple[Weight, int]] = []
-    end = 0
+    end, multiple = 0, math.lcm(data_parallel_size, _BUCKET_MULTIPLE)
     for number, weight in enumerate(reversed(weights), 1):
-        start = _round_up(end, _START_MULTIPLE)
+        start = -(-end // _START_MULTIPLE) * _START_MULTIPLE
         bucket.append((weight, start))
         end = start + numel_of(weight)
         if number == len(weights) or (bucket_size is not None and end >= bucket_size):
-            numel = _round_up(end, math.lcm(data_parallel_size, _BUCKET_MULTIPLE))
+            numel = -(-end // multiple) * multiple
             placements += [Placement(weight, start, numel) for weight, start in bucket]
             bucket, end = [], 0
     return placements
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,7 +1,6 @@
-"""Predictions side by side, as text and as a picture."""
+"""Predictions side by side."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from megatron_dion_tools.plan.prediction import Prediction
 
@@ -15,12 +14,7 @@ _UNITS = {
 
 
 def quantity(value: float, kind: str) -> str:
-    """A number with three digits and the unit that fits it.
-
-    Args:
-        value: in bytes, operations or seconds.
-        kind: a key of `_UNITS`: `B` of memory, `sent` bytes, `FLOP`, `s` or `parameters`.
-    """
+    """A number with three digits and the unit of a kind, a key of `_UNITS`, that fits it."""
     if value == 0:
         return "-"
     units = sorted(_UNITS[kind].items(), key=lambda unit: unit[1])
@@ -30,14 +24,9 @@ def quantity(value: float, kind: str) -> str:
 
 
 def overview(predictions: Sequence[Prediction], limit: float) -> str:
-    """A line for each prediction.
-
-    Args:
-        predictions: of any runs.
-        limit: bytes of a device's memory; what needs more is marked.
-    """
+    """A line for each prediction; what needs more than a limit of memory is marked."""
     rows = []
-    names = ("tp", "pp", "cp", "ep", "dp", "instances")
+    names = ("tp", "pp", "cp", "dp", "instances")
     sizes = [s for s in names if any(getattr(p.run.topology, s) > 1 for p in predictions)]
     for one in predictions:
         size = one.run.bucket_size
@@ -71,41 +60,6 @@ def details(predictions: Sequence[Prediction]) -> str:
         f"Memory of the rank that needs most (~ an estimate)\n{_columns(memory, 'B')}\n\n"
         f"Sent in a step by the rank that sends most (~ an estimate)\n{_columns(sent, 'sent')}"
     )
-
-
-def plot(predictions: Sequence[Prediction], path: Path, title: str) -> None:
-    """Draws a line for each optimizer over data-parallel sizes; needs matplotlib.
-
-    Args:
-        predictions: of the same run with several optimizers and data-parallel sizes.
-        path: of the picture.
-        title: above it.
-    """
-    from matplotlib.figure import Figure
-
-    quantities: dict[str, Callable[[Prediction], float]] = {
-        "optimizer's step, ms (a model)": lambda p: 1e3 * p.step_seconds,
-        "sent in the step, GB": lambda p: (p.sent(True, "step") + p.sent(False, "step")) / 1e9,
-        "memory without activations, GiB": lambda p: (
-            (p.bytes_needed - p.memory["activations ~"]) / 2**30
-        ),
-    }
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    figure.suptitle(title)
-    labels = dict.fromkeys(p.run.optimizer.label for p in predictions)
-    for axis, (name, value) in zip(figure.subplots(1, 3), quantities.items(), strict=True):
-        for label in labels:
-            mine = [p for p in predictions if p.run.optimizer.label == label]
-            sizes = [p.run.topology.dp for p in mine]
-            style = "k-" if label == "adamw" else "--" if label.startswith("muon") else "-"
-            axis.plot(sizes, list(map(value, mine)), style, marker="o", label=label)
-        axis.set(title=name, xlabel="data-parallel size", xscale="log", yscale="log")
-        axis.set_xticks(sizes, list(map(str, sizes)))
-    figure.axes[-1].legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise ValueError(f"--plot {path}: {error}: take another name") from error
 
 
 def _columns(values: dict[str, dict[str, float]], kind: str) -> str:

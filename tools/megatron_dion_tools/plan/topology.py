@@ -8,10 +8,7 @@ from megatron_dion_tools.plan.models import GptShape, check_divides, divisors
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk to each other, `stride` apart in Megatron's order.
-
-    `link` is what joins them, as in `Topology.group`; `per_node` of them share a node.
-    """
+    """Ranks that talk to each other, of which `per_node` share a node."""
 
     link: str
     size: int
@@ -32,13 +29,12 @@ class Group:
 class Topology:
     """Parallel sizes of a run; names are short for those of Megatron's flags.
 
-    Ranks are put on nodes in Megatron's default order, tp-cp-ep-dp-pp: tensor-parallel neighbours
+    Ranks are put on nodes in Megatron's default order, tp-cp-dp-pp: tensor-parallel neighbours
     first, pipeline stages last (MC/parallel_state.py). Tensor parallelism is with sequence
-    parallelism, the pipeline without interleaving; experts have the tensor-parallel size of other
-    weights.
+    parallelism, the pipeline without interleaving.
 
     Attributes:
-        dp: data-parallel size, of all instances together, experts' ranks included.
+        dp: data-parallel size, of all instances together.
         instances: distributed-optimizer instances.
         ranks_per_node: GPUs of a node.
 
@@ -50,40 +46,29 @@ class Topology:
     pp: int = 1
     dp: int = 1
     cp: int = 1
-    ep: int = 1
     instances: int = 1
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
         check_divides("--instances", self.instances, self.dp, f"--dp {self.dp}")
-        words = f"--dp {self.dp} x --cp {self.cp} / --instances {self.instances}"
-        check_divides("--ep", self.ep, self.replicated // self.instances, words)
 
     @property
     def replicated(self) -> int:
-        """Ranks with the same dense weights, data-parallel x context-parallel ones."""
+        """Ranks with the same weights, data-parallel x context-parallel ones."""
         return self.dp * self.cp
 
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.tp * self.pp * self.replicated
-
-    def group(self, link: str, is_experts: bool = False) -> Group:
+    def group(self, link: str) -> Group:
         """The ranks that a link joins.
 
         Args:
-            link: `tensor`, `context`, `expert`, `pipeline`, `replicas` (the same piece in all
-                instances), or `data` (the ranks over which one instance cuts a buffer).
-            is_experts: whether `data` is that of experts, and not of dense weights.
+            link: `tensor`, `context`, `pipeline`, `data` (the ranks over which one instance cuts a
+                buffer) or `replicas` (the same piece in all instances).
         """
-        ep = self.ep if is_experts else 1
         size, stride = {
             "tensor": (self.tp, 1),
             "context": (self.cp, self.tp),
-            "expert": (self.ep, self.tp),
             "pipeline": (self.pp, self.tp * self.replicated),
-            "data": (self.replicated // (ep * self.instances), self.tp * ep),
+            "data": (self.replicated // self.instances, self.tp),
             "replicas": (self.instances, self.tp * self.replicated // self.instances),
         }[link]
         return Group(link, size, min(size, max(1, self.ranks_per_node // stride)))
@@ -95,12 +80,10 @@ def topologies(shape: GptShape, ranks: int, ranks_per_node: int) -> Iterator[Top
     Tensor parallelism stays within a node; context parallelism is in powers of two and leaves a
     rank 4096 tokens.
     """
-    experts = 1 if shape.experts is None else shape.experts.count
     contexts = [cp for cp in (1, 2, 4, 8, 16) if cp == 1 or shape.sequence // cp >= 4096]
     for tp in divisors(ranks_per_node):
         for pp in range(1, shape.layers + 1):
             for cp in contexts:
-                for ep in divisors(experts):
-                    dp, rest = divmod(ranks, tp * pp * cp)
-                    if rest == 0 and dp * cp % ep == 0:
-                        yield Topology(tp, pp, dp, cp, ep, 1, ranks_per_node)
+                dp, rest = divmod(ranks, tp * pp * cp)
+                if rest == 0:
+                    yield Topology(tp, pp, dp, cp, 1, ranks_per_node)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_dion.sharding import Weight
-from megatron_dion_tools.plan.stage import Section, Stage, numel_of
+from megatron_dion_tools.plan.stage import Stage, numel_of
 from megatron_dion_tools.plan.topology import Group
 
 ADAMW_BYTES = 46
@@ -20,8 +20,7 @@ class Collective:
     """What the rank that sends most sends in a step in one kind of collective.
 
     Attributes:
-        name: of the kind; `~` at its end marks an estimate, with which no run was compared, or
-            which supposes an even use of experts.
+        name: of the kind; `~` at its end marks an estimate, with which no run was compared.
         group: the ranks that take part.
         bytes: sent to others.
         calls: number of calls.
@@ -66,31 +65,31 @@ class Update:
     collectives: list[Collective] = field(default_factory=list)
 
 
-def adamw(stage: Stage, section: Section) -> Update:
+def adamw(stage: Stage) -> Update:
     """AdamW over the distributed optimizer."""
-    elements = section.matrices / section.group.size
+    elements = stage.matrices / stage.group.size
     return Update(elements, {"momenta": 8 * elements}, ADAMW_BYTES * elements)
 
 
-def muon(stage: Stage, section: Section) -> Update:
+def muon(stage: Stage) -> Update:
     """Megatron's Muon, layer-wise distributed: a rank owns whole weights.
 
     They are dealt out by size, to the first rank up to the last and from the last down to the
     first (MC/optimizer/layer_wise_optimizer.py:651). With `duplicated` the tensor-parallel ranks
     gather each of them, and all do the same work.
     """
-    ranks, tensor = section.group.size, stage.run.topology.group("tensor")
+    ranks, tensor = stage.group.size, stage.run.topology.group("tensor")
     is_gathered = stage.run.optimizer.muon_tp_mode == "duplicated" and tensor.size > 1
     turns = [*range(ranks), *reversed(range(ranks))]
     elements: defaultdict[int, int] = defaultdict(int)
     products: defaultdict[int, int] = defaultdict(int)
-    for number, weight in enumerate(sorted(section.weights, key=numel_of)):
+    for number, weight in enumerate(sorted(stage.weights, key=numel_of)):
         owner = turns[number % len(turns)]
         elements[owner] += numel_of(weight)
         products[owner] += sum(newton_schulz(*s) for s in _muon_matrices(weight, is_gathered))
     most = max(elements.values())
     gathered = 4 * (tensor.size - 1) * most * is_gathered
-    calls = -(-len(section.weights) // ranks)
+    calls = -(-len(stage.weights) // ranks)
     return Update(
         most,
         {"momenta": 4 * most},

@@ -17,14 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page."""
     from megatron_dion.megatron.run_directory import replace_file
-    from megatron_dion_tools.report.folder import ReportError, read_folder
+    from megatron_dion_tools.report.folder import read_folder
     from megatron_dion_tools.report.page import render
 
     output = args.output or args.run_dir / "report.html"
+    page = render(read_folder(args.run_dir))
     try:
-        replace_file(output, render(read_folder(args.run_dir)))
-    except ReportError as error:
-        raise ToolError(str(error)) from error
+        replace_file(output, page)
     except OSError as error:
         raise ToolError(f"{error}: name another file with --output") from error
     print(f"wrote {output}, {output.stat().st_size / 1000:.0f} kB: open it in a browser")

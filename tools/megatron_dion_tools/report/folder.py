@@ -2,34 +2,21 @@
 
 import csv
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_dion.error_line import PREFIX
 from megatron_dion.megatron.run_directory import Record, read_metrics
 from megatron_dion.optimizer.diagnostics import Snapshot, read_diagnostics
-from megatron_dion_tools.report.sessions import Session, sessions
+from megatron_dion_tools.errors import ToolError
 
 
-class ReportError(Exception):
-    """The folder cannot be reported on; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """A line of routing.tsv: a logical matrix, or a parameter that is not split into matrices.
 
-    Attributes:
-        name: of the logical matrix, or of the parameter.
-        parameter: its name.
-        size: rows and columns of the matrix, or the shape of the parameter.
-        optimizer: the optimizer that updates it.
-        reason: why this optimizer.
-        rank: of the matrix's updates; 0 without Dion.
+    The rank is that of the matrix's updates, and 0 without Dion; `reason` says why this optimizer.
     """
 
     name: str
@@ -49,57 +36,50 @@ class RunFolder:
     """The files of a run.
 
     Attributes:
-        path: the run directory.
+        path: The run directory.
         config: config.json.
         records: metrics.jsonl.
+        training: Those of training iterations.
         starts: starts.jsonl, a line for each start of the run.
         routes: routing.tsv; empty without Dion.
-        diagnostics: the diagnostics in metrics.jsonl; empty without `--dion-log-interval`.
-        is_cut: whether the last line of metrics.jsonl is incomplete.
+        diagnostics: The diagnostics in metrics.jsonl; empty without `--dion-log-interval`.
+        is_cut: Whether the last line of metrics.jsonl is incomplete.
     """
 
     path: Path
     config: Record
     records: list[Record]
+    training: list[Record]
     starts: list[Record]
     routes: list[Route]
     diagnostics: list[Snapshot]
     is_cut: bool
 
-    @cached_property
-    def arguments(self) -> Namespace:
-        return Namespace(**self.config["arguments"])
-
-    @cached_property
-    def training(self) -> list[Record]:
-        """The records of training iterations."""
-        return [record for record in self.records if record["kind"] == "train"]
-
-    @cached_property
-    def sessions(self) -> list[Session]:
-        """The iterations of each start that has completed any."""
-        return sessions(self.training, self.starts)
-
     @property
     def resumed_after(self) -> list[int]:
         """The iterations after which the run was resumed in this folder."""
-        return [session.start["iteration"] for session in self.sessions[1:]]
+        done = {record["iteration"] for record in self.training}
+        return [s["iteration"] for s in self.starts if s["iteration"] in done]
 
 
 def read_folder(path: Path) -> RunFolder:
     """Read a run directory; every file but config.json may be missing.
 
     Raises:
-        ReportError: the folder is no run directory, or a file in it is damaged.
+        ToolError: The folder is no run directory, or a file in it is damaged.
     """
     if not (path / "config.json").is_file():
-        raise ReportError(f"RUN_DIR {path}: {_why_no_run(path)}")
+        raise ToolError(
+            f"RUN_DIR {path}: no config.json, so no run has started in it: give what was given to"
+            " pretrain_gpt.py's --run-dir, or look at its output"
+        )
     metrics = path / "metrics.jsonl"
     records = _read(metrics, _records)
     return RunFolder(
         path=path,
         config=_read(path / "config.json", _config),
         records=records,
+        training=[record for record in records if record["kind"] == "train"],
         starts=_read(path / "starts.jsonl", read_metrics),
         routes=_read(path / "routing.tsv", _routes),
         diagnostics=_read(metrics, lambda _: read_diagnostics(records)),
@@ -107,25 +87,11 @@ def read_folder(path: Path) -> RunFolder:
     )
 
 
-def _why_no_run(path: Path) -> str:
-    """Says which folder the user may have meant, or why the run did not begin."""
-    if not path.is_dir():
-        return "no such folder; give what was given to pretrain_gpt.py's --run-dir"
-    if configs := list(path.glob("*/config.json")):
-        newest = max(configs, key=lambda config: config.stat().st_mtime).parent
-        return f"no config.json in it, but {len(configs)} folders with one: {newest}?"
-    log = path / "train.log"
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    reasons = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
-    where = f"{log} says why" if lines else "the output of pretrain_gpt.py says why"
-    return f"no config.json, so no run has started in it: {': '.join([where, *reasons[:1]])}"
-
-
 def _read[T](path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(
+        raise ToolError(
             f"{path} is damaged ({error!r}): mend it, or take it out of the folder"
         ) from error
 
@@ -153,11 +119,6 @@ def _routes(path: Path) -> list[Route]:
 
 def _route(line: dict[str, str]) -> Route:
     size = [line["rows"], line["columns"]] if line["matrix"] else line["shape"].split("x")
-    return Route(
-        name=line["matrix"] or line["parameter"],
-        parameter=line["parameter"],
-        size=tuple(int(length) for length in size if length),
-        optimizer=line["optimizer"],
-        reason=line["reason"],
-        rank=int(line["rank"] or 0),
-    )
+    name, rank = line["matrix"] or line["parameter"], int(line["rank"] or 0)
+    lengths = tuple(int(length) for length in size if length)
+    return Route(name, line["parameter"], lengths, line["optimizer"], line["reason"], rank)

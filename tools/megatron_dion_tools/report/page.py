@@ -2,11 +2,11 @@
 
 import json
 import math
-import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from megatron_dion.megatron.run_directory import Record
 from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
 from megatron_dion.optimizer.rules import without_numbers
-from megatron_dion_tools.report.charts import Chart, Curve, Point
+from megatron_dion_tools.report.charts import Chart, Curve, Point, short
 from megatron_dion_tools.report.folder import Route, RunFolder
 
 Row = Sequence[str | float | None]
@@ -24,8 +24,6 @@ Row = Sequence[str | float | None]
 _FINAL_ITERATIONS = 10
 """Iterations over which the training loss at the end is averaged."""
 _LONGEST_MEAN = 50
-_NAMED_ITERATIONS = 5
-_MOST_DOTS = 60
 _PARALLELISM = {
     "TP": "tensor_model",
     "PP": "pipeline_model",
@@ -63,13 +61,13 @@ def render(run: RunFolder) -> str:
         curves=list(_curves(run)),
         optimizers=_optimizers(run.routes),
         kinds=_kinds(run.routes),
-        routes=[
-            (r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in run.routes
-        ],
+        routes=[_route(route) for route in run.routes],
         diagnostics=list(_diagnostics(run)),
         last=last,
-        matrices=_matrices(last),
-        captured=_captured_by_layer(last),
+        matrices=[
+            (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
+            for m in last.matrices
+        ],
         starts=list(_starts(run)),
         changed_arguments=_arguments(changed, defaults),
         other_arguments=_arguments(others, defaults),
@@ -77,17 +75,8 @@ def render(run: RunFolder) -> str:
     )
 
 
-def short(value: str | float | None) -> str:
-    """A cell of a table: a number with four digits or so, a dash for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, str | int):
-        return value if isinstance(value, str) else f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
-
-
 def _verdict(run: RunFolder) -> str:
-    planned = run.arguments.train_iters
+    planned = run.config["arguments"]["train_iters"]
     if not run.training:
         return "No iteration was recorded: the run has not begun, or it failed before. See its log."
     last = run.training[-1]["iteration"]
@@ -112,18 +101,16 @@ def _notes(run: RunFolder) -> Iterator[str]:
 
 
 def _iterations(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"iteration {numbers[0]:,}"
-    named = ", ".join(f"{number:,}" for number in numbers[:_NAMED_ITERATIONS])
-    more = len(numbers) - _NAMED_ITERATIONS
-    return f"iterations {named}" + (f" and {more:,} more" if more > 0 else "")
+    more = len(numbers) - 1
+    return f"iteration {numbers[0]:,}" + (f" and {more:,} more" if more else "")
 
 
 def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     """The numbers that readers ask for first."""
-    args = run.arguments
-    rank = f", rank fraction {args.dion_rank_fraction:g}" if args.optimizer == "dion" else ""
-    yield "optimizer", f"{args.optimizer}{rank}"
+    args = run.config["arguments"]
+    is_dion = args["optimizer"] == "dion"
+    rank = f", rank fraction {args['dion_rank_fraction']:g}" if is_dion else ""
+    yield "optimizer", f"{args['optimizer']}{rank}"
     if losses := [loss for _, loss in _points(run.training, "lm_loss")][-_FINAL_ITERATIONS:]:
         yield f"training loss, mean of {len(losses)}", short(fmean(losses))
     if validation := _points(run.records, "lm_loss", kind="validation"):
@@ -131,8 +118,9 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.training:
         seconds = sum(record["iteration_seconds"] for record in run.training)
         step = sum(record["optimizer_seconds"] for record in run.training)
-        yield "tokens", short(sum(session.tokens for session in run.sessions))
-        yield "tokens/s", short(run.sessions[-1].tokens_per_second)
+        yield "tokens", short(run.training[-1]["tokens"])
+        if speeds := _speeds(run):
+            yield "tokens/s, median", short(median(speed for _, speed in speeds))
         time = timedelta(seconds=round(seconds))
         yield "time, in optimizer", f"{time}, {step / seconds:.1%}"
         yield "sent per step", f"{short(run.training[-1]['optimizer_bytes'] / 1e6)} MB"
@@ -160,20 +148,33 @@ def _curves(run: RunFolder) -> Iterator[Chart]:
     """What the model learns, and how fast."""
     losses = _with_mean("training", _points(run.training, "lm_loss"))
     validation = _points(run.records, "lm_loss", kind="validation")
-    losses.append(Curve("validation", validation, colour=1, has_dots=True))
+    losses.append(Curve("validation", validation, has_dots=True))
     yield Chart("Loss", "nats per token", losses)
     norms = _with_mean("norm", _points(run.training, "grad_norm"))
     yield Chart("Gradient norm", "before clipping", norms)
     rates = [Curve("rate", _points(run.training, "lr"))]
     yield Chart("Learning rate", "", rates, from_zero=True)
-    # The first iteration of each start sets things up, so that its time tells nothing.
-    settled = [iteration for session in run.sessions for iteration in session.settled]
-    records = [record for record, _ in settled]
-    speeds = [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in settled]
-    yield Chart("Tokens per second", "all ranks", _with_mean("rate", speeds), from_zero=True)
+    speeds = _with_mean("rate", _speeds(run))
+    yield Chart("Tokens per second", "all ranks", speeds, from_zero=True)
+    records = [record for record, _ in _settled(run)]
     iteration = Curve("iteration", _points(records, "iteration_seconds"))
-    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"), colour=1)
+    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"))
     yield Chart("Time", "seconds", [iteration, step])
+
+
+def _settled(run: RunFolder) -> list[tuple[Record, int]]:
+    """Iterations with their tokens, but for the first of each start, which sets things up."""
+    starts = {start["iteration"] for start in run.starts}
+    return [
+        (record, record["tokens"] - before["tokens"])
+        for before, record in pairwise(run.training)
+        if before["iteration"] not in starts
+    ]
+
+
+def _speeds(run: RunFolder) -> list[Point]:
+    """Tokens per second over iterations."""
+    return [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in _settled(run)]
 
 
 def _optimizers(routes: Sequence[Route]) -> list[Row]:
@@ -189,16 +190,17 @@ def _optimizers(routes: Sequence[Route]) -> list[Row]:
     return rows
 
 
-def _routes(routes: Iterable[Route]) -> list[Row]:
-    """For each matrix or parameter: name, size, rank, optimizer, reason."""
-    return [(r.name, _size(*r.size), r.rank or None, r.optimizer, r.reason) for r in routes]
+def _route(route: Route) -> Row:
+    """Name, size, rank, optimizer, reason."""
+    return route.name, _size(*route.size), route.rank or None, route.optimizer, route.reason
 
 
 def _kinds(routes: Sequence[Route]) -> list[Row]:
     """The same for each kind of matrix or parameter, and how many there are, and their elements."""
     groups: defaultdict[Row, list[int]] = defaultdict(list)
-    for route, (name, *others) in zip(routes, _routes(routes), strict=True):
-        groups[without_numbers(str(name)), *others].append(route.numel)
+    for route in routes:
+        kind = route._replace(name=without_numbers(route.name))
+        groups[_route(kind)].append(route.numel)
     return [(*kind, len(numels), sum(numels)) for kind, numels in groups.items()]
 
 
@@ -213,32 +215,7 @@ def _diagnostics(run: RunFolder) -> Iterator[Chart]:
         for snapshot in run.diagnostics:
             for kind, values in by_kind(snapshot.matrices, figure).items():
                 medians[_short_name(kind)].append((snapshot.iteration, median(values)))
-        curves = [
-            Curve(kind, points, colour, has_dots=len(points) < _MOST_DOTS)
-            for colour, (kind, points) in enumerate(medians.items())
-        ]
-        yield Chart(title, unit, curves)
-
-
-def _matrices(snapshot: Snapshot) -> list[Row]:
-    """For each matrix: name, size, rank and figures."""
-    return [
-        (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
-        for m in snapshot.matrices
-    ]
-
-
-def _captured_by_layer(snapshot: Snapshot) -> tuple[list[str], dict[str, list[float | None]]]:
-    """Names of kinds; and for each layer the captured share of each kind, medians over experts."""
-    shares: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for matrix in snapshot.matrices:
-        layer = re.search(r"(?<=\.layers\.)\d+", matrix.name)
-        kind = _short_name(without_numbers(matrix.name))
-        if matrix.captured is not None:
-            shares[layer[0] if layer else "–", kind].append(matrix.captured)
-    layers, kinds = (list(dict.fromkeys(key[axis] for key in shares)) for axis in (0, 1))
-    medians = {key: median(values) for key, values in shares.items()}
-    return kinds, {layer: [medians.get((layer, kind)) for kind in kinds] for layer in layers}
+        yield Chart(title, unit, [Curve(kind, points) for kind, points in medians.items()])
 
 
 def _short_name(kind: str) -> str:
@@ -246,26 +223,21 @@ def _short_name(kind: str) -> str:
 
 
 def _starts(run: RunFolder) -> Iterator[Row]:
-    """For each start: iteration, time, ranks; then iterations, tokens, tokens per second."""
-    sessions = {session.start["iteration"]: session for session in run.sessions}
+    """For each start: iteration, tokens, time, ranks."""
     for start in run.starts:
         time = start["time"].replace("T", " ").replace("+00:00", " UTC")
         sizes = {name: start[f"{long}_parallel_size"] for name, long in _PARALLELISM.items()}
         divided = " × ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
         ranks = ": ".join(filter(None, [str(start["world_size"]), divided]))
-        done: Row = (None, None, None)
-        if session := sessions.get(start["iteration"]):
-            done = (len(session.iterations), session.tokens, session.tokens_per_second)
-        yield (start["iteration"], time, ranks, *done)
+        yield start["iteration"], short(start["tokens"]), time, ranks
 
 
 def _arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Row]:
     """Name, value and default."""
-
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
-
     return [
-        (name, text(value), text(defaults[name]) if name in defaults else "–")
-        for name, value in arguments.items()
+        (n, _text(v), _text(defaults[n]) if n in defaults else "–") for n, v in arguments.items()
     ]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
