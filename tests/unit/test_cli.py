@@ -106,7 +106,7 @@ def test_module_is_the_command(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "megatron_dion_tools", "inspect", "."]
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: . holds no checkpoint")
+    assert ended.stderr.startswith("error: . holds no complete checkpoint")
 
 
 @pytest.mark.parametrize("main", ["print('x' * 10**6)", "[print('help'), exit(0)]"])

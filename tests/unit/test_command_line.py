@@ -69,8 +69,8 @@ def complaint(nursery: Nursery, *argv: str) -> str:
         ("--dion-exclude nothing.*", "no parameter's name matches 'nothing.*'"),
         ("--tensor-model-parallel-size 3", "megatron refuses these arguments: "),
         ("--data-path {}", "--mock-data does not go with the data {}"),
-        ("--load {}", "--load {} holds no checkpoint"),
-        ("--pretrained-checkpoint {}", "--pretrained-checkpoint {} holds no checkpoint"),
+        ("--load {}", "--load {} holds no complete checkpoint"),
+        ("--pretrained-checkpoint {}", "--pretrained-checkpoint {} holds no complete checkpoint"),
         ("--run-dir {}/file/x", "--run-dir {}/file/x cannot be made: [Errno 20]"),
         (
             "--save {}/file/x --save-interval 1",

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from megatron_dion.megatron import launch
 from megatron_dion_tools import cli
 from megatron_dion_tools.doctor import checks, examination, report
 from megatron_dion_tools.doctor.checks import FAILED, OK, WARNING, Finding

@@ -1,6 +1,6 @@
 """The comparison with the reference notices wrong code: one term is broken at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import step
+from megatron_dion.algorithm import Exchange, step
 from megatron_dion.algorithm.step import Block
 from megatron_dion.optimizer import binding
 from tests.unit.dion_cases import Comparison
@@ -26,11 +26,14 @@ class Update:
     block: Block
     squares: Tensor
     config: SimpleNamespace
-    scaled_lr: float
-    shrink: float
+    lr: float
+    decay: float
 
     def with_config(self, **changes: float) -> "Update":
         return replace(self, config=SimpleNamespace(**{**vars(self.config), **changes}))
+
+    def with_block(self, **changes: Any) -> "Update":
+        return replace(self, block=replace(self.block, **changes))
 
 
 Change = Callable[[Update], Update]
@@ -39,19 +42,24 @@ Change = Callable[[Update], Update]
 def swap_scale(update: Update) -> Update:
     """sqrt(n / m) instead of sqrt(m / n)."""
     _, m, n = update.block.weight.shape
-    return replace(update, scaled_lr=update.scaled_lr * n / m)
+    return update.with_block(scale=update.block.scale * n / m)
 
 
 BREAKAGES: dict[str, Change] = {
     # M = B + (1 - mu) R P^T instead of B - (1 - mu) R P^T.
     "error feedback with the wrong sign": lambda u: u.with_config(momentum=2 - u.config.momentum),
     "another momentum": lambda u: u.with_config(momentum=0.9),
-    "no weight decay": lambda u: replace(u, shrink=1.0),
-    "weight decay by the scaled learning rate": lambda u: replace(u, shrink=1 - u.scaled_lr * 0.1),
+    "no weight decay": lambda u: replace(u, decay=0.0),
+    "weight decay by the scaled learning rate": lambda u: replace(u, decay=u.decay * u.block.scale),
     "scale with m and n swapped": swap_scale,
-    "update with the wrong sign": lambda u: replace(u, scaled_lr=-u.scaled_lr),
+    "update with the wrong sign": lambda u: u.with_block(scale=-u.block.scale),
     "no column normalization": lambda u: replace(u, squares=torch.ones_like(u.squares)),
     "eps of 1": lambda u: u.with_config(eps=1.0),
+}
+RESIDUAL_BREAKAGES: dict[str, Change] = {
+    "momentum that nothing takes from": lambda u: u.with_config(momentum=1.0),
+    "rows of another length": lambda u: u.with_block(residual_row=1.001 * u.block.residual_row),
+    "rows of B for rows of E": lambda u: u.with_block(row_squares=1.01 * u.block.row_squares),
 }
 
 
@@ -60,22 +68,24 @@ def break_update(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
 
     def update(
         blocks: Sequence[Block],
-        squares: Mapping[int, Tensor],
+        exchange: Exchange,
         config: DionConfig,
-        scaled_lrs: Sequence[float],
-        shrinks: Sequence[float],
+        learning_rates: Sequence[float],
+        weight_decays: Sequence[float],
     ) -> None:
-        for block, scaled_lr, shrink in zip(blocks, scaled_lrs, shrinks, strict=True):
-            read = SimpleNamespace(**vars(config))
-            new = change(Update(block, squares[block.matrix], read, scaled_lr, shrink))
-            of_block: Any = {block.matrix: new.squares}, new.config
-            unbroken([block], *of_block, [new.scaled_lr], [new.shrink])
+        for block, lr, decay in zip(blocks, learning_rates, weight_decays, strict=True):
+            squares, read = exchange.column_squares[block.matrix], SimpleNamespace(**vars(config))
+            new = change(Update(block, squares, read, lr, decay))
+            of_block: Any = SimpleNamespace(
+                column_squares={block.matrix: new.squares}, has_residual=exchange.has_residual
+            )
+            unbroken([new.block], of_block, new.config, [new.lr], [new.decay])  # type: ignore[arg-type]
 
     monkeypatch.setattr(step, "_update", update)
 
 
-def compare() -> Comparison:
-    comparison = Comparison([(SHAPES, {})], scale_mode="dion", weight_decay=0.1)
+def compare(**options: Any) -> Comparison:
+    comparison = Comparison([(SHAPES, {})], scale_mode="dion", weight_decay=0.1, **options)
     comparison.run(range(3))
     return comparison
 
@@ -96,7 +106,7 @@ def test_what_is_not_broken_passes_through_the_same_harness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     break_update(monkeypatch, lambda update: update)
-    for comparison in (compare(), compare_after_zero_gradients()):
+    for comparison in (compare(), compare(residual="rows"), compare_after_zero_gradients()):
         comparison.assert_equal()
 
 
@@ -104,6 +114,12 @@ def test_what_is_not_broken_passes_through_the_same_harness(
 def test_broken_update_is_noticed(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     break_update(monkeypatch, change)
     assert_noticed(compare())
+
+
+@pytest.mark.parametrize("change", RESIDUAL_BREAKAGES.values(), ids=RESIDUAL_BREAKAGES)
+def test_broken_residual_is_noticed(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    break_update(monkeypatch, change)
+    assert_noticed(compare(residual="rows"))
 
 
 def test_lost_directions_of_zero_columns_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
