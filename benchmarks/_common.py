@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dion.platforms import DEVICES, resolve_device
+from megatron_dion.platforms import resolve_device
 from megatron_dion_tools.convergence.environment import describe
 from megatron_dion_tools.local.world import gloo_world
 
@@ -24,7 +24,7 @@ Row = Mapping[str, str | int | float | None]
 
 
 def make_parser(
-    description: str | None, repeats: int, devices: Sequence[str] = DEVICES
+    description: str | None, repeats: int, devices: Sequence[str] = ("auto", "cuda", "cpu")
 ) -> argparse.ArgumentParser:
     """Makes a parser with the flags that all benchmarks have.
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
 from megatron_dion.optimizer.binding import Distribution
-from megatron_dion.sharding import Groups, Rank
+from megatron_dion.sharding.collectives import Groups
+from megatron_dion.sharding.layout import Rank
 from megatron_dion_tools.plan import GptShape, place
 
 LR, WEIGHT_DECAY = 1e-4, 0.1

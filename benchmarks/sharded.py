@@ -24,8 +24,8 @@ from benchmarks._common import (
 )
 from benchmarks._models import Topology, add_model_flags, checked_step, dion_on_pieces, gpt
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import orthonormalize_flops
-from megatron_dion.sharding import Layout, Rank
+from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
+from megatron_dion.sharding.layout import Layout, Rank
 from megatron_dion_tools.plan import GptShape
 
 

@@ -28,7 +28,7 @@ from benchmarks._models import (
     with_gradient,
 )
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import orthonormalize_flops
+from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
 from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.plan import GptShape
 

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_dion.algorithm import DionConfig
+    from megatron_dion.algorithm.config import DionConfig
     from megatron_dion.megatron.launch import install
     from megatron_dion.optimizer.dion import Dion
 
@@ -14,7 +14,7 @@ __all__ = ["Dion", "DionConfig", "__version__", "install"]
 
 _MODULES = {
     "Dion": "megatron_dion.optimizer.dion",
-    "DionConfig": "megatron_dion.algorithm",
+    "DionConfig": "megatron_dion.algorithm.config",
     "install": "megatron_dion.megatron.launch",
 }
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import Grid, Layout, Placement, Rank, Weight
+from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
+from megatron_dion.sharding.matrices import Weight
 
 ROWS, COLUMNS = 14, 16
 GRID = Grid(tensor_parallel_size=2, data_parallel_size=3)

@@ -15,19 +15,12 @@ Steps = Generator[None, None, None]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical matrix: what Dion updates as one, however it is stored.
+    """A logical matrix: what Dion updates as one, however it is stored."""
 
-    Attributes:
-        name: unique in the whole model and the same in every topology.
-        rows: m, global.
-        columns: n, global.
-        rank: r.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    rank: int
+    name: str  # unique in the whole model and the same in every topology
+    rows: int  # m, global
+    columns: int  # n, global
+    rank: int  # r
 
 
 class Exchange(Protocol):

@@ -52,48 +52,24 @@ class Block:
 
     A fused weight interleaves the rows of its matrices, so a block is k rectangles at equal
     distances in memory. They have the same columns; "rows" are those of one of them.
-
-    Attributes:
-        matrix: index of its matrix.
-        parameter: the tensor of the optimizer's `param_groups` of which the weight is a part.
-        weight: (k, rows, columns) of the master weight, float32.
-        total: (k, rows, columns) float32, holds B = M + G when a step begins.
-        momentum: (k, rows, columns), M between steps; may be `total`.
-        right_factor: (k, rows, r) float32, Q while P is computed; may be the memory of
-            `projection`.
-        stored_right: (k, rows, stored columns), what this process stores of Q between steps; may
-            be `right_factor`.
-        stored_columns: which columns of Q these are.
-        left_factor: (columns, r), the rows of P that belong to the block's columns. Blocks of
-            a matrix that overlap in columns share this memory.
-        projection: (k, rows, r), the rows of R.
-        row_squares: (k, rows) float64, for the squared norms of the rows of B, whole rows of it;
-            (k, 0) in steps without residual.
-        scale: factor on the learning rate.
-        residual_row: length by which a row of the residual moves, before the scale.
-        multiplied: the rows for which this process computes products with B; of the others, which
-            it holds as well, another process does.
-        counted: the rows of R whose norms this process counts. Every row of a matrix is counted
-            by one process.
-        is_copied: whether other processes hold the same elements, and must keep them equal.
     """
 
-    matrix: int
-    parameter: Tensor
-    weight: Tensor
-    total: Tensor
-    momentum: Tensor
-    right_factor: Tensor
-    stored_right: Tensor
-    stored_columns: slice
-    left_factor: Tensor
-    projection: Tensor
-    row_squares: Tensor
-    scale: float
-    residual_row: float
-    multiplied: slice
-    counted: slice
-    is_copied: bool = False
+    matrix: int  # index of its matrix
+    parameter: Tensor  # the one of the optimizer's `param_groups` of which the weight is a part
+    weight: Tensor  # (k, rows, columns) of the master weight, float32
+    total: Tensor  # (k, rows, columns) float32, holds B = M + G when a step begins
+    momentum: Tensor  # (k, rows, columns), M between steps; may be `total`
+    right_factor: Tensor  # (k, rows, r) float32, Q while P is computed; perhaps in `projection`
+    stored_right: Tensor  # (k, rows, stored columns), Q between steps; may be `right_factor`
+    stored_columns: slice  # which columns of Q these are
+    left_factor: Tensor  # (columns, r), the rows of P of its columns; blocks share overlaps
+    projection: Tensor  # (k, rows, r), the rows of R
+    row_squares: Tensor  # (k, rows) float64, for ||B_i||^2 of whole rows; (k, 0) without residual
+    scale: float  # factor on the learning rate
+    residual_row: float  # length by which a row of the residual moves, before the scale
+    multiplied: slice  # rows of which this process computes products; another one does the others
+    counted: slice  # rows of R whose norms this process counts: each row is counted by one process
+    is_copied: bool = False  # whether other processes hold the same elements, to be kept equal
 
     def multiplied_rows(self, tensor: Tensor) -> Tensor:
         """The multiplied rows of one of the block's (k, rows, ...)."""

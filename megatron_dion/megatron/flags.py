@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
-from megatron_dion.algorithm import DionConfig
-from megatron_dion.algorithm.config import check_fields, checked
+from megatron_dion.algorithm.config import DionConfig, check_fields, checked
 from megatron_dion.megatron.errors import ConfigurationError, refuse
 from megatron_dion.optimizer.rules import SPLITS, RoutingRules
 

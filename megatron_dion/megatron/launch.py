@@ -13,8 +13,7 @@ import torch
 
 from megatron_dion.error_line import exit_interrupted
 from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
-from megatron_dion.platforms import cpu, resolve_device
-from megatron_dion.platforms.ports import free_port
+from megatron_dion.platforms import cpu, free_port, resolve_device
 
 TESTED_MEGATRON_CORE = "0.19.2"
 _installed = False

@@ -10,48 +10,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import Block, DionConfig, Matrix
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import normal
-from megatron_dion.sharding import (
+from megatron_dion.algorithm.exchange import Matrix
+from megatron_dion.algorithm.step import Block
+from megatron_dion.sharding.blocks import Rectangle
+from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
-    Grid,
     Groups,
-    Layout,
-    Placement,
-    Plan,
-    Rank,
-    Rectangle,
-    ShardedExchange,
     average,
-    compression_pays,
-    make_plan,
     rank_in,
     ring_bytes,
-    sets_of,
     size_of,
 )
+from megatron_dion.sharding.exchange import ShardedExchange
+from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
+from megatron_dion.sharding.matrices import compression_pays
+from megatron_dion.sharding.plan import Plan, make_plan
+from megatron_dion.sharding.sets import sets_of
 
 State = dict[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a set of matrices lies on a grid of ranks, and what this rank holds.
+    """How a set of matrices lies on a grid of ranks, and what this rank holds."""
 
-    Attributes:
-        placements: all weights of the set, the same list on every rank of the grid.
-        tensors: by index of the placement, this rank's piece, 1-D float32.
-        device: where this rank's pieces are, or would be if it held any.
-        groups: the ranks. Those of `groups.replicas` have other gradients, of which the mean
-            counts (compressed gradient sync).
-        gradient_scale: multiplies the gradients of a replica before they are averaged.
-    """
-
-    placements: Sequence[Placement]
-    tensors: dict[int, Tensor]
-    device: torch.device
+    placements: Sequence[Placement]  # all weights of the set, the same on every rank of the grid
+    tensors: dict[int, Tensor]  # by index of the placement, this rank's piece, 1-D float32
+    device: torch.device  # where this rank's pieces are, or would be if it held any
+    # Replicas have other gradients, of which the mean counts (compressed gradient sync).
     groups: Groups = field(default_factory=Groups)
-    gradient_scale: float = 1.0
+    gradient_scale: float = 1.0  # of the gradients of a replica, before they are averaged
 
     @property
     def grid(self) -> Grid:
@@ -68,21 +58,13 @@ class Distribution:
 
 
 class RightRows(NamedTuple):
-    """What a rank stores of the Q of one rectangle.
-
-    Attributes:
-        matrix: the matrix.
-        rectangle: its rows are those of Q.
-        columns: which columns of Q are stored.
-        values: (rows, stored columns), a view of the state.
-        is_first_of_row: whether no other data-parallel rank before this one holds these rows.
-    """
+    """What a rank stores of the Q of one rectangle."""
 
     matrix: Matrix
-    rectangle: Rectangle
-    columns: slice
-    values: Tensor
-    is_first_of_row: bool
+    rectangle: Rectangle  # its rows are those of Q
+    columns: slice  # which columns of Q are stored
+    values: Tensor  # (rows, stored columns), a view of the state
+    is_first_of_row: bool  # whether no data-parallel rank before this one holds these rows
 
 
 class StepSet(NamedTuple):
@@ -114,8 +96,8 @@ class Binding:
         config: DionConfig,
         state: State,
     ) -> None:
-        self._active = list(active)
-        self._addresses = [parameter.data_ptr() for parameter in active]
+        self._active = list(active)  # an id belongs to nobody else as long as these live
+        self._places = _places(active)
         self._distribution = distribution
         self._state = state
         self._keeps_float32 = config.momentum_dtype == "fp32"
@@ -126,19 +108,15 @@ class Binding:
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
         self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
-        grid_size = distribution.grid.size
-        averaging = distribution.groups
+        groups = distribution.groups
+        # The gradients of dense weights are the same on all replicas by then.
+        kinds = ((compressed, groups), (dense, replace(groups, replicas=None)))
         self.sets = [
-            *(
-                self._step_set(placements, averaging)
-                for placements in sets_of(
-                    self.layout, compressed, grid_size * distribution.replicas
-                )
-            ),
-            *(  # the gradients of dense weights are the same on all replicas by then
-                self._step_set(placements, replace(averaging, replicas=None))
-                for placements in sets_of(self.layout, dense, grid_size)
-            ),
+            self._step_set(placements, sharing)
+            for weights, sharing in kinds
+            for placements in sets_of(
+                self.layout, weights, distribution.grid.size * size_of(sharing.replicas)
+            )
         ]
 
     def bytes_per_step(self) -> int:
@@ -150,19 +128,12 @@ class Binding:
 
     def is_of(self, active: Sequence[Tensor]) -> bool:
         """Whether these are the bound parameters, still in the same memory."""
-        same = len(active) == len(self._active)
-        return (
-            same
-            and all(a is b for a, b in zip(active, self._active, strict=True))
-            and [parameter.data_ptr() for parameter in active] == self._addresses
-        )
+        return _places(active) == self._places
 
     def average_gradients(self) -> None:
         """Averages over replicas the gradients of weights whose P and R are not. Before any set."""
-        average(
-            [gradient_of(parameter) for parameter in self._dense],
-            self._distribution.groups.replicas,
-        )
+        gradients = [gradient_of(parameter) for parameter in self._dense]
+        average(gradients, self._distribution.groups.replicas)
 
     def add_gradients(self, blocks: Sequence[Block]) -> None:
         """Makes `total` of every block B = M + G.
@@ -234,13 +205,9 @@ class Binding:
         }
         with exchange.allocated():  # views of its buffers can be made only then
             blocks = [
-                self._block(placement, next(stored[placement]), left, projection, row_squares)
-                for (placement, _), left, projection, row_squares in zip(
-                    plan.rectangles,
-                    exchange.lefts,
-                    exchange.projections,
-                    exchange.row_squares,
-                    strict=True,
+                self._block(placement, next(stored[placement]), *views)
+                for (placement, _), views in zip(
+                    plan.rectangles, exchange.of_rectangles, strict=True
                 )
             ]
             return StepSet(plan, exchange, _stacked(blocks))
@@ -259,7 +226,8 @@ class Binding:
         is_whole = not layout.shares_rows(placement) and right.values.dtype == torch.float32
         momentum = _rectangle_view(self._state[tensor]["momentum"], rectangle)
         share = layout.share(placement, rectangle.rows, rank)
-        is_copied = layout.is_duplicated(placement)
+        is_duplicated = layout.placements[placement].weight.partition_dim is None
+        is_copied = is_duplicated and layout.shares_rows(placement)
         return Block(
             matrix=rectangle.matrix,
             parameter=tensor,
@@ -333,6 +301,10 @@ def _at_the_same_place(tensor: Tensor, view: Tensor, base: Tensor) -> Tensor:
     """The elements of a contiguous tensor that a view has of another one of the same size."""
     offset = view.storage_offset() - base.storage_offset() + tensor.storage_offset()
     return tensor.detach().as_strided(view.shape, view.stride(), offset)
+
+
+def _places(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(id(parameter), parameter.data_ptr()) for parameter in parameters]
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

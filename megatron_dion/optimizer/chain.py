@@ -99,7 +99,7 @@ class DionChainedOptimizer(ChainedOptimizer):
             self._loading = Loading(self, source)
             return self._loading.sharded_state_dict(model_sharded_state_dict)
         for one in self._dions:
-            one.recenter()  # the saved momentum is the mean of all replicas'
+            one.optimizer.bind().recenter()  # the saved momentum is the mean of all replicas'
         scaler = self.chained_optimizers[0].grad_scaler
         return {
             "dion": self.record.to_dict(),

@@ -25,7 +25,8 @@ from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import DION_PREFIX, MOMENTUM, PREFIX, RIGHT_FACTOR, WEIGHT
 from megatron_dion.optimizer.routing import routes_by_rules, tensor_parallel_group
 from megatron_dion.optimizer.rules import RoutingRules
-from megatron_dion.sharding import Weight, boxes, rectangles
+from megatron_dion.sharding.blocks import boxes, rectangles
+from megatron_dion.sharding.matrices import Weight
 
 Shape = tuple[int, ...]
 
@@ -195,7 +196,8 @@ def _tensors_of(
 def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTensor]:
     """What this rank stores of right factors: of rows that several ranks hold, some columns."""
     instance = optimizer.distributed_optimizer_instance_id
-    for matrix, rectangle, columns, values, is_first_of_row in optimizer.right_factors():
+    rows = optimizer.optimizer.bind().right_factors()
+    for matrix, rectangle, columns, values, is_first_of_row in rows:
         if values.numel():
             key = f"{DION_PREFIX}.{RIGHT_FACTOR}.{matrix.name}"
             corner = (rectangle.row_start, columns.start)

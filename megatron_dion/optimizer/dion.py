@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import (
-    DionConfig,
-    Exchange,
-    Matrix,
-    Steps,
-    dion_step,
-    interleave,
-    matmul_precision,
-)
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.algorithm.exchange import Exchange, Matrix, Steps
+from megatron_dion.algorithm.products import matmul_precision
+from megatron_dion.algorithm.step import dion_step, interleave
 from megatron_dion.optimizer.binding import (
     Binding,
     Distribution,
@@ -24,7 +19,9 @@ from megatron_dion.optimizer.binding import (
     gradient_of,
 )
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
-from megatron_dion.sharding import TORCH_DTYPES, Placement, Weight
+from megatron_dion.sharding.collectives import TORCH_DTYPES
+from megatron_dion.sharding.layout import Placement
+from megatron_dion.sharding.matrices import Weight
 
 
 class Dion(torch.optim.Optimizer):
@@ -151,10 +148,10 @@ class Dion(torch.optim.Optimizer):
         """
         if state_dict["state"]:
             self.bind()
-        now = super().state_dict()
+        now = super().state_dict()["state"]
         for index, tensors in state_dict["state"].items():
             for name, tensor in tensors.items():
-                here = now["state"][index][name].shape if index in now["state"] else None
+                here = now[index][name].shape if index in now else None
                 if tensor.shape != here:
                     raise ValueError(
                         f"the saved {name} of parameter {index} is {tuple(tensor.shape)}, here it"

@@ -1,6 +1,5 @@
 """Megatron's distributed optimizer, with Dion on the shards of its buffers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_dion.optimizer.binding import Distribution, RightRows
+from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.norm_estimate import projected_mean
 from megatron_dion.optimizer.routing import weight_of
-from megatron_dion.sharding import Groups, Placement
+from megatron_dion.sharding.collectives import Groups
+from megatron_dion.sharding.layout import Placement
 
 
 class DionDistributedOptimizer(DistributedOptimizer):
@@ -115,16 +115,8 @@ class DionDistributedOptimizer(DistributedOptimizer):
         success = super().step_with_ready_grads()
         interval = self._recenter_interval
         if not self.is_stub_optimizer and interval and self._dion.number_of_steps % interval == 0:
-            self.recenter()
+            self._dion.bind().recenter()
         return success
-
-    def recenter(self) -> None:
-        """Makes the momenta of replicas with compressed gradient sync equal. A collective call."""
-        self._dion.bind().recenter()
-
-    def right_factors(self) -> Iterator[RightRows]:
-        """What this rank stores of the right factors."""
-        return self._dion.bind().right_factors()
 
 
 def _placement(

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.compressed_sync import reduce_within_instances
 from megatron_dion.optimizer.dion import Dion

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_dion.sharding import Part, Weight
+from megatron_dion.sharding.matrices import Part, Weight
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

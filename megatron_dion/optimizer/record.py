@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.optimizer.rules import RoutingRules
 
@@ -61,7 +61,8 @@ class Record:
                 f"Dion's state in it has format {values['format']}, and this version of"
                 f" megatron-dion knows formats up to {FORMAT}: install a newer one"
             )
-        saved, known = values["config"], {field.name for field in fields(DionConfig)}
+        known = {field.name for field in fields(DionConfig)}
+        saved = {"residual": "none"} | values["config"]  # what checkpoints without the setting had
         config = DionConfig(**{name: value for name, value in saved.items() if name in known})
         split, *patterns = (values[name] for name in ("split", "include", "exclude"))
         rules = RoutingRules(frozenset(split), *map(tuple, patterns))

@@ -20,11 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.checkpointing.agreement import gather
 from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
-from megatron_dion.sharding import Weight, compression_pays
+from megatron_dion.sharding.matrices import Weight, compression_pays
 
 DION = "dion"
 _BUFFER_TAG = "is_managed_by_layer_wise_optimizer"  # Megatron's DDP makes buffers by it
@@ -59,8 +59,11 @@ class RoutingTable:
         for route in self.routes:
             matrices = route.weight.matrices(self.config) if route.weight else []
             shape, reason = "x".join(map(str, route.shape)), route.reason
-            if self.compressed_sync and matrices and not compression_pays(matrices):
-                reason += ", whole gradients averaged over instances"
+            if self.compressed_sync and matrices:
+                if not compression_pays(matrices):
+                    reason += ", whole gradients averaged over instances"
+                elif self.config.residual != "none":
+                    reason += ", without the residual, which differs between instances"
             for m in matrices:
                 matrix = (m.name, str(m.rows), str(m.columns), str(m.rank))
                 yield route.parameter, shape, DION, reason, *matrix

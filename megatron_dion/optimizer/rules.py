@@ -12,20 +12,14 @@ SPLITS = ("qkv", "gate", "heads")
 
 @dataclass(frozen=True)
 class RoutingRules:
-    """What a user chooses about the routing.
+    """What a user chooses about the routing; ValueError for an unknown split."""
 
-    Attributes:
-        split: which fused weights are split into their matrices: `qkv` (query, key, value, and what
-            multi-latent attention has in their place), `gate` (gate and up projection), `heads`
-            (each attention head of its own, in place of `qkv`).
-        include: patterns (as of file names) of 2-D parameters that Dion updates in any case.
-        exclude: patterns of parameters that the scalar optimizer updates in any case.
-
-    Raises:
-        ValueError: an unknown split.
-    """
-
+    # Which fused weights are split into their matrices: `qkv` (query, key, value, and what
+    # multi-latent attention has in their place), `gate` (gate and up projection), `heads` (each
+    # attention head of its own, in place of `qkv`).
     split: frozenset[str] = frozenset({"qkv", "gate"})
+    # Patterns, as of file names, of 2-D parameters that Dion updates in any case, and of parameters
+    # that the scalar optimizer updates in any case.
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 

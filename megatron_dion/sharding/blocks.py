@@ -6,29 +6,22 @@ its part of each logical matrix.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from megatron_dion.sharding.matrices import Weight
 
 
-@dataclass(frozen=True)
-class Rectangle:
-    """Rows row_start:row_stop, columns column_start:column_stop of one logical matrix.
+class Rectangle(NamedTuple):
+    """Rows row_start:row_stop, columns column_start:column_stop of one logical matrix."""
 
-    Attributes:
-        matrix: index of the logical matrix.
-        offset: of the rectangle's first element in the rank's piece, where it is contiguous.
-        cut: whether other pieces of the same parameter hold more columns of its row.
-    """
-
-    matrix: int
+    matrix: int  # index of the logical matrix
     row_start: int
     row_stop: int
     column_start: int
     column_stop: int
-    offset: int
-    cut: bool
+    offset: int  # of its first element in the rank's piece, where it is contiguous
+    cut: bool  # whether other pieces of the same parameter hold more columns of its row
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_dion.algorithm import Steps
+from megatron_dion.algorithm.exchange import Steps
 from megatron_dion.sharding.plan import Plan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -20,35 +20,22 @@ _NUMBERS_AT_A_TIME = 1 << 26
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups of a grid; None stands for a group of one.
-
-    Attributes:
-        tensor: tensor-parallel ranks.
-        data: data-parallel ranks.
-        replicas: ranks that hold the same pieces and see other gradients of which the mean counts.
-    """
+    """The process groups of a grid; None stands for a group of one."""
 
     tensor: ProcessGroup | None = None
     data: ProcessGroup | None = None
+    # Ranks that hold the same pieces and see other gradients, of which the mean counts.
     replicas: ProcessGroup | None = None
 
 
 class Setup(NamedTuple):
-    """What an exchange is made of.
-
-    Attributes:
-        plan: of this rank.
-        groups: the processes.
-        replicas: number of ranks in `groups.replicas`, over which P and R are averaged.
-        wire: the type in which P and R travel.
-        has_residual: whether weights move along the residual, too.
-    """
+    """What an exchange is made of."""
 
     plan: Plan
     groups: Groups
-    replicas: int
-    wire: torch.dtype
-    has_residual: bool
+    replicas: int  # number of ranks in `groups.replicas`, over which P and R are averaged
+    wire: torch.dtype  # in which P and R travel
+    has_residual: bool  # whether weights move along the residual, too
 
 
 class GroupSums:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import RowSums, Steps
+from megatron_dion.algorithm.exchange import Steps
+from megatron_dion.algorithm.orthonormalize import RowSums
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -38,15 +39,9 @@ class ShardedExchange:
         replicas: number of replicas; by default the size of `groups.replicas`.
 
     Attributes:
-        device: where the matrices are.
         nbytes: the most bytes that the buffers take at a time.
-        row_sums: combines the tensor-parallel ranks, which share the rows of every owned P.
-        has_residual: whether weights move along the residual, too; not with replicas.
-        column_squares: by index of the matrix the squared norms of the columns of R, (r,).
-        totals: by index of the matrix ||B||_F^2, (1,).
-        lefts: for each rectangle of the plan the rows of P, (columns, r), of its columns.
-        projections: for each rectangle of the plan its rows of R, (rows, r).
-        row_squares: for each rectangle of the plan the squared norms of its rows of B, (rows,).
+        of_rectangles: for each rectangle of the plan the rows of P of its columns, (columns, r),
+            its rows of R, (rows, r), and the squared norms of its rows of B, (rows,).
     """
 
     def __init__(
@@ -63,9 +58,8 @@ class ShardedExchange:
         self._right = RightFactorExchange(setup, self._memory, right_transit)
         self._norms = NormExchange(setup, self._memory)
         self.column_squares, self.totals = self._norms.columns, self._norms.totals
-        self.lefts = self._left.of_rectangles
-        self.projections = self._right.of_rectangles
-        self.row_squares = self._norms.of_rectangles
+        parts = (self._left, self._right, self._norms)
+        self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
         transit = self._left_transit.nbytes, right_transit.nbytes
         self.nbytes = self._memory.nbytes + max(transit)
         for buffers in (self._memory, self._left_transit, right_transit):

@@ -5,24 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 
-from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.algorithm.exchange import Matrix
 from megatron_dion.sharding.blocks import Rectangle, rectangles
 from megatron_dion.sharding.matrices import Weight
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the distributed optimizer keeps a weight: at `start` in a flat bucket.
-
-    Attributes:
-        weight: the weight.
-        start: its first element, counted from the bucket's first.
-        bucket_numel: elements of the bucket, which is cut evenly over the data-parallel ranks.
-    """
+    """Where the distributed optimizer keeps a weight: at `start` in a flat bucket."""
 
     weight: Weight
-    start: int
-    bucket_numel: int
+    start: int  # its first element, counted from the bucket's first
+    bucket_numel: int  # elements of the bucket, cut evenly over the data-parallel ranks
 
     def piece(self, data_parallel_rank: int, data_parallel_size: int) -> tuple[int, int]:
         """First and one past last element of the flattened weight that a rank holds."""
@@ -74,10 +69,6 @@ class Layout:
         placements: the weights, the same list on every rank of the grid.
         grid: the ranks.
         config: gives the matrices' ranks.
-
-    Attributes:
-        matrices: all of them, in the order of their weights.
-        matrices_of: for each placement the indices of its matrices.
     """
 
     def __init__(self, placements: Sequence[Placement], grid: Grid, config: DionConfig) -> None:
@@ -90,8 +81,8 @@ class Layout:
             first = len(matrices)
             matrices += placement.weight.matrices(config)
             matrices_of.append(range(first, len(matrices)))
-        self.matrices = tuple(matrices)
-        self.matrices_of = tuple(matrices_of)
+        self.matrices = tuple(matrices)  # in the order of their weights
+        self.matrices_of = tuple(matrices_of)  # by placement, the indices of its matrices
         # Of the instance: a cached method would keep every layout alive.
         self.rectangles = lru_cache(maxsize=1 << 16)(self._rectangles)
 
@@ -143,11 +134,6 @@ class Layout:
         """Whether tensor-parallel ranks hold the same rows: other columns of them, or copies."""
         weight = self.placements[placement].weight
         return self.grid.tensor_parallel_size > 1 and weight.partition_dim != 0
-
-    def is_duplicated(self, placement: int) -> bool:
-        """Whether every tensor-parallel rank holds the same elements."""
-        weight = self.placements[placement].weight
-        return self.grid.tensor_parallel_size > 1 and weight.partition_dim is None
 
     def share(self, placement: int, length: int, rank: Rank) -> slice:
         """A rank's part of `length` rows or columns that all tensor-parallel ranks could serve."""

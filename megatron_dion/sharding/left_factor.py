@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dion.algorithm import Steps, copy_all
+from megatron_dion.algorithm.exchange import Steps
+from megatron_dion.algorithm.step import copy_all
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, like_views, ring_bytes
 from megatron_dion.sharding.plan import Hop, Tile
@@ -120,11 +121,7 @@ class _Rows:
 
 
 class _HopExchange:
-    """The memory of a `Hop` from `tiles` to `sums`, and its two directions.
-
-    Attributes:
-        bytes_sent: to other ranks, in both directions.
-    """
+    """The memory of a `Hop` from `tiles` to `sums`, and its two directions."""
 
     def __init__(
         self,
@@ -146,7 +143,9 @@ class _HopExchange:
         ]
         self._sent = buffers.empty(sum(self._send_sizes), wire)
         self._received = buffers.empty(sum(self._receive_sizes), wire)
-        self.bytes_sent = self._sent.nbytes + self._received.nbytes  # there and back
+        self.bytes_sent = (
+            self._sent.nbytes + self._received.nbytes
+        )  # to other ranks, there and back
         self._outgoing = [view for views in sent.values() for view in views]
         self._sent_views = like_views(self._sent, [view.shape for view in self._outgoing])
         self._arrivals = [

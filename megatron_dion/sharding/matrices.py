@@ -8,32 +8,25 @@ description serves them all: the rows of one period, by part.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-from megatron_dion.algorithm import DionConfig, Matrix
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.algorithm.exchange import Matrix
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Consecutive rows of one logical matrix within one period of a fused weight."""
 
     name: str
     rows: int
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows of a rank's parameter that are consecutive rows of one logical matrix.
+class Segment(NamedTuple):
+    """Rows of a rank's parameter that are consecutive rows of one logical matrix."""
 
-    Attributes:
-        part: index of the logical matrix in `Weight.matrices`.
-        local_row: first row in the rank's parameter.
-        matrix_row: first row in the logical matrix.
-        rows: number of rows.
-    """
-
-    part: int
-    local_row: int
-    matrix_row: int
+    part: int  # index of the logical matrix in `Weight.matrices`
+    local_row: int  # first row in the rank's parameter
+    matrix_row: int  # first row in the logical matrix
     rows: int
 
 
@@ -41,31 +34,25 @@ class Segment:
 class Weight:
     """A 2-D parameter as tensor parallelism shards it.
 
-    Attributes:
-        name: global name, the same in every topology.
-        rows: of a rank's parameter.
-        columns: of a rank's parameter.
-        partition_dim: 0 if the ranks hold different rows (column-parallel linear layer), 1 if
-            they hold different columns (row-parallel), None if all hold the same.
-        tensor_parallel_size: number of ranks.
-        parts: one period of the rows of all ranks' parameters put one below the other; empty for
-            a weight that is one matrix.
-        separate_periods: whether a part is another matrix in each period (one attention head), or
-            its rows in all periods are one matrix (all queries).
-        joined: whether all parts are one matrix after all, in which the first part's rows of all
-            periods come first, then the second's: the order that no topology changes.
-
     Raises:
         ValueError: the periods do not fill the rows.
     """
 
-    name: str
-    rows: int
-    columns: int
+    name: str  # global, the same in every topology
+    rows: int  # of a rank's parameter
+    columns: int  # of a rank's parameter
+    # 0 if the ranks hold different rows (column-parallel linear layer), 1 if they hold different
+    # columns (row-parallel), None if all hold the same.
     partition_dim: int | None = None
     tensor_parallel_size: int = 1
+    # One period of the rows of all ranks' parameters, put one below the other; empty for a weight
+    # that is one matrix.
     parts: tuple[Part, ...] = ()
+    # Whether a part is another matrix in each period (one attention head), or its rows in all
+    # periods are one matrix (all queries).
     separate_periods: bool = False
+    # Whether all parts are one matrix after all, in which the first part's rows of all periods come
+    # first, then the second's: the order that no topology changes.
     joined: bool = False
 
     def __post_init__(self) -> None:

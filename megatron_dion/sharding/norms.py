@@ -3,9 +3,8 @@
 from collections import Counter
 
 import torch
-from torch import Tensor
 
-from megatron_dion.algorithm import Steps
+from megatron_dion.algorithm.exchange import Steps
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Setup, all_reduce, ring_bytes
 
@@ -43,19 +42,14 @@ class NormExchange:
         shared, shared_cut, numbers, other_cut, other = self._memory.split(sizes)
         ranks = [layout.matrices[k].rank for k in plan.members]
         columns, totals = numbers.tensor_split([sum(ranks)])
-        parts = (columns.split(ranks) if ranks else (), totals.view(-1, 1).unbind())
-        self.columns: dict[int, Tensor]
-        self.totals: dict[int, Tensor]
-        self.columns, self.totals = (dict(zip(plan.members, part, strict=True)) for part in parts)
+        self.columns = dict(zip(plan.members, columns.split(ranks) if ranks else (), strict=True))
+        self.totals = dict(zip(plan.members, totals.view(-1, 1), strict=True))
         self._of_tensor = self._memory[: sum(sizes[:3])]
         self._of_data = self._memory[sizes[0] : sum(sizes[:4])]
         self._groups = setup.groups
         self._grid = layout.grid
-        place = {
-            key: row
-            for keys, part in ((cut[True], shared_cut), (cut[False], other_cut))
-            for key, row in zip(keys, part.view(-1, 1).unbind(), strict=True)
-        }
+        place = dict(zip(cut[True], shared_cut.view(-1, 1), strict=True))
+        place |= zip(cut[False], other_cut.view(-1, 1), strict=True)
         self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)
         for index, (placement, rectangle) in enumerate(rectangles):
             if rectangle.cut:

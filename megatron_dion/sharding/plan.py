@@ -6,7 +6,7 @@ of any grid can be planned and tested in one process.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -28,17 +28,11 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Hop:
-    """One packed exchange within a group: tiles go to peers, and are summed there.
+    """One packed exchange within a group: tiles go to peers, and are summed there."""
 
-    Attributes:
-        sends: for each peer of the group the tiles that it gets from this rank.
-        receives: for each peer the tiles that this rank gets from it.
-        sums: what the received tiles add up to, one for each matrix.
-    """
-
-    sends: tuple[tuple[Tile, ...], ...]
-    receives: tuple[tuple[Tile, ...], ...]
-    sums: tuple[Tile, ...]
+    sends: tuple[tuple[Tile, ...], ...]  # by peer, what it gets from this rank
+    receives: tuple[tuple[Tile, ...], ...]  # by peer, what this rank gets from it
+    sums: tuple[Tile, ...]  # what the received tiles add up to, one for each matrix
 
 
 class CutRow(NamedTuple):
@@ -57,37 +51,23 @@ class Plan:
     data-parallel ranks is already summed. If many ranks hold a matrix, each of them first sums a
     slice of the rows; else the owner alone would receive and add up the P of all of them. The
     orthonormalized P takes the same way back.
-
-    Attributes:
-        layout: of all matrices.
-        rank: the rank.
-        placements: the weights that are stepped, the same on every rank of the grid.
-        members: their matrices.
-        rectangles: what this rank holds, (index of the placement, rectangle) each; first those
-            whose rows other tensor-parallel ranks have too.
-        tiles: the rows of P to which this rank contributes, one tile for each matrix.
-        tensor_hop: from `tiles` to the rank's share of their rows.
-        slice_hop: of every P that more than three data-parallel ranks hold, from there to the
-            rank's slice of the rows; None if no rank has such a P.
-        owner_hop: from there to the rows of P that this rank orthonormalizes.
-        cut_rows: for each data-parallel peer the rows of which both hold columns.
-        has_cut_rows: whether there are any on any rank.
-        has_partial_rows: whether R of any rectangle on any rank is a sum over the tensor-parallel
-            group.
     """
 
-    layout: Layout
+    layout: Layout  # of all matrices
     rank: Rank
-    placements: tuple[int, ...]
-    members: tuple[int, ...]
+    placements: tuple[int, ...]  # the weights that are stepped, the same on every rank of the grid
+    members: tuple[int, ...]  # their matrices
+    # What this rank holds, with the index of the placement; first those rectangles whose rows other
+    # tensor-parallel ranks have too.
     rectangles: tuple[tuple[int, Rectangle], ...]
-    tiles: tuple[Tile, ...]
-    tensor_hop: Hop
-    slice_hop: Hop | None
-    owner_hop: Hop
-    cut_rows: tuple[tuple[CutRow, ...], ...]
-    has_cut_rows: bool
-    has_partial_rows: bool
+    tiles: tuple[Tile, ...]  # rows of P to which this rank contributes, one tile for each matrix
+    tensor_hop: Hop  # from `tiles` to the rank's share of their rows
+    # From there to its slice of the rows, of every P that more than three data-parallel ranks hold.
+    slice_hop: Hop | None  # None if no rank has such a P
+    owner_hop: Hop  # from there to the rows of P that this rank orthonormalizes
+    cut_rows: tuple[tuple[CutRow, ...], ...]  # by data-parallel peer, of which both hold columns
+    has_cut_rows: bool  # whether there are any on any rank
+    has_partial_rows: bool  # whether R of any rectangle anywhere is a sum over a tensor group
 
 
 def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
@@ -102,6 +82,25 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
     rectangles = [(p, rectangle) for p in chosen for rectangle in layout.rectangles(p, rank)]
     rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
     stages = _Stages(layout)
+    shared = _shared_weights(layout, rank, chosen)
+    tensor_group = layout.grid.tensor_group(rank.data_parallel)
+    data_group = [Rank(rank.tensor_parallel, d) for d in range(layout.grid.data_parallel_size)]
+
+    def hop(group: Sequence[Rank], tiles_of: _TilesOf, part_of: _PartOf) -> Hop:
+        def parts(sender: Rank, receiver: Rank, peer: Rank) -> tuple[Tile, ...]:
+            weights = shared[peer.data_parallel]
+            tiles = _in_order(layout, [tile for p in weights for tile in tiles_of(p, sender)])
+            every_part = (part_of(sender, tile, receiver) for tile in tiles)
+            return tuple(part for part in every_part if part is not None)
+
+        receives = tuple(parts(peer, rank, peer) for peer in group)
+        return Hop(
+            sends=tuple(parts(rank, peer, peer) for peer in group),
+            receives=receives,
+            sums=_in_order(layout, _hulls(tile for tiles in receives for tile in tiles)),
+        )
+
+    is_sliced = any(_is_sliced(layout, k) for p in chosen for k in layout.matrices_of[p])
     return Plan(
         layout=layout,
         rank=rank,
@@ -109,13 +108,19 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
         members=tuple(k for placement in chosen for k in layout.matrices_of[placement]),
         rectangles=tuple(rectangles),
         tiles=_in_order(layout, [tile for p in chosen for tile in stages.tiles(p, rank)]),
-        tensor_hop=_tensor_hop(stages, rank, chosen),
-        slice_hop=_slice_hop(stages, rank, chosen),
-        owner_hop=_data_hop(stages, rank, chosen, stages.slice_sums, stages.to_owner),
+        tensor_hop=hop(tensor_group, stages.tiles, stages.to_row_owner),
+        slice_hop=hop(data_group, stages.tensor_sums, stages.to_slices) if is_sliced else None,
+        owner_hop=hop(data_group, stages.slice_sums, stages.to_owner),
         cut_rows=_cut_rows(layout, rank, rectangles),
         has_cut_rows=any(map(layout.cut_rows, chosen)),
         has_partial_rows=any(map(layout.shares_rows, chosen)),
     )
+
+
+_TilesOf = Callable[[int, Rank], tuple[Tile, ...]]
+"""What a rank has of the P of a weight before a hop."""
+_PartOf = Callable[[Rank, Tile, Rank], Tile | None]
+"""What of a rank's tile another rank gets in a hop."""
 
 
 class _Stages:
@@ -138,127 +143,69 @@ class _Stages:
     def _tensor_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
         """After the hop within the tensor-parallel group: a rank's share of the rows."""
         group = self.layout.grid.tensor_group(rank.data_parallel)
-        tiles = [tile for peer in group for tile in self.tiles(placement, peer)]
-        return _hulls(_owned_by(self.layout, rank.tensor_parallel, tiles))
+        tiles = (tile for peer in group for tile in self.tiles(placement, peer))
+        parts = (self.to_row_owner(rank, tile, rank) for tile in tiles)
+        return _hulls(part for part in parts if part is not None)
 
     def _slice_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
         """After the hop that sums a P in slices; a P that is not sliced is as it was."""
-        layout = self.layout
         sums = self.tensor_sums(placement, rank)
-        tiles = [tile for tile in sums if not _is_sliced(layout, tile.matrix)]
-        for k in layout.matrices_of[placement]:
-            slice_ = _slice(layout, k, rank) if _is_sliced(layout, k) else None
-            owned_rows = layout.owned_rows(k, rank.tensor_parallel)
-            if slice_ and (slice_.start < slice_.stop or owned_rows[0] == owned_rows[1]):
-                tiles.append(slice_)
+        tiles = [tile for tile in sums if not _is_sliced(self.layout, tile.matrix)]
+        for k in self.layout.matrices_of[placement]:
+            if _is_sliced(self.layout, k):
+                rows = self.layout.owned_rows(k, rank.tensor_parallel)
+                part = self.to_slices(rank, Tile(k, *rows), rank)
+                tiles += [part] if part is not None else []
         return tuple(tiles)
 
-    def to_slices(self, rank: Rank, tile: Tile, receiver: int) -> Tile | None:
-        """What of a rank's tile a data-parallel rank sums; a P that is not sliced stays."""
+    def to_row_owner(self, _: Rank, tile: Tile, receiver: Rank) -> Tile | None:
+        """The rows of which a rank of the tensor-parallel group is in charge.
+
+        If no row of a P is the receiver's, its part has no rows: the ranks of the group
+        orthonormalize together, each with a part of every P.
+        """
+        return _part(tile, *self.layout.owned_rows(tile.matrix, receiver.tensor_parallel))
+
+    def to_slices(self, rank: Rank, tile: Tile, receiver: Rank) -> Tile | None:
+        """The rows that a holder of the matrix sums: an even share of its tensor-parallel rank's.
+
+        A P that is not sliced stays where it is.
+        """
         if not _is_sliced(self.layout, tile.matrix):
-            return tile if receiver == rank.data_parallel else None
-        slice_ = _slice(self.layout, tile.matrix, Rank(rank.tensor_parallel, receiver))
-        if slice_ is None:
+            return tile if receiver == rank else None
+        holders = self.layout.holders[tile.matrix]  # ascending
+        index, count = bisect_left(holders, receiver.data_parallel), len(holders)
+        if index == count or holders[index] != receiver.data_parallel:
             return None
-        start, stop = max(tile.start, slice_.start), min(tile.stop, slice_.stop)
-        return Tile(tile.matrix, start, stop) if start < stop else None
+        first, last = self.layout.owned_rows(tile.matrix, receiver.tensor_parallel)
+        rows = last - first
+        return _part(tile, first + rows * index // count, first + rows * (index + 1) // count)
 
-    def to_owner(self, rank: Rank, tile: Tile, receiver: int) -> Tile | None:
-        """The tile, if a data-parallel rank is its owner."""
-        return tile if receiver == self.layout.owners[tile.matrix] else None
-
-
-def _tensor_hop(stages: _Stages, rank: Rank, placements: Sequence[int]) -> Hop:
-    layout = stages.layout
-    group = layout.grid.tensor_group(rank.data_parallel)
-    tiles = [
-        _in_order(layout, [tile for p in placements for tile in stages.tiles(p, peer)])
-        for peer in group
-    ]
-    mine = tiles[rank.tensor_parallel]
-    sums = [tile for p in placements for tile in stages.tensor_sums(p, rank)]
-    return Hop(
-        sends=tuple(_owned_by(layout, peer.tensor_parallel, mine) for peer in group),
-        receives=tuple(_owned_by(layout, rank.tensor_parallel, each) for each in tiles),
-        sums=_in_order(layout, sums),
-    )
+    def to_owner(self, _: Rank, tile: Tile, receiver: Rank) -> Tile | None:
+        """The whole tile, if a rank is the owner of the P."""
+        return tile if receiver.data_parallel == self.layout.owners[tile.matrix] else None
 
 
-def _slice_hop(stages: _Stages, rank: Rank, placements: Sequence[int]) -> Hop | None:
-    layout = stages.layout
-    if not any(_is_sliced(layout, k) for p in placements for k in layout.matrices_of[p]):
-        return None
-    hop = _data_hop(stages, rank, placements, stages.tensor_sums, stages.to_slices)
-    sums = [tile for p in placements for tile in stages.slice_sums(p, rank)]
-    return replace(hop, sums=_in_order(layout, sums))
-
-
-def _data_hop(
-    stages: _Stages,
-    rank: Rank,
-    placements: Sequence[int],
-    tiles_of: Callable[[int, Rank], tuple[Tile, ...]],
-    part_of: Callable[[Rank, Tile, int], Tile | None],
-) -> Hop:
-    """A hop over the data-parallel group.
-
-    Args:
-        stages: of the layout.
-        rank: the rank.
-        placements: the weights of the plan.
-        tiles_of: what a rank has of a weight before the hop.
-        part_of: what of a rank's tile a data-parallel rank gets.
-    """
-    layout, d = stages.layout, rank.data_parallel
-    size = layout.grid.data_parallel_size
-    shared: list[list[int]] = [[] for _ in range(size)]  # by peer, weights of which both hold some
+def _shared_weights(layout: Layout, rank: Rank, placements: Sequence[int]) -> list[list[int]]:
+    """By data-parallel rank, the weights of which it and the given rank both hold some."""
+    shared: list[list[int]] = [[] for _ in range(layout.grid.data_parallel_size)]
     for placement in placements:
-        holders = layout.placements[placement].holders(size)
-        for peer in holders if d in holders else ():
+        holders = layout.placements[placement].holders(layout.grid.data_parallel_size)
+        for peer in holders if rank.data_parallel in holders else ():
             shared[peer].append(placement)
-
-    def parts(sender: int, receiver: int, weights: Sequence[int]) -> tuple[Tile, ...]:
-        source = Rank(rank.tensor_parallel, sender)
-        tiles = _in_order(layout, [tile for p in weights for tile in tiles_of(p, source)])
-        every_part = (part_of(source, tile, receiver) for tile in tiles)
-        return tuple(part for part in every_part if part is not None)
-
-    sends = tuple(parts(d, peer, weights) for peer, weights in enumerate(shared))
-    receives = tuple(parts(peer, d, weights) for peer, weights in enumerate(shared))
-    sums = _in_order(layout, _hulls(tile for tiles in receives for tile in tiles))
-    return Hop(sends, receives, sums)
+    return shared
 
 
 def _is_sliced(layout: Layout, matrix: int) -> bool:
     return len(layout.holders[matrix]) > _MOST_TO_ONE
 
 
-def _slice(layout: Layout, matrix: int, rank: Rank) -> Tile | None:
-    """The rows that a holder of a matrix sums: an even share of its tensor-parallel rank's."""
-    holders = layout.holders[matrix]  # ascending
-    index = bisect_left(holders, rank.data_parallel)
-    if index == len(holders) or holders[index] != rank.data_parallel:
-        return None
-    first, last = layout.owned_rows(matrix, rank.tensor_parallel)
-    rows, count = last - first, len(holders)
-    return Tile(matrix, first + rows * index // count, first + rows * (index + 1) // count)
-
-
-def _owned_by(layout: Layout, tensor_parallel_rank: int, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """The parts of tiles of which a rank of a tensor-parallel group is in charge.
-
-    If no row of a P is the rank's, its tile has no rows: the ranks of the group orthonormalize
-    together, each with a tile of every P.
-    """
-    parts = []
-    for matrix, start, stop in tiles:
-        first, last = layout.owned_rows(matrix, tensor_parallel_rank)
-        part = Tile(matrix, max(start, first), min(stop, last))
-        if part.start < part.stop:
-            parts.append(part)
-        elif first == last:
-            parts.append(Tile(matrix, first, first))
-    return tuple(parts)
+def _part(tile: Tile, first: int, last: int) -> Tile | None:
+    """Those rows of a tile that are among others, without any where the others are none."""
+    start, stop = max(tile.start, first), min(tile.stop, last)
+    if first == last:
+        return Tile(tile.matrix, first, first)
+    return Tile(tile.matrix, start, stop) if start < stop else None
 
 
 def _hulls(tiles: Iterable[Tile]) -> tuple[Tile, ...]:

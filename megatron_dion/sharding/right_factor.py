@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import Steps, copy_all
+from megatron_dion.algorithm.exchange import Steps
+from megatron_dion.algorithm.step import copy_all
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from megatron_dion.algorithm import IN_FLIGHT
+from megatron_dion.algorithm.step import IN_FLIGHT
 from megatron_dion.sharding.layout import Layout
 
 _MIB = 1 << 20
@@ -14,15 +14,8 @@ def sets_of(layout: Layout, placements: Sequence[int], ranks: int) -> list[list[
 
     Weights of the same shape alternate, so that every rank has some of each set. There are two
     sets, or as many as keep the buffers of the sets in flight below `exchange_buffer_mib`; with a
-    single rank nobody is waited for, and one set is enough.
-
-    Args:
-        layout: of all weights.
-        placements: indices of those to divide.
-        ranks: number of ranks that communicate.
-
-    Returns:
-        Indices of placements, set by set: a pure function of shapes and sizes.
+    single rank nobody is waited for, and one set is enough. The result, indices of placements set
+    by set, is a pure function of shapes and of the number of ranks that communicate.
 
     Raises:
         ValueError: the limit is too small for some weight.
@@ -59,10 +52,8 @@ def _buffer_bytes(layout: Layout, placement: int) -> int:
     rows = min(weight.rows, shard // weight.columns + 2)
     numbers = 0.0
     for k in layout.matrices_of[placement]:
-        matrix, copies = (
-            layout.matrices[k],
-            (len(layout.holders[k]) + 4) / grid.tensor_parallel_size,
-        )
+        matrix = layout.matrices[k]
+        copies = (len(layout.holders[k]) + 4) / grid.tensor_parallel_size
         numbers += matrix.rank * ((3 + copies) * matrix.columns + 4 * min(rows, matrix.rows))
     return math.ceil(4 * numbers)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_dion import Dion, DionConfig
-from megatron_dion.algorithm import Matrix
-from megatron_dion.sharding import Rectangle
+from megatron_dion.algorithm.exchange import Matrix
+from megatron_dion.sharding.blocks import Rectangle
 from tests.distributed.nursery import TRAINING, Nursery, train
 from tests.reference import ReferenceMatrix
 

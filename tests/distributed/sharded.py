@@ -15,7 +15,10 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
-from megatron_dion.sharding import Groups, Part, Placement, Rank, Rectangle, Weight
+from megatron_dion.sharding.blocks import Rectangle
+from megatron_dion.sharding.collectives import Groups
+from megatron_dion.sharding.layout import Placement, Rank
+from megatron_dion.sharding.matrices import Part, Weight
 from tests.reference import ReferenceMatrix
 from tests.worlds import world
 

@@ -61,10 +61,10 @@ def test_sharded(tmp_path: Path) -> None:
     for half in (rows[:2], rows[2:]):
         assert sum(row["elements_M"] for row in half) == pytest.approx(2 * NUMEL / 1e6)
         assert all(row["orthonormalize_GFLOP"] > 0 for row in half)
-    # Data-parallel ranks with whole layers tell each other the column norms of R, no factors.
+    # Data-parallel ranks with whole layers tell each other norms of R and B, no factors.
     config = benchmarks.sharded.DionConfig(rank_fraction=1 / 4)
     matrices = [m for w in gpt(128, 2).weights(range(2)) for m in w.matrices(config)]
-    norms = 2 * sum(8 * matrix.rank for matrix in matrices)
+    norms = 2 * sum(8 * (matrix.rank + 1) for matrix in matrices)
     assert [row["sent_MB"] for row in rows[2:]] == 2 * [pytest.approx(norms / 2 / 1e6)]
     assert all(row["sent_MB"] > norms / 1e6 for row in rows[:2])
 

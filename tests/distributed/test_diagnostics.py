@@ -77,11 +77,11 @@ def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> No
 
 def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
     """On a rank: trains; iterations and tags of which W&B was told."""
-    from megatron_dion.megatron import diagnostics
+    from megatron_dion.megatron import recorder
 
     told: list[tuple[int, list[str]]] = []
     wandb = SimpleNamespace(log=lambda values, step: told.append((step, sorted(values))))
-    diagnostics.get_wandb_writer = lambda: wandb
+    recorder.get_wandb_writer = lambda: wandb
     train([*MODEL, *TRAINING, *DION, *argv])
     return told
 

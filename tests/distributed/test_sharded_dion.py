@@ -10,13 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import (
-    compression_pays,
-    exchange,
-    left_factor,
-    norms,
-    right_factor,
-)
+from megatron_dion.sharding import exchange, left_factor, norms, right_factor
+from megatron_dion.sharding.matrices import compression_pays
 from tests.distributed.sharded import (
     ODD,
     STEPS,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dion.platforms.ports import free_port
+from megatron_dion.platforms import free_port
 from tests.project import ROOT
 
 SCRIPTS = ROOT / "examples" / "slurm"

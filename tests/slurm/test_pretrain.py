@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.folders import tracked
-from megatron_dion.platforms.ports import free_port
+from megatron_dion.platforms import free_port
 from tests.distributed.nursery import DION, MODEL, TRAINING, losses
 from tests.slurm.cluster import SCRIPTS, Cluster, Job, wait_for
 

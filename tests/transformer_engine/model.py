@@ -26,7 +26,7 @@ from transformer_engine.pytorch.tensor import (
     MXFP8Tensor,
 )
 
-from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.routing import tag_matrices

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dion.sharding import boxes
+from megatron_dion.sharding.blocks import boxes
 
 
 @given(

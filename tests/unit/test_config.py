@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megatron_dion.algorithm import DionConfig
+from megatron_dion.algorithm.config import DionConfig
 
 SCALE_MODES = ("dion", "spectral", "unit_rms_norm")
 

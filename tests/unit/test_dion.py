@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
-from megatron_dion.algorithm import matmul_precision
+from megatron_dion.algorithm.products import matmul_precision
 from tests.reference import orthonormal_columns
 from tests.unit.dion_cases import (
     SHAPES,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_dion import DionConfig
 from megatron_dion.optimizer.fused import split_weight
-from megatron_dion.sharding import Weight
+from megatron_dion.sharding.matrices import Weight
 from tests.distributed.nursery import Nursery
 
 COLUMNS = 3

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import Exchange, step
+from megatron_dion.algorithm import step
+from megatron_dion.algorithm.exchange import Exchange
 from megatron_dion.algorithm.step import Block
 from megatron_dion.optimizer import binding
 from tests.unit.dion_cases import Comparison

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dion.algorithm import orthonormalize
+from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.sharding.collectives import GroupSums
 from tests.reference import orthonormal_columns
 

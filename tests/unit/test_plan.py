@@ -9,19 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding import (
-    Grid,
-    Layout,
-    Part,
-    Placement,
-    Plan,
-    Rank,
-    Weight,
-    bytes_sent,
-    make_plan,
-    sets_of,
-)
-from megatron_dion.sharding.plan import Hop
+from megatron_dion.sharding.exchange import bytes_sent
+from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
+from megatron_dion.sharding.matrices import Part, Weight
+from megatron_dion.sharding.plan import Hop, Plan, make_plan
+from megatron_dion.sharding.sets import sets_of
 
 sizes = st.integers(1, 12)
 for_any_layout = settings(
@@ -68,7 +60,8 @@ def test_every_element_is_held_once_or_by_every_copy(layout: Layout) -> None:
         end = defaultdict(int)
         for placement, r in plan.rectangles:
             count[r.matrix][r.row_start : r.row_stop, r.column_start : r.column_stop] += 1
-            is_copied = layout.is_duplicated(placement)
+            weight = layout.placements[placement].weight
+            is_copied = layout.shares_rows(placement) and weight.partition_dim is None
             copies[r.matrix] = layout.grid.tensor_parallel_size if is_copied else 1
             assert r.offset == end[placement]  # consecutive in memory
             end[placement] += r.numel

@@ -7,8 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dion import DionConfig
-from megatron_dion.algorithm import orthonormalize_flops
-from megatron_dion.sharding import Grid, Layout, bytes_sent, make_plan, sets_of
+from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
+from megatron_dion.sharding.exchange import bytes_sent
+from megatron_dion.sharding.layout import Grid, Layout
+from megatron_dion.sharding.plan import make_plan
+from megatron_dion.sharding.sets import sets_of
 from megatron_dion_tools.plan import GptShape, place
 from megatron_dion_tools.plan.dion import busiest_ranks, dion
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage

@@ -64,7 +64,7 @@ def routes_of(chunk: Any, rank: int, sizes: Sizes) -> dict[str, Any]:
     """In a process that has imported Megatron: shape, reason and matrices of all parameters."""
     from megatron.core import parallel_state
 
-    from megatron_dion.algorithm import DionConfig
+    from megatron_dion.algorithm.config import DionConfig
     from megatron_dion.optimizer.routing import ROUTE_TAG, tag_matrices
 
     experts, tensor = sizes

@@ -24,7 +24,7 @@ import torch._dynamo  # The first torch.optim.Optimizer of a process imports the
 import torch.distributed as dist
 import torch.distributed.tensor
 
-from megatron_dion.platforms.ports import free_port
+from megatron_dion.platforms import free_port
 
 _FORK = multiprocessing.get_context("fork")
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>

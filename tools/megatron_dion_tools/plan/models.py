@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_dion.sharding import Part, Weight
+from megatron_dion.sharding.matrices import Part, Weight
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_dion.algorithm import DionConfig
-from megatron_dion.sharding import Placement, Weight
+from megatron_dion.algorithm.config import DionConfig
+from megatron_dion.sharding.layout import Placement
+from megatron_dion.sharding.matrices import Weight
 from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.topology import Topology
 

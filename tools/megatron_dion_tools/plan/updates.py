@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_dion.sharding import Weight
+from megatron_dion.sharding.matrices import Weight
 from megatron_dion_tools.plan.stage import Stage, numel_of
 from megatron_dion_tools.plan.topology import Group
 
