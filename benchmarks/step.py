@@ -2,8 +2,8 @@
 
 Two tables. `floor`: Dion's step on equal square matrices, beside the matrix products that it must
 do: the four of shapes (m, n) and r, in the layouts of the step, and the operations of the
-orthonormalization at the rate of a product (n, r) (r, r). `weights`: AdamW, Megatron's Muon and
-Dion on the weights of a GPT.
+orthonormalization at the rate of a product (n, r) (r, r); and the step along the residual, too,
+beside the one without. `weights`: AdamW, Megatron's Muon and Dion on the weights of a GPT.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.plan import GptShape
 
 MUON = "Muon"
+# The step, the step along the residual, the four products, and a product (n, r) (r, r).
+_MEASURED = ("step", "rows", "products", "square")
 Step = Callable[[], object]
 
 
@@ -87,25 +89,29 @@ def _floor_rows(alike: Alike, args: argparse.Namespace) -> list[Row]:
         cases |= _floor_cases(alike, fraction, args.device)
     times = interleaved(cases, args.repeats, args.device)
     return [
-        _floor_row(alike, f, *(times[f"{f} {name}"] for name in ("step", "products", "square")))
+        _floor_row(alike, f, {name: times[f"{f} {name}"] for name in _MEASURED})
         for f in args.fractions
     ]
 
 
 def _floor_cases(alike: Alike, fraction: Fraction, device: str) -> dict[str, Step]:
-    """Returns the step, its four products, and a product (n, r) (r, r), of all matrices."""
+    """Returns what is measured of all matrices: `_MEASURED`."""
     n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
     each = range(alike.count)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device) / shape[0] ** 0.5
 
-    weights = [with_gradient(0.02 * random(n, n)) for _ in each]
-    optimizer = Dion(weights, lr=LR, weight_decay=WEIGHT_DECAY, rank_fraction=float(fraction))
+    def dion(residual: str) -> Dion:
+        weights = [with_gradient(0.02 * random(n, n)) for _ in each]
+        options: dict[str, Any] = {"rank_fraction": float(fraction), "residual": residual}
+        return Dion(weights, lr=LR, weight_decay=WEIGHT_DECAY, **options)
+
     operands = [(random(n, n), random(n, n), random(n, r), random(n, r)) for _ in each]
     squares = [(random(n, r), random(r, r)) for _ in each]
     return {
-        f"{fraction} step": optimizer.step,
+        f"{fraction} step": dion("none").step,
+        f"{fraction} rows": dion("rows").step,
         f"{fraction} products": lambda: _four_products(operands),
         f"{fraction} square": lambda: [left @ square for left, square in squares],
     }
@@ -121,13 +127,8 @@ def _four_products(operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) ->
         weight.addmm_(right, left.T, beta=1 - 1e-6, alpha=-1e-9)
 
 
-def _floor_row(
-    alike: Alike,
-    fraction: Fraction,
-    step: Sequence[float],
-    products: Sequence[float],
-    square: Sequence[float],
-) -> Row:
+def _floor_row(alike: Alike, fraction: Fraction, times: dict[str, Sequence[float]]) -> Row:
+    step, rows, products, square = (times[name] for name in _MEASURED)
     n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
     share = orthonormalize_flops(n, r) / (2 * n * r**2)
     orthonormalize = [share * milliseconds for milliseconds in square]
@@ -144,6 +145,8 @@ def _floor_row(
         "step_to_floor": to_floor.median,
         "low": to_floor.low,
         "high": to_floor.high,
+        "rows_ms": summary(rows).median,
+        "rows_to_step": ratio(rows, step).median,
     }
 
 

@@ -39,7 +39,7 @@ class ShardedExchange:
         replicas: number of replicas; by default the size of `groups.replicas`.
 
     Attributes:
-        nbytes: the most bytes that the buffers take at a time.
+        nbytes: the most bytes that buffers and Gram matrices take at a time.
         of_rectangles: for each rectangle of the plan the rows of P of its columns, (columns, r),
             its rows of R, (rows, r), and the squared norms of its rows of B, (rows,).
     """
@@ -60,7 +60,7 @@ class ShardedExchange:
         self.column_squares, self.totals = self._norms.columns, self._norms.totals
         parts = (self._left, self._right, self._norms)
         self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
-        transit = self._left_transit.nbytes, right_transit.nbytes
+        transit = self._left_transit.nbytes + self._left.gram_bytes, right_transit.nbytes
         self.nbytes = self._memory.nbytes + max(transit)
         for buffers in (self._memory, self._left_transit, right_transit):
             buffers.free()

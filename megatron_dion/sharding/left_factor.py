@@ -46,6 +46,7 @@ class LeftFactorExchange:
                 source = sums
         self._owned = source.memory
         self._batches = list(source.batches())
+        self.gram_bytes = 4 * sum(len(p) * p.shape[2] ** 2 for p in self._batches)
         is_cast = replicas > 1 and wire != torch.float32
         self._averaged = transit.empty(len(self._owned), wire) if is_cast else self._owned
         self.of_rectangles = [
@@ -84,9 +85,8 @@ class LeftFactorExchange:
         sent: Counter[str] = Counter()
         for name, hop in self._hops:
             sent[name] += hop.bytes_sent
-        # The largest entry of every P, and two Gram matrices.
-        numbers = sum(len(p) * (1 + 2 * p.shape[2] ** 2) for p in self._batches)
-        sent["tensor"] += ring_bytes(4 * numbers, self._tensor_size)
+        largest = 4 * sum(map(len, self._batches))  # the largest entry of every P
+        sent["tensor"] += ring_bytes(largest + 2 * self.gram_bytes, self._tensor_size)
         sent["replicas"] = ring_bytes(self._averaged.nbytes, self._replica_count)
         return sent
 

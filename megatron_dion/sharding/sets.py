@@ -45,7 +45,7 @@ def _buffer_bytes(layout: Layout, placement: int) -> int:
 
     That is P as a rank contributes it, as it is sent, received and summed within the
     tensor-parallel group, and as the owner gets it from all holders; R as it is and as it is sent;
-    and the gathered columns of Q.
+    the gathered columns of Q; and a Gram matrix.
     """
     grid, weight = layout.grid, layout.placements[placement].weight
     shard = layout.placements[placement].bucket_numel // grid.data_parallel_size
@@ -55,6 +55,7 @@ def _buffer_bytes(layout: Layout, placement: int) -> int:
         matrix = layout.matrices[k]
         copies = (len(layout.holders[k]) + 4) / grid.tensor_parallel_size
         numbers += matrix.rank * ((3 + copies) * matrix.columns + 4 * min(rows, matrix.rows))
+        numbers += matrix.rank**2
     return math.ceil(4 * numbers)
 
 

@@ -25,8 +25,9 @@ PP2 = "--pipeline-model-parallel-size 2"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
 INSTANCES = "--num-distributed-optimizer-instances 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-BF16 = DionConfig(momentum_dtype="bf16", factor_dtype="bf16", comm_dtype="bf16")
+BF16 = DionConfig(momentum_dtype="bf16", factor_dtype="bf16", comm_dtype="bf16", residual="rows")
 BF16_FLAGS = "--dion-momentum-dtype bf16 --dion-factor-dtype bf16 --dion-comm-dtype bf16"
+ROWS = "--dion-residual rows"
 
 ADAM = "--optimizer adam --use-distributed-optimizer"
 MUON = "--optimizer muon --muon-tp-mode duplicated --use-distributed-optimizer"
@@ -59,7 +60,7 @@ CASES: dict[str, Case] = {
         {"bucket_size": 20000},
     ),
     "dion-tp2-dp2-bf16": (
-        f"{' '.join(DION)} {TP2} {BF16_FLAGS}",
+        f"{' '.join(DION)} {TP2} {BF16_FLAGS} {ROWS}",
         Topology(tp=2, dp=2),
         Optimizer("dion", BF16),
         {},

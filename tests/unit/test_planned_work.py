@@ -1,6 +1,7 @@
 """What is planned of an optimizer's part in a step, against counts and against all plans."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -52,9 +53,12 @@ def test_muon_on_more_ranks_than_weights_does_a_whole_one() -> None:
         (Topology(dp=48), 1_000_000),
     ],
 )
-def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_size: int) -> None:
+@pytest.mark.parametrize("residual", ["none", "rows"])
+def test_the_busiest_ranks_are_among_those_planned(
+    topology: Topology, bucket_size: int, residual: Any
+) -> None:
     """What is planned is what the plans of all ranks say, but for a per cent."""
-    config = DionConfig(rank_fraction=0.25, comm_dtype="bf16")
+    config = DionConfig(rank_fraction=0.25, comm_dtype="bf16", residual=residual)
     run = Run(SHAPE, topology, Optimizer("dion", config), bucket_size, global_batch=192)
     stage = Stage(run, 0)
     update = dion(stage)
@@ -79,7 +83,8 @@ def test_the_busiest_ranks_are_among_those_planned(topology: Topology, bucket_si
         assert 0.99 * most[name] <= planned[name] <= 1.05 * most[name], name
     assert update.memory["momenta"] == 4 * stage.matrices / topology.dp
     # Of a plan with all weights in it, on all ranks together.
-    total = sum(8 * m.rows * m.columns * m.rank for m in layout.matrices)
+    products = 8 if residual == "none" else 6
+    total = sum(products * m.rows * m.columns * m.rank for m in layout.matrices)
     assert 1 <= update.products * layout.grid.size / total < 2.5
 
 

@@ -47,6 +47,8 @@ def dion(stage: Stage) -> Update:
         elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
         most["replicas"] += 8 * elements / stage.group.size * (replicas - 1) / replicas
     held = stage.matrices / stage.group.size
+    along = reduced if config.residual == "rows" else []  # weights that move along the residual
+    moved = sum(numel_of(layout.placements[i].weight) for i in along) / stage.group.size
     factors = sum(matrix.rows * matrix.rank for matrix in layout.matrices) / grid.size
     return Update(
         held,
@@ -55,8 +57,9 @@ def dion(stage: Stage) -> Update:
             "right factors": TORCH_DTYPES[config.factor_dtype].itemsize * factors,
             "exchange": most["exchange"],
         },
-        # The gradient is checked and added to the momentum; of B two reads, and one change.
-        bytes_passed=58 * held,
+        # The gradient is checked and added to the momentum; of B two reads, and one change. Along
+        # the residual, that change is a read for norms, a read and a change of W, and a scaling.
+        bytes_passed=58 * held + 16 * moved,
         products=most["products"],
         float32_products=most["float32 products"],
         factorizations=most["factorizations"],
@@ -106,7 +109,8 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
         found.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
         for _, rectangle in plan.rectangles:
-            found["products"] += 8 * rectangle.numel * layout.matrices[rectangle.matrix].rank
+            products = 6 if exchange.has_residual else 8  # three, or four, with m n r each
+            found["products"] += products * rectangle.numel * layout.matrices[rectangle.matrix].rank
         for tile in plan.owner_hop.sums:
             r = layout.matrices[tile.matrix].rank
             found["factorizations"] += orthonormalize_flops(0, r)
