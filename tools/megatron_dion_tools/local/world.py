@@ -55,9 +55,9 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             ends.append(parent_end)
         return _receive_results(ends)
     finally:
-        for process in ranks:
-            if process.pid is not None:
-                end(process)
+        for started in ranks:
+            if started.pid is not None:
+                end(started)
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
