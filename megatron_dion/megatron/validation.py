@@ -84,9 +84,10 @@ def check_latent_attention(args: argparse.Namespace) -> None:
     """
     is_plain = args.multi_latent_attention and args.transformer_impl == "local"
     refuse(
-        "--multi-latent-attention with --transformer-impl local loses gradients: use "
-        f"--tensor-model-parallel-size 1, not {args.tensor_model_parallel_size}",
-        when=is_plain and args.tensor_model_parallel_size > 1,
+        "--multi-latent-attention with --transformer-impl local needs a CPU and "
+        f"--tensor-model-parallel-size 1, not {args.tensor_model_parallel_size}: use "
+        "transformer_engine",
+        when=is_plain and (args.tensor_model_parallel_size > 1 or args.device == "cuda"),
     )
 
 
