@@ -21,12 +21,12 @@ from megatron_dion.megatron.flags import (
     extend_parser,
     refuse_removed_flags,
 )
-from megatron_dion.megatron.launch import describe_single_process
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.routing import tag_matrices
+from megatron_dion.platforms import describe_single_process
 
 
 class Join:
