@@ -38,9 +38,9 @@ from megatron_dion.algorithm.products import matmul_precision
 FLOOR = 1 / 32
 """Where less than about this share of a row of B is left in E, the row moves by less than others.
 
-P is orthonormal to 1e-6 or so, and so uncertain is ||E_i||^2 / ||B_i||^2 in float32. With the floor
-that changes s_i by 1e-6 / FLOOR^2 at most, and what rounding leaves in E, 1e-6 ||B_i||, moves a row
-by less than 1e-4 of the others' length."""
+Rounding leaves about 1e-6 ||B_i|| in E, and the same uncertainty in ||E_i||^2 / ||B_i||^2, with
+products in float32; 5e-4 with products in TF32. With the floor, s_i is right to 1e-6 / FLOOR^2, and
+noise moves a row by a share of its length that docs/residual.md gives."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -205,8 +205,9 @@ def _update(
             factor = factors[block.matrix]
             if exchange.has_residual:
                 scales = _row_scales(block, right, config)  # S, (k, rows, 1)
-                direction = right * (factor - scales)  # Q - S R, (k, rows, r)
+                direction = right * scales  # S R, (k, rows, r)
                 right *= factor  # R becomes Q in its place
+                torch.sub(right, direction, out=direction)  # Q - S R
             else:
                 block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
                 direction = right.mul_(factor)
@@ -225,8 +226,9 @@ def _row_scales(block: Block, projection: Tensor, config: DionConfig) -> Tensor:
     captured = torch.linalg.vector_norm(projection, dim=2).double().square_()  # (k, rows)
     residual = (block.row_squares - captured).clamp_(min=0)
     norms = residual.add_(block.row_squares, alpha=FLOOR**2).sqrt_()
-    # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
+    # A row whose norm is beyond float32's range, 1e-22 to 1e19, does not move along its residual.
     norms.nan_to_num_(nan=math.inf, posinf=math.inf)
+    norms.masked_fill_(block.row_squares == 0, math.inf)
     return (block.residual_row / (norms + config.eps)).float().unsqueeze(2)
 
 
