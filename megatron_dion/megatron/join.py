@@ -151,8 +151,8 @@ class Join:
 
     def _lay_out(self, stock: Stock, params: list[Parameter], size: int | None, *rest: Any) -> Any:
         """As DistributedOptimizer's, in buckets of our size if the user gives none for matrices."""
-        is_chosen = get_args().ddp_bucket_size or get_args().ddp_num_buckets
-        if size and weight_of(params[0]) and not is_chosen:
+        args = get_args() if size and weight_of(params[0]) else None
+        if size and args and not (args.ddp_bucket_size or args.ddp_num_buckets):
             size = roomy_bucket(sum(parameter.numel() for parameter in params), size)
             say(f"gradients of Dion's matrices: --ddp-bucket-size {size}, which cuts few of them")
         return stock(params, size, *rest)
