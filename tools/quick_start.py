@@ -66,8 +66,8 @@ def train(command: Sequence[str], log: Path) -> None:
         subprocess.Popen(
             command,
             cwd=ROOT,
-            # Megatron insists on it for tensor parallelism on most CUDA devices.
-            env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
+            env={"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

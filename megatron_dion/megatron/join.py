@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args
+from torch.nn import Parameter
 
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
@@ -25,8 +26,9 @@ from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
-from megatron_dion.optimizer.routing import tag_matrices
+from megatron_dion.optimizer.routing import tag_matrices, weight_of
 from megatron_dion.platforms import describe_single_process
+from megatron_dion.sharding.layout import roomy_bucket
 
 
 class Join:
@@ -51,6 +53,7 @@ class Join:
         patches.wrap("validate_args", self._validate)
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
+        patches.wrap("_compute_per_buffer_param_layout", self._lay_out)
         patches.use_packaged_dataset_helpers()
 
     def _cares_for(self, args: argparse.Namespace) -> bool:
@@ -145,6 +148,14 @@ class Join:
         """Marks the matrices of a model, before mixed precision and DDP wrap it."""
         with in_one_line("the model does not fit --dion-split, --dion-include"):
             return tag_matrices(model_chunks, self._options.rules)
+
+    def _lay_out(self, stock: Stock, params: list[Parameter], size: int | None, *rest: Any) -> Any:
+        """As DistributedOptimizer's, in buckets of our size if the user gives none for matrices."""
+        args = get_args() if size and weight_of(params[0]) else None
+        if size and args and not (args.ddp_bucket_size or args.ddp_num_buckets):
+            size = roomy_bucket(sum(parameter.numel() for parameter in params), size)
+            say(f"gradients of Dion's matrices: --ddp-bucket-size {size}, which cuts few of them")
+        return stock(params, size, *rest)
 
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""

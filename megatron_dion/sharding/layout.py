@@ -33,6 +33,11 @@ class Placement:
         return range((self.start + first) // shard, (end - 1) // shard + 1)
 
 
+def roomy_bucket(elements: int, usual: int) -> int:
+    """Elements of a gradient bucket: eight cut few matrices, and leave the most to overlap."""
+    return max(usual, -(-elements // 8))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Number of ranks that share one set of matrices."""

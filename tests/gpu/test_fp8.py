@@ -52,8 +52,10 @@ def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kep
     command += ["--nproc-per-node", str(gpus), "-m", "tests.gpu.run", str(folder), *MODEL]
     command += [*RECIPES.get(recipe, "").split(), *grid_flags.split(), "--run-dir", str(folder)]
     command += ["--train-iters", str(ITERATIONS), *flags]
-    # Without it Transformer Engine does not load the scales of delayed scaling.
+    # Without the one Transformer Engine does not load the scales of delayed scaling; the other is
+    # Megatron's condition for tensor parallelism before Blackwell.
     environment = {**os.environ, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with (folder / "log.txt").open("w") as log:
         answer = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     status = answer.returncode

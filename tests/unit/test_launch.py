@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +15,26 @@ from megatron_dion_tools.launch import Recipe
 from tests.distributed.nursery import Nursery
 
 RECIPES = sorted(Path("examples", "recipes").glob("*.yaml"))
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 
 
-def complaints_about(runs: Sequence[tuple[Sequence[str], int]]) -> list[str]:
+def complaints_about(
+    runs: Sequence[tuple[Sequence[str], int]],
+    connections: str | None = None,
+    capabilities: Sequence[float] = launch.CAPABILITIES,
+) -> list[str]:
     """On a rank: what runs would be refused with, or nothing."""
-    from megatron_dion.megatron.errors import ConfigurationError
-    from megatron_dion.megatron.pretrain import check_arguments
-
+    os.environ.pop(CONNECTIONS, None)
+    if connections is not None:
+        os.environ[CONNECTIONS] = connections
     complaints = []
     for flags, gpus in runs:
-        with contextlib.redirect_stdout(None):
-            try:
-                check_arguments(flags, "cuda", gpus)
-                complaints.append("")
-            except ConfigurationError as error:
-                complaints.append(str(error))
+        try:
+            launch.check(flags, gpus, capabilities)
+            complaints.append("")
+        except ToolError as error:
+            complaints.append(str(error))
     return complaints
 
 
@@ -39,6 +44,19 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     runs = [([*recipe.flags(gpus), *DATA], gpus) for gpus in recipe.topologies]
     assert nursery.run(1, complaints_about, runs) == [[""] * len(runs)]
     assert max(recipe.topologies) >= 64
+
+
+def test_connections_that_hopper_dies_of_are_refused(nursery: Nursery) -> None:
+    [path] = [path for path in RECIPES if path.stem == "gpt_8b"]
+    runs = [([*Recipe.read(path).flags(8), *DATA], 8)]
+    [[complaint]] = nursery.run(1, complaints_about, runs, "8")
+    assert f"{CONNECTIONS} to 1 (on compute capability 9.0, where it is 8; " in complaint
+    assert nursery.run(1, complaints_about, runs, "8", [10.0]) == [[""]]
+    assert nursery.run(1, complaints_about, runs, "1") == [[""]]
+    # Data parallelism alone takes any number.
+    path = path.with_stem("gpt_1b")
+    runs = [([*Recipe.read(path).flags(8), *DATA], 8)]
+    assert nursery.run(1, complaints_about, runs, "8") == [[""]]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default: list[Any] = list(map(optimizer, OPTIMIZERS))
     add("--optimizer", nargs="+", type=optimizer, default=default, help=what)
     what = "elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's: 40"
-    what += " million, or a million for each data-parallel rank if that is more)"
+    what += " million, or a million for each data-parallel rank if that is more; Dion's matrices:"
+    what += " an eighth of a rank's if that is more still)"
     add("--bucket-size", type=positive_or_0, nargs="+", default=[None], help=what)
     add("--micro-batch-size", type=positive, help="sequences of a micro batch (the file's, or 1)")
     what = "sequences of a step (the file's, or on each data-parallel rank 8 micro batches, or 4 x"

@@ -103,7 +103,7 @@ def predict(run: Run, machine: Hardware) -> Prediction:
 
 
 def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Prediction]:
-    """Try all `topologies` of a number of ranks, with Megatron's default buckets and with one.
+    """Try all `topologies` of a number of ranks, with default buckets and with one.
 
     Returns those that need at most `limit` bytes of a device's memory, the fastest first. Topology
     and buckets of `run` do not count.
