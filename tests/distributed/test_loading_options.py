@@ -222,6 +222,12 @@ def test_arguments_of_the_checkpoint(nursery: Nursery, dion: Path, tmp_path: Pat
     assert losses(tmp_path) == losses(dion / "run")[4:]
 
 
+def test_arguments_of_a_checkpoint_that_is_not_there_yet(nursery: Nursery, tmp_path: Path) -> None:
+    """The command line that starts a run is the one that goes on with it."""
+    argv = [*COMMON, *DION, "--use-checkpoint-args", "--load", str(tmp_path), *save(tmp_path)]
+    assert "starting from iteration 0" in run_argv(nursery, 1, argv)
+
+
 def look_elsewhere(argv: Sequence[str]) -> list[str]:
     """On a rank: the second sees no checkpoint, as on a node where the folder is not mounted."""
     folder = argv[argv.index("--load") + 1]
