@@ -119,9 +119,7 @@ def _shift(gram: Tensor, squares: Tensor) -> Tensor:
     """
     weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
     square = torch.zeros_like(weights[:, :1])
-    for start, stop in _blocks(
-        gram.shape[1], gram.device
-    ):  # what is squared at a time fits in a CPU's cache
+    for start, stop in _blocks(gram.shape[1], gram.device):  # they fit in a CPU's cache
         entries = gram[:, start:stop, start:].square()
         square += weights[:, start:stop].mT @ (entries @ weights[:, start:])
     return (16 + 6 * square.squeeze(2).sqrt()) * _UNIT_ROUNDOFF
