@@ -115,12 +115,12 @@ class Layout:
     def owners(self) -> tuple[int, ...]:
         """For each matrix the data-parallel rank whose tensor-parallel group orthonormalizes P.
 
-        The most expensive matrix comes first, and goes to the least loaded of its holders.
+        Matrices with one holder come first, then by cost; each goes to its least loaded holder.
         """
         costs = [matrix.columns * matrix.rank**2 for matrix in self.matrices]
         loads = [0] * self.grid.data_parallel_size
         owners = [0] * len(costs)
-        for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        for k in sorted(range(len(costs)), key=lambda k: (len(self.holders[k]) > 1, -costs[k])):
             owners[k] = min(self.holders[k], key=lambda d: loads[d])
             loads[owners[k]] += costs[k]
         return tuple(owners)

@@ -69,7 +69,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lion": ("--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1", {}),
     "rows": ("--dion-residual rows", {"residual": "rows"}),
 }
-# At full rank the last columns of P are nearly dependent: float32 knows their directions less well.
+# The first P of an output projection has a condition number of 7e5: two passes leave 7.5e-5.
 REFERENCE_TOLERANCE = {"full-rank": 1.5e-4}
 PRECISION = {
     "fp32": "",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_dion.megatron import flags
+from megatron_dion_tools import cli
 from tests.distributed.nursery import MODEL, TRAINING
 from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of
 from tests.project import ROOT
@@ -31,6 +32,16 @@ def own_flags() -> dict[str, Any]:
     flags.add_flags(parser)
     shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
     return {action.option_strings[0]: action.default for action in shown}
+
+
+def test_all_that_is_gone_is_refused_by_its_name() -> None:
+    page = (DOCS / "flags.md").read_text().partition("## Removed")[2]
+    assert set(re.findall(r"`(--[\w-]+)`", page)) == set(flags.REMOVED)
+    table = (ROOT / "CHANGELOG.md").read_text().partition("### Removed")[2]
+    gone = " ".join(re.findall(r"^\| (.+?) \|", table, re.M))
+    assert set(re.findall(r"`(--[\w-]+)`", gone)) == set(flags.REMOVED)
+    commands = re.findall(r"`megatron-dion ([a-z-]+(?: [a-z-]+)?)", gone)
+    assert set(commands) == set(cli.REMOVED)
 
 
 def as_written(default: Any) -> str:

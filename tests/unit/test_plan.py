@@ -174,6 +174,14 @@ def test_owners_share_the_work_evenly() -> None:
         assert bytes_sent(plan)["data"] == 2 * 8 * (3 + 1) * count * 3 // 4  # norms alone
 
 
+def test_a_matrix_with_a_single_holder_counts_before_those_with_a_choice() -> None:
+    small, large = Weight("small", 12, 12), Weight("large", 12, 36)
+    placements = [Placement(small, 0, 576), Placement(large, 144, 576)]
+    layout = Layout(placements, Grid(1, 2), DionConfig())
+    assert layout.holders == ((0,), (0, 1))
+    assert layout.owners == (0, 1)
+
+
 def test_qkv_of_two_groups_on_two_ranks() -> None:
     parts = (Part("query", 4), Part("key", 2), Part("value", 2))
     weight = Weight("qkv", 8, 6, 0, 2, parts)

@@ -47,10 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "look for the fastest topologies of so many ranks that fit (off)"
     add("--search", type=positive, metavar="RANKS", help=what)
     add = parser.add_argument_group("run").add_argument
-    what = (
-        "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the rank fraction"
-    )
-    what += f" is in (0, 1] ({' '.join(OPTIMIZERS)})"
+    what = "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the rank"
+    what += f" fraction is in (0, 1] ({' '.join(OPTIMIZERS)})"
     default: list[Any] = list(map(optimizer, OPTIMIZERS))
     add("--optimizer", nargs="+", type=optimizer, default=default, help=what)
     what = "elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's: 40"
@@ -66,13 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (the file's)")
     for each in (each for each in fields(DionConfig) if each.name in _DION):
         choices = get_args(each.type) if get_origin(each.type) is Literal else None
-        add(
-            f"--dion-{each.name.replace('_', '-')}",
-            type=str if choices else positive,
-            choices=choices,
-            default=each.default,
-            help=f"as in training ({each.default or 'off'})",
-        )
+        name, what = each.name.replace("_", "-"), f"as in training ({each.default or 'off'})"
+        kind = str if choices else positive
+        add(f"--dion-{name}", type=kind, choices=choices, default=each.default, help=what)
     add = parser.add_argument_group("machine").add_argument
     add("--hardware", default="h100", help=f"{', '.join(MACHINES)}, or a TOML file (h100)")
     add("--memory", type=positive, metavar="GIB", help="limit of a rank's memory (the machine's)")
