@@ -60,8 +60,8 @@ class Exchange(Protocol):
     def sum_right(self) -> Steps:
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
-    def clear_numbers(self) -> None:
+    def clear_norms(self) -> None:
         """Sets `column_squares`, `totals` and the `row_squares` of blocks to zero."""
 
-    def sum_numbers(self) -> Steps:
+    def sum_norms(self) -> Steps:
         """Sums `column_squares` and `totals` over all processes, `row_squares` over its holders."""

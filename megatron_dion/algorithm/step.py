@@ -118,9 +118,9 @@ def dion_step(
     yield from exchange.spread_left()
     _project_right(blocks, config)
     yield from exchange.sum_right()
-    exchange.clear_numbers()
+    exchange.clear_norms()
     _measure(blocks, exchange, is_measured)
-    yield from exchange.sum_numbers()
+    yield from exchange.sum_norms()
     _update(blocks, exchange, config, learning_rates, weight_decays)
 
 

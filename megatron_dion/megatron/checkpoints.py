@@ -20,6 +20,7 @@ from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import Loading, Source
+from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.record import Record
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -86,7 +87,7 @@ def check_that_ranks_agree(choice: Choice | None) -> None:
         )
 
 
-def use(choice: Choice | None, args: argparse.Namespace) -> None:
+def use(choice: Choice | None, args: argparse.Namespace, options: DionOptions) -> None:
     """Lets Megatron load the chosen checkpoint, and save new ones beside the old."""
 
     def report(folder: Path, size: int, seconds: float) -> None:
@@ -94,7 +95,7 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
         say(f"{folder}: saved iteration {iteration}, {size / 1e6:.1f} MB in {seconds:.1f} s")
 
     if choice is not None:
-        patches.wrap("load_checkpoint", Loader(choice, args).load)
+        patches.wrap("load_checkpoint", Loader(choice, args, options.reinit_factors).load)
     patches.wrap("save", Saver(not args.no_checkpoint_hashes, report).save)
 
 
@@ -112,8 +113,9 @@ class Facts(NamedTuple):
 class Loader:
     """Stands before Megatron's `load_checkpoint`: looks at the checkpoint, then lets it load."""
 
-    def __init__(self, choice: Choice, args: argparse.Namespace) -> None:
+    def __init__(self, choice: Choice, args: argparse.Namespace, reinit_factors: bool) -> None:
         self._args = args
+        self._reinit_factors = reinit_factors
         self._choice = choice
         self._folder = choice.folder
 
@@ -202,7 +204,7 @@ class Loader:
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
-        reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
+        reinit, switch = self._reinit_factors, self._args.switch_optimizer
         factors, routes, scalars, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),

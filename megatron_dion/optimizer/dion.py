@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -36,8 +36,10 @@ class Dion(torch.optim.Optimizer):
             numbers; a parameter without a name is called by its position.
         lr: learning rate, before it is scaled by shape.
         weight_decay: decoupled, multiplied by the unscaled learning rate.
-        **hyperparameters: the fields of `DionConfig`, such as `rank_fraction=0.25`. With
-            `momentum_dtype="bf16"` a step overwrites the gradients.
+        config: hyperparameters, those of `DionConfig()` by default. With `momentum_dtype="bf16"` a
+            step overwrites the gradients.
+        **hyperparameters: fields of `DionConfig`, such as `rank_fraction=0.25`, in place of those
+            of `config`.
 
     Raises:
         ValueError: a hyperparameter is out of range. `bind` and the first `step` raise it for a
@@ -50,12 +52,13 @@ class Dion(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float = 1e-2,
         weight_decay: float = 0.0,
+        config: DionConfig | None = None,
         **hyperparameters: Any,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {value}")
-        self.config = DionConfig(**hyperparameters)
+        self.config = replace(config or DionConfig(), **hyperparameters)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self._distribution: Distribution | None = None
         self._binding: Binding | None = None
@@ -130,7 +133,7 @@ class Dion(torch.optim.Optimizer):
         Raises:
             ValueError: the group has another of Dion's hyperparameters, which would be ignored.
         """
-        ignored = [name for name in asdict(self.config) if name in param_group]
+        ignored = [each.name for each in fields(self.config) if each.name in param_group]
         if ignored:
             raise ValueError(
                 f"a parameter group cannot have its own {', '.join(ignored)}:"

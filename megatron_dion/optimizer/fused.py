@@ -1,7 +1,8 @@
 """Which logical matrices the rows of a weight belong to, by the name of its linear layer.
 
 Megatron fuses weights: the rows of query, key and value take turns in one parameter, and so do
-those of gate and up projection. `megatron_dion.sharding.Weight` describes one period of the rows.
+those of gate and up projection. `megatron_dion.sharding.matrices.Weight` describes one period of
+the rows.
 """
 
 from __future__ import annotations

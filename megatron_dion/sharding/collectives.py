@@ -39,7 +39,7 @@ class Setup(NamedTuple):
 
 
 class GroupSums:
-    """Combines tensors of the ranks of a group at once (`megatron_dion.algorithm.RowSums`)."""
+    """Combines tensors of the ranks of a group (`RowSums` of `algorithm/orthonormalize.py`)."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self._group = group
@@ -106,8 +106,8 @@ def ring_bytes(nbytes: int, ranks: int) -> int:
     return 2 * nbytes * (ranks - 1) // ranks
 
 
-def like_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of consecutive parts of a 1-D buffer with given shapes."""
+def views_in(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of a 1-D buffer, one behind the other, with the given shapes."""
     sizes = [shape.numel() for shape in shapes]
     parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -28,7 +28,7 @@ from megatron_dion.sharding.right_factor import RightFactorExchange
 
 
 class ShardedExchange:
-    """The exchange of one rank of a grid (`megatron_dion.algorithm.Exchange`).
+    """The exchange of one rank of a grid (`Exchange` of `algorithm/exchange.py`).
 
     Its buffers have memory within `allocated` only.
 
@@ -101,10 +101,10 @@ class ShardedExchange:
     def sum_right(self) -> Steps:
         yield from self._right.sum()
 
-    def clear_numbers(self) -> None:
+    def clear_norms(self) -> None:
         self._norms.clear()
 
-    def sum_numbers(self) -> Steps:
+    def sum_norms(self) -> Steps:
         yield from self._norms.sum()
 
 

@@ -33,7 +33,7 @@ class Placement:
         return range((self.start + first) // shard, (end - 1) // shard + 1)
 
 
-def roomy_bucket(elements: int, usual: int) -> int:
+def dion_bucket_size(elements: int, usual: int) -> int:
     """Elements of a gradient bucket: eight cut few matrices, and leave the most to overlap."""
     return max(usual, -(-elements // 8))
 

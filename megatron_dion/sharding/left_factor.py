@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_dion.algorithm.exchange import Steps
 from megatron_dion.algorithm.step import copy_all
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, like_views, ring_bytes
+from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes, views_in
 from megatron_dion.sharding.plan import Hop, Tile
 
 _CACHE_NUMBERS = 1 << 18
@@ -97,7 +97,7 @@ class _Rows:
     def __init__(self, tiles: Sequence[Tile], ranks: Sequence[int], buffers: Buffers) -> None:
         shapes = [torch.Size((tile.stop - tile.start, ranks[tile.matrix])) for tile in tiles]
         self.memory = buffers.empty(sum(shape.numel() for shape in shapes), torch.float32)
-        self._views = like_views(self.memory, shapes)
+        self._views = views_in(self.memory, shapes)
         self._place = {t.matrix: (t.start, v) for t, v in zip(tiles, self._views, strict=True)}
 
     def view(self, tile: Tile) -> Tensor:
@@ -147,9 +147,9 @@ class _HopExchange:
             self._sent.nbytes + self._received.nbytes
         )  # to other ranks, there and back
         self._outgoing = [view for views in sent.values() for view in views]
-        self._sent_views = like_views(self._sent, [view.shape for view in self._outgoing])
+        self._sent_views = views_in(self._sent, [view.shape for view in self._outgoing])
         self._arrivals = [
-            like_views(part, [view.shape for view in views] if peer != me else [])
+            views_in(part, [view.shape for view in views] if peer != me else [])
             for peer, (part, views) in enumerate(
                 zip(self._received.split(self._receive_sizes), self._targets, strict=True)
             )

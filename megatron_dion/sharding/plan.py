@@ -35,13 +35,6 @@ class Hop:
     sums: tuple[Tile, ...]  # what the received tiles add up to, one for each matrix
 
 
-class CutRow(NamedTuple):
-    """A row of a matrix whose columns lie on several data-parallel ranks."""
-
-    matrix: int
-    row: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one rank does in a step of some weights.
@@ -65,8 +58,9 @@ class Plan:
     # From there to its slice of the rows, of every P that more than three data-parallel ranks hold.
     slice_hop: Hop | None  # None if no rank has such a P
     owner_hop: Hop  # from there to the rows of P that this rank orthonormalizes
-    cut_rows: tuple[tuple[CutRow, ...], ...]  # by data-parallel peer, of which both hold columns
-    has_cut_rows: bool  # whether there are any on any rank
+    # By data-parallel peer, the rows of which both hold columns: matrix and number of the row.
+    cut_rows: tuple[tuple[tuple[int, int], ...], ...]
+    has_cut_rows: bool  # whether any rank holds columns of such a row
     has_partial_rows: bool  # whether R of any rectangle anywhere is a sum over a tensor group
 
 
@@ -78,11 +72,11 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
         rank: the rank.
         placements: indices of the weights, the same on every rank; all by default.
     """
-    chosen = sorted(range(len(layout.placements)) if placements is None else placements)
-    rectangles = [(p, rectangle) for p in chosen for rectangle in layout.rectangles(p, rank)]
+    stepped = sorted(range(len(layout.placements)) if placements is None else placements)
+    rectangles = [(p, rectangle) for p in stepped for rectangle in layout.rectangles(p, rank)]
     rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
     stages = _Stages(layout)
-    shared = _shared_weights(layout, rank, chosen)
+    shared = _shared_weights(layout, rank, stepped)
     tensor_group = layout.grid.tensor_group(rank.data_parallel)
     data_group = [Rank(rank.tensor_parallel, d) for d in range(layout.grid.data_parallel_size)]
 
@@ -100,20 +94,20 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
             sums=_in_order(layout, _hulls(tile for tiles in receives for tile in tiles)),
         )
 
-    is_sliced = any(_is_sliced(layout, k) for p in chosen for k in layout.matrices_of[p])
+    is_sliced = any(_is_sliced(layout, k) for p in stepped for k in layout.matrices_of[p])
     return Plan(
         layout=layout,
         rank=rank,
-        placements=tuple(chosen),
-        members=tuple(k for placement in chosen for k in layout.matrices_of[placement]),
+        placements=tuple(stepped),
+        members=tuple(k for placement in stepped for k in layout.matrices_of[placement]),
         rectangles=tuple(rectangles),
-        tiles=_in_order(layout, [tile for p in chosen for tile in stages.tiles(p, rank)]),
+        tiles=_in_order(layout, [tile for p in stepped for tile in stages.tiles(p, rank)]),
         tensor_hop=hop(tensor_group, stages.tiles, stages.to_row_owner),
         slice_hop=hop(data_group, stages.tensor_sums, stages.to_slices) if is_sliced else None,
         owner_hop=hop(data_group, stages.slice_sums, stages.to_owner),
         cut_rows=_cut_rows(layout, rank, rectangles),
-        has_cut_rows=any(map(layout.cut_rows, chosen)),
-        has_partial_rows=any(map(layout.shares_rows, chosen)),
+        has_cut_rows=any(map(layout.cut_rows, stepped)),
+        has_partial_rows=any(map(layout.shares_rows, stepped)),
     )
 
 
@@ -230,10 +224,10 @@ def _in_order(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
 
 def _cut_rows(
     layout: Layout, rank: Rank, rectangles: Iterable[tuple[int, Rectangle]]
-) -> tuple[tuple[CutRow, ...], ...]:
-    rows: list[set[CutRow]] = [set() for _ in range(layout.grid.data_parallel_size)]
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    rows: list[set[tuple[int, int]]] = [set() for _ in range(layout.grid.data_parallel_size)]
     for placement, rectangle in rectangles:
         for peer in layout.holders_of_cut_row(placement, rectangle, rank):
             if peer != rank.data_parallel:
-                rows[peer].add(CutRow(rectangle.matrix, rectangle.row_start))
+                rows[peer].add((rectangle.matrix, rectangle.row_start))
     return tuple(tuple(sorted(each)) for each in rows)

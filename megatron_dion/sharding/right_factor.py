@@ -16,11 +16,10 @@ from megatron_dion.sharding.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
-    like_views,
     reduce_scatter,
     ring_bytes,
+    views_in,
 )
-from megatron_dion.sharding.plan import CutRow
 
 
 class RightFactorExchange:
@@ -44,7 +43,7 @@ class RightFactorExchange:
         # Padded at its start, what tensor-parallel ranks sum is divisible into equal shares.
         padding = -partial % tensor_size if replicas > 1 else 0
         rows = memory.empty(padding + sum(shape.numel() for shape in shapes), torch.float32)
-        self.of_rectangles = like_views(rows[padding:], shapes)
+        self.of_rectangles = views_in(rows[padding:], shapes)
         self._partial, self._other = rows[: padding + partial], rows[padding + partial :]
         is_cast = wire != torch.float32
         largest = max(len(self._partial), len(self._other) if replicas > 1 else 0)
@@ -127,9 +126,9 @@ class _StoredColumns:
         self._received = transit.empty(size * len(peers), dtype)
         self.bytes_sent = self._sent.nbytes * max(len(peers) - 1, 0)
         self._mine = self._of_peers[plan.rank.tensor_parallel] if peers else []
-        self._place = like_views(self._sent, [view.shape for view in self._mine])
+        self._place = views_in(self._sent, [view.shape for view in self._mine])
         self._places = [
-            like_views(self._received[i * size : (i + 1) * size], [view.shape for view in views])
+            views_in(self._received[i * size : (i + 1) * size], [view.shape for view in views])
             for i, views in enumerate(self._of_peers)
         ]
 
@@ -154,7 +153,7 @@ class _CutRows:
         self._group = groups.data
         self._is_needed = plan.has_cut_rows
         row_of = {
-            CutRow(rectangle.matrix, rectangle.row_start): rows[0]  # (r,)
+            (rectangle.matrix, rectangle.row_start): rows[0]  # (r,)
             for (_, rectangle), rows in zip(plan.rectangles, projections, strict=True)
             if rectangle.cut
         }
@@ -165,8 +164,8 @@ class _CutRows:
         self._sent = transit.empty(sum(self._sizes), wire)
         self._received = transit.empty(sum(self._sizes), wire)
         self.bytes_sent = self._sent.nbytes
-        self._sent_views = like_views(self._sent, shapes)
-        arriving = iter(like_views(self._received, shapes))
+        self._sent_views = views_in(self._sent, shapes)
+        arriving = iter(views_in(self._received, shapes))
         arrivals = [[next(arriving) for _ in views] for views in self._parts]
         # This rank's own part of a row is added in its turn, as it was sent.
         copies = {id(v): copy for v, copy in zip(self._outgoing, self._sent_views, strict=True)}

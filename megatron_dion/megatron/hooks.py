@@ -1,4 +1,4 @@
-"""What a training with megatron.training gets from this project, whoever wrote the script."""
+"""Puts Dion into a training with megatron.training, by hooks around the functions of a run."""
 
 import argparse
 import inspect
@@ -16,7 +16,6 @@ from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
 from megatron_dion.megatron.errors import in_one_line, refuse, say
 from megatron_dion.megatron.flags import (
-    DionOptions,
     ParserHook,
     dion_options,
     extend_parser,
@@ -26,16 +25,18 @@ from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
+from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.routing import tag_matrices, weight_of
 from megatron_dion.platforms import describe_single_process
-from megatron_dion.sharding.layout import roomy_bucket
+from megatron_dion.sharding.layout import dion_bucket_size
 
 
-class Join:
-    """The join of a process with megatron.training, which must have been prepared for the device.
+class TrainingHooks:
+    """Hooks around the functions of megatron.training that a script calls, in the order of a run.
 
-    If the script is not ours, it may read its data in another way, and runs that have nothing to do
-    with Dion are left to Megatron but for the flags.
+    The process must have been prepared for the device. If the script is not ours, the script may
+    read its data in another way, and runs that have nothing to do with Dion are left to Megatron
+    but for the flags.
     """
 
     def __init__(self, device: str, script_is_ours: bool) -> None:
@@ -97,11 +98,12 @@ class Join:
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
         self._choose_checkpoint(args)
+        self._options = dion_options(args)
+        validation.check_dion_flags(args, self._options)
         cares = self._cares_for(args)
         checks = validation.OF_ALL_SCRIPTS if cares else validation.OF_OUR_FLAGS
         for check in (*checks, *(validation.OF_DATA if self._script_is_ours else ())):
             check(args)
-        self._options = dion_options(args)
         return validate_as_megatron(args, lambda: stock(args, {})) if cares else stock(args, {})
 
     def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
@@ -120,7 +122,7 @@ class Join:
                     lambda *args, **options: self._tag([provider(*args, **options)])[0]
                 )
         if self._cares_for(args):
-            checkpoints.use(self._choice, args)
+            checkpoints.use(self._choice, args, self._options)
         record = None
         # The last rank is on the last pipeline stage, with the loss.
         if args.run_dir is not None and args.rank == args.world_size - 1:
@@ -153,32 +155,23 @@ class Join:
         """As DistributedOptimizer's, in buckets of our size if the user gives none for matrices."""
         args = get_args() if size and weight_of(params[0]) else None
         if size and args and not (args.ddp_bucket_size or args.ddp_num_buckets):
-            size = roomy_bucket(sum(parameter.numel() for parameter in params), size)
+            size = dion_bucket_size(sum(parameter.numel() for parameter in params), size)
             say(f"gradients of Dion's matrices: --ddp-bucket-size {size}, which cuts few of them")
         return stock(params, size, *rest)
 
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
-        args, options = get_args(), self._options
+        args = get_args()
         if self._cares_for(args):
             checkpoints.check_that_ranks_agree(self._choice)
         if config.optimizer != "dion":
             return stock(config, model_chunks, **others)
         others.pop("dump_param_to_param_group_map", None)  # which is refused
         with in_one_line("Dion refuses this run"):
-            optimizer = get_megatron_dion_optimizer(
-                config,
-                model_chunks,
-                options.config,
-                scalar_optimizer=options.scalar_optimizer,
-                scalar_lr_mult=options.scalar_lr_mult,
-                compressed_sync=options.compressed_sync,
-                recenter_interval=options.recenter_interval,
-                **others,
-            )
+            optimizer = get_megatron_dion_optimizer(config, model_chunks, self._options, **others)
         table = optimizer.routing_table
         with in_one_line("--dion-include, --dion-exclude"):
-            options.rules.check_patterns(route.parameter for route in table.routes)
+            self._options.rules.check_patterns(route.parameter for route in table.routes)
         if args.rank == 0:
             say(table.summary())
             if args.run_dir is not None:
