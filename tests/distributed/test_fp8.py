@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.nursery import DION, TRAINING, losses
-from tests.distributed.nursery import MODEL as SMALL_MODEL
 from tests.distributed.recording import check_against_reference, train_recorded
+from tests.distributed.tiny_gpt import DION, TP2, TRAINING, losses
+from tests.distributed.tiny_gpt import MODEL as SMALL_MODEL
 from tests.fp8_emulation.checks import (
     RECIPES,
     check_forms,
@@ -34,7 +34,6 @@ MODEL = [
     *("--train-iters", str(ITERATIONS)),
 ]
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP2 = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 GRIDS = {
     "dp2": (2, f"{OVERLAP} 80000"),

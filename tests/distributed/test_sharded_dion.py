@@ -209,7 +209,7 @@ def double_tiles(self: Any) -> Any:
         torch._foreach_add_(self._targets[-1], self._arrivals[-1])
 
 
-def only_numbers(self: Any) -> Any:
+def only_matrices(self: Any) -> Any:
     """Sums the numbers of matrices over the whole world, and leaves the rows as they are."""
     for squares in self.columns.values():
         dist.all_reduce(squares, group=dist.group.WORLD)
@@ -231,8 +231,8 @@ BREAKAGES: dict[str, tuple[Any, str, Any]] = {
     "largest entries not compared": (exchange.GroupSums, "max", lambda *_: None),
     "rows of R not summed": (exchange.ShardedExchange, "sum_right", nothing_happens),
     "cut rows of R not summed": (right_factor._CutRows, "sum", nothing_happens),
-    "local norms": (exchange.ShardedExchange, "sum_numbers", nothing_happens),
-    "local rows of B": (norms.NormExchange, "sum", only_numbers),
+    "local norms": (exchange.ShardedExchange, "sum_norms", nothing_happens),
+    "local rows of B": (norms.NormExchange, "sum", only_matrices),
     "columns of Q not gathered": (right_factor._StoredColumns, "gather", nothing_happens),
     "P of replicas not averaged": (left_factor, "all_reduce", nothing_happens),
     "R of replicas not averaged": (right_factor.RightFactorExchange, "_average", nothing_happens),

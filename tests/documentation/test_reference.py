@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_dion.megatron import flags
-from tests.distributed.nursery import MODEL, TRAINING
+from tests.distributed.tiny_gpt import MODEL, TRAINING
 from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of
 from tests.project import ROOT
 from tests.worlds import in_host, world

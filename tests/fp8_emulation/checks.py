@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.nursery import train
 from tests.fp8_emulation.scaling import Form, forms, values
 from tests.fp8_emulation.weights import fp8_of, install, is_fp8
+from tests.worlds import train
 
 _FP8 = "--fp8-param-gather --fp8-format"
 RECIPES = {

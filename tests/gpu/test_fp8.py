@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.nursery import DION, TRAINING, losses
 from tests.distributed.test_fp8 import MODEL as MODEL_ON_CPU
+from tests.distributed.tiny_gpt import DION, TRAINING, losses
 from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of
 
 HAS_ALL = torch.cuda.is_available() and find_spec("transformer_engine") is not None
