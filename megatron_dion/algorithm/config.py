@@ -22,13 +22,9 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 def checked(
     default: Any, holds: Callable[[Any], bool], requirement: str, **argparse_keywords: Any
 ) -> Any:
-    """A dataclass field whose value must fulfil a requirement, which `check_fields` tests.
+    """A dataclass field with a requirement, which `check_fields` tests.
 
-    Args:
-        default: of the field.
-        holds: whether a value fulfils the requirement.
-        requirement: ends the sentence "NAME must be ...", in the flag's help and in the error.
-        **argparse_keywords: for the flag, where the type of the field does not say enough.
+    The requirement ends the sentence "NAME must be ...", in the error and in the flag's help.
     """
     metadata = {"check": (holds, requirement), "argparse_meta": argparse_keywords}
     return field(default=default, metadata=metadata)
@@ -114,8 +110,8 @@ class DionConfig:
     def residual_row(self, m: int, n: int) -> float:
         """Length by which a row of the residual moves, before the scale.
 
-        Q P^T has Frobenius norm sqrt(r); with the residual's, min(m, n) - r, that of an orthonormal
-        matrix of full rank.
+        Q P^T has the squared norm r. The rows of the residual add min(m, n) - r, so an update has
+        the norm of an orthonormal matrix of full rank.
         """
         return math.sqrt((min(m, n) - self.rank(m, n)) / m)
 

@@ -1,8 +1,8 @@
-"""The join with Megatron's loading and saving of checkpoints."""
+"""What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dion.checkpointing import folders, hashes
+from megatron_dion.checkpointing import errors, folders, hashes
 from megatron_dion.checkpointing.agreement import gather, on_first_rank
 from megatron_dion.checkpointing.contents import Contents
-from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad, one_line
+from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
@@ -246,12 +246,7 @@ class Loader:
         return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
 
 
-@contextmanager
-def explained(folder: Path | None) -> Iterator[None]:
+def explained(folder: Path | None) -> AbstractContextManager[None]:
     """Turns what goes wrong while Megatron loads into one line."""
-    try:
-        yield
-    except _ERRORS_OF_LOADING as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded into this run: {one_line(error)}"
-        ) from error
+    context = f"{folder} cannot be loaded into this run"
+    return errors.in_one_line(CheckpointError, context, *_ERRORS_OF_LOADING)

@@ -57,7 +57,8 @@ class TrainingHooks:
         patches.wrap("_compute_per_buffer_param_layout", self._lay_out)
         patches.use_packaged_dataset_helpers()
 
-    def _cares_for(self, args: argparse.Namespace) -> bool:
+    def _manages(self, args: argparse.Namespace) -> bool:
+        """Whether a run gets more of this project than its flags."""
         return self._script_is_ours or args.optimizer == "dion" or args.switch_optimizer
 
     def _parse(
@@ -79,7 +80,7 @@ class TrainingHooks:
 
     def _choose_checkpoint(self, args: argparse.Namespace) -> None:
         """Once for each namespace, which it changes; a script may have changed it as well."""
-        if self._cares_for(args) and self._args_of_choice is not args:
+        if self._manages(args) and self._args_of_choice is not args:
             self._args_of_choice = args
             validation.check_checkpoint_flags(args)
             self._choice = checkpoints.choose(args)
@@ -100,11 +101,13 @@ class TrainingHooks:
         self._choose_checkpoint(args)
         self._options = dion_options(args)
         validation.check_dion_flags(args, self._options)
-        cares = self._cares_for(args)
-        checks = validation.OF_ALL_SCRIPTS if cares else validation.OF_OUR_FLAGS
+        is_managed = self._manages(args)
+        checks = validation.OF_ALL_SCRIPTS if is_managed else validation.OF_OUR_FLAGS
         for check in (*checks, *(validation.OF_DATA if self._script_is_ours else ())):
             check(args)
-        return validate_as_megatron(args, lambda: stock(args, {})) if cares else stock(args, {})
+        if is_managed:
+            return validate_as_megatron(args, lambda: stock(args, {}))
+        return stock(args, {})
 
     def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
         """As megatron.training.pretrain."""
@@ -121,7 +124,7 @@ class TrainingHooks:
                 call.arguments["model_provider"] = wraps(provider)(
                     lambda *args, **options: self._tag([provider(*args, **options)])[0]
                 )
-        if self._cares_for(args):
+        if self._manages(args):
             checkpoints.use(self._choice, args, self._options)
         record = None
         # The last rank is on the last pipeline stage, with the loss.
@@ -162,7 +165,7 @@ class TrainingHooks:
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
         args = get_args()
-        if self._cares_for(args):
+        if self._manages(args):
             checkpoints.check_that_ranks_agree(self._choice)
         if config.optimizer != "dion":
             return stock(config, model_chunks, **others)
@@ -182,7 +185,7 @@ class TrainingHooks:
 def validate_as_megatron(
     args: argparse.Namespace, validate: Callable[[], argparse.Namespace]
 ) -> argparse.Namespace:
-    """Megatron's validation of a run that we care for, with its objections in one line."""
+    """Megatron's validation of a run, with its objections in one line."""
     with in_one_line("megatron refuses these arguments"):
         args = validate()
     if args.optimizer == "dion":

@@ -21,8 +21,8 @@ class DionChainedOptimizer(ChainedOptimizer):
     Attributes:
         routing_table: which parameter goes where, of the whole model.
         record: what checkpoints say about this run.
-        exchanged_bytes_per_step: what Dion's steps send between ranks, over all ranks.
-        steps: that the state of Dion (`dion`) and of the scalar optimizer (`scalar`) has seen.
+        exchanged_bytes_per_step: bytes that all ranks together send in a step of Dion.
+        steps: how many the state of Dion (`dion`) and of the scalar optimizer (`scalar`) has seen.
     """
 
     def __init__(self, optimizers: list[Any], table: RoutingTable, record: Record) -> None:
@@ -75,9 +75,9 @@ class DionChainedOptimizer(ChainedOptimizer):
             one.optimizer.diagnose_next_step()
 
     def gather_diagnostics(self) -> list[MatrixDiagnostics]:
-        """What the last step measured of all matrices, of all pipeline stages: on the last rank.
+        """On the last rank, what the last step measured of the matrices of all pipeline stages.
 
-        Elsewhere, and where no step was taken, nothing. A collective call of all ranks.
+        Other ranks get nothing, nor does any after a skipped step. A collective call of all ranks.
         """
         here = [matrix for one in self._dions for matrix in one.optimizer.take_diagnostics()]
         ranks, rank = dist.get_world_size(), dist.get_rank()

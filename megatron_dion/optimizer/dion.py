@@ -12,12 +12,7 @@ from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Matrix, Steps
 from megatron_dion.algorithm.products import matmul_precision
 from megatron_dion.algorithm.step import dion_step, interleave
-from megatron_dion.optimizer.binding import (
-    Binding,
-    Distribution,
-    StepSet,
-    gradient_of,
-)
+from megatron_dion.optimizer.binding import Binding, Distribution, StepSet, gradient_of
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Placement
@@ -104,7 +99,7 @@ class Dion(torch.optim.Optimizer):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
         binding.average_gradients()
-        # What may be rounded to fewer bits says so itself.
+        # Products that may be rounded to fewer bits set another precision themselves.
         with matmul_precision("highest"):
             interleave(self._step_of(binding, each) for each in binding.sets)
         self._is_measured = False
@@ -189,9 +184,10 @@ class Dion(torch.optim.Optimizer):
     def _diagnose(
         self, index: int, matrix: Matrix, exchange: Exchange, scaled_lr: float
     ) -> MatrixDiagnostics:
-        """With P orthonormal, ||B||^2 = ||R||^2 + ||E||^2, and M keeps mu of R P^T, or of B.
+        """The norms of a matrix, from sums that a step has made.
 
-        The floor of short rows of E is not looked at.
+        P is orthonormal, so ||B||^2 = ||R||^2 + ||E||^2. The new momentum is E + mu R P^T, or mu B
+        with the residual. The update counts all rows of E alike, also those below the `FLOOR`.
         """
         total, squares = float(exchange.totals[index]), exchange.column_squares[index]
         norms, mu = squares.sqrt(), self.config.momentum

@@ -1,8 +1,8 @@
 """Builds the chain of optimizers: Dion for matrices, Adam or Lion for everything else."""
 
 import copy
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from megatron.core.optimizer import (
@@ -15,7 +15,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.optimizer.chain import DionChainedOptimizer
@@ -77,11 +76,9 @@ def get_megatron_dion_optimizer(
         reduce_within_instances(model_chunks)
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     param_groups = _param_groups(config, model_chunks, dion, config_overrides)
-    builder = _Builder(config, model_chunks, dion, groups, instances, pg_collection)
-    optimizers = builder.optimizers(param_groups)
-    table = RoutingTable(routes, dion.config, dion.scalar_optimizer, dion.compressed_sync)
+    optimizers = _optimizers(config, model_chunks, dion, groups, pg_collection, param_groups)
     record = Record(dion.config, routes[0].rules, dion.scalar_optimizer)
-    return DionChainedOptimizer(optimizers, table, record)
+    return DionChainedOptimizer(optimizers, RoutingTable(routes, dion), record)
 
 
 def _param_groups(
@@ -105,66 +102,61 @@ def _param_groups(
     return param_groups
 
 
-@dataclass(frozen=True)
-class _Builder:
-    """What the optimizers of a chain have in common."""
+def _optimizers(
+    config: OptimizerConfig,
+    model_chunks: list[MegatronModule],
+    dion: DionOptions,
+    groups: dict[str, Any],
+    pg_collection: ProcessGroupCollection,
+    param_groups: list[dict[str, Any]],
+) -> list[Any]:
+    """Dion's optimizers and then the scalar ones, each for dense layers and for experts."""
+    optimizers: dict[bool, list[Any]] = {True: [], False: []}  # by whether they are Dion's
+    scaler = None  # one for all, because they skip a step together
+    for is_dion, is_of_experts in product((False, True), repeat=2):
+        of_kind = [g for g in param_groups if (g.get("optimizer") == DION) == is_dion]
+        own = [group for group in of_kind if group["is_expert_parallel"] == is_of_experts]
+        if not own:
+            continue
+        arguments = _arguments(model_chunks, groups, is_dion, is_of_experts)
+        if is_dion:
+            optimizer = DionDistributedOptimizer(
+                Dion(own, config.lr, config.weight_decay, dion.config),
+                config,
+                scaler,
+                lambda inner, config=None: inner.bind(),
+                tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
+                replicas=groups["inter_dist_opt_group"] if dion.compressed_sync else None,
+                recenter_interval=dion.recenter_interval,
+                **arguments,
+            )
+        else:
+            optimizer = _get_megatron_optimizer_based_on_param_groups(
+                config=config, param_groups=own, pg_collection=pg_collection, **arguments
+            )
+            scaler = scaler or optimizer.grad_scaler
+        optimizer.grad_scaler = scaler
+        optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
+        optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
+        optimizers[is_dion].append(optimizer)
+    return [*optimizers[True], *optimizers[False]]
 
-    config: OptimizerConfig
-    model_chunks: list[MegatronModule]
-    options: DionOptions
-    groups: dict[str, Any]  # process groups by Megatron's names
-    instances: ProcessGroup | None  # the same ranks of all distributed-optimizer instances
-    pg_collection: ProcessGroupCollection
 
-    def optimizers(self, param_groups: list[dict[str, Any]]) -> list[Any]:
-        """Dion's optimizers and then the scalar ones, each for dense layers and for experts."""
-        by_kind: dict[tuple[bool, bool], list[dict[str, Any]]] = defaultdict(list)
-        for group in param_groups:
-            by_kind[group.get("optimizer") == DION, group["is_expert_parallel"]].append(group)
-        both = (False, True)
-        scalars = [self._scalar(by_kind[False, e], e) for e in both if (False, e) in by_kind]
-        # The optimizers share one loss scaler, because they skip a step together.
-        scaler = scalars[0].grad_scaler if scalars else None
-        dions = [self._dion(by_kind[True, e], e, scaler) for e in both if (True, e) in by_kind]
-        for optimizer in (*dions, *scalars):
-            optimizer.grad_scaler = scaler
-            optimizer.grad_stats_parallel_group = self.groups["intra_dist_opt_group"]
-            optimizer.tp_group = self.pg_collection.tp
-            optimizer.expert_tp_group = self.pg_collection.expt_tp
-        return [*dions, *scalars]
-
-    def _scalar(self, param_groups: list[dict[str, Any]], is_of_experts: bool) -> Any:
-        return _get_megatron_optimizer_based_on_param_groups(
-            config=self.config,
-            param_groups=param_groups,
-            pg_collection=self.pg_collection,
-            **self._arguments(False, is_of_experts),
-        )
-
-    def _dion(self, param_groups: list[dict[str, Any]], is_of_experts: bool, scaler: Any) -> Any:
-        options, pg_collection = self.options, self.pg_collection
-        return DionDistributedOptimizer(
-            Dion(param_groups, self.config.lr, self.config.weight_decay, options.config),
-            self.config,
-            scaler,
-            lambda inner, config=None: inner.bind(),
-            tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
-            replicas=self.instances if options.compressed_sync else None,
-            recenter_interval=options.recenter_interval,
-            **self._arguments(True, is_of_experts),
-        )
-
-    def _arguments(self, is_dion: bool, is_of_experts: bool) -> dict[str, Any]:
-        data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
-        per_chunk = [
-            [b for b in getattr(chunk, buffers) if bool(weight_of(b.params[0])) == is_dion]
-            for chunk in self.model_chunks
-        ]
-        return {
-            "model_chunks": self.model_chunks,
-            "per_model_buffers": dict(enumerate(per_chunk)),
-            "data_parallel_group": self.groups[data_parallel],
-            "data_parallel_group_gloo": self.groups[f"{data_parallel}_gloo"],
-            "data_parallel_group_idx": self.groups[model_parallel].rank(),
-            "distributed_optimizer_instance_id": self.instances.rank() if self.instances else 0,
-        }
+def _arguments(
+    model_chunks: list[MegatronModule], groups: dict[str, Any], is_dion: bool, is_of_experts: bool
+) -> dict[str, Any]:
+    """What Megatron's constructors of either optimizer take."""
+    data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
+    per_chunk = [
+        [b for b in getattr(chunk, buffers) if bool(weight_of(b.params[0])) == is_dion]
+        for chunk in model_chunks
+    ]
+    instances = groups["inter_dist_opt_group"]
+    return {
+        "model_chunks": model_chunks,
+        "per_model_buffers": dict(enumerate(per_chunk)),
+        "data_parallel_group": groups[data_parallel],
+        "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
+        "data_parallel_group_idx": groups[model_parallel].rank(),
+        "distributed_optimizer_instance_id": instances.rank() if instances else 0,
+    }

@@ -70,10 +70,11 @@ class Record:
         return cls(config, rules, values["scalar_optimizer"], right_factor)
 
     def differences(self, here: "Record") -> dict[str, str]:
-        """What this checkpoint and a run do not share, as `--dion-momentum 0.9 (saved), ...; ...`.
+        """Flags in which this checkpoint and a run differ, by what the difference means.
 
-        By what it means: `factors` or the state of all other parameters (`scalars`) begins anew,
-        Dion updates other parameters (`routes`), or the run just goes on (`free`).
+        Right factors begin anew (`factors`), Dion updates other parameters (`routes`), the state of
+        all other parameters begins anew (`scalars`), or the run just goes on (`free`). Each has a
+        line such as `--dion-momentum 0.9 (saved), 0.95 (here); ...`, perhaps an empty one.
         """
         lines: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
         current = here._flags()

@@ -104,7 +104,7 @@ class Weight:
         ]
 
     def first_column(self, tensor_parallel_rank: int) -> int:
-        """The matrices' column that is a rank's column 0."""
+        """The column of the logical matrices that is column 0 of a rank's parameter."""
         return tensor_parallel_rank * self.columns if self.partition_dim == 1 else 0
 
     def segments(self, tensor_parallel_rank: int) -> Iterator[Segment]:

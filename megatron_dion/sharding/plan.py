@@ -14,8 +14,8 @@ from megatron_dion.sharding.blocks import Rectangle
 from megatron_dion.sharding.layout import Layout, Rank
 
 _MOST_TO_ONE = 3
-"""Data-parallel ranks that send their parts of a P straight to its owner. With three, slices send
-the owner as much; with more, less."""
+"""The most data-parallel ranks that send their parts of a P straight to its owner. With more ranks,
+the owner receives less if they first sum slices of P."""
 
 
 class Tile(NamedTuple):
@@ -54,7 +54,7 @@ class Plan:
     # tensor-parallel ranks have too.
     rectangles: tuple[tuple[int, Rectangle], ...]
     tiles: tuple[Tile, ...]  # rows of P to which this rank contributes, one tile for each matrix
-    tensor_hop: Hop  # from `tiles` to the rank's share of their rows
+    tensor_hop: Hop  # from `tiles` to the rows that this tensor-parallel rank orthonormalizes
     # From there to its slice of the rows, of every P that more than three data-parallel ranks hold.
     slice_hop: Hop | None  # None if no rank has such a P
     owner_hop: Hop  # from there to the rows of P that this rank orthonormalizes
@@ -64,14 +64,27 @@ class Plan:
     has_partial_rows: bool  # whether R of any rectangle anywhere is a sum over a tensor group
 
 
-def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
-    """Plans a rank's step of some weights.
+def sets_of(layout: Layout, placements: Sequence[int], ranks: int) -> list[list[int]]:
+    """Divides weights into sets whose steps take turns: one computes while another communicates.
 
-    Args:
-        layout: of all weights.
-        rank: the rank.
-        placements: indices of the weights, the same on every rank; all by default.
+    Weights of the same shape alternate, so that every rank has some of each set. There are
+    `exchange_sets` of them; with a single rank nobody is waited for, and one set is enough. The
+    result, indices of placements set by set, is a pure function of shapes and of the number of
+    ranks that communicate.
     """
+
+    def key(placement: int) -> tuple[int, int, int]:
+        weight = layout.placements[placement].weight
+        return weight.global_rows, weight.global_columns, placement
+
+    count = 1 if ranks == 1 else layout.config.exchange_sets
+    ordered = sorted(placements, key=key)
+    sets = [sorted(ordered[turn::count]) for turn in range(count)]
+    return [each for each in sets if each]
+
+
+def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
+    """Plans a rank's step of some weights, the same on every rank; of all by default."""
     stepped = sorted(range(len(layout.placements)) if placements is None else placements)
     rectangles = [(p, rectangle) for p in stepped for rectangle in layout.rectangles(p, rank)]
     rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
@@ -112,13 +125,13 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
 
 
 _TilesOf = Callable[[int, Rank], tuple[Tile, ...]]
-"""What a rank has of the P of a weight before a hop."""
+"""The tiles that a rank has of the P of a weight before a hop."""
 _PartOf = Callable[[Rank, Tile, Rank], Tile | None]
-"""What of a rank's tile another rank gets in a hop."""
+"""The part of a rank's tile that another rank gets in a hop."""
 
 
 class _Stages:
-    """What any rank has of the P of a weight before each hop, and where it goes."""
+    """The tiles that any rank has of the P of a weight before each hop, and where they go."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -128,14 +141,14 @@ class _Stages:
         self.slice_sums = cache(self._slice_sums)
 
     def _tiles(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
-        """The hull of the columns of each matrix of which a rank holds any."""
+        """For each matrix, the range of columns of which a rank holds elements."""
         return _hulls(
             Tile(each.matrix, each.column_start, each.column_stop)
             for each in self.layout.rectangles(placement, rank)
         )
 
     def _tensor_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
-        """After the hop within the tensor-parallel group: a rank's share of the rows."""
+        """After the hop within the tensor-parallel group."""
         group = self.layout.grid.tensor_group(rank.data_parallel)
         tiles = (tile for peer in group for tile in self.tiles(placement, peer))
         parts = (self.to_row_owner(rank, tile, rank) for tile in tiles)
@@ -153,7 +166,7 @@ class _Stages:
         return tuple(tiles)
 
     def to_row_owner(self, _: Rank, tile: Tile, receiver: Rank) -> Tile | None:
-        """The rows of which a rank of the tensor-parallel group is in charge.
+        """The rows of a tile that a rank of the tensor-parallel group orthonormalizes.
 
         If no row of a P is the receiver's, its part has no rows: the ranks of the group
         orthonormalize together, each with a part of every P.
@@ -161,7 +174,7 @@ class _Stages:
         return _part(tile, *self.layout.owned_rows(tile.matrix, receiver.tensor_parallel))
 
     def to_slices(self, rank: Rank, tile: Tile, receiver: Rank) -> Tile | None:
-        """The rows that a holder of the matrix sums: an even share of its tensor-parallel rank's.
+        """The rows that a holder of the matrix sums, an even part of its tensor-parallel rank's.
 
         A P that is not sliced stays where it is.
         """
@@ -195,7 +208,7 @@ def _is_sliced(layout: Layout, matrix: int) -> bool:
 
 
 def _part(tile: Tile, first: int, last: int) -> Tile | None:
-    """Those rows of a tile that are among others, without any where the others are none."""
+    """The rows of a tile within first:last, or None; a tile without rows if the range is empty."""
     start, stop = max(tile.start, first), min(tile.stop, last)
     if first == last:
         return Tile(tile.matrix, first, first)
@@ -203,7 +216,7 @@ def _part(tile: Tile, first: int, last: int) -> Tile | None:
 
 
 def _hulls(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """One tile for each matrix."""
+    """For each matrix, the smallest tile with the rows of all its tiles."""
     hulls: dict[int, Tile] = {}
     for tile in tiles:
         hull = hulls.get(tile.matrix, tile)

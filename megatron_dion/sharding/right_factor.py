@@ -23,7 +23,7 @@ from megatron_dion.sharding.collectives import (
 
 
 class RightFactorExchange:
-    """The R of a step, in whose memory Q is completed before R is made.
+    """The R of a step. Its memory holds the completed Q until R is computed.
 
     `memory` is for what lasts from the first product to the last, `transit` for what a single
     collective needs. `of_rectangles` are the rows of R, (rows, r), of each rectangle of the plan.
@@ -40,7 +40,7 @@ class RightFactorExchange:
         for placement, rectangle in plan.rectangles:  # first those with partial sums
             shapes.append(torch.Size((rectangle.rows, plan.layout.matrices[rectangle.matrix].rank)))
             partial += shapes[-1].numel() if plan.layout.shares_rows(placement) else 0
-        # Padded at its start, what tensor-parallel ranks sum is divisible into equal shares.
+        # Padded at its start, the sum over tensor-parallel ranks has equal parts.
         padding = -partial % tensor_size if replicas > 1 else 0
         rows = memory.empty(padding + sum(shape.numel() for shape in shapes), torch.float32)
         self.of_rectangles = views_in(rows[padding:], shapes)
@@ -48,14 +48,14 @@ class RightFactorExchange:
         is_cast = wire != torch.float32
         largest = max(len(self._partial), len(self._other) if replicas > 1 else 0)
         self._sent = transit.empty(largest if is_cast else 0, wire)
-        share = len(self._partial) // tensor_size if replicas > 1 else 0
-        self._share = transit.empty(share, wire)
+        part = len(self._partial) // tensor_size if replicas > 1 else 0
+        self._part = transit.empty(part, wire)
         self._has_partial_rows = plan.has_partial_rows
         self._cut_rows = _CutRows(setup, self.of_rectangles, transit)
         self._stored_columns = _StoredColumns(setup, self.of_rectangles, transit)
 
     def gather(self) -> Steps:
-        """Completes rows of Q of which tensor-parallel ranks store different columns."""
+        """Completes the rows of Q of which each tensor-parallel rank stores some columns."""
         with self._transit.allocated():
             yield from self._stored_columns.gather()
 
@@ -73,7 +73,7 @@ class RightFactorExchange:
     def bytes_sent(self) -> Counter[str]:
         """Bytes for other ranks in a step, by group."""
         size = self._wire.itemsize
-        averaged = len(self._share) + len(self._other)
+        averaged = len(self._part) + len(self._other)
         return Counter(
             tensor=ring_bytes(size * len(self._partial), self._tensor_size)
             + self._stored_columns.bytes_sent,
@@ -84,11 +84,11 @@ class RightFactorExchange:
     def _average(self) -> Steps:
         tensor, replicas = self._groups.tensor, self._groups.replicas
         if self._has_partial_rows:
-            # Of what they sum, tensor-parallel ranks average a share each.
+            # Each tensor-parallel rank averages a part of the sum over replicas.
             with self._as_sent(self._partial) as sent:
-                yield from reduce_scatter(self._share, sent, tensor)
-                yield from all_reduce(self._share, replicas)
-                yield from all_gather(sent, self._share, tensor)
+                yield from reduce_scatter(self._part, sent, tensor)
+                yield from all_reduce(self._part, replicas)
+                yield from all_gather(sent, self._part, tensor)
         with self._as_sent(self._other) as sent:
             yield from all_reduce(sent, replicas)
         self._partial /= self._replicas
@@ -96,7 +96,7 @@ class RightFactorExchange:
 
     @contextmanager
     def _as_sent(self, rows: Tensor) -> Iterator[Tensor]:
-        """Rows in the type in which they travel; in the end they are what that has become."""
+        """Rows in the type in which they travel, copied back in the end."""
         if not len(self._sent):
             yield rows
             return
@@ -118,8 +118,8 @@ class _StoredColumns:
         for (placement, _), rows in zip(plan.rectangles, projections, strict=True):
             if layout.shares_rows(placement):
                 for views, peer in zip(self._of_peers, peers, strict=True):
-                    views.append(rows[:, layout.share(placement, rows.shape[1], peer)])
-        # Shares differ by a column at most; each rank's place is as large as the largest.
+                    views.append(rows[:, layout.tensor_slice(placement, rows.shape[1], peer)])
+        # Ranks store numbers of columns that differ by one at most; all_gather needs equal sizes.
         size = max((sum(v.numel() for v in views) for views in self._of_peers), default=0)
         dtype = TORCH_DTYPES[layout.config.factor_dtype]
         self._sent = transit.empty(size, dtype)

@@ -10,8 +10,7 @@ from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Rank
 from megatron_dion.sharding.matrices import compression_pays
-from megatron_dion.sharding.plan import make_plan
-from megatron_dion.sharding.sets import sets_of
+from megatron_dion.sharding.plan import make_plan, sets_of
 from megatron_dion_tools.plan.stage import Stage, numel_of, place
 from megatron_dion_tools.plan.updates import Collective, Update
 
