@@ -36,8 +36,8 @@ _ERRORS_OF_LOADING = (
 def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
-    Only where `--load` is `--save` may it hold none. The choice is put into the arguments and into
-    Megatron's reading of the tracker, without which Megatron starts from random weights.
+    The folder may hold none only if `--load` is `--save`. The choice is put into the arguments and
+    in place of what Megatron reads from the tracker; without one Megatron trains random weights.
     """
     if _saves_into(args, args.load):
         folders.settle(Path(args.load))
@@ -78,7 +78,7 @@ def _saves_into(args: argparse.Namespace, root: str | None) -> bool:
 
 
 def check_that_ranks_agree(choice: Choice | None) -> None:
-    """Each rank has looked into the folder of all checkpoints on its own."""
+    """Refuses a choice that is not that of all ranks, each of which has looked for itself."""
     choices = set(gather(["none" if choice is None else str(choice.folder)]))
     if len(choices) > 1:
         raise CheckpointError(
@@ -122,7 +122,7 @@ class Loader:
     def load(
         self, stock: Callable[..., Any], model: Any, optimizer: Any, *others: Any, **options: Any
     ) -> Any:
-        """As Megatron's; what can be known to be wrong is raised on all ranks before anything."""
+        """As Megatron's, after checks whose errors are raised on all ranks."""
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         args = self._args

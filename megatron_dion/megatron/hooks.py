@@ -79,7 +79,7 @@ class TrainingHooks:
         return args
 
     def _choose_checkpoint(self, args: argparse.Namespace) -> None:
-        """Once for each namespace, which it changes; a script may have changed it as well."""
+        """Chooses once for each namespace, which the choice changes; a script may make another."""
         if self._manages(args) and self._args_of_choice is not args:
             self._args_of_choice = args
             validation.check_checkpoint_flags(args)
@@ -135,7 +135,7 @@ class TrainingHooks:
         return stock(*call.args, **call.kwargs)
 
     def _begin_folders(self, args: argparse.Namespace) -> None:
-        """Not when the first checkpoint is due: that would cost the training before it."""
+        """Makes the folders now: a failure at the first checkpoint would cost the training so far."""
         for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
             is_ours = flag == "--run-dir" or not args.enable_msc
             if folder is None or not is_ours or args.rank not in (0, args.world_size - 1):
@@ -155,7 +155,7 @@ class TrainingHooks:
             return tag_matrices(model_chunks, self._options.rules)
 
     def _lay_out(self, stock: Stock, params: list[Parameter], size: int | None, *rest: Any) -> Any:
-        """As DistributedOptimizer's, in buckets of our size if the user gives none for matrices."""
+        """As DistributedOptimizer's; buckets of matrices have our size if the user gives none."""
         args = get_args() if size and weight_of(params[0]) else None
         if size and args and not (args.ddp_bucket_size or args.ddp_num_buckets):
             size = dion_bucket_size(sum(parameter.numel() for parameter in params), size)

@@ -78,7 +78,7 @@ def install() -> None:
 
 
 def check_megatron_version() -> None:
-    """Refuse another version of what an import would find, perhaps a checkout beside a script."""
+    """Refuse another version of megatron-core, such as that of a checkout beside the script."""
     spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
     fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
     refuse(f"megatron-core is not installed: {fix}", when=spec is None)
@@ -94,7 +94,7 @@ def check_megatron_version() -> None:
 def prepare(argv: Sequence[str]) -> str:
     """Do all that must happen before megatron is imported, on CPU together with its import.
 
-    Returns the device of `--device`. The full parser reports a value that is none.
+    Returns the device of `--device`. The full parser reports a value that is no device.
     """
     check_megatron_version()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -39,7 +39,7 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
 
 
 def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
-    """Raise what a run would be refused with, as far as it can be known away from its machines."""
+    """Raise the error with which a run would be refused, as far as another machine can tell."""
     world = {"RANK": "0", "WORLD_SIZE": str(world_size)}
     command_line = mock.patch.object(sys, "argv", [sys.argv[0], *argv])
     with mock.patch.dict(os.environ, world), command_line:

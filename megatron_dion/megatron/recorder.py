@@ -120,7 +120,7 @@ def _number(value: Any) -> float | None:
 
 
 def log_diagnostics(interval: int, record: Callable[[Record], None] | None) -> None:
-    """Measure the step of every N-th iteration; every rank has to, since all of them take part.
+    """Measure the step of every N-th iteration. Every rank must do so, because all take part.
 
     The rank that writes metrics.jsonl gives the function that adds a line to it.
     """

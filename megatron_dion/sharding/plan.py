@@ -39,11 +39,10 @@ class Hop:
 class Plan:
     """What one rank does in a step of some weights.
 
-    P takes two hops to its owner: within the tensor-parallel group, to the rank whose rows of P
-    these are; from there over the data-parallel group, to the owner. So what travels between
-    data-parallel ranks is already summed. If many ranks hold a matrix, each of them first sums a
-    slice of the rows; else the owner alone would receive and add up the P of all of them. The
-    orthonormalized P takes the same way back.
+    P takes two hops to its owner: within the tensor-parallel group, each row goes to the rank that
+    orthonormalizes it; over the data-parallel group, the sum of the first hop goes to the owner. If
+    many ranks hold a matrix, each of them first sums a slice of the rows; else the owner alone
+    would receive and add up the P of all of them. The orthonormalized P takes the same way back.
     """
 
     layout: Layout  # of all matrices
