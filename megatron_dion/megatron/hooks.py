@@ -135,7 +135,7 @@ class TrainingHooks:
         return stock(*call.args, **call.kwargs)
 
     def _begin_folders(self, args: argparse.Namespace) -> None:
-        """Makes the folders now: a failure at the first checkpoint would cost the training so far."""
+        """Makes the folders before the training, not when the first checkpoint is due."""
         for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
             is_ours = flag == "--run-dir" or not args.enable_msc
             if folder is None or not is_ours or args.rank not in (0, args.world_size - 1):

@@ -47,7 +47,8 @@ def get_megatron_dion_optimizer(
     Args:
         config: Megatron's optimizer config; `use_distributed_optimizer` must be set.
         model_chunks: DDP-wrapped chunks of a model that `tag_matrices` has seen before.
-        dion_config: Dion's hyperparameters, or all options of a run together.
+        dion_config: Dion's hyperparameters, or all options of a run together. The routing rules
+            are those of `tag_matrices` in any case.
         config_overrides: as for Megatron's function.
         use_gloo_process_groups: as for Megatron's function.
         pg_collection: as for Megatron's function.
@@ -61,8 +62,8 @@ def get_megatron_dion_optimizer(
         raise ValueError("Dion needs the distributed optimizer: use_distributed_optimizer=True")
     if isinstance(dion_config, DionConfig):
         dion_config = DionOptions(dion_config)
-    dion = replace(dion_config, **options)
     routes = gather_routes(model_chunks)
+    dion = replace(dion_config, rules=routes[0].rules, **options)
     # Megatron looks up state names by this name, and a chain must have one config.
     config = copy.copy(config)
     config.optimizer = dion.scalar_optimizer
@@ -77,7 +78,7 @@ def get_megatron_dion_optimizer(
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     param_groups = _param_groups(config, model_chunks, dion, config_overrides)
     optimizers = _optimizers(config, model_chunks, dion, groups, pg_collection, param_groups)
-    record = Record(dion.config, routes[0].rules, dion.scalar_optimizer)
+    record = Record(dion.config, dion.rules, dion.scalar_optimizer)
     return DionChainedOptimizer(optimizers, RoutingTable(routes, dion), record)
 
 

@@ -71,12 +71,12 @@ class Run:
     recompute: str = "selective"
 
     def __post_init__(self) -> None:
-        share = self.micro_batch * self.topology.dp
-        if self.global_batch % share:
+        samples = self.micro_batch * self.topology.dp
+        if self.global_batch % samples:
             raise ValueError(
                 f"--global-batch-size {self.global_batch} is no multiple of --micro-batch-size"
                 f" {self.micro_batch} x --dp {self.topology.dp}:"
-                f" take {-(-self.global_batch // share) * share}, or another --dp"
+                f" take {-(-self.global_batch // samples) * samples}, or another --dp"
             )
 
     @property
