@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from megatron_dion_tools.local.world import RankError, gloo_world, run_world
 from tests.project import ROOT
 
-__all__ = ["RankError", "in_host", "world"]
+__all__ = ["RankError", "in_host", "train", "world"]
 
 Function = Callable[..., Any]
 
@@ -51,7 +51,7 @@ class World(NamedTuple):
 
     def train(self, *flags: str) -> None:
         """Train as pretrain_gpt.py does with these flags."""
-        self.fork(_train, flags)
+        self.fork(train, flags)
 
 
 def world(size: int) -> World:
@@ -130,7 +130,8 @@ def _received(end: Connection) -> bytes | None:
         return None
 
 
-def _train(flags: Sequence[str]) -> None:
-    from megatron_dion.megatron.launch import train
+def train(flags: Sequence[str]) -> None:
+    """On a rank: train as pretrain_gpt.py does with these flags."""
+    from megatron_dion.megatron.launch import train as launch
 
-    train(flags)
+    launch(flags)

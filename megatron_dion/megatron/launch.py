@@ -71,18 +71,18 @@ def install() -> None:
     device = prepare(sys.argv[1:])
 
     # Only now: importing megatron binds names of torch.cuda.
-    from megatron_dion.megatron.join import Join
+    from megatron_dion.megatron.hooks import TrainingHooks
 
-    Join(device, script_is_ours=False).install()
+    TrainingHooks(device, script_is_ours=False).install()
     _installed = True
 
 
 def check_megatron_version() -> None:
-    """Refuse another version of what an import would find, perhaps a checkout beside a script."""
-    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    """Refuse another version of megatron-core, such as that of a checkout beside the script."""
+    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
     fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
-    refuse(f"megatron-core is not installed: {fix}", when=found is None)
-    folder = Path(str(found and found.origin)).parent
+    refuse(f"megatron-core is not installed: {fix}", when=spec is None)
+    folder = Path(str(spec and spec.origin)).parent
     numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
     version = ".".join(numbers)
     refuse(
@@ -94,7 +94,7 @@ def check_megatron_version() -> None:
 def prepare(argv: Sequence[str]) -> str:
     """Do all that must happen before megatron is imported, on CPU together with its import.
 
-    Returns the device of `--device`. The full parser reports a value that is none.
+    Returns the device of `--device`. The full parser reports a value that is no device.
     """
     check_megatron_version()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 from megatron_dion.megatron.data_checks import check_data
 from megatron_dion.megatron.errors import refuse
-from megatron_dion.megatron.flags import as_flag, dion_options, given_dion_flags
+from megatron_dion.megatron.flags import as_flag, given_dion_flags
+from megatron_dion.optimizer.options import DionOptions
 
 # Arguments that must not be given with --optimizer dion, and why, or what to do instead.
 _REFUSED_WITH_DION = {
@@ -44,10 +45,9 @@ _UNSUPPORTED_DATA = (
 )
 
 
-def check_dion_flags(args: argparse.Namespace) -> None:
-    """The flags of Dion are in range, have an effect, and are there only with --optimizer dion."""
-    options = dion_options(args)
-    given = [] if args.optimizer == "dion" else list(given_dion_flags(args))
+def check_dion_flags(args: argparse.Namespace, options: DionOptions) -> None:
+    """The flags of Dion have an effect, and are there only with --optimizer dion."""
+    given = [] if args.optimizer == "dion" else given_dion_flags(options)
     refuse(
         f"{', '.join(given)} has no effect with --optimizer {args.optimizer}: use --optimizer dion "
         "or leave it out",
@@ -146,11 +146,11 @@ def check_packages(args: argparse.Namespace) -> None:
 
 
 # What holds for a run without Dion in a script that is not ours.
-OF_OUR_FLAGS = (check_dion_flags, check_hashes_of_others, check_packages)
+OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_flags, check_dion_surroundings, check_latent_attention, check_fp8),
+    *(check_dion_surroundings, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 

@@ -13,7 +13,7 @@ FIGURES = ("captured", "update_norm", "momentum_norm")  # what a step measures
 class MatrixDiagnostics(NamedTuple):
     """One step of one logical matrix W (m, n), in the notation of `megatron_dion.algorithm.step`.
 
-    `captured` is ||R||_F / ||B||_F, the share of B = M + G that the step works with, from 0 to 1;
+    `captured` is ||R||_F / ||B||_F, the fraction of B = M + G with which the step works;
     `update_norm` the Frobenius norm of lr scale Q P^T; `momentum_norm` ||M||_F after the step.
     """
 

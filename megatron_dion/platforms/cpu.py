@@ -28,7 +28,7 @@ _is_installed = False
 
 
 def install(*, hide_gpus: bool = False) -> None:
-    """Replace what megatron uses of torch.cuda, and what that cannot help; imports megatron.
+    """Replace what megatron uses of torch.cuda, and some of megatron's functions; imports megatron.
 
     Call it before anything else imports megatron. A second call does nothing. CUDA devices are an
     error unless `hide_gpus` asks to hide them from torch.

@@ -10,18 +10,19 @@ from torch import Tensor
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.exchange import Matrix
 from megatron_dion.sharding.blocks import Rectangle
-from tests.distributed.nursery import TRAINING, Nursery, train
+from tests.distributed.tiny_gpt import TRAINING
 from tests.reference import ReferenceMatrix
+from tests.worlds import train, world
 
 # The name of a matrix, rows and columns of a rectangle of it, and its values.
 Frame = list[tuple[str, slice, slice, Tensor]]
 
 
-def save_start(nursery: Nursery, model: Sequence[str], folder: Path) -> None:
+def save_start(model: Sequence[str], folder: Path) -> None:
     """Saves a checkpoint to start from: pipeline stages would draw other first weights."""
     argv = "--optimizer adam --lr 1e-5 --min-lr 0 --lr-warmup-iters 0 --train-iters 1".split()
     argv += "--save-interval 1 --ckpt-format torch_dist --no-save-optim".split()
-    nursery.run(1, train, [*model, *TRAINING, *argv, "--save", str(folder)])
+    world(1).train(*model, *TRAINING, *argv, "--save", str(folder))
 
 
 def rectangles_of(optimizer: Dion) -> Iterator[tuple[Matrix, Tensor, Rectangle]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.nursery import losses
+from tests.distributed.tiny_gpt import losses
 from tests.project import ROOT
 from tests.worlds import world
 

@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_dion_tools.plan import PRESETS, place
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
 from megatron_dion_tools.plan.topology import Topology
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.worlds import train, world
 
 
 def megatron_layout(
@@ -25,7 +26,7 @@ def megatron_layout(
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.training.training import resolve_ddp_bucket_size
 
-    from megatron_dion.megatron import join
+    from megatron_dion.megatron import hooks
     from megatron_dion.optimizer.routing import ROUTE_TAG
 
     dist.init_process_group("fake", rank=0, world_size=data_parallel_size, store=FakeStore())
@@ -34,9 +35,9 @@ def megatron_layout(
     parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     for parameter in parameters:
         setattr(parameter, ROUTE_TAG, SimpleNamespace(weight=is_dion or None))
-    join.Join("cpu", script_is_ours=True).install()
+    hooks.TrainingHooks("cpu", script_is_ours=True).install()
     args = SimpleNamespace(ddp_bucket_size=size, ddp_num_buckets=None)
-    with mock.patch.object(join, "get_args", return_value=args):
+    with mock.patch.object(hooks, "get_args", return_value=args):
         layout = DistributedOptimizer._compute_per_buffer_param_layout(
             parameters, bucket_size, data_parallel_size, config
         )
@@ -56,14 +57,14 @@ def megatron_layout(
     ],
 )
 def test_placements_of_large_models(
-    nursery: Nursery, preset: str, optimizer: str, sizes: list[int], size: int | None, buckets: int
+    preset: str, optimizer: str, sizes: list[int], size: int | None, buckets: int
 ) -> None:
     dp = sizes[-1]
     run = Run(PRESETS[preset], Topology(*sizes), Optimizer(optimizer), size, global_batch=dp)
     stage = Stage(run, 0)
     planned = place(stage.weights, dp, stage.bucket_size)
     shapes = [(weight.rows, weight.columns) for weight in stage.weights]
-    (found,) = nursery.run(1, megatron_layout, shapes, dp, optimizer == "dion", size)
+    (found,) = world(1).fork(megatron_layout, shapes, dp, optimizer == "dion", size)
     assert found == [(placement.start, placement.bucket_numel) for placement in planned]
     assert sum(start == 0 for start, _ in found) == buckets
 
@@ -75,7 +76,7 @@ def buckets_of_a_run(flags: list[str]) -> tuple[list[int], str]:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megatron_dion.megatron import join
+    from megatron_dion.megatron import hooks
 
     buckets: list[int] = []
     init = DistributedOptimizer.__init__
@@ -86,17 +87,17 @@ def buckets_of_a_run(flags: list[str]) -> tuple[list[int], str]:
 
     with (
         mock.patch.object(DistributedOptimizer, "__init__", recorded),
-        mock.patch.object(join, "roomy_bucket", lambda elements, usual: elements // 4),
+        mock.patch.object(hooks, "dion_bucket_size", lambda elements, usual: elements // 4),
         contextlib.redirect_stdout(io.StringIO()) as said,
     ):
         train([*MODEL, *TRAINING, *DION, "--train-iters", "1", "--overlap-grad-reduce", *flags])
     return buckets, said.getvalue()
 
 
-def test_a_run_chooses_buckets_for_matrices_alone(nursery: Nursery) -> None:
-    [(buckets, said)] = nursery.run(1, buckets_of_a_run, [])
+def test_a_run_chooses_buckets_for_matrices_alone() -> None:
+    [(buckets, said)] = world(1).fork(buckets_of_a_run, [])
     assert sorted(buckets) == [1, 4]
     assert "[dion] gradients of Dion's matrices: --ddp-bucket-size " in said
-    [(buckets, said)] = nursery.run(1, buckets_of_a_run, ["--ddp-bucket-size", "1000000000"])
+    [(buckets, said)] = world(1).fork(buckets_of_a_run, ["--ddp-bucket-size", "1000000000"])
     assert buckets == [1, 1]
     assert "--ddp-bucket-size" not in said

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.distributed.nursery import DION, TRAINING, Nursery, losses
 from tests.distributed.recording import (
     check_against_reference,
     rates_of_all,
     save_start,
     train_recorded,
 )
+from tests.distributed.tiny_gpt import DION, INSTANCES, OVERLAP, PP2, TP2, TRAINING, losses
 from tests.worlds import world
 
 ITERATIONS = 10
@@ -78,12 +78,8 @@ PRECISION = {
 }
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3, "fp16": 5e-3}
 
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 TP4 = "--tensor-model-parallel-size 4"
-PP2 = "--pipeline-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
-INSTANCES = "--num-distributed-optimizer-instances 2"
 VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 
 
@@ -140,8 +136,7 @@ Result = tuple[list[float], str, list[dict[str, Any]]]
 class Runs:
     """Runs models from starting points that all their grids share."""
 
-    def __init__(self, nursery: Nursery, folder: Path) -> None:
-        self._nursery = nursery
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._start = cache(self._save_start)
         self.single = cache(self._single)
@@ -159,7 +154,7 @@ class Runs:
     def _save_start(self, model: str) -> Path:
         """Pipeline stages would draw other first weights."""
         folder = self._folder / model
-        save_start(self._nursery, f"{COMMON} {MODELS[model]}".split(), folder)
+        save_start(f"{COMMON} {MODELS[model]}".split(), folder)
         return folder
 
     def _single(self, model: str, precision: str, option: str) -> Result:
@@ -174,8 +169,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(nursery, tmp_path_factory.mktemp("topologies"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("topologies"))
 
 
 def check_records(result: Result, option: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dion.megatron import flags
 from megatron_dion_tools import cli
-from tests.distributed.nursery import MODEL, TRAINING
+from tests.distributed.tiny_gpt import MODEL, TRAINING
 from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of
 from tests.project import ROOT
 from tests.worlds import in_host, world

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.nursery import DION, TRAINING, losses
 from tests.distributed.test_fp8 import MODEL as MODEL_ON_CPU
-from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of
+from tests.distributed.tiny_gpt import DION, TRAINING, losses
+from tests.fp8_emulation.checks import RECIPES, RankWeight, check_forms, masters_of
 
 HAS_ALL = torch.cuda.is_available() and find_spec("transformer_engine") is not None
 pytestmark = [
@@ -43,7 +43,7 @@ GRIDS = {
 }
 
 
-def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kept]]]:
+def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[RankWeight]]]:
     """Trains in a world of GPUs; what each kept. Its metrics and log are in the folder."""
     gpus, grid_flags = GRIDS[grid]
     needs(recipe, gpus)
@@ -77,8 +77,8 @@ def needs(recipe: str, gpus: int) -> None:
 def test_bytes_and_scales_are_those_of_whole_weights(
     tmp_path: Path, recipe: str, grid: str
 ) -> None:
-    kept = run(tmp_path, recipe, grid)
-    steps = [[rank[step] for rank in kept] for step in range(ITERATIONS + 1)]
+    recorded = run(tmp_path, recipe, grid)
+    steps = [[rank[step] for rank in recorded] for step in range(ITERATIONS + 1)]
     for before, after in itertools.pairwise(steps):
         check_forms(recipe, after, masters_of(before))
     found = losses(tmp_path)

@@ -185,7 +185,7 @@ class StudyRuns:
         return [run for run in runs if not run.is_finished()]
 
     def result(self) -> Result:
-        """Return what the finished study has found, ready for JSON.
+        """Return the results of the finished study, ready for JSON.
 
         A cell is a method in a setting, at the best learning rate of its best variant. Its `losses`
         are by learning rate and seed, `others` those of its other variants; `gap` is the loss minus

@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "look for the fastest topologies of so many ranks that fit (off)"
     add("--search", type=positive, metavar="RANKS", help=what)
     add = parser.add_argument_group("run").add_argument
-    what = "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the rank"
-    what += f" fraction is in (0, 1] ({' '.join(OPTIMIZERS)})"
+    what = "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION, where FRACTION"
+    what += f" is --dion-rank-fraction of training ({' '.join(OPTIMIZERS)})"
     default: list[Any] = list(map(optimizer, OPTIMIZERS))
     add("--optimizer", nargs="+", type=optimizer, default=default, help=what)
     what = "elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's: 40"
@@ -94,7 +94,7 @@ def optimizer(text: str) -> Optimizer:
             return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
         except (ValueError, ZeroDivisionError) as error:
             raise argparse.ArgumentTypeError(
-                f"{text}: a rank fraction is in (0, 1], and written dion:FRACTION, such as dion:1/4"
+                f"{text}: {error}: write dion:FRACTION, such as dion:1/4"
             ) from error
     known = {
         "adam": Optimizer("adamw"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_dion.algorithm.config import DionConfig
-from megatron_dion.sharding.layout import Placement, roomy_bucket
+from megatron_dion.sharding.layout import Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Weight
 from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.topology import Topology
@@ -71,12 +71,12 @@ class Run:
     recompute: str = "selective"
 
     def __post_init__(self) -> None:
-        share = self.micro_batch * self.topology.dp
-        if self.global_batch % share:
+        samples = self.micro_batch * self.topology.dp
+        if self.global_batch % samples:
             raise ValueError(
                 f"--global-batch-size {self.global_batch} is no multiple of --micro-batch-size"
                 f" {self.micro_batch} x --dp {self.topology.dp}:"
-                f" take {-(-self.global_batch // share) * share}, or another --dp"
+                f" take {-(-self.global_batch // samples) * samples}, or another --dp"
             )
 
     @property
@@ -116,7 +116,7 @@ class Stage:
         self.group = topology.group("data")
         self.bucket_size = default_bucket_size(topology.replicated, index)
         if self.bucket_size and run.optimizer.kind == "dion":
-            self.bucket_size = roomy_bucket(self.matrices, self.bucket_size)
+            self.bucket_size = dion_bucket_size(self.matrices, self.bucket_size)
         if run.bucket_size is not None and self.is_first:
             self.bucket_size = run.bucket_size or None
 
