@@ -67,6 +67,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "full-rank": ("--dion-rank-fraction 1", {"rank_fraction": 1.0}),
     "rank1": ("--dion-rank-fraction 0.01", {"rank_fraction": 0.01}),
     "lion": ("--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1", {}),
+    "rows": ("--dion-residual rows", {"residual": "rows"}),
 }
 # At full rank the last columns of P are nearly dependent: float32 knows their directions less well.
 REFERENCE_TOLERANCE = {"full-rank": 1.5e-4}
@@ -110,6 +111,7 @@ CASES = {
     "ep2-tp2-etp2": Case("experts", 4, f"{TP2} {EP2} --expert-tensor-parallel-size 2", 6),
     "heads-tp2-pp2": Case("gated", 4, f"{TP2} {PP2}", 6, option="heads"),
     "bf16-tp2-pp2": Case("dense", 4, f"{TP2} {PP2} {OVERLAP}", 6, "bf16"),
+    "rows-tp2-pp2-dp2": Case("dense", 8, f"{TP2} {PP2} {OVERLAP}", 6, option="rows"),
 }
 SLOW_CASES = {
     "dp4": Case("dense", 4, OVERLAP, 3),
@@ -125,6 +127,11 @@ SLOW_CASES = {
     **{
         f"{option}-tp2-dp2": Case("dense", 4, f"{TP2} {OVERLAP}", 6, option=option)
         for option in ("whole", "full-rank", "rank1", "lion")
+    },
+    **{
+        f"rows-{name}": case._replace(option="rows")
+        for name, case in CASES.items()
+        if not case.option
     },
 }
 Result = tuple[list[float], str, list[dict[str, Any]]]
