@@ -22,12 +22,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from megatron_dion_tools.local.world import RankError, run_world
+from megatron_dion_tools.local.world import RankError, gloo_world, run_world
 from tests.project import ROOT
 
 __all__ = ["RankError", "in_host", "train", "world"]
@@ -42,7 +41,7 @@ class World(NamedTuple):
 
     def run(self, function: Function, *args: Any) -> list[Any]:
         """Call a function on every rank, inside a gloo group."""
-        results: list[Any] = in_host(run_world, self.size, _with_gloo, function, args)
+        results: list[Any] = in_host(gloo_world, self.size, function, *args)
         return results
 
     def fork(self, function: Function, *args: Any) -> list[Any]:
@@ -136,13 +135,3 @@ def train(flags: Sequence[str]) -> None:
     from megatron_dion.megatron.launch import train as launch
 
     launch(flags)
-
-
-def _with_gloo(function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    result = function(*args)
-    dist.barrier()  # A rank that left earlier would break the connections of the others.
-    dist.destroy_process_group()
-    return result

@@ -64,10 +64,8 @@ class Recipe(NamedTuple):
         """
         if gpus not in self.topologies:
             known = ", ".join(map(str, sorted(self.topologies)))
-            raise ToolError(
-                f"{self.path}: no topology for {gpus} GPUs, only for {known}: change --nodes or "
-                "--gpus-per-node, or add one to the recipe"
-            )
+            fix = "change --nodes or --gpus-per-node, or add one to the recipe"
+            raise ToolError(f"{self.path}: no topology for {gpus} GPUs, only for {known}: {fix}")
         return [*self.arguments, *self.topologies[gpus]]
 
 

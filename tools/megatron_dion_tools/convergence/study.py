@@ -146,8 +146,8 @@ class StudyRuns:
         first = self.study.methods[method].lr
         multiples = {2.0**power for power in range(-_MOST_RATES, _MOST_RATES + 1)}
         losses: Losses = {}
+        seeds = self.study.seeds
         for lr in sorted(first * multiple for multiple in multiples | set(self.study.rates)):
-            seeds = self.study.seeds
             runs = {seed: self.run(setting, method, variant, lr, seed) for seed in seeds}
             if runs[seeds[0]].is_finished():
                 losses[lr] = {s: _loss(run) for s, run in runs.items() if run.is_finished()}
@@ -213,8 +213,7 @@ class StudyRuns:
             pairs = [loss - theirs[their_best][seed] for seed, loss in losses[best].items()]
             gap = estimate([pair if math.isfinite(pair) else math.nan for pair in pairs])
         runs = [self.run(setting, method, variant, best, seed) for seed in study.seeds]
-        folders = [run.metrics for run in runs]
-        records = [[r for r in read_metrics(path) if r["kind"] == "train"] for path in folders]
+        records = [[r for r in read_metrics(run.metrics) if r["kind"] == "train"] for run in runs]
         curve = {r["iteration"]: r["lm_loss"] or math.nan for r in records[0]}
         points = list(smoothed(curve, window_of(curve)).items())
         return {

@@ -14,12 +14,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import torch._dynamo  # The first torch.optim.Optimizer of a process imports these two, in seconds.
+import torch.distributed as dist
 import torch.distributed.tensor
 
 from megatron_dion.platforms import free_port
@@ -57,6 +59,11 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for started in ranks:
             if started.pid is not None:
                 end(started)
+
+
+def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Do as `run_world` does, with an initialized gloo process group on every rank."""
+    return run_world(size, _with_gloo, function, args)
 
 
 def start(process: BaseProcess) -> None:
@@ -148,3 +155,11 @@ def _run_rank(
     end.close()
     sys.stdout.flush()
     os._exit(0)  # The parent's threads and exit handlers do not exist in this process.
+
+
+def _with_gloo(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    result = function(*args)
+    dist.barrier()  # A rank that left earlier would break the connections of the others.
+    dist.destroy_process_group()
+    return result

@@ -93,9 +93,8 @@ def optimizer(text: str) -> Optimizer:
             rank_fraction = float(Fraction(fraction or "1/4"))
             return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
         except (ValueError, ZeroDivisionError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text}: {error}: write dion:FRACTION, such as dion:1/4"
-            ) from error
+            fault = f"{text}: {error}: write dion:FRACTION, such as dion:1/4"
+            raise argparse.ArgumentTypeError(fault) from error
     known = {
         "adam": Optimizer("adamw"),
         "adamw": Optimizer("adamw"),
@@ -130,11 +129,8 @@ def _plan(args: argparse.Namespace) -> None:
     optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
     title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
     title += f" micro batches of {micro} x {shape.sequence} tokens, {args.hardware}"
-    common: dict[str, Any] = {
-        "weight_bytes": weight_bytes,
-        "micro_batch": micro,
-        "recompute": args.recompute,
-    }
+    common: dict[str, Any] = {"weight_bytes": weight_bytes, "micro_batch": micro}
+    common["recompute"] = args.recompute
     predictions = []
     if args.search:
         for one in optimizers:
