@@ -241,7 +241,7 @@ def without_the_join(argv: Sequence[str]) -> Sequence[str]:
     """On a rank: as in a script that uses the optimizer, but not this project's training."""
     from megatron_dion.megatron import checkpoints
 
-    checkpoints.use = lambda choice, args: None
+    checkpoints.use = lambda choice, args, options: None
     return argv
 
 

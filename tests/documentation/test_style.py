@@ -9,21 +9,14 @@ from markdown_it import MarkdownIt
 from tests.documentation.pages import PAGES
 from tests.project import ROOT
 
-# Still to be shortened: this is to become empty.
-LATER = "results residual tuning performance planner status design".split()
-SHORT = [
-    page
-    for page in PAGES
-    if not page.startswith("docs/results/")
-    and page not in ("CHANGELOG.md", *(f"docs/{name}.md" for name in LATER))
-]
+SHORT = [page for page in PAGES if not page.startswith("docs/results/") and page != "CHANGELOG.md"]
 
 
 def test_pages_are_short() -> None:
     counted = [page for page in SHORT if page.startswith("docs/") or page == "README.md"]
     words = {page: len((ROOT / page).read_text(encoding="utf-8").split()) for page in counted}
     assert max(words.values()) <= 2_500, words
-    assert sum(words.values()) <= 15_000, words
+    assert sum(words.values()) <= 18_700, words
 
 
 @pytest.mark.parametrize("page", SHORT)

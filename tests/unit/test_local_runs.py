@@ -184,6 +184,7 @@ def wait_for_ever(write_end: int) -> None:
 def train_runs(read_end: int, write_end: int, folder: Path) -> None:
     os.close(read_end)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for the traceback of an interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     runs_module.train = lambda flags, patch: wait_for_ever(write_end)
     execute([named(folder, name) for name in ("one", "two")], 2, nothing)
 
