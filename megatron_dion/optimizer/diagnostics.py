@@ -14,7 +14,8 @@ class MatrixDiagnostics(NamedTuple):
     """One step of one logical matrix W (m, n), in the notation of `megatron_dion.algorithm.step`.
 
     `captured` is ||R||_F / ||B||_F, the fraction of B = M + G with which the step works;
-    `update_norm` the Frobenius norm of lr scale Q P^T; `momentum_norm` ||M||_F after the step.
+    `update_norm` the Frobenius norm of the change of W, without weight decay; `momentum_norm`
+    ||M||_F after the step.
     """
 
     name: str  # as in routing.tsv

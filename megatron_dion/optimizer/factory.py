@@ -35,7 +35,7 @@ _NAMES = {
 def get_megatron_dion_optimizer(
     config: OptimizerConfig,
     model_chunks: list[MegatronModule],
-    dion_config: DionConfig | DionOptions,
+    dion: DionConfig | DionOptions,
     *,
     config_overrides: dict[ParamKey, ParamGroupOverride] | None = None,
     use_gloo_process_groups: bool = True,
@@ -47,7 +47,7 @@ def get_megatron_dion_optimizer(
     Args:
         config: Megatron's optimizer config; `use_distributed_optimizer` must be set.
         model_chunks: DDP-wrapped chunks of a model that `tag_matrices` has seen before.
-        dion_config: Dion's hyperparameters, or all options of a run together. The routing rules
+        dion: Dion's hyperparameters, or all options of a run together. The routing rules
             are those of `tag_matrices` in any case.
         config_overrides: as for Megatron's function.
         use_gloo_process_groups: as for Megatron's function.
@@ -60,10 +60,10 @@ def get_megatron_dion_optimizer(
     """
     if not config.use_distributed_optimizer:
         raise ValueError("Dion needs the distributed optimizer: use_distributed_optimizer=True")
-    if isinstance(dion_config, DionConfig):
-        dion_config = DionOptions(dion_config)
+    if isinstance(dion, DionConfig):
+        dion = DionOptions(dion)
     routes = gather_routes(model_chunks)
-    dion = replace(dion_config, rules=routes[0].rules, **options)
+    dion = replace(dion, rules=routes[0].rules, **options)
     # Megatron looks up state names by this name, and a chain must have one config.
     config = copy.copy(config)
     config.optimizer = dion.scalar_optimizer

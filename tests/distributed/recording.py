@@ -97,9 +97,12 @@ def rates_of_all(records: Sequence[dict[str, Any]], step: int) -> dict[str, tupl
 
 
 def check_against_reference(
-    records: Sequence[dict[str, Any]], tolerance: float, **options: Any
+    records: Sequence[dict[str, Any]], tolerance: float, loose: str = "", **options: Any
 ) -> None:
-    """Drives the reference by the gradients that the ranks saw; compares the final weights."""
+    """Drives the reference by the gradients that the ranks saw; compares the final weights.
+
+    Weights with `loose` in their names have the tolerance; without it, all weights.
+    """
     shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
     config = DionConfig(seed=1234, **options)  # the default of --seed
     first = assemble([record["first"] for record in records], shapes)
@@ -112,4 +115,4 @@ def check_against_reference(
     last = assemble([record["last"] for record in records], shapes)
     for name, matrix in matrices.items():
         error = (last[name].double() - matrix.weight).norm() / matrix.weight.norm()
-        assert error < tolerance, (name, float(error))
+        assert error < (tolerance if loose in name else 1e-5), (name, float(error))

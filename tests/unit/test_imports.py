@@ -49,6 +49,12 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not name.startswith("megatron") or f"{name}.".startswith(allowed), name
 
 
+def test_programs_import_no_tests() -> None:
+    for path in (ROOT / "tools").rglob("*.py"):
+        names = imports_of(path.read_text(encoding="utf-8"), "")
+        assert not [name for name in names if name.startswith(("tests", "benchmarks"))], path
+
+
 def test_package_needs_torch_only() -> None:
     """With nothing but the standard library, torch and what torch itself imports."""
     code = (
