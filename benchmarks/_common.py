@@ -40,7 +40,6 @@ def make_parser(
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write results here")
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--threads", action=Gone, const="programs use one thread")
-    parser.add_argument("--large", action=Gone, const="use `megatron-dion plan`")
     return parser
 
 

@@ -26,6 +26,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from megatron_dion_tools.local.runs import train
 from megatron_dion_tools.local.world import RankError, gloo_world, run_world
 from tests.project import ROOT
 
@@ -128,10 +129,3 @@ def _received(end: Connection) -> bytes | None:
         return end.recv_bytes()
     except EOFError:
         return None
-
-
-def train(flags: Sequence[str]) -> None:
-    """On a rank: train as pretrain_gpt.py does with these flags."""
-    from megatron_dion.megatron.launch import train as launch
-
-    launch(flags)

@@ -152,7 +152,7 @@ def test_the_best_variant_trains_with_all_seeds(laboratory: Laboratory) -> None:
             "{flags: --optimizer dion, lr: 0.008}", f"{{lr: 0.008, variants: {variants}}}"
         )
     )
-    assert runs.best("", "New")[:2] == ("slow", 0.032)
+    assert runs.best("", "New")[1:] == ("slow", 0.032)
     assert laboratory.rates("dion", seed=2) == [0.032]
     assert laboratory.rates("adam", seed=2) == [0.004]  # of the other method only
     row = next(line for line in to_markdown(runs.result()).splitlines() if "| New slow |" in line)

@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def call(argv: Sequence[str]) -> int | None:
     """Run a subcommand and return its exit code; mistakes are exceptions."""
     args = parse(argv)
-    code: int | None = args.run(args)
-    return code
+    return args.run(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

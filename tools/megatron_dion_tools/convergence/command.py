@@ -60,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; return 1 if runs differ, or a planted mistake was not noticed."""
-    code: int = arguments.action(arguments)
-    return code
+    return arguments.action(arguments)
 
 
 def check_cases(arguments: argparse.Namespace) -> int:

@@ -146,10 +146,9 @@ class StudyRuns:
         first = self.study.methods[method].lr
         multiples = {2.0**power for power in range(-_MOST_RATES, _MOST_RATES + 1)}
         losses: Losses = {}
-        seeds = self.study.seeds
         for lr in sorted(first * multiple for multiple in multiples | set(self.study.rates)):
-            runs = {seed: self.run(setting, method, variant, lr, seed) for seed in seeds}
-            if runs[seeds[0]].is_finished():
+            runs = {s: self.run(setting, method, variant, lr, s) for s in self.study.seeds}
+            if runs[self.study.seeds[0]].is_finished():
                 losses[lr] = {s: _loss(run) for s, run in runs.items() if run.is_finished()}
         return losses
 
@@ -158,18 +157,16 @@ class StudyRuns:
         study, variants = self.study, self.study.methods[method].variants
         runs = [run for each in variants for run in self._sweep(setting, method, each)]
         if not runs:
-            variant, lr, _ = self.best(setting, method)
+            _, variant, lr = self.best(setting, method)
             runs = [self.run(setting, method, variant, lr, seed) for seed in study.seeds]
         return [run for run in runs if not run.is_finished()]
 
-    def best(self, setting: str, method: str) -> tuple[str, float, Losses]:
-        """Return the best variant, its best learning rate and its losses."""
-        variants = self.study.methods[method].variants
-        swept = {variant: self.losses(setting, method, variant) for variant in variants}
-        return min(
-            ((variant, best_rate(losses), losses) for variant, losses in swept.items()),
-            key=lambda each: next(iter(each[2][each[1]].values())),
-        )
+    def best(self, setting: str, method: str) -> tuple[dict[str, Losses], str, float]:
+        """Return the losses of all variants, the best variant, and its best learning rate."""
+        swept = {v: self.losses(setting, method, v) for v in self.study.methods[method].variants}
+        rates = {v: best_rate(losses) for v, losses in swept.items()}
+        best = min(rates, key=lambda v: _of_first_seed(swept[v][rates[v]]))
+        return swept, best, rates[best]
 
     def _sweep(self, setting: str, method: str, variant: str) -> list[Run]:
         """The runs that the sweep of a variant needs next."""
@@ -206,11 +203,12 @@ class StudyRuns:
 
     def _cell(self, setting: str, method: str) -> Result:
         study, gap = self.study, None
-        variant, best, losses = self.best(setting, method)
-        others = [each for each in study.methods[method].variants if each != variant]
+        others, variant, best = self.best(setting, method)
+        losses = others.pop(variant)
         if study.baseline not in (None, method):
-            _, their_best, theirs = self.best(setting, str(study.baseline))
-            pairs = [loss - theirs[their_best][seed] for seed, loss in losses[best].items()]
+            swept, their_variant, their_best = self.best(setting, str(study.baseline))
+            theirs = swept[their_variant][their_best]
+            pairs = [loss - theirs[seed] for seed, loss in losses[best].items()]
             gap = estimate([pair if math.isfinite(pair) else math.nan for pair in pairs])
         runs = [self.run(setting, method, variant, best, seed) for seed in study.seeds]
         records = [[r for r in read_metrics(run.metrics) if r["kind"] == "train"] for run in runs]
@@ -223,7 +221,7 @@ class StudyRuns:
             "best_lr": best,
             "is_bracketed": min(losses) < best < max(losses),
             "losses": losses,
-            "others": {each: self.losses(setting, method, each) for each in others},
+            "others": others,
             "loss": estimate(list(losses[best].values())),
             "gap": gap,
             "steps": records[0][-1]["iteration"],
@@ -238,7 +236,7 @@ class StudyRuns:
 
 def best_rate(losses: Losses) -> float:
     """Return the learning rate with the lowest loss of the first seed."""
-    return min(losses, key=lambda lr: next(iter(losses[lr].values())))
+    return min(losses, key=lambda lr: _of_first_seed(losses[lr]))
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
@@ -277,7 +275,7 @@ def to_markdown(result: Result) -> str:
 def _row(cell: Result) -> Sequence[str]:
     swept = {"": cell["losses"], **cell["others"]}
     rates = (
-        f"{name} {lr:g}: {_number(next(iter(of.values())))}".lstrip()
+        f"{name} {lr:g}: {_number(_of_first_seed(of))}".lstrip()
         for name, losses in swept.items()
         for lr, of in losses.items()
     )
@@ -296,6 +294,10 @@ def _number(mean: float, spread: float = math.nan, sign: str = "") -> str:
     if not math.isfinite(mean):
         return "diverged"
     return f"{mean:{sign}.3f}" + (f" ± {spread:.3f}" if math.isfinite(spread) else "")
+
+
+def _of_first_seed(losses: Mapping[int, float]) -> float:
+    return next(iter(losses.values()))
 
 
 def _loss(run: Run) -> float:

@@ -120,7 +120,7 @@ def _train_in_world(run: Run) -> None:
         os._exit(1)
 
 
-def train(flags: Sequence[str], patch: str | None) -> None:
+def train(flags: Sequence[str], patch: str | None = None) -> None:
     """Train on this rank as pretrain_gpt.py would, after the patch of a `Run`."""
     from megatron_dion.megatron.launch import train as launch
 
