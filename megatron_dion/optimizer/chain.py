@@ -83,7 +83,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         ranks, rank = dist.get_world_size(), dist.get_rank()
         everywhere: list[Any] | None = [None] * ranks if rank == ranks - 1 else None
         dist.gather_object(here, everywhere, dst=ranks - 1)
-        # Instances of the distributed optimizer measure the same.
+        # With compressed sync, instances measure about the same: one of them counts.
         by_name = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
         return sorted(by_name.values(), key=lambda matrix: in_order_of_layers(matrix.name))
 

@@ -130,6 +130,7 @@ SLOW_CASES |= {
     for name, case in (CASES | SLOW_CASES).items()
     if not case.option
 }
+assert not CASES.keys() & SLOW_CASES.keys()
 Result = tuple[list[float], str, list[dict[str, Any]]]
 
 
