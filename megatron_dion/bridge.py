@@ -8,7 +8,6 @@ from megatron.bridge.training.config import OptimizerConfig
 from megatron.core.utils import get_model_config
 
 from megatron_dion.megatron.capabilities import check_megatron
-from megatron_dion.megatron.errors import say
 from megatron_dion.megatron.validation import REFUSED_WITH_DION
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
@@ -42,7 +41,7 @@ def use_dion(config: Any, dion: DionOptions) -> None:
         config: Bridge's `ConfigContainer`, before it is given to `pretrain`.
         dion: What the run chooses about Dion.
     """
-    say(check_megatron())
+    check_megatron()
     old = config.optimizer
     same = {one.name: getattr(old, one.name) for one in fields(old) if one.init}
     config.optimizer = DionOptimizerConfig(**same, dion=dion)

@@ -81,7 +81,9 @@ def prepare(argv: Sequence[str]) -> str:
 
     Returns the device of `--device`. The full parser reports a value that is no device.
     """
-    say(capabilities.check_megatron())
+    version, is_tested = capabilities.check_megatron()
+    if not is_tested:
+        say(f"megatron-core {version} is not tested ({', '.join(capabilities.TESTED)} are)")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="auto")
     requested = parser.parse_known_args(argv)[0].device

@@ -6,6 +6,7 @@ which import packages for GPUs and models of other projects, are stand-ins with 
 
 import importlib
 import importlib.util
+import runpy
 import sys
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worlds import world
+from tests.project import ROOT
+from tests.worlds import RankError, world
 
 AS_THEY_ARE = ("megatron.bridge.training.config", "megatron.bridge.training.optim")
 
@@ -52,36 +54,23 @@ def class_named(name: str) -> type:
 def train_with_bridge(cpu_offload: bool) -> tuple[str, list[float]]:
     """On a rank: the class of the optimizer, and the losses of some steps with one batch."""
     sys.meta_path.insert(0, StandIns())
+    made = runpy.run_path(str(ROOT / "tests/documentation/small_model.py"))
     bridge, optim = map(importlib.import_module, AS_THEY_ARE)
-    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
 
     from megatron_dion import DionConfig
     from megatron_dion.bridge import use_dion
     from megatron_dion.optimizer.options import DionOptions
 
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    config = SimpleNamespace(
-        optimizer=bridge.OptimizerConfig(
-            lr=4e-3, min_lr=4e-3, weight_decay=0.1, optimizer_cpu_offload=cpu_offload
-        ),
-        ddp=bridge.DistributedDataParallelConfig(),
-        model=SimpleNamespace(pre_wrap_hooks=[]),
-    )
+    optimizer_config = bridge.OptimizerConfig(lr=4e-3, min_lr=4e-3, weight_decay=0.1)
+    optimizer_config.optimizer_cpu_offload = cpu_offload
+    ddp, model = bridge.DistributedDataParallelConfig(), SimpleNamespace(pre_wrap_hooks=[])
+    config = SimpleNamespace(optimizer=optimizer_config, ddp=ddp, model=model)
     use_dion(config, DionOptions(DionConfig(rank_fraction=0.25, seed=1)))
-    for part in (config.optimizer, config.ddp):
-        part.finalize()
-    layers = TransformerConfig(
-        num_layers=2, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
-    )
-    model = GPTModel(layers, get_gpt_layer_local_spec(), vocab_size=64, max_sequence_length=16)
-    for hook in config.model.pre_wrap_hooks:
-        [model] = hook([model])
-    chunk = DistributedDataParallel(layers, config.ddp, model)
+    config.optimizer.finalize()
+    ddp.finalize()
+    [hook] = model.pre_wrap_hooks
+    chunk = DistributedDataParallel(made["transformer_config"], ddp, *hook([made["model"]]))
     schedule = bridge.SchedulerConfig(lr_decay_iters=9, lr_warmup_iters=0)
     schedule.lr_decay_steps, schedule.lr_warmup_steps, schedule.wd_incr_steps = 9, 0, 9
     schedule.start_weight_decay = schedule.end_weight_decay = 0.1
@@ -103,8 +92,8 @@ def train_with_bridge(cpu_offload: bool) -> tuple[str, list[float]]:
 @pytest.mark.versions
 @pytest.mark.skipif(not has_bridge(), reason="Megatron-Bridge is not installed")
 def test_bridge_builds_dion_and_refuses_what_does_not_go_with_it() -> None:
-    for kind, losses in world(2).run(train_with_bridge, False):
-        assert kind == "DionChainedOptimizer"
-        assert losses[-1] < losses[0] - 0.2
-    with pytest.raises(Exception, match="Dion does not go with optimizer_cpu_offload=True: Dion's"):
-        world(2).run(train_with_bridge, True)
+    [(kind, losses)] = world(1).fork(train_with_bridge, False)
+    assert kind == "DionChainedOptimizer"
+    assert losses[-1] < losses[0] - 0.2
+    with pytest.raises(RankError, match="Dion does not go with optimizer_cpu_offload=True: Dion's"):
+        world(1).fork(train_with_bridge, True)

@@ -81,12 +81,13 @@ def pytorch() -> Finding:
 def megatron() -> Finding:
     """Megatron-core must have all that Dion needs."""
     try:
-        remark = capabilities.check_megatron()
-        text = f"megatron-core {capabilities.find_megatron().version}"
+        version, is_tested = capabilities.check_megatron()
     except ConfigurationError as error:
         what, _, fix = str(error).rpartition(": ")
         return Finding(FAILED, what, fix)
-    return Finding(WARNING, remark, capabilities.FIX) if remark else Finding(OK, text)
+    if is_tested:
+        return Finding(OK, f"megatron-core {version}")
+    return Finding(WARNING, f"megatron-core {version}, which is not tested", capabilities.FIX)
 
 
 def transformer_engine() -> Finding:
