@@ -46,6 +46,7 @@ def test_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"apex", "amp_C", "flash_attn"}, 8, OK, "apex, flash_attn; not installed: fused_weight"),
         ({"apex"}, 0, FAILED, "apex is not NVIDIA's"),
+        ({"apex", "transformer_engine"}, 8, WARNING, "apex is not NVIDIA's"),
         (set(), 0, OK, "none is used"),
     ],
 )
