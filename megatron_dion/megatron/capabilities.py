@@ -23,7 +23,7 @@ NEEDED = {
     "core/distributed/param_and_grad_buffer.py": """
         is_managed_by_layer_wise_optimizer param_index_map params_list communication_stream
         intra_distributed_optimizer_instance_group inter_distributed_optimizer_instance_group
-        next_param_gather_bucket_group""",
+        next_param_gather_bucket_group is_float8tensor is_nvfp4tensor""",
     "core/distributed/distributed_data_parallel.py": """
         buffers expert_parallel_buffers bucket_groups expert_parallel_bucket_groups
         param_to_bucket_group zero_grad_buffer() start_param_sync(force_sync)""",

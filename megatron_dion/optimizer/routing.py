@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.fp4_utils import is_nvfp4tensor
-from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.transformer.fsdp_dtensor_checkpoint import (
     get_ep_layer_offset,
     get_global_unique_param_name,
@@ -192,5 +191,6 @@ def _is_of_experts(parameter: Parameter) -> bool:
 
 
 def _is_quantized(parameter: Parameter) -> bool:
-    """Whether DDP puts a parameter into a buffer of bytes."""
-    return is_float8tensor(parameter) or is_nvfp4tensor(parameter)
+    """Whether Megatron's DDP puts a parameter into a buffer of bytes."""
+    buffers = param_and_grad_buffer
+    return buffers.is_float8tensor(parameter) or buffers.is_nvfp4tensor(parameter)
