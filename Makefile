@@ -61,10 +61,11 @@ convergence: setup
 	$(PYTHON_IN_VENV) -m megatron_dion_tools convergence check
 
 # Environments on top of $(VENV), whose packages they see behind a megatron-core of their own.
-VERSIONS := 0.18.2 0.19.0 0.19.2
+VERSIONS ?= 0.18.2 0.19.0 0.19.2
+ENVIRONMENTS := $(VERSIONS:%=.venv-%/.installed)
 BRIDGE := 0.6.2
 
-test-versions: $(VERSIONS:%=.venv-%/.installed)
+test-versions: $(ENVIRONMENTS)
 	@for version in $(VERSIONS); do echo "megatron-core $$version" && \
 	  .venv-$$version/bin/python -m pytest -m versions tests/unit tests/distributed || exit 1; done
 
