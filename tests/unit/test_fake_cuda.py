@@ -1,0 +1,98 @@
+"""What a step would ask of a GPU: launches, waits, copies and memory, on fake CUDA tensors."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_dion import Dion
+from megatron_dion.algorithm import step
+from megatron_dion.sharding.layout import Placement
+from megatron_dion.sharding.matrices import Part, Weight
+from megatron_dion_tools.plan import PRESETS, default_bucket_size, place
+from tests.fake_cuda import count_step, sharded, whole
+
+
+def _plain(**options: Any) -> Callable[[], Dion]:
+    return whole([(4096, 4096)] * 32, **options)
+
+
+def _llama(tensor: int, data: int, has_buckets: bool) -> Callable[..., Callable[[], Dion]]:
+    shape = PRESETS["8B"]
+    weights = shape.weights(range(shape.layers), tensor)
+    size = default_bucket_size(data) if has_buckets else None
+    return _on_grid(place(weights, data, size), (tensor, 0), (data, 3))
+
+
+def _experts() -> Callable[..., Callable[[], Dion]]:
+    """Four layers, of which a rank has 32 experts each."""
+    weights = []
+    for name in (f"layers.{layer}.experts.{e}" for layer in range(4) for e in range(32)):
+        parts = (Part("gate", 768), Part("up", 768))
+        weights += [
+            Weight(f"{name}.fc1", 1536, 2048, parts=parts),
+            Weight(f"{name}.fc2", 2048, 768),
+        ]
+    return _on_grid(place(weights, 8, None), (1, 0), (8, 3))
+
+
+def _on_grid(
+    placements: list[Placement], tensor: tuple[int, int], data: tuple[int, int]
+) -> Callable[..., Callable[[], Dion]]:
+    return lambda **options: sharded(placements, tensor, data, **options)
+
+
+CASES = {
+    "plain": lambda: _plain,
+    "8B TP2 DP8": lambda: _llama(2, 8, has_buckets=False),
+    "8B TP2 DP8, default buckets": lambda: _llama(2, 8, has_buckets=True),
+    "8B TP1 DP64": lambda: _llama(1, 64, has_buckets=False),
+    "8B TP1 DP64, default buckets": lambda: _llama(1, 64, has_buckets=True),
+    "experts, DP8": _experts,
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "residual", "launches", "mib"),
+    [
+        ("plain", "none", 930, 513),
+        ("plain", "rows", 1510, 513),
+        ("8B TP2 DP8", "none", 2400, 195),
+        ("8B TP2 DP8", "rows", 2900, 195),
+        ("8B TP2 DP8, default buckets", "none", 4060, 141),
+        ("8B TP2 DP8, default buckets", "rows", 6380, 141),
+        ("8B TP1 DP64", "none", 660, 145),
+        ("8B TP1 DP64", "rows", 770, 145),
+        ("8B TP1 DP64, default buckets", "none", 3480, 49),
+        ("8B TP1 DP64, default buckets", "rows", 5760, 49),
+        ("experts, DP8", "none", 2400, 37),
+        ("experts, DP8", "rows", 3300, 37),
+    ],
+)
+def test_a_step_waits_once_and_copies_nothing(
+    case: str, residual: str, launches: int, mib: int
+) -> None:
+    counts = count_step(CASES[case]()(residual=residual))
+    assert (len(counts.waits), counts.copies, counts.host_tensors) == (1, [], [])
+    assert counts.launches <= launches, counts.lines.most_common(20)
+    assert counts.peak <= mib << 20
+
+
+def _with_host_tensor(blocks: Any) -> None:
+    blocks[0].weight.add_(torch.ones(1).to("cuda"))
+
+
+def _with_wait(blocks: Any) -> None:
+    float(blocks[0].weight.sum())
+
+
+@pytest.mark.parametrize(
+    ("fault", "waits", "copies"), [(_with_host_tensor, 1, 1), (_with_wait, 2, 0)]
+)
+def test_faults_are_noticed(fault: Callable[..., None], waits: int, copies: int) -> None:
+    with mock.patch.object(step, "_load_right", fault):
+        counts = count_step(whole([(8, 8)]))
+    assert (len(counts.waits), len(counts.copies)) == (waits, copies)
+    assert bool(counts.host_tensors) == bool(copies)
