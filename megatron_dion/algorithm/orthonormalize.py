@@ -6,7 +6,7 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,9 @@ the longest column of its matrix."""
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LEAST_BLOCK = 64
-_BLOCKS = 8
+_GPU_BLOCKS = 2
+_GPU_NUMBERS = 1 << 24
+"""Numbers of Gram matrices that a GPU factors together, 64 MiB."""
 
 
 class RowSums(Protocol):
@@ -51,36 +53,38 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     if not batches:
         return
     _scale(batches, sums)
-    residuals: list[Tensor] = []
-    sizes = [len(p) * p.shape[2] ** 2 for p in batches]
-    packed = torch.empty(sum(sizes), device=batches[0].device)
+    groups = _groups(batches)
+    sizes = [sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
+    packed = torch.zeros(sum(sizes), device=batches[0].device)
     grams = [
-        memory.view(len(p), p.shape[2], p.shape[2])
-        for p, memory in zip(batches, packed.split(sizes), strict=True)
+        memory.view(-1, group[0].shape[2], group[0].shape[2])
+        for group, memory in zip(groups, packed.split(sizes), strict=True)
     ]
-    _multiply(batches, grams)
+    noises: list[Tensor] = []  # what the square of a residual must exceed, by what the first left
+    _multiply(groups, grams)
     sums.add(packed)
-    for p, gram in zip(batches, grams, strict=True):
+    for group, gram in zip(groups, grams, strict=True):
         squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
-        lengths = torch.where(squares > 0, squares, 1.0)
+        lengths = squares + (squares == 0)
         shift = _shift(gram, lengths)
-        residual = _divide(p, gram, shift, lengths)
-        residuals.append(residual / squares.amax(dim=1, keepdim=True).sqrt())
-    _multiply(batches, grams)
+        diagonal = _divide(group, gram, shift * lengths)
+        noises.append(NOISE**2 * squares.amax(dim=1, keepdim=True) / diagonal.square())
+    _multiply(groups, grams)
     sums.add(packed)
-    for p, gram, residual in zip(batches, grams, residuals, strict=True):
-        ones = torch.ones_like(residual)
-        shift = _shift(gram, ones)
-        diagonal = _divide(p, gram, shift, ones)
+    for group, gram, noise in zip(groups, grams, noises, strict=True):
+        shift = _shift(gram)
+        diagonal = _divide(group, gram, shift)
         squares = diagonal.square() - shift  # of the residuals
-        is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
+        is_independent = squares > torch.maximum(15 * shift, noise)
         lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
-        p *= torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
+        factors = torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
+        for p, factor in _by_batch(group, factors):
+            p *= factor
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
     """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
-    blocks = len(_blocks(rank, torch.device("cuda")))
+    blocks = len(_blocks(rank, is_cpu=False))
     share = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
     return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
 
@@ -94,84 +98,119 @@ def _scale(batches: Sequence[Tensor], sums: RowSums) -> None:
         [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
     sums.max(packed)
-    scales = torch.where(packed > 0, packed, 1.0).split([len(p) for p in batches])
+    scales = (packed + (packed == 0)).split([len(p) for p in batches])
     for p, scale in zip(batches, scales, strict=True):
         p /= scale.view(-1, 1, 1)
 
 
-def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+def _groups(batches: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Batches whose Gram matrices are factored together: on a GPU those of the same r.
+
+    Ranks that share matrices have their Gram matrices in the same order, whatever the groups.
+    """
+    groups: list[list[Tensor]] = []
+    for p in sorted(batches, key=lambda p: p.shape[2]):
+        last = groups[-1] if groups else []
+        numbers = (sum(map(len, last)) + len(p)) * p.shape[2] ** 2
+        is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= _GPU_NUMBERS
+        if is_alike and not _is_cpu(p):
+            last.append(p)
+        else:
+            groups.append([p])
+    return groups
+
+
+def _by_batch(group: Sequence[Tensor], values: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Every P of a group with what is its own of values (batch, ...) of all matrices."""
+    return zip(group, values.split([len(p) for p in group]), strict=True)
+
+
+def _multiply(groups: Sequence[Sequence[Tensor]], grams: Sequence[Tensor]) -> None:
     """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
-    for p, gram in zip(batches, grams, strict=True):
-        for start, stop in _blocks(p.shape[2], p.device):
-            block = gram[:, start:stop, start:]
-            block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
+    for group, all_grams in zip(groups, grams, strict=True):
+        for p, gram in _by_batch(group, all_grams):
+            for start, stop in _blocks(p.shape[2], _is_cpu(p)):
+                block = gram[:, start:stop, start:]
+                block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
-def _shift(gram: Tensor, squares: Tensor) -> Tensor:
+def _shift(gram: Tensor, squares: Tensor | None = None) -> Tensor:
     """The shift (batch, 1) of Gram matrices of columns of unit length: above their rounding.
 
     That grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal columns
     and r for parallel ones.
 
     Args:
-        gram: (batch, r, r).
-        squares: (batch, r), by which the squared lengths of columns are divided.
+        gram: (batch, r, r), zero below the blocks of `_multiply`.
+        squares: (batch, r), by which the squared lengths of columns are divided; ones by default.
     """
-    weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
-    square = torch.zeros_like(weights[:, :1])
-    for start, stop in _blocks(
-        gram.shape[1], gram.device
-    ):  # what is squared at a time fits in a CPU's cache
-        entries = gram[:, start:stop, start:].square()
-        square += weights[:, start:stop].mT @ (entries @ weights[:, start:])
-    return (16 + 6 * square.squeeze(2).sqrt()) * _UNIT_ROUNDOFF
+    r = gram.shape[1]
+    # What a CPU squares at a time fits in its cache.
+    blocks = _blocks(r, is_cpu=True) if _is_cpu(gram) else [(0, r)]
+    if squares is None:
+        parts = [torch.linalg.vector_norm(gram[:, i:j, i:], dim=(1, 2)).square() for i, j in blocks]
+    else:
+        weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
+        parts = [
+            (weights[:, i:j].mT @ (gram[:, i:j, i:].square() @ weights[:, i:])).view(-1)
+            for i, j in blocks
+        ]
+    norm = sum(parts[1:], parts[0]).sqrt_()
+    return norm.mul_(6 * _UNIT_ROUNDOFF).add_(16 * _UNIT_ROUNDOFF).unsqueeze(1)
 
 
-def _divide(p: Tensor, gram: Tensor, shift: Tensor, squares: Tensor) -> Tensor:
-    """P = P U^-1, in place, with the Cholesky factor U of G + s diag(squares).
+def _divide(group: Sequence[Tensor], gram: Tensor, shifts: Tensor) -> Tensor:
+    """P = P U^-1, in place, with the Cholesky factor U of the shifted G.
 
-    Both go on together, half of the columns after the other. (torch's factorization of a large
-    matrix takes longer on a CPU than the products with P.)
+    On a CPU both go on together, half of the columns after the other. (torch's factorization of a
+    large matrix takes longer there than the products with P.)
 
     Args:
-        p: (batch, rows, r).
-        gram: G, of which the upper triangle is overwritten with U, (batch, r, r).
-        shift: s, (batch, 1).
-        squares: (batch, r).
+        group: the P, each (batch, rows, r).
+        gram: G, of which the upper triangle is overwritten, (batch, r, r).
+        shifts: what is added to the diagonal of G, (batch, r) or (batch, 1).
 
     Returns:
         The diagonal of U, (batch, r).
     """
-    gram.diagonal(dim1=1, dim2=2).add_(shift * squares)
-    _divide_columns(p, gram, 0, gram.shape[1])
-    return gram.diagonal(dim1=1, dim2=2)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += shifts
+    _divide_columns(group, gram, 0, gram.shape[1])
+    return diagonal
 
 
-def _divide_columns(p: Tensor, gram: Tensor, start: int, stop: int) -> None:
+def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> None:
     """Rows start:stop of U, and these columns of P U^-1, from which those before are taken off."""
     size = stop - start
-    if size > _block_size(gram.shape[1], p.device):
+    if size > _LEAST_BLOCK and _is_cpu(gram):
         middle = start + size // 2
-        _divide_columns(p, gram, start, middle)
+        _divide_columns(group, gram, start, middle)
         upper = gram[:, start:middle, middle:]
         gram[:, middle:stop, middle:].baddbmm_(upper[:, :, : stop - middle].mT, upper, alpha=-1)
-        p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], upper[:, :, : stop - middle], alpha=-1)
-        _divide_columns(p, gram, middle, stop)
+        for p, part in _by_batch(group, upper[:, :, : stop - middle]):
+            p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], part, alpha=-1)
+        _divide_columns(group, gram, middle, stop)
         return
-    rows, columns = gram[:, start:stop, start:], p[:, :, start:stop]
+    rows = gram[:, start:stop, start:]
     upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
-    identity = torch.eye(size, device=p.device)
+    identity = torch.eye(size, device=gram.device)
     inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    rows[:, :, :size] = upper
-    rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
-    columns.copy_(columns @ inverse)
+    rows.diagonal(dim1=1, dim2=2).copy_(upper.diagonal(dim1=1, dim2=2))
+    if stop < gram.shape[1]:
+        rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
+    for p, part in _by_batch(group, inverse):
+        columns = p[:, :, start:stop]
+        product = torch.empty_like(columns)
+        for i, j in _blocks(size, _is_cpu(p)):
+            torch.bmm(columns[:, :, :j], part[:, :j, i:j], out=product[:, :, i:j])
+        columns.copy_(product)
 
 
-def _blocks(rank: int, device: torch.device) -> list[tuple[int, int]]:
-    size = _block_size(rank, device)
+def _blocks(rank: int, is_cpu: bool) -> list[tuple[int, int]]:
+    """Blocks of columns, of whose triangles both halves are computed; a GPU has few."""
+    size = _LEAST_BLOCK if is_cpu else max(_LEAST_BLOCK, -(-rank // _GPU_BLOCKS))
     return [(start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
-def _block_size(rank: int, device: torch.device) -> int:
-    """Columns of which the triangle is not used; on a GPU, few calls are worth more."""
-    return _LEAST_BLOCK if device.type == "cpu" else max(_LEAST_BLOCK, -(-rank // _BLOCKS))
+def _is_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

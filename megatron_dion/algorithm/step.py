@@ -23,6 +23,7 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -171,14 +172,19 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     Those of R are float64, in which the order of a sum, which differs between topologies, does not
     show after rounding. Norms of rows are float32, which needs no copy of B.
     """
-    for block in blocks:
-        rows = _narrow(block.projection, block.counted, dim=1).double()
-        exchange.column_squares[block.matrix] += rows.square_().sum(dim=(0, 1))
-        total = block.multiplied_rows(block.total)
-        if exchange.has_residual:
-            norms = torch.linalg.vector_norm(total, dim=2)  # (k, rows)
-            block.multiplied_rows(block.row_squares).copy_(norms).square_()
-        if is_measured:
+    counted = [block for block in blocks if block.counted.stop > block.counted.start]
+    squares = [
+        _narrow(block.projection, block.counted, dim=1).double().square_().sum(dim=(0, 1))
+        for block in counted
+    ]
+    _add_all([exchange.column_squares[block.matrix] for block in counted], squares)
+    totals = [block.multiplied_rows(block.total) for block in blocks]
+    if exchange.has_residual:
+        row_squares = [block.multiplied_rows(block.row_squares) for block in blocks]
+        copy_all(row_squares, [torch.linalg.vector_norm(total, dim=2) for total in totals])
+        exchange.square_rows()
+    if is_measured:
+        for block, total in zip(blocks, totals, strict=True):
             norm = torch.linalg.vector_norm(total, dtype=torch.float64)
             exchange.totals[block.matrix] += norm.square()
 
@@ -190,44 +196,66 @@ def _update(
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
 ) -> None:
+    if not blocks:
+        return
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    norms = {k: exchange.column_squares[k].sqrt() for k in {block.matrix for block in blocks}}
-    factors = {k: (1 / (norm + config.eps)).float() for k, norm in norms.items()}
+    matrices = list({block.matrix for block in blocks})
+    norms = torch.cat([exchange.column_squares[k] for k in matrices]).sqrt_()
+    ranks = [len(exchange.column_squares[k]) for k in matrices]
+    factors = dict(zip(matrices, (1 / (norms + config.eps)).float().split(ranks), strict=True))
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
-    unchanged = {k: (norm == 0).float() for k, norm in norms.items()}
-    steps = zip(blocks, projections, lefts, learning_rates, weight_decays, strict=True)
+    is_new = dict(zip(matrices, (norms > 0).split(ranks), strict=True))
+    row_scales = _row_scales(blocks, projections, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
-        for block, right, left, lr, decay in steps:
+        for i, (block, right, left) in enumerate(zip(blocks, projections, lefts, strict=True)):
             outer = _repeated(left.T, len(right))  # (k, r, columns)
-            factor = factors[block.matrix]
-            if exchange.has_residual:
-                scales = _row_scales(block, right, config)  # S, (k, rows, 1)
-                direction = right * (factor - scales)  # Q - S R, (k, rows, r)
-                right *= factor  # R becomes Q in its place
-            else:
+            length, decay = learning_rates[i] * block.scale, learning_rates[i] * weight_decays[i]
+            if row_scales is None:
                 block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
-                direction = right.mul_(factor)
-            block.weight.baddbmm_(direction, outer, beta=1 - lr * decay, alpha=-lr * block.scale)
-            if exchange.has_residual:
-                block.weight.addcmul_(block.total, scales, value=-lr * block.scale)
+                direction = right.mul_(factors[block.matrix])  # R becomes Q in its place
+            else:
+                scales, projection = row_scales[i], right  # S, (k, rows, 1)
+                right = projection * factors[block.matrix]
+                direction = torch.addcmul(right, projection, scales, value=-1)  # Q - S R
+            block.weight.baddbmm_(direction, outer, beta=1 - decay, alpha=-length)
+            if row_scales is not None:
+                block.weight.addcmul_(block.total, scales, value=-length)
                 block.total *= config.momentum
-            block.stored_right *= unchanged[block.matrix][block.stored_columns]
-            block.stored_right += right[..., block.stored_columns]
+            stored, part = block.stored_right, block.stored_columns
+            new_right = right[..., part].to(stored.dtype)
+            torch.where(is_new[block.matrix][part], new_right, stored, out=stored)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
 
-def _row_scales(block: Block, projection: Tensor, config: DionConfig) -> Tensor:
-    """The diagonal of S, (k, rows, 1), from whole rows of R, (k, rows, r)."""
-    captured = torch.linalg.vector_norm(projection, dim=2).double().square_()  # (k, rows)
-    residual = (block.row_squares - captured).clamp_(min=0)
-    norms = residual.add_(block.row_squares, alpha=FLOOR**2).sqrt_()
+def _row_scales(
+    blocks: Sequence[Block], projections: Sequence[Tensor], config: DionConfig
+) -> list[Tensor]:
+    """The diagonals of S, each (k, rows, 1), from whole rows of R, each (k, rows, r)."""
+    norms = [torch.linalg.vector_norm(projection, dim=2) for projection in projections]  # (k, rows)
+    captured = torch.cat([norm.view(-1) for norm in norms]).double().square_()
+    squares = torch.cat([block.row_squares.reshape(-1) for block in blocks])
+    residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
     # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
-    norms.nan_to_num_(nan=math.inf, posinf=math.inf)
-    return (block.residual_row / (norms + config.eps)).float().unsqueeze(2)
+    residual.nan_to_num_(nan=math.inf, posinf=math.inf)
+    flat = (1 / (residual + config.eps)).float().split([norm.numel() for norm in norms])
+    scales = [each.view(*norm.shape, 1) for each, norm in zip(flat, norms, strict=True)]
+    torch._foreach_mul_(scales, [block.residual_row for block in blocks])
+    return scales
+
+
+def _add_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Adds tensor by tensor, in few calls, of which none has a target twice."""
+    calls: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    times: Counter[int] = Counter()
+    for target, source in zip(targets, sources, strict=True):
+        calls[times[id(target)]].append((target, source))
+        times[id(target)] += 1
+    for pairs in calls.values():
+        torch._foreach_add_(*zip(*pairs, strict=True))
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
