@@ -217,13 +217,11 @@ def sharded(
 
 
 def count_step(build: Callable[[], Dion]) -> Counts:
-    """The second step of the optimizer that `build` makes, with its check of gradients."""
+    """A step of the optimizer that `build` makes."""
     counts = Counts()
     with FakeTensorMode(), _silent_collectives(), torch.no_grad():
         dion = build()
         dion.bind()
         with _Counting(counts):
-            if dion._distribution is not None:  # as Megatron's prepare_grads() does
-                dion.check_gradients()
             dion.step()
     return counts

@@ -27,6 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ FLOOR = 1 / 32
 P is orthonormal to 1e-6 or so, and so uncertain is ||E_i||^2 / ||B_i||^2 in float32. With the floor
 that changes s_i by 1e-6 / FLOOR^2 at most, and what rounding leaves in E, 1e-6 ||B_i||, moves a row
 by less than 1e-4 of the others' length."""
+
+Batches = Sequence[tuple[list[int], Tensor]]
+"""What lies at equal distances in memory: its numbers in a list, and all of it as one tensor."""
+
+_BATCH_NUMBERS = 1 << 23
+"""Numbers from which on a batch is complete, 32 MiB."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -173,11 +180,9 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     show after rounding. Norms of rows are float32, which needs no copy of B.
     """
     counted = [block for block in blocks if block.counted.stop > block.counted.start]
-    squares = [
-        _narrow(block.projection, block.counted, dim=1).double().square_().sum(dim=(0, 1))
-        for block in counted
-    ]
-    _add_all([exchange.column_squares[block.matrix] for block in counted], squares)
+    for members, rows in _batches([_narrow(b.projection, b.counted, dim=1) for b in counted]):
+        squares = rows.double().square_().sum(dim=(1, 2)).unbind()  # each (r,)
+        _add_all([exchange.column_squares[counted[i].matrix] for i in members], squares)
     totals = [block.multiplied_rows(block.total) for block in blocks]
     if exchange.has_residual:
         row_squares = [block.multiplied_rows(block.row_squares) for block in blocks]
@@ -202,49 +207,86 @@ def _update(
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    matrices = list({block.matrix for block in blocks})
-    norms = torch.cat([exchange.column_squares[k] for k in matrices]).sqrt_()
-    ranks = [len(exchange.column_squares[k]) for k in matrices]
-    factors = dict(zip(matrices, (1 / (norms + config.eps)).float().split(ranks), strict=True))
+    batches = _batches(projections)
+    members = [i for each, _ in batches for i in each]
+    norms = torch.cat([exchange.column_squares[blocks[i].matrix] for i in members]).sqrt_()
+    sizes = [(len(batch), 1, 1, batch.shape[3]) for _, batch in batches]
+    factors = _cut((1 / (norms + config.eps)).float(), sizes)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
-    is_new = dict(zip(matrices, (norms > 0).split(ranks), strict=True))
-    row_scales = _row_scales(blocks, projections, config) if exchange.has_residual else None
+    is_new = _cut(norms > 0, sizes)
+    row_scales = _row_scales(blocks, batches, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
-        for i, (block, right, left) in enumerate(zip(blocks, projections, lefts, strict=True)):
-            outer = _repeated(left.T, len(right))  # (k, r, columns)
-            length, decay = learning_rates[i] * block.scale, learning_rates[i] * weight_decays[i]
+        for index, (members, projections) in enumerate(batches):  # (n, k, rows, r)
+            outers = [_repeated(lefts[i].T, projections.shape[1]) for i in members]
             if row_scales is None:
-                block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
-                direction = right.mul_(factors[block.matrix])  # R becomes Q in its place
+                for i, projection, outer in zip(members, projections, outers, strict=True):
+                    blocks[i].total.baddbmm_(projection, outer, alpha=config.momentum - 1)
+                directions = rights = projections.mul_(factors[index])  # R becomes Q in its place
             else:
-                scales, projection = row_scales[i], right  # S, (k, rows, 1)
-                right = projection * factors[block.matrix]
-                direction = torch.addcmul(right, projection, scales, value=-1)  # Q - S R
-            block.weight.baddbmm_(direction, outer, beta=1 - decay, alpha=-length)
-            if row_scales is not None:
-                block.weight.addcmul_(block.total, scales, value=-length)
-                block.total *= config.momentum
-            stored, part = block.stored_right, block.stored_columns
-            new_right = right[..., part].to(stored.dtype)
-            torch.where(is_new[block.matrix][part], new_right, stored, out=stored)
+                scales = row_scales[index]  # S, (n, k, rows, 1)
+                rights = projections * factors[index]
+                directions = torch.addcmul(rights, projections, scales, value=-1)  # Q - S R
+            for n, (i, outer) in enumerate(zip(members, outers, strict=True)):
+                block, lr = blocks[i], learning_rates[i]
+                length, decay = lr * block.scale, lr * weight_decays[i]
+                block.weight.baddbmm_(directions[n], outer, beta=1 - decay, alpha=-length)
+                if row_scales is not None:
+                    block.weight.addcmul_(block.total, scales[n], value=-length)
+                    block.total *= config.momentum
+                stored, part = block.stored_right, block.stored_columns
+                right = rights[n, ..., part].to(stored.dtype)
+                torch.where(is_new[index][n, ..., part], right, stored, out=stored)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
 
-def _row_scales(
-    blocks: Sequence[Block], projections: Sequence[Tensor], config: DionConfig
-) -> list[Tensor]:
-    """The diagonals of S, each (k, rows, 1), from whole rows of R, each (k, rows, r)."""
-    norms = [torch.linalg.vector_norm(projection, dim=2) for projection in projections]  # (k, rows)
+def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -> list[Tensor]:
+    """The diagonals of S, (n, k, rows, 1), from whole rows of R, (n, k, rows, r), by batch."""
+    norms = [torch.linalg.vector_norm(rows, dim=3) for _, rows in batches]  # (n, k, rows)
     captured = torch.cat([norm.view(-1) for norm in norms]).double().square_()
-    squares = torch.cat([block.row_squares.reshape(-1) for block in blocks])
+    squares = torch.cat([blocks[i].row_squares.reshape(-1) for each, _ in batches for i in each])
     residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
     # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
     residual.nan_to_num_(nan=math.inf, posinf=math.inf)
-    flat = (1 / (residual + config.eps)).float().split([norm.numel() for norm in norms])
-    scales = [each.view(*norm.shape, 1) for each, norm in zip(flat, norms, strict=True)]
-    torch._foreach_mul_(scales, [block.residual_row for block in blocks])
+    scales = _cut((1 / (residual + config.eps)).float(), [(*norm.shape, 1) for norm in norms])
+    by_block = [each for scale in scales for each in scale]
+    lengths = [blocks[i].residual_row for each, _ in batches for i in each]
+    torch._foreach_mul_(by_block, lengths)
     return scales
+
+
+def _batches(tensors: Sequence[Tensor]) -> Batches:
+    """Which tensors are of one shape and at equal distances, and these as one, (n, *shape).
+
+    On a CPU each is alone: it is still in the cache when it is used again.
+    """
+    offsets = [int(tensor.storage_offset()) for tensor in tensors]
+    runs: dict[Any, list[list[int]]] = {}
+    for i in sorted(range(len(tensors)), key=lambda i: offsets[i]):
+        tensor = tensors[i]
+        alike = tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride()
+        run = runs.setdefault(i if tensor.device.type == "cpu" else alike, [[]])
+        last = [offsets[k] for k in (*run[-1][:2], *run[-1][-1:], i)]
+        is_even = len(run[-1]) < 2 or last[1] - last[0] == last[3] - last[2]
+        if is_even and len(run[-1]) * tensor.numel() < _BATCH_NUMBERS:
+            run[-1].append(i)
+        else:
+            run.append([i])
+    return [(each, _joined([tensors[i] for i in each])) for run in runs.values() for each in run]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.unsqueeze(0)
+    distance = int(tensors[1].storage_offset() - first.storage_offset())
+    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))
+
+
+def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive parts of a 1-D tensor."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _add_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
