@@ -63,8 +63,5 @@ class Exchange(Protocol):
     def clear_numbers(self) -> None:
         """Sets `column_squares`, `totals` and the `row_squares` of blocks to zero."""
 
-    def square_rows(self) -> None:
-        """Squares the `row_squares` of all blocks, which are norms until then."""
-
     def sum_numbers(self) -> Steps:
         """Sums `column_squares` and `totals` over all processes, `row_squares` over its holders."""

@@ -18,6 +18,7 @@ the longest column of its matrix."""
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LEAST_BLOCK = 64
+_LEAST_GPU_BLOCK = 256
 _GPU_BLOCKS = 2
 _GPU_NUMBERS = 1 << 24
 """Numbers of Gram matrices that a GPU factors together, 64 MiB."""
@@ -66,8 +67,7 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     for group, gram in zip(groups, grams, strict=True):
         squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
         lengths = squares + (squares == 0)
-        shift = _shift(gram, lengths)
-        diagonal = _divide(group, gram, shift * lengths)
+        diagonal = _divide(group, gram, _shift(gram, lengths) * lengths)
         noises.append(NOISE**2 * squares.amax(dim=1, keepdim=True) / diagonal.square())
     _multiply(groups, grams)
     sums.add(packed)
@@ -77,14 +77,14 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
         squares = diagonal.square() - shift  # of the residuals
         is_independent = squares > torch.maximum(15 * shift, noise)
         lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
-        factors = torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
+        factors = (lengthened * is_independent).unsqueeze(1)
         for p, factor in _by_batch(group, factors):
             p *= factor
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
     """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
-    blocks = len(_blocks(rank, is_cpu=False))
+    blocks = len(_blocks(rank, are_small=False))
     share = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
     return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
 
@@ -113,7 +113,7 @@ def _groups(batches: Sequence[Tensor]) -> list[list[Tensor]]:
         last = groups[-1] if groups else []
         numbers = (sum(map(len, last)) + len(p)) * p.shape[2] ** 2
         is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= _GPU_NUMBERS
-        if is_alike and not _is_cpu(p):
+        if is_alike and not is_cpu(p):
             last.append(p)
         else:
             groups.append([p])
@@ -129,7 +129,7 @@ def _multiply(groups: Sequence[Sequence[Tensor]], grams: Sequence[Tensor]) -> No
     """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
     for group, all_grams in zip(groups, grams, strict=True):
         for p, gram in _by_batch(group, all_grams):
-            for start, stop in _blocks(p.shape[2], _is_cpu(p)):
+            for start, stop in _blocks(p.shape[2], is_cpu(p)):
                 block = gram[:, start:stop, start:]
                 block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
@@ -146,16 +146,16 @@ def _shift(gram: Tensor, squares: Tensor | None = None) -> Tensor:
     """
     r = gram.shape[1]
     # What a CPU squares at a time fits in its cache.
-    blocks = _blocks(r, is_cpu=True) if _is_cpu(gram) else [(0, r)]
+    blocks = _blocks(r, are_small=True) if is_cpu(gram) else [(0, r)]
     if squares is None:
-        parts = [torch.linalg.vector_norm(gram[:, i:j, i:], dim=(1, 2)).square() for i, j in blocks]
+        norms = [torch.linalg.vector_norm(gram[:, i:j, i:], dim=(1, 2)) for i, j in blocks]
     else:
-        weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
-        parts = [
-            (weights[:, i:j].mT @ (gram[:, i:j, i:].square() @ weights[:, i:])).view(-1)
+        weights = squares.reciprocal().unsqueeze(2)  # (batch, r, 1)
+        norms = [
+            (weights[:, i:j].mT @ (gram[:, i:j, i:].square() @ weights[:, i:])).view(-1).sqrt_()
             for i, j in blocks
         ]
-    norm = sum(parts[1:], parts[0]).sqrt_()
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return norm.mul_(6 * _UNIT_ROUNDOFF).add_(16 * _UNIT_ROUNDOFF).unsqueeze(1)
 
 
@@ -182,7 +182,7 @@ def _divide(group: Sequence[Tensor], gram: Tensor, shifts: Tensor) -> Tensor:
 def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> None:
     """Rows start:stop of U, and these columns of P U^-1, from which those before are taken off."""
     size = stop - start
-    if size > _LEAST_BLOCK and _is_cpu(gram):
+    if size > _LEAST_BLOCK and is_cpu(gram):
         middle = start + size // 2
         _divide_columns(group, gram, start, middle)
         upper = gram[:, start:middle, middle:]
@@ -201,16 +201,17 @@ def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int
     for p, part in _by_batch(group, inverse):
         columns = p[:, :, start:stop]
         product = torch.empty_like(columns)
-        for i, j in _blocks(size, _is_cpu(p)):
+        for i, j in _blocks(size, is_cpu(p)):
             torch.bmm(columns[:, :, :j], part[:, :j, i:j], out=product[:, :, i:j])
         columns.copy_(product)
 
 
-def _blocks(rank: int, is_cpu: bool) -> list[tuple[int, int]]:
+def _blocks(rank: int, are_small: bool) -> list[tuple[int, int]]:
     """Blocks of columns, of whose triangles both halves are computed; a GPU has few."""
-    size = _LEAST_BLOCK if is_cpu else max(_LEAST_BLOCK, -(-rank // _GPU_BLOCKS))
+    size = _LEAST_BLOCK if are_small else max(_LEAST_GPU_BLOCK, -(-rank // _GPU_BLOCKS))
     return [(start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
-def _is_cpu(tensor: Tensor) -> bool:
+def is_cpu(tensor: Tensor) -> bool:
+    """Whether few calls are worth less than what stays in the cache."""
     return tensor.device.type == "cpu"

@@ -23,7 +23,6 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 """
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Steps
-from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.orthonormalize import is_cpu, orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
 
 FLOOR = 1 / 32
@@ -180,14 +179,17 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     show after rounding. Norms of rows are float32, which needs no copy of B.
     """
     counted = [block for block in blocks if block.counted.stop > block.counted.start]
+    squares: dict[int, Tensor] = {}  # by matrix
     for members, rows in _batches([_narrow(b.projection, b.counted, dim=1) for b in counted]):
-        squares = rows.double().square_().sum(dim=(1, 2)).unbind()  # each (r,)
-        _add_all([exchange.column_squares[counted[i].matrix] for i in members], squares)
+        sums = rows.double().square_().sum(dim=(1, 2))  # (n, r)
+        for matrix, square in zip((counted[i].matrix for i in members), sums, strict=True):
+            squares[matrix] = squares[matrix] + square if matrix in squares else square
+    copy_all([exchange.column_squares[k] for k in squares], list(squares.values()))
     totals = [block.multiplied_rows(block.total) for block in blocks]
-    if exchange.has_residual:
+    if exchange.has_residual and blocks:
         row_squares = [block.multiplied_rows(block.row_squares) for block in blocks]
         copy_all(row_squares, [torch.linalg.vector_norm(total, dim=2) for total in totals])
-        exchange.square_rows()
+        torch._foreach_mul_(row_squares, row_squares)
     if is_measured:
         for block, total in zip(blocks, totals, strict=True):
             norm = torch.linalg.vector_norm(total, dtype=torch.float64)
@@ -211,21 +213,21 @@ def _update(
     members = [i for each, _ in batches for i in each]
     norms = torch.cat([exchange.column_squares[blocks[i].matrix] for i in members]).sqrt_()
     sizes = [(len(batch), 1, 1, batch.shape[3]) for _, batch in batches]
-    factors = _cut((1 / (norms + config.eps)).float(), sizes)
+    factors = like_views((norms + config.eps).reciprocal_().float(), sizes)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
-    is_new = _cut(norms > 0, sizes)
+    is_new = like_views(norms > 0, sizes)
     row_scales = _row_scales(blocks, batches, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
-        for index, (members, projections) in enumerate(batches):  # (n, k, rows, r)
-            outers = [_repeated(lefts[i].T, projections.shape[1]) for i in members]
+        for index, (members, batch) in enumerate(batches):  # (n, k, rows, r)
+            outers = [_repeated(lefts[i].T, batch.shape[1]) for i in members]
             if row_scales is None:
-                for i, projection, outer in zip(members, projections, outers, strict=True):
+                for i, projection, outer in zip(members, batch, outers, strict=True):
                     blocks[i].total.baddbmm_(projection, outer, alpha=config.momentum - 1)
-                directions = rights = projections.mul_(factors[index])  # R becomes Q in its place
+                directions = rights = batch.mul_(factors[index])  # R becomes Q in its place
             else:
                 scales = row_scales[index]  # S, (n, k, rows, 1)
-                rights = projections * factors[index]
-                directions = torch.addcmul(rights, projections, scales, value=-1)  # Q - S R
+                rights = batch * factors[index]
+                directions = torch.addcmul(rights, batch, scales, value=-1)  # Q - S R
             for n, (i, outer) in enumerate(zip(members, outers, strict=True)):
                 block, lr = blocks[i], learning_rates[i]
                 length, decay = lr * block.scale, lr * weight_decays[i]
@@ -248,7 +250,9 @@ def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -
     residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
     # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
     residual.nan_to_num_(nan=math.inf, posinf=math.inf)
-    scales = _cut((1 / (residual + config.eps)).float(), [(*norm.shape, 1) for norm in norms])
+    scales = like_views(
+        (residual + config.eps).reciprocal_().float(), [(*norm.shape, 1) for norm in norms]
+    )
     by_block = [each for scale in scales for each in scale]
     lengths = [blocks[i].residual_row for each, _ in batches for i in each]
     torch._foreach_mul_(by_block, lengths)
@@ -265,39 +269,29 @@ def _batches(tensors: Sequence[Tensor]) -> Batches:
     for i in sorted(range(len(tensors)), key=lambda i: offsets[i]):
         tensor = tensors[i]
         alike = tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride()
-        run = runs.setdefault(i if tensor.device.type == "cpu" else alike, [[]])
+        run = runs.setdefault(i if is_cpu(tensor) else alike, [[]])
         last = [offsets[k] for k in (*run[-1][:2], *run[-1][-1:], i)]
         is_even = len(run[-1]) < 2 or last[1] - last[0] == last[3] - last[2]
         if is_even and len(run[-1]) * tensor.numel() < _BATCH_NUMBERS:
             run[-1].append(i)
         else:
             run.append([i])
-    return [(each, _joined([tensors[i] for i in each])) for run in runs.values() for each in run]
+    batches = []
+    for each in (each for run in runs.values() for each in run):
+        first, second = tensors[each[0]], each[1] if len(each) > 1 else each[0]
+        size, stride = (
+            (len(each), *first.shape),
+            (offsets[second] - offsets[each[0]], *first.stride()),
+        )
+        batches.append((each, first.as_strided(size, stride)))
+    return batches
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first.unsqueeze(0)
-    distance = int(tensors[1].storage_offset() - first.storage_offset())
-    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))
-
-
-def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Views of consecutive parts of a 1-D tensor."""
-    parts = flat.split([math.prod(shape) for shape in shapes])
+def like_views(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive parts of a 1-D buffer with given shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _add_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Adds tensor by tensor, in few calls, of which none has a target twice."""
-    calls: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    times: Counter[int] = Counter()
-    for target, source in zip(targets, sources, strict=True):
-        calls[times[id(target)]].append((target, source))
-        times[id(target)] += 1
-    for pairs in calls.values():
-        torch._foreach_add_(*zip(*pairs, strict=True))
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

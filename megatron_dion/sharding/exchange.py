@@ -104,9 +104,6 @@ class ShardedExchange:
     def clear_numbers(self) -> None:
         self._norms.clear()
 
-    def square_rows(self) -> None:
-        self._norms.square_rows()
-
     def sum_numbers(self) -> Steps:
         yield from self._norms.sum()
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all
+from megatron_dion.algorithm.step import copy_all, like_views
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, like_views, ring_bytes
+from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes
 from megatron_dion.sharding.plan import Hop, Tile
 
 _NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}

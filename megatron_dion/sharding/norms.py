@@ -48,8 +48,6 @@ class NormExchange:
         self._of_data = self._memory[sizes[0] : sum(sizes[:4])]
         self._groups = setup.groups
         self._grid = layout.grid
-        # All rows lie before and behind the numbers of matrices.
-        self._rows = [self._memory[: sum(sizes[:2])], self._memory[sum(sizes[:3]) :]]
         place = dict(zip(cut[True], shared_cut.view(-1, 1), strict=True))
         place |= zip(cut[False], other_cut.view(-1, 1), strict=True)
         self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)
@@ -67,11 +65,6 @@ class NormExchange:
     def clear(self) -> None:
         """Sets all numbers to zero."""
         self._memory.zero_()
-
-    def square_rows(self) -> None:
-        """Squares the numbers of rows."""
-        for rows in self._rows:
-            rows.square_()
 
     def sum(self) -> Steps:
         """Sums the numbers over the ranks that have parts of them."""

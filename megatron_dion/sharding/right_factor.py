@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all
+from megatron_dion.algorithm.step import copy_all, like_views
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -16,7 +16,6 @@ from megatron_dion.sharding.collectives import (
     all_gather,
     all_reduce,
     all_to_all,
-    like_views,
     reduce_scatter,
     ring_bytes,
 )
@@ -145,7 +144,8 @@ class _StoredColumns:
         copy_all(self._place, self._mine)
         yield from all_gather(self._received, self._sent, self._group)
         for views, places in zip(self._of_peers, self._places, strict=True):
-            copy_all(views, places)
+            if views is not self._mine:
+                copy_all(views, places)
 
 
 class _CutRows:

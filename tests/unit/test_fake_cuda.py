@@ -57,25 +57,23 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "residual", "launches", "mib"),
     [
-        ("plain", "none", 930, 513),
-        ("plain", "rows", 1510, 513),
-        ("8B TP2 DP8", "none", 2400, 195),
-        ("8B TP2 DP8", "rows", 2900, 195),
-        ("8B TP2 DP8, default buckets", "none", 4060, 141),
-        ("8B TP2 DP8, default buckets", "rows", 6380, 141),
-        ("8B TP1 DP64", "none", 660, 145),
-        ("8B TP1 DP64", "rows", 770, 145),
-        ("8B TP1 DP64, default buckets", "none", 3480, 49),
-        ("8B TP1 DP64, default buckets", "rows", 5760, 49),
-        ("experts, DP8", "none", 2400, 37),
-        ("experts, DP8", "rows", 3300, 37),
+        ("plain", "none", 433, 517),
+        ("plain", "rows", 544, 517),
+        ("8B TP2 DP8", "none", 564, 287),
+        ("8B TP2 DP8", "rows", 678, 307),
+        ("8B TP2 DP8, default buckets", "rows", 1712, 233),
+        ("8B TP1 DP64", "rows", 243, 145),
+        ("8B TP1 DP64, default buckets", "rows", 1470, 89),
+        ("experts, DP8", "rows", 600, 47),
     ],
 )
-def test_a_step_waits_once_and_copies_nothing(
+def test_a_step_does_not_wait_and_copies_nothing(
     case: str, residual: str, launches: int, mib: int
 ) -> None:
     counts = count_step(CASES[case]()(residual=residual))
-    assert (len(counts.waits), counts.copies, counts.host_tensors) == (1, [], [])
+    # A plain Dion looks for gradients that are not finite; within Megatron, their norm is known.
+    assert len(counts.waits) == (case == "plain"), counts.waits
+    assert (counts.copies, counts.host_tensors) == ([], [])
     assert counts.launches <= launches, counts.lines.most_common(20)
     assert counts.peak <= mib << 20
 
