@@ -83,11 +83,9 @@ class DionConfig:
     comm_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which the factors P and R travel between ranks."""
 
-    exchange_buffer_mib: float | None = checked(
-        None, lambda x: x is None or 0 < x < math.inf, "positive and finite"
-    )
-    """Let the buffers of the exchange take at most this many MiB on a rank, by stepping the weights
-    in more sets. By default there are two sets, however large."""
+    exchange_sets: int = checked(2, lambda n: n >= 1, "at least 1")
+    """Step the weights in this many sets, of which two are under way at a time: more sets need less
+    memory for the exchange, and more collectives."""
 
     seed: int = 0
     """Seed of the first right factors."""

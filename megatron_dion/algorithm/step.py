@@ -39,9 +39,9 @@ from megatron_dion.algorithm.products import matmul_precision
 FLOOR = 1 / 32
 """Where less than about this share of a row of B is left in E, the row moves by less than others.
 
-P is orthonormal to 1e-6 or so, and so uncertain is ||E_i||^2 / ||B_i||^2 in float32. With the floor
-that changes s_i by 1e-6 / FLOOR^2 at most, and what rounding leaves in E, 1e-6 ||B_i||, moves a row
-by less than 1e-4 of the others' length."""
+Rounding leaves about 1e-6 ||B_i|| in E, and the same uncertainty in ||E_i||^2 / ||B_i||^2, with
+products in float32; 5e-4 with products in TF32. With the floor, s_i is right to 1e-6 / FLOOR^2, and
+noise moves a row by a share of its length that docs/residual.md gives."""
 
 Batches = Sequence[tuple[list[int], Tensor]]
 """What lies at equal distances in memory: its numbers in a list, and all of it as one tensor."""
@@ -248,8 +248,8 @@ def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -
     captured = torch.cat([norm.view(-1) for norm in norms]).double().square_()
     squares = torch.cat([blocks[i].row_squares.reshape(-1) for each, _ in batches for i in each])
     residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
-    # A row whose norm is beyond float32's range, about 1e19, does not move along its residual.
-    residual.nan_to_num_(nan=math.inf, posinf=math.inf)
+    # A row whose norm is beyond float32's range, 1e-22 to 1e19, does not move along its residual.
+    residual.nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(squares == 0, math.inf)
     scales = like_views(
         (residual + config.eps).reciprocal_().float(), [(*norm.shape, 1) for norm in norms]
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
+from megatron_dion.checkpointing.hashes import written_at
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "metadata.json"
@@ -99,9 +100,9 @@ def tracked(root: Path) -> int | str | None:
 def choose(root: Path, step: int | None = None) -> Choice:
     """Chooses the checkpoint to load: that of a step, or the newest complete one.
 
-    The newest is the one that the tracker names, so that a run can go back to an older one, or one
-    of a later iteration that was finished after the tracker was written: a process can be killed
-    between the two. Without a tracker it is the one of the latest iteration.
+    The newest is the one that the tracker names, so that a run can go back to an older one, or the
+    last that was finished after the tracker was written: a process can be killed between the two.
+    Without a tracker it is the one of the latest iteration.
 
     Raises:
         NothingToLoad: there is no complete checkpoint.
@@ -111,7 +112,10 @@ def choose(root: Path, step: int | None = None) -> Choice:
         complete = complete_iterations(root) if root.exists() else []
         noted = tracked(root)
         when = 0 if noted is None else (root / TRACKER).stat().st_mtime_ns
-        later = [n for n in complete if (folder_of(root, n) / MARKER).stat().st_mtime_ns > when]
+        places = {n: folder_of(root, n) for n in complete}
+        written = {n: written_at(place) for n, place in places.items()}
+        finished = {n: written[n] or (places[n] / MARKER).stat().st_mtime_ns for n in complete}
+        later = [n for n in complete if finished[n] > when]
     except OSError as error:
         raise CheckpointError(
             f"{root} cannot be read as a folder of checkpoints: {error}"
@@ -134,7 +138,7 @@ def choose(root: Path, step: int | None = None) -> Choice:
         raise NothingToLoad(f"{root} holds no complete checkpoint")
     latest = iteration = complete[0]
     if noted in complete:
-        iteration = max([int(noted), *later])
+        iteration = max(later, key=lambda n: (written[n], n), default=int(noted))
     if iteration == noted == latest:
         return Choice(root, iteration)
     state = "is missing or damaged" if noted is None else f"names {noted}"

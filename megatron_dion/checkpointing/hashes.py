@@ -6,6 +6,7 @@ hashes what it wrote, and the ranks share the work when they load.
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def hash_files(paths: Iterable[Path]) -> Hashes:
 
 
 def write_manifest(folder: Path, hashes: Hashes) -> None:
-    """Writes the hashes of all files."""
-    content = {"algorithm": _ALGORITHM, "files": dict(sorted(hashes.items()))}
+    """Writes the hashes of all files, and when that was: a copy of the files has other times."""
+    files = dict(sorted(hashes.items()))
+    content = {"algorithm": _ALGORITHM, "written": time.time_ns(), "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2))
 
 
@@ -50,6 +52,14 @@ def read_manifest(folder: Path) -> Hashes | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
+
+
+def written_at(folder: Path) -> int:
+    """When a checkpoint's manifest was written, in ns since 1970; 0 if that is not known."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_text())["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def damage(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:

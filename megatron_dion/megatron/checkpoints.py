@@ -129,7 +129,7 @@ class Loader:
                 self._say("--no-load-optim: all optimizer state begins anew")
             else:
                 optimizer = self._prepare(optimizer, facts)
-        with _explained(self._folder):
+        with explained(self._folder):
             result = stock(model, optimizer, *others, **options)
         self._say("loaded")
         return result
@@ -245,7 +245,7 @@ class Loader:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path | None) -> Iterator[None]:
     """Turns what goes wrong while Megatron loads into one line."""
     try:
         yield

@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn
 
@@ -42,6 +42,8 @@ REMOVED = {
     "--dion-oversample": "Dion has one orthonormalizer, without a sketch: leave the flag out",
     "--dion-right-factor": "the columns of right factors are normalized (colnorm): leave the flag "
     "out, and add --dion-reinit-factors once where a checkpoint has orth",
+    "--dion-exchange-buffer-mib": "give a number of sets, --dion-exchange-sets; megatron-dion plan"
+    " says what memory they need",
     "--dion-print-plan": "leave the flag out; megatron-dion plan says what ranks need",
     "--fp8-emulation": "FP8 needs a GPU with Transformer Engine: leave the flag out",
 }
@@ -161,9 +163,15 @@ def extend_parser(parser: argparse.ArgumentParser, device: str) -> argparse.Argu
 
 
 def _refuse(message: str) -> NoReturn:
-    for flag, advice in REMOVED.items():
-        refuse(f"{flag} was removed: {advice}", when=flag in message)
+    refuse_removed_flags(message.split())
     raise ConfigurationError(f"{message} (see --help)")
+
+
+def refuse_removed_flags(words: Sequence[str]) -> None:
+    """A script may ignore flags that its parser does not know: it would ignore these as well."""
+    given = {word.partition("=")[0] for word in words}
+    for flag, advice in REMOVED.items():
+        refuse(f"{flag} was removed: {advice}", when=flag in given)
 
 
 def dion_options(args: argparse.Namespace) -> DionOptions:

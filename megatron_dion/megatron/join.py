@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,13 +14,19 @@ from megatron.training import get_args
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
 from megatron_dion.megatron.errors import in_one_line, refuse, say
-from megatron_dion.megatron.flags import DionOptions, ParserHook, dion_options, extend_parser
-from megatron_dion.megatron.launch import describe_single_process
+from megatron_dion.megatron.flags import (
+    DionOptions,
+    ParserHook,
+    dion_options,
+    extend_parser,
+    refuse_removed_flags,
+)
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.routing import tag_matrices
+from megatron_dion.platforms import describe_single_process
 
 
 class Join:
@@ -33,12 +40,14 @@ class Join:
         self._device = device
         self._script_is_ours = script_is_ours
         self._choice: Choice | None = None
+        self._args_of_choice: argparse.Namespace | None = None
         self._options = DionOptions()
         self._defaults: dict[str, Any] = {}
 
     def install(self) -> None:
         """Stand between a script and the functions of megatron.training that it will call."""
         patches.wrap("parse_args", self._parse)
+        patches.wrap("load_args_from_checkpoint", self._load_args)
         patches.wrap("validate_args", self._validate)
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
@@ -54,16 +63,28 @@ class Join:
 
         def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             parser = extend_parser(extra_args(parser) if extra_args else parser, self._device)
-            self._defaults = {action.dest: action.default for action in parser._actions}
+            for action in parser._actions:  # of a flag that is there twice, the first counts
+                self._defaults.setdefault(action.dest, action.default)
             return parser
 
+        refuse_removed_flags(sys.argv)
         args: argparse.Namespace = stock(extend, ignore_unknown_args)
         refuse("--yaml-cfg is not supported: give flags on the command line", when=args.yaml_cfg)
         args.device = self._device
-        if self._cares_for(args):
+        return args
+
+    def _choose_checkpoint(self, args: argparse.Namespace) -> None:
+        """Once for each namespace, which it changes; a script may have changed it as well."""
+        if self._cares_for(args) and self._args_of_choice is not args:
+            self._args_of_choice = args
             validation.check_checkpoint_flags(args)
             self._choice = checkpoints.choose(args)
-        return args
+
+    def _load_args(self, stock: Stock, args: argparse.Namespace, *more: Any, **options: Any) -> Any:
+        """As megatron.training.checkpointing.load_args_from_checkpoint."""
+        self._choose_checkpoint(args)
+        with checkpoints.explained(self._choice.folder if self._choice else None):
+            return stock(args, *more, **options)
 
     def _validate(
         self, stock: Stock, args: argparse.Namespace, defaults: dict[str, Any] | None = None
@@ -72,6 +93,7 @@ class Join:
         for name, value in (defaults or {}).items():  # as Megatron does it
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
+        self._choose_checkpoint(args)
         cares = self._cares_for(args)
         checks = validation.OF_ALL_SCRIPTS if cares else validation.OF_OUR_FLAGS
         for check in (*checks, *(validation.OF_DATA if self._script_is_ours else ())):
@@ -107,7 +129,8 @@ class Join:
     def _begin_folders(self, args: argparse.Namespace) -> None:
         """Not when the first checkpoint is due: that would cost the training before it."""
         for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
-            if folder is None or args.enable_msc or args.rank not in (0, args.world_size - 1):
+            is_ours = flag == "--run-dir" or not args.enable_msc
+            if folder is None or not is_ours or args.rank not in (0, args.world_size - 1):
                 continue
             with in_one_line(f"{flag} {folder} cannot be made"):
                 Path(folder).mkdir(parents=True, exist_ok=True)

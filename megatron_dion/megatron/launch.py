@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 
 from megatron_dion.error_line import exit_interrupted
 from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
-from megatron_dion.platforms import cpu, free_port, resolve_device
+from megatron_dion.platforms import cpu, describe_single_process, resolve_device
 
 TESTED_MEGATRON_CORE = "0.19.2"
 _installed = False
@@ -116,10 +115,3 @@ def prepare(argv: Sequence[str]) -> str:
     if device == "cpu":
         cpu.install(hide_gpus=requested == "cpu")
     return device
-
-
-def describe_single_process() -> None:
-    """Without a launcher, describe a world of one process as torchrun would."""
-    if "RANK" not in os.environ:
-        sizes = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(sizes, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

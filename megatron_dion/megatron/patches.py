@@ -19,6 +19,8 @@ Stock = Callable[..., Any]
 _MODULES = {
     # A script may hand parse_args a function that adds arguments, or none (arguments.py:116).
     "parse_args": arguments,
+    # Reads the arguments of the checkpoint that the tracker names, before validation.
+    "load_args_from_checkpoint": checkpointing,
     # Makes another optimizer of each whose name it does not know (arguments.py:1670).
     "validate_args": arguments,
     # Has hooks on a model's config, and none on a model provider.

@@ -84,9 +84,10 @@ def check_latent_attention(args: argparse.Namespace) -> None:
     """
     is_plain = args.multi_latent_attention and args.transformer_impl == "local"
     refuse(
-        "--multi-latent-attention with --transformer-impl local loses gradients: use "
-        f"--tensor-model-parallel-size 1, not {args.tensor_model_parallel_size}",
-        when=is_plain and args.tensor_model_parallel_size > 1,
+        "--multi-latent-attention with --transformer-impl local needs a CPU and "
+        f"--tensor-model-parallel-size 1, not {args.tensor_model_parallel_size}: use "
+        "transformer_engine",
+        when=is_plain and (args.tensor_model_parallel_size > 1 or args.device == "cuda"),
     )
 
 
@@ -117,6 +118,16 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
         refuse(f"{flag} is not supported: leave it out", when=getattr(args, name) != accepted)
+    refuse(
+        "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out",
+        when=args.no_checkpoint_hashes and args.verify_integrity,
+    )
+
+
+def check_hashes_of_others(args: argparse.Namespace) -> None:
+    """Checkpoints of runs without Dion are Megatron's in scripts that are not ours."""
+    flag = "--no-checkpoint-hashes has no effect without --optimizer dion: leave it out"
+    refuse(flag, when=args.no_checkpoint_hashes)
 
 
 def check_data_mode(args: argparse.Namespace) -> None:
@@ -127,13 +138,17 @@ def check_data_mode(args: argparse.Namespace) -> None:
 
 
 def check_packages(args: argparse.Namespace) -> None:
-    """Megatron would miss it when the first checkpoint is due."""
-    has_psutil = importlib.util.find_spec("psutil") is not None
-    refuse("--save needs the package psutil", when=args.save and not has_psutil)
+    """Megatron would miss them when the first checkpoint is due, or go on without curves."""
+    for flag, value, package in (
+        ("--save", args.save, "psutil"),
+        ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
+    ):
+        is_missing = importlib.util.find_spec(package) is None
+        refuse(f"{flag} needs the package {package}", when=value and is_missing)
 
 
 # What holds for a run without Dion in a script that is not ours.
-OF_OUR_FLAGS = (check_dion_flags, check_packages)
+OF_OUR_FLAGS = (check_dion_flags, check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (

@@ -76,17 +76,9 @@ class StepSet(NamedTuple):
 
 
 class Binding:
-    """Views of parameters, states and buffers, block by block, for one set of parameters.
+    """Views of parameters, states and buffers, block by block, for the active parameters.
 
-    Args:
-        active: the parameters.
-        distribution: where they are.
-        config: hyperparameters.
-        state: the optimizer's; gets `momentum` and `right_factor` of parameters that have none.
-
-    Attributes:
-        layout: of all weights.
-        sets: what is stepped together on this rank.
+    `state`, the optimizer's, gets `momentum` and `right_factor` of parameters that have none.
     """
 
     def __init__(
@@ -111,7 +103,7 @@ class Binding:
         groups = distribution.groups
         # The gradients of dense weights are the same on all replicas by then.
         kinds = ((compressed, groups), (dense, replace(groups, replicas=None)))
-        self.sets = [
+        self.sets = [  # what is stepped together on this rank
             self._step_set(placements, sharing)
             for weights, sharing in kinds
             for placements in sets_of(

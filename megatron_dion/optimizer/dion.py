@@ -41,7 +41,7 @@ class Dion(torch.optim.Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range. `bind` and the first `step` raise it for a
-            parameter that is not a 2-D float32 matrix, or needs larger buffers than allowed.
+            parameter that is not a 2-D float32 matrix.
         TypeError: there is no such hyperparameter.
     """
 

@@ -63,13 +63,7 @@ class Rank:
 
 
 class Layout:
-    """All matrices of a set of weights, and who holds which of their elements.
-
-    Args:
-        placements: the weights, the same list on every rank of the grid.
-        grid: the ranks.
-        config: gives the matrices' ranks.
-    """
+    """All matrices of weights, the same list on every rank, and who holds which elements."""
 
     def __init__(self, placements: Sequence[Placement], grid: Grid, config: DionConfig) -> None:
         self.placements = tuple(placements)

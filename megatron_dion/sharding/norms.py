@@ -18,11 +18,6 @@ class NormExchange:
 
     Shared rows are those that tensor-parallel ranks share. Of cut rows, several data-parallel ranks
     hold columns, and each rank has a place for all of them. A step without residual has no rows.
-
-    Attributes:
-        columns: by index of the matrix r numbers.
-        totals: by index of the matrix one number.
-        of_rectangles: for each rectangle of the plan one number for each row; 1-D.
     """
 
     def __init__(self, setup: Setup, memory: Buffers) -> None:
@@ -50,7 +45,7 @@ class NormExchange:
         self._grid = layout.grid
         place = dict(zip(cut[True], shared_cut.view(-1, 1), strict=True))
         place |= zip(cut[False], other_cut.view(-1, 1), strict=True)
-        self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)
+        self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)  # (rows,) each
         # Rows of a matrix lie side by side.
         order = sorted(enumerate(rectangles), key=lambda each: each[1][1].matrix)
         for index, (placement, rectangle) in order:

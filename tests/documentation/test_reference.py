@@ -74,4 +74,6 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
-    assert {f"images/{name}" for name in drawn} <= set(links_of("docs/how_it_works.md"))
+    pages = ("docs/how_it_works.md", "docs/residual.md")
+    links = {link for page in pages for link in links_of(page)}
+    assert {f"images/{name}" for name in drawn} <= links

@@ -60,7 +60,7 @@ def test_scale(mode: str, m: int, n: int, scale: float) -> None:
             "positive and finite",
         ),
         ("comm_dtype", ("", "fp16"), "one of ('fp32', 'bf16')"),
-        ("exchange_buffer_mib", (0, -1.0, math.inf, math.nan), "positive and finite"),
+        ("exchange_sets", (0, -1), "at least 1"),
         ("eps", (0.0, -1e-8, math.inf, math.nan), "positive and finite"),
     ],
 )

@@ -1,11 +1,12 @@
 """Which checkpoint of a folder is chosen, and what a killed run left of the others."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_dion.checkpointing import folders
+from megatron_dion.checkpointing import folders, hashes
 from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
 
 COMPLETE = "__0_0.distcp metadata.json"
@@ -62,6 +63,25 @@ def test_newest_complete_checkpoint_is_chosen(tmp_path: Path, case: str) -> None
     assert ["(--ckpt-step takes another)" in line for line in choice.remarks] == [True] * (
         not is_plain
     )
+
+
+@pytest.mark.parametrize(
+    ("finished", "tracker", "expected"),
+    [({300: 20, 150: 40}, "150", 150), ({300: 20, 150: 60}, "300", 150)],
+    ids=["copied without times", "went back and was killed before the tracker"],
+)
+def test_a_later_iteration_that_was_left_is_not_taken(
+    tmp_path: Path, finished: dict[int, int], tracker: str, expected: int
+) -> None:
+    """Manifests know when checkpoints were finished; the times of files do not after a copy."""
+    for iteration, when in finished.items():
+        folder = make(tmp_path, f"iter_{iteration:07d}", finished=99)
+        hashes.write_manifest(folder, {})
+        manifest = json.loads((folder / hashes.MANIFEST).read_text())
+        manifest["written"] = (1_700_000_000 + when) * 10**9
+        (folder / hashes.MANIFEST).write_text(json.dumps(manifest))
+    track(tmp_path, tracker)
+    assert folders.choose(tmp_path).iteration == expected
 
 
 def test_chosen_step(tmp_path: Path) -> None:

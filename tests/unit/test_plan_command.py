@@ -70,7 +70,7 @@ def test_json_of_two_bucket_sizes(capsys: pytest.CaptureFixture[str]) -> None:
         ("8B --memory -1", "--memory: "),
         ("8B --micro-batch-size x", "--micro-batch-size: x is no whole number"),
         ("8B --bucket-size -1", "--bucket-size: "),
-        ("8B --dp 4 --optimizer dion --dion-exchange-buffer-mib 1", "--dion-exchange-buffer-mib 1"),
+        ("8B --dp 4 --optimizer dion --dion-exchange-sets 0", "--dion-exchange-sets"),
     ],
 )
 def test_mistakes_name_the_flag_and_the_value(words: str, expected: str) -> None:

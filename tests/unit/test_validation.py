@@ -45,7 +45,7 @@ MISTAKES = [
     (FP8, "--fp8-format hybrid has no effect with --transformer-impl local"),
     (
         "--multi-latent-attention --tensor-model-parallel-size 2",
-        "loses gradients: use --tensor-model-parallel-size 1, not 2",
+        "needs a CPU and --tensor-model-parallel-size 1, not 2",
     ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
     ("--eval-interval 0", "--eval-interval must be at least 1"),

@@ -49,14 +49,15 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             parent_end, rank_end = _FORK.Pipe(duplex=False)
             of_rank = (environment_of(rank, size, port), rank_end, function, args)
             process = _FORK.Process(target=_run_rank, args=of_rank)
+            ranks.append(process)  # before it starts, lest a signal come between
             process.start()
             rank_end.close()
-            ranks.append(process)
             ends.append(parent_end)
         return _receive_results(ends)
     finally:
         for started in ranks:
-            end(started)
+            if started.pid is not None:
+                end(started)
 
 
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

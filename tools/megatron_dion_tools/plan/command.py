@@ -22,7 +22,10 @@ from megatron_dion_tools.plan.tables import details, overview, quantity
 from megatron_dion_tools.plan.topology import Topology
 
 OPTIMIZERS = ("adamw", "muon", "muon-duplicated", "dion:1", "dion:1/4", "dion:1/16")
-_DION = ("fp32_matmul_prec", "comm_dtype", "momentum_dtype", "factor_dtype", "exchange_buffer_mib")
+_DION = (
+    *("residual", "fp32_matmul_prec", "comm_dtype", "momentum_dtype", "factor_dtype"),
+    "exchange_sets",
+)
 SIZES = {
     "tp": "tensor-parallel size",
     "pp": "pipeline stages",

@@ -23,11 +23,7 @@ _CALLS = {"tensor": 8, "data": 6, "replicas": 3}
 
 
 def dion(stage: Stage) -> Update:
-    """Dion over the distributed optimizer.
-
-    Raises:
-        ValueError: the limit of exchange buffers is too small for some weight.
-    """
+    """Dion over the distributed optimizer."""
     optimizer, topology = stage.run.optimizer, stage.run.topology
     config, grid = optimizer.dion, Grid(topology.tp, stage.group.size)
     layout = Layout(place(stage.weights, stage.group.size, stage.bucket_size), grid, config)
