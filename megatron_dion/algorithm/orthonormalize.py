@@ -19,7 +19,7 @@ the longest column of its matrix."""
 _UNIT_ROUNDOFF = 2.0**-24
 _LEAST_BLOCK = 64
 _LEAST_GPU_BLOCK = 256
-_GPU_BLOCKS = 2
+_GPU_BLOCKS = 4
 _GPU_NUMBERS = 1 << 24
 """Numbers of Gram matrices that a GPU factors together, 64 MiB."""
 

@@ -28,13 +28,12 @@ def _llama(tensor: int, data: int, has_buckets: bool) -> Callable[..., Callable[
 
 def _experts() -> Callable[..., Callable[[], Dion]]:
     """Four layers, of which a rank has 32 experts each."""
-    weights = []
-    for name in (f"layers.{layer}.experts.{e}" for layer in range(4) for e in range(32)):
-        parts = (Part("gate", 768), Part("up", 768))
-        weights += [
-            Weight(f"{name}.fc1", 1536, 2048, parts=parts),
-            Weight(f"{name}.fc2", 2048, 768),
-        ]
+    parts = (Part("gate", 768), Part("up", 768))
+    weights: list[Weight] = []
+    for layer in range(4):
+        names = [f"layers.{layer}.experts.{expert}" for expert in range(32)]
+        weights += [Weight(f"{name}.fc1", 1536, 2048, parts=parts) for name in names]
+        weights += [Weight(f"{name}.fc2", 2048, 768) for name in names]
     return _on_grid(place(weights, 8, None), (1, 0), (8, 3))
 
 
@@ -49,7 +48,6 @@ CASES = {
     "8B TP2 DP8": lambda: _llama(2, 8, has_buckets=False),
     "8B TP2 DP8, default buckets": lambda: _llama(2, 8, has_buckets=True),
     "8B TP1 DP64": lambda: _llama(1, 64, has_buckets=False),
-    "8B TP1 DP64, default buckets": lambda: _llama(1, 64, has_buckets=True),
     "experts, DP8": _experts,
 }
 
@@ -57,14 +55,13 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "residual", "launches", "mib"),
     [
-        ("plain", "none", 433, 517),
-        ("plain", "rows", 544, 517),
-        ("8B TP2 DP8", "none", 564, 287),
-        ("8B TP2 DP8", "rows", 678, 307),
-        ("8B TP2 DP8, default buckets", "rows", 1712, 233),
-        ("8B TP1 DP64", "rows", 243, 145),
-        ("8B TP1 DP64, default buckets", "rows", 1470, 89),
-        ("experts, DP8", "rows", 600, 47),
+        ("plain", "none", 465, 517),
+        ("plain", "rows", 578, 517),
+        ("8B TP2 DP8", "none", 596, 287),
+        ("8B TP2 DP8", "rows", 714, 307),
+        ("8B TP2 DP8, default buckets", "rows", 1748, 233),
+        ("8B TP1 DP64", "rows", 253, 145),
+        ("experts, DP8", "rows", 514, 47),
     ],
 )
 def test_a_step_does_not_wait_and_copies_nothing(
