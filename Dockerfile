@@ -1,5 +1,5 @@
 # The project on NVIDIA's PyTorch container, with its torch, Transformer Engine and apex as they are.
-# How to build and run it, also with enroot: docker/README.md
+# How to build and run it, also with enroot: docs/clusters.md
 
 ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE}

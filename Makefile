@@ -4,7 +4,7 @@ VENV := .venv
 TE_VENV := .venv-te
 PYTHON_IN_VENV := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := megatron_dion benchmarks docs examples tools tests setup.py pretrain_gpt.py
+SOURCES := megatron_dion benchmarks docs examples studies tools tests setup.py pretrain_gpt.py
 
 # One thread per process: the tests and the CPU training start several processes.
 export OMP_NUM_THREADS := 1

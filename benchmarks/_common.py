@@ -39,7 +39,18 @@ def make_parser(
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each case")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write results here")
     parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--threads", action=Gone, const="programs use one thread")
     return parser
+
+
+class Gone(argparse.Action):
+    """A flag that was removed: an error with what to use instead (`const`)."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str) -> None:
+        super().__init__(option_strings, dest, "?", const, help=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(f"{self.option_strings[0]} is gone: {self.const}")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

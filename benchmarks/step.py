@@ -160,8 +160,8 @@ def _weight_rows(hidden: int, args: argparse.Namespace) -> list[Row]:
         "Muon, fp32 products": _muon(shape, device, "highest"),
     }
     for fraction in reversed(args.fractions):
-        steps[f"Dion {fraction}"] = _dion(shape, fraction, device, "high")
-        steps[f"Dion {fraction}, bf16 products"] = _dion(shape, fraction, device, "medium")
+        steps[f"Dion {fraction}"] = _dion(shape, fraction, device, "none")
+        steps[f"Dion {fraction}, residual"] = _dion(shape, fraction, device, "rows")
     times = interleaved(steps, args.repeats, device)
     return [
         {
@@ -206,8 +206,8 @@ def _muon(shape: GptShape, device: str, precision: str) -> Step:
     return TensorParallelMuon(weights, **_muon_config_to_kwargs(config, [model], None)).step
 
 
-def _dion(shape: GptShape, fraction: Fraction, device: str, precision: Any) -> Step:
-    config = DionConfig(rank_fraction=float(fraction), fp32_matmul_prec=precision)
+def _dion(shape: GptShape, fraction: Fraction, device: str, residual: Any) -> Step:
+    config = DionConfig(rank_fraction=float(fraction), residual=residual)
     dion = dion_on_pieces(shape, Topology(), config, device=device)
     return lambda: checked_step(dion)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks._common import Row, make_parser, parse, report
+from benchmarks._common import Gone, Row, make_parser, parse, report
 from megatron_dion import Dion
 from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.local.world import run_world
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, repeats=1, devices=["cpu"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--fraction", type=Fraction, default=Fraction(1, 4), help="rank fraction")
+    parser.add_argument("--large", action=Gone, const="use `megatron-dion plan`")
     args = parse(parser, argv)
     preload()
     rows = [row for case in args.cases for row in _rows(case, args)]

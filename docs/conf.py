@@ -60,8 +60,7 @@ MARKS = {
 ELSEWHERE = {
     "benchmarks": "../benchmarks/README.md",
     "changelog": "../CHANGELOG.md",
-    "container": "../docker/README.md",
-    "slurm": "../examples/slurm/README.md",
+    "contributing": "../CONTRIBUTING.md",
 }
 
 FENCE = re.compile(rf"^( *)```(\w+) ({'|'.join(MARKS)})$", re.MULTILINE)

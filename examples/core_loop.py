@@ -85,10 +85,10 @@ def checkpoint(model, optimizer, iteration, is_loading=False):
 
 def load(folder, model, optimizer):
     """Take everything from a checkpoint, and say at which iteration it was saved."""
-    found = dist_checkpointing.load(checkpoint(model, optimizer, 0, is_loading=True), folder)
-    model.module.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"])
-    return found["iteration"]
+    saved = dist_checkpointing.load(checkpoint(model, optimizer, 0, is_loading=True), folder)
+    model.module.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["iteration"]
 
 
 def main():

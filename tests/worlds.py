@@ -26,10 +26,11 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from megatron_dion_tools.local.runs import train
 from megatron_dion_tools.local.world import RankError, gloo_world, run_world
 from tests.project import ROOT
 
-__all__ = ["RankError", "in_host", "world"]
+__all__ = ["RankError", "in_host", "train", "world"]
 
 Function = Callable[..., Any]
 
@@ -51,7 +52,7 @@ class World(NamedTuple):
 
     def train(self, *flags: str) -> None:
         """Train as pretrain_gpt.py does with these flags."""
-        self.fork(_train, flags)
+        self.fork(train, flags)
 
 
 def world(size: int) -> World:
@@ -128,9 +129,3 @@ def _received(end: Connection) -> bytes | None:
         return end.recv_bytes()
     except EOFError:
         return None
-
-
-def _train(flags: Sequence[str]) -> None:
-    from megatron_dion.megatron.launch import train
-
-    train(flags)

@@ -27,7 +27,6 @@ PROGRESS = re.compile(r"(\[dion\] ).*|.* (iteration +\d+/|loss at iteration ).*"
 # Here the long report of torchrun begins, which says only that a process failed.
 LAUNCHER_MARK = "torch/distributed/elastic"
 LOG_LINES_SHOWN = 30
-SAVE_INTERVAL = 300  # the default number of iterations: only the end is saved
 
 
 def count_cuda_devices() -> int:
@@ -47,7 +46,8 @@ def training_command(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(processes), str(ROOT / "pretrain_gpt.py")]
     flags = [*read_flags(ARGUMENTS), *data_flags(data), "--run-dir", str(run_dir)]
-    flags += ["--save", str(run_dir / "checkpoints"), "--save-interval", str(SAVE_INTERVAL)]
+    # The default number of iterations: only the end is saved.
+    flags += ["--save", str(run_dir / "checkpoints"), "--save-interval", "300"]
     flags += ["--tensor-model-parallel-size", str(min(processes, 2))]
     return [*launcher, *flags, *overrides]
 
@@ -66,8 +66,8 @@ def train(command: Sequence[str], log: Path) -> None:
         subprocess.Popen(
             command,
             cwd=ROOT,
-            # Megatron insists on it for tensor parallelism on most CUDA devices.
-            env={**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
+            env={"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -119,9 +119,8 @@ def next_commands(command: Sequence[str], overrides: Sequence[str]) -> tuple[str
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="-- FLAG", help="more flags for pretrain_gpt.py"
-    )
+    what = "more flags for pretrain_gpt.py"
+    parser.add_argument("overrides", nargs="*", metavar="-- FLAG", help=what)
     overrides = parser.parse_args().overrides
     data = Data(ROOT / "data")
     prepare(data)

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-NAMES = ("step", "low_rank", "residual", "error_feedback", "shards", "hops")
+NAMES = ("step", "low_rank", "residual", "error_feedback", "shards", "hops", "cost")
 IMAGES = Path(__file__).parent.parent / "images"
 STYLE = {
     "axes.spines.right": False,

@@ -19,6 +19,9 @@ fi
 export RANK="${RANK:-$SLURM_PROCID}" WORLD_SIZE="${WORLD_SIZE:-$SLURM_NTASKS}"
 export LOCAL_RANK="${LOCAL_RANK:-$SLURM_LOCALID}" LOCAL_WORLD_SIZE="$GPUS_PER_NODE"
 
+# On Hopper and before, Megatron wants it for tensor and context parallelism; Blackwell takes any.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
 # Compilers' caches, on the node's own disk: all nodes at once would overload a shared one.
 cache=$NODE_TMP/compiled-$SLURM_JOB_ID
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"

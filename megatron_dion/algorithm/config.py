@@ -1,7 +1,7 @@
 """The hyperparameters of Dion, each written down once, and what follows from them for a matrix.
 
-The command line makes the flag `--dion-NAME` of every field but `seed`, which is Megatron's own
-`--seed`: type, default, help (the docstring below the field) and check all come from here.
+The command line has a flag `--dion-NAME` for every field but `seed`, which is Megatron's `--seed`.
+A flag's type, default, help (the docstring below the field) and range all come from the field.
 """
 
 import math
@@ -19,9 +19,15 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def checked(default: Any, holds: Callable[[Any], bool], requirement: str) -> Any:
-    """A dataclass field whose value must fulfil a requirement, which `check_fields` tests."""
-    return field(default=default, metadata={"check": (holds, requirement)})
+def checked(
+    default: Any, holds: Callable[[Any], bool], requirement: str, **argparse_keywords: Any
+) -> Any:
+    """A dataclass field with a requirement, which `check_fields` tests.
+
+    The requirement ends the sentence "NAME must be ...", in the error and in the flag's help.
+    """
+    metadata = {"check": (holds, requirement), "argparse_meta": argparse_keywords}
+    return field(default=default, metadata=metadata)
 
 
 def check_fields(config: Any) -> None:
@@ -36,7 +42,8 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{each.name} must be one of {get_args(each.type)}, not {value!r}")
         holds, requirement = each.metadata.get("check", (None, None))
         if holds is not None and not holds(value):
-            raise ValueError(f"{each.name} must be {requirement}, not {value!r}")
+            given = sorted(value) if isinstance(value, frozenset) else value
+            raise ValueError(f"{each.name} must be {requirement}, not {given!r}")
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,13 @@ class DionConfig:
     """
 
     rank_fraction: float = checked(0.25, lambda x: 0 < x <= 1, "in (0, 1]")
-    """Rank of an update as a share of the smaller side of the matrix, in (0, 1]."""
+    """Rank of an update as a fraction of the smaller side of the matrix."""
 
     rank_multiple_of: int = checked(1, lambda k: k >= 1, "at least 1")
     """Round ranks up to a multiple of this number."""
 
     momentum: float = checked(0.95, lambda x: 0 <= x < 1, "in [0, 1)")
-    """Coefficient mu of momentum and error feedback, in [0, 1)."""
+    """Coefficient mu of momentum and error feedback."""
 
     residual: Literal["none", "rows"] = "none"
     """How a weight moves along what P does not capture of B: none, with error feedback, is the
@@ -103,8 +110,8 @@ class DionConfig:
     def residual_row(self, m: int, n: int) -> float:
         """Length by which a row of the residual moves, before the scale.
 
-        Q P^T has Frobenius norm sqrt(r); with the residual's, min(m, n) - r, that of an orthonormal
-        matrix of full rank.
+        Q P^T has the squared norm r. The rows of the residual add min(m, n) - r, so an update has
+        the norm of an orthonormal matrix of full rank.
         """
         return math.sqrt((min(m, n) - self.rank(m, n)) / m)
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from megatron_dion.algorithm.orthonormalize import RowSums
 
 Steps = Generator[None, None, None]
 """Yields while a collective is under way."""
@@ -24,25 +22,23 @@ class Matrix:
 
 
 class Exchange(Protocol):
-    """The communication of a step. All buffers belong to it and keep their place.
+    """The communication of a step, which owns the buffers of P, R and their norms.
 
     Every process calls the same methods in the same order.
     """
 
     device: torch.device
     """Where the matrices are."""
-    row_sums: RowSums
-    """Combines processes that hold other rows of the same orthonormalized P."""
     column_squares: dict[int, Tensor]
-    """By index of the matrix, for the squared norms of the columns of R: (r,) float64."""
+    """For the squared norms of the columns of R, (r,) float64, by index of the matrix."""
     totals: dict[int, Tensor]
-    """By index of the matrix, for ||B||_F^2: (1,) float64."""
+    """For ||B||_F^2, (1,) float64, by index of the matrix."""
     has_residual: bool
-    """Whether weights move along the residual, too. Where gradients differ between replicas, they
-    do not: the residuals differ as well."""
+    """Whether weights move along the residual, too. They do not where replicas have gradients of
+    their own, because the replicas' residuals then differ."""
 
     def gather_right(self) -> Steps:
-        """Completes the `right_factor`s of rows of which processes store different columns."""
+        """Completes `right_factor` in the rows of which each process stores some columns."""
 
     def clear_left(self) -> None:
         """Sets every `left_factor` of this process to zero."""
@@ -54,14 +50,17 @@ class Exchange(Protocol):
             The rows of P that this process orthonormalizes, each (batch, rows, r).
         """
 
+    def reduce_rows(self, tensor: Tensor, operation: Any) -> None:
+        """Combines a tensor, in place, over the processes that orthonormalize a P together."""
+
     def spread_left(self) -> Steps:
-        """Brings the orthonormalized P into the `left_factor`s of all processes."""
+        """Copies the orthonormalized P into the `left_factor`s of all processes."""
 
     def sum_right(self) -> Steps:
         """Sums the `projection`s of rows whose columns lie on several processes."""
 
-    def clear_numbers(self) -> None:
+    def clear_norms(self) -> None:
         """Sets `column_squares`, `totals` and the `row_squares` of blocks to zero."""
 
-    def sum_numbers(self) -> Steps:
-        """Sums `column_squares` and `totals` over all processes, `row_squares` over its holders."""
+    def sum_norms(self) -> Steps:
+        """Sums `column_squares`, `totals` and `row_squares` over the processes that have parts."""

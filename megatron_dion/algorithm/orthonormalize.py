@@ -6,15 +6,16 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 NOISE = 1e-6
-"""A column of P is rounding noise if what the columns before it leave of it is below this share of
-the longest column of its matrix."""
+"""A column of P is rounding noise if its part orthogonal to the columns before it is shorter than
+this fraction of the longest column."""
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LEAST_BLOCK = 64
@@ -24,17 +25,11 @@ _GPU_NUMBERS = 1 << 24
 """Numbers of Gram matrices that a GPU factors together, 64 MiB."""
 
 
-class RowSums(Protocol):
-    """Combines, in place, what the processes have that hold the other rows of the same P."""
-
-    def add(self, tensor: Tensor) -> None:
-        """Adds up a tensor over these processes."""
-
-    def max(self, tensor: Tensor) -> None:
-        """Takes the elementwise maximum over these processes."""
+Reduce = Callable[[Tensor, Any], None]
+"""Combines a tensor, in place and by a `ReduceOp`, over the processes that hold rows of a P."""
 
 
-def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
+def orthonormalize(batches: Sequence[Tensor], reduce: Reduce) -> None:
     """Orthonormalizes the columns of every P, in place.
 
     A column that depends linearly on those before it, as far as float32 can tell, becomes zero. So
@@ -42,18 +37,19 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     differs between topologies, does not decide its direction.
 
     A pass turns a singular value x of P, with columns of unit length, into x / sqrt(x^2 + s),
-    s = `_shift`, so no value exceeds one. The first pass turns a residual x of a column into about
-    x / sqrt(s), which the second one compares with the shift: a column is dependent if x < 4 s, or
-    if x is `NOISE`. In the end every other column gets length one.
+    s = `_shift`, so no value exceeds one. The residual of a column is what the columns before it
+    leave of it. The first pass turns a residual x into about x / sqrt(s), which the second pass
+    compares with the shift: a column is dependent if x < 4 s, or if x is `NOISE`. In the end every
+    other column gets length one.
 
     Args:
         batches: each (batch, rows, r) float32, the rows of P that this process holds; r may exceed
             the rows. Processes that share matrices pass the same batches, with rows of their own.
-        sums: combines the rows of all processes.
+        reduce: combines the processes.
     """
     if not batches:
         return
-    _scale(batches, sums)
+    _scale(batches, reduce)
     groups = _groups(batches)
     sizes = [sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
     packed = torch.zeros(sum(sizes), device=batches[0].device)
@@ -63,14 +59,14 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
     ]
     noises: list[Tensor] = []  # what the square of a residual must exceed, by what the first left
     _multiply(groups, grams)
-    sums.add(packed)
+    reduce(packed, ReduceOp.SUM)
     for group, gram in zip(groups, grams, strict=True):
         squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
         lengths = squares + (squares == 0)
         diagonal = _divide(group, gram, _shift(gram, lengths) * lengths)
         noises.append(NOISE**2 * squares.amax(dim=1, keepdim=True) / diagonal.square())
     _multiply(groups, grams)
-    sums.add(packed)
+    reduce(packed, ReduceOp.SUM)
     for group, gram, noise in zip(groups, grams, noises, strict=True):
         shift = _shift(gram)
         diagonal = _divide(group, gram, shift)
@@ -85,19 +81,19 @@ def orthonormalize(batches: Sequence[Tensor], sums: RowSums) -> None:
 def orthonormalize_flops(rows: int, rank: int) -> int:
     """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
     blocks = len(_blocks(rank, are_small=False))
-    share = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
-    return int(2 * (2 * 2 * rows * rank**2 * share + rank**3 / 3))
+    fraction = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
+    return int(2 * (2 * 2 * rows * rank**2 * fraction + rank**3 / 3))
 
 
-def _scale(batches: Sequence[Tensor], sums: RowSums) -> None:
+def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
     """Makes the largest entry of every P one, so that no square overflows.
 
-    The squares that vanish then are those of columns that are noise.
+    Squares that underflow then belong to columns that are noise.
     """
     packed = torch.cat(
         [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
-    sums.max(packed)
+    reduce(packed, ReduceOp.MAX)
     scales = (packed + (packed == 0)).split([len(p) for p in batches])
     for p, scale in zip(batches, scales, strict=True):
         p /= scale.view(-1, 1, 1)
@@ -137,8 +133,8 @@ def _multiply(groups: Sequence[Sequence[Tensor]], grams: Sequence[Tensor]) -> No
 def _shift(gram: Tensor, squares: Tensor | None = None) -> Tensor:
     """The shift (batch, 1) of Gram matrices of columns of unit length: above their rounding.
 
-    That grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal columns
-    and r for parallel ones.
+    The rounding grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal
+    columns and r for parallel ones.
 
     Args:
         gram: (batch, r, r), zero below the blocks of `_multiply`.
@@ -162,8 +158,8 @@ def _shift(gram: Tensor, squares: Tensor | None = None) -> Tensor:
 def _divide(group: Sequence[Tensor], gram: Tensor, shifts: Tensor) -> Tensor:
     """P = P U^-1, in place, with the Cholesky factor U of the shifted G.
 
-    On a CPU both go on together, half of the columns after the other. (torch's factorization of a
-    large matrix takes longer there than the products with P.)
+    The factorization and the division take turns, for one half of the columns and then for the
+    other. (torch's factorization of a large matrix takes longer on a CPU than the products with P.)
 
     Args:
         group: the P, each (batch, rows, r).
@@ -180,7 +176,10 @@ def _divide(group: Sequence[Tensor], gram: Tensor, shifts: Tensor) -> Tensor:
 
 
 def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> None:
-    """Rows start:stop of U, and these columns of P U^-1, from which those before are taken off."""
+    """Computes rows start:stop of U and columns start:stop of P U^-1, both in place.
+
+    The contributions of the columns before `start` have been subtracted.
+    """
     size = stop - start
     if size > _LEAST_BLOCK and is_cpu(gram):
         middle = start + size // 2

@@ -37,11 +37,11 @@ from megatron_dion.algorithm.orthonormalize import is_cpu, orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
 
 FLOOR = 1 / 32
-"""Where less than about this share of a row of B is left in E, the row moves by less than others.
+"""A row of E that is shorter than about FLOOR ||B_i|| moves W by less than other rows do.
 
-Rounding leaves about 1e-6 ||B_i|| in E, and the same uncertainty in ||E_i||^2 / ||B_i||^2, with
-products in float32; 5e-4 with products in TF32. With the floor, s_i is right to 1e-6 / FLOOR^2, and
-noise moves a row by a share of its length that docs/residual.md gives."""
+So short a row may be rounding noise. With products in float32, rounding changes ||E_i||^2 by about
+1e-6 ||B_i||^2; the relative error of s_i is then at most about 1e-6 / FLOOR^2 = 1e-3. With products
+in TF32 it is 5e-4 in place of 1e-6. docs/residual.md says how far noise moves a row."""
 
 Batches = Sequence[tuple[list[int], Tensor]]
 """What lies at equal distances in memory: its numbers in a list, and all of it as one tensor."""
@@ -74,12 +74,12 @@ class Block:
     row_squares: Tensor  # (k, rows) float64, for ||B_i||^2 of whole rows; (k, 0) without residual
     scale: float  # factor on the learning rate
     residual_row: float  # length by which a row of the residual moves, before the scale
-    multiplied: slice  # rows of which this process computes products; another one does the others
+    multiplied: slice  # rows with which this process multiplies; others have copies of the rest
     counted: slice  # rows of R whose norms this process counts: each row is counted by one process
     is_copied: bool = False  # whether other processes hold the same elements, to be kept equal
 
     def multiplied_rows(self, tensor: Tensor) -> Tensor:
-        """The multiplied rows of one of the block's (k, rows, ...)."""
+        """The rows `multiplied` of a tensor (k, rows, ...) of the block."""
         return _narrow(tensor, self.multiplied, dim=1)
 
 
@@ -121,13 +121,13 @@ def dion_step(
     exchange.clear_left()
     _project_left(blocks, config)
     sections = yield from exchange.sum_left()
-    orthonormalize(sections, exchange.row_sums)
+    orthonormalize(sections, exchange.reduce_rows)
     yield from exchange.spread_left()
     _project_right(blocks, config)
     yield from exchange.sum_right()
-    exchange.clear_numbers()
+    exchange.clear_norms()
     _measure(blocks, exchange, is_measured)
-    yield from exchange.sum_numbers()
+    yield from exchange.sum_norms()
     _update(blocks, exchange, config, learning_rates, weight_decays)
 
 
@@ -173,10 +173,10 @@ def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
 
 
 def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> None:
-    """Squares of what this process has of the columns of R, the rows of B and, if asked for, B.
+    """Squared norms of this process's part of the columns of R, the rows of B and, if asked for, B.
 
-    Those of R are float64, in which the order of a sum, which differs between topologies, does not
-    show after rounding. Norms of rows are float32, which needs no copy of B.
+    Those of R are float64: the order of a sum, which differs between topologies, does not show
+    after rounding. Norms of rows are float32, which needs no copy of B.
     """
     counted = [block for block in blocks if block.counted.stop > block.counted.start]
     squares: dict[int, Tensor] = {}  # by matrix
@@ -213,9 +213,9 @@ def _update(
     members = [i for each, _ in batches for i in each]
     norms = torch.cat([exchange.column_squares[blocks[i].matrix] for i in members]).sqrt_()
     sizes = [(len(batch), 1, 1, batch.shape[3]) for _, batch in batches]
-    factors = like_views((norms + config.eps).reciprocal_().float(), sizes)
+    factors = views_in((norms + config.eps).reciprocal_().float(), sizes)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
-    is_new = like_views(norms > 0, sizes)
+    is_new = views_in(norms > 0, sizes)
     row_scales = _row_scales(blocks, batches, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
         for index, (members, batch) in enumerate(batches):  # (n, k, rows, r)
@@ -250,7 +250,7 @@ def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -
     residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
     # A row whose norm is beyond float32's range, 1e-22 to 1e19, does not move along its residual.
     residual.nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(squares == 0, math.inf)
-    scales = like_views(
+    scales = views_in(
         (residual + config.eps).reciprocal_().float(), [(*norm.shape, 1) for norm in norms]
     )
     by_block = [each for scale in scales for each in scale]
@@ -287,7 +287,7 @@ def _batches(tensors: Sequence[Tensor]) -> Batches:
     return batches
 
 
-def like_views(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+def views_in(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Views of consecutive parts of a 1-D buffer with given shapes."""
     sizes = [math.prod(shape) for shape in shapes]
     parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
@@ -311,6 +311,6 @@ def _repeated(factor: Tensor, count: int) -> Tensor:
 
 
 def _narrow(tensor: Tensor, part: slice, dim: int) -> Tensor:
-    """What a slice takes of a dimension; mostly that is all, which need not cost a view."""
+    """A slice of a dimension; the tensor itself where the slice is all of it, as it mostly is."""
     length = part.stop - part.start
     return tensor if length == tensor.shape[dim] else tensor.narrow(dim, part.start, length)

@@ -18,10 +18,10 @@ def on_first_rank[T](function: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             answer = [function()]
-        except CheckpointError as error:
-            answer = [error]
         except Exception as error:  # all other ranks wait for the answer
-            answer = [CheckpointError(f"{type(error).__name__}: {one_line(error)}")]
+            is_ours = isinstance(error, CheckpointError)
+            line = f"{type(error).__name__}: {one_line(error)}"
+            answer = [error if is_ours else CheckpointError(line)]
     dist.broadcast_object_list(answer, src=0)
     [result] = answer
     if isinstance(result, CheckpointError):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_dion.checkpointing.errors import CheckpointError, one_line
+from megatron_dion.checkpointing.errors import CheckpointError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Contents:
 @contextmanager
 def _explained(problem: str) -> Iterator[None]:
     """Turns whatever damaged bytes make a reader raise into one line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise CheckpointError(f"{problem} ({one_line(error)})") from error
+    # CheckpointException is no Exception.
+    explained = in_one_line(CheckpointError, problem, Exception, CheckpointException)
+    with explained, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

@@ -106,8 +106,8 @@ def _write_and_hash(
     """Writes a rank's files, perhaps in a process in the background, and notes their hashes."""
     write(*args, **options)
     with contextlib.suppress(OSError):  # Megatron reports on all ranks what could not be written
-        found = hashes.hash_files(folder.glob(f"__{rank}_*"))
-        (folder / f"hashes_{rank}.json").write_text(json.dumps(found))
+        written = hashes.hash_files(folder.glob(f"__{rank}_*"))
+        (folder / f"hashes_{rank}.json").write_text(json.dumps(written))
 
 
 def _write_manifest(folder: Path) -> None:
@@ -116,12 +116,12 @@ def _write_manifest(folder: Path) -> None:
     if note.exists():  # a rank may have had nothing to write
         mine = json.loads(note.read_text())
         note.unlink()
-    found = dict(gather(list(mine.items())))
+    noted = dict(gather(list(mine.items())))
 
     def write() -> None:
         others = [path for path in folder.iterdir() if not path.name.startswith("hashes_")]
-        rest = hashes.hash_files(path for path in others if path.name not in found)
-        hashes.write_manifest(folder, found | rest)
+        rest = hashes.hash_files(path for path in others if path.name not in noted)
+        hashes.write_manifest(folder, noted | rest)
 
     on_first_rank(write)
 

@@ -1,4 +1,4 @@
-"""The join with megatron.training: arguments, checks, patches, and what a run leaves behind."""
+"""Dion in megatron.training: arguments, checks, patches, and what a run leaves behind."""
 
 from megatron_dion.megatron.launch import main
 

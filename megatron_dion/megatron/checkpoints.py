@@ -1,8 +1,8 @@
-"""The join with Megatron's loading and saving of checkpoints."""
+"""What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +10,17 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dion.checkpointing import folders, hashes
+from megatron_dion.checkpointing import errors, folders, hashes
 from megatron_dion.checkpointing.agreement import gather, on_first_rank
 from megatron_dion.checkpointing.contents import Contents
-from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad, one_line
+from megatron_dion.checkpointing.errors import CheckpointError, NothingToLoad
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import Loading, Source
+from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.record import Record
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
@@ -35,8 +36,8 @@ _ERRORS_OF_LOADING = (
 def choose(args: argparse.Namespace) -> Choice | None:
     """Chooses the checkpoint to load: the newest complete one, or that of `--ckpt-step`.
 
-    Only where `--load` is `--save` may it hold none. The choice is put into the arguments and into
-    Megatron's reading of the tracker, without which Megatron starts from random weights.
+    The folder may hold none only if `--load` is `--save`. The choice is put into the arguments and
+    in place of what Megatron reads from the tracker; without one Megatron trains random weights.
     """
     if _saves_into(args, args.load):
         folders.settle(Path(args.load))
@@ -77,7 +78,7 @@ def _saves_into(args: argparse.Namespace, root: str | None) -> bool:
 
 
 def check_that_ranks_agree(choice: Choice | None) -> None:
-    """Each rank has looked into the folder of all checkpoints on its own."""
+    """Refuses a choice that is not that of all ranks, each of which has looked for itself."""
     choices = set(gather(["none" if choice is None else str(choice.folder)]))
     if len(choices) > 1:
         raise CheckpointError(
@@ -86,7 +87,7 @@ def check_that_ranks_agree(choice: Choice | None) -> None:
         )
 
 
-def use(choice: Choice | None, args: argparse.Namespace) -> None:
+def use(choice: Choice | None, args: argparse.Namespace, options: DionOptions) -> None:
     """Lets Megatron load the chosen checkpoint, and save new ones beside the old."""
 
     def report(folder: Path, size: int, seconds: float) -> None:
@@ -94,7 +95,7 @@ def use(choice: Choice | None, args: argparse.Namespace) -> None:
         say(f"{folder}: saved iteration {iteration}, {size / 1e6:.1f} MB in {seconds:.1f} s")
 
     if choice is not None:
-        patches.wrap("load_checkpoint", Loader(choice, args).load)
+        patches.wrap("load_checkpoint", Loader(choice, args, options.reinit_factors).load)
     patches.wrap("save", Saver(not args.no_checkpoint_hashes, report).save)
 
 
@@ -112,15 +113,16 @@ class Facts(NamedTuple):
 class Loader:
     """Stands before Megatron's `load_checkpoint`: looks at the checkpoint, then lets it load."""
 
-    def __init__(self, choice: Choice, args: argparse.Namespace) -> None:
+    def __init__(self, choice: Choice, args: argparse.Namespace, reinit_factors: bool) -> None:
         self._args = args
+        self._reinit_factors = reinit_factors
         self._choice = choice
         self._folder = choice.folder
 
     def load(
         self, stock: Callable[..., Any], model: Any, optimizer: Any, *others: Any, **options: Any
     ) -> Any:
-        """As Megatron's; what can be known to be wrong is raised on all ranks before anything."""
+        """As Megatron's, after checks whose errors are raised on all ranks."""
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         args = self._args
@@ -202,7 +204,7 @@ class Loader:
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
-        reinit, switch = self._args.dion_reinit_factors, self._args.switch_optimizer
+        reinit, switch = self._reinit_factors, self._args.switch_optimizer
         factors, routes, scalars, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
@@ -244,12 +246,7 @@ class Loader:
         return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
 
 
-@contextmanager
-def explained(folder: Path | None) -> Iterator[None]:
+def explained(folder: Path | None) -> AbstractContextManager[None]:
     """Turns what goes wrong while Megatron loads into one line."""
-    try:
-        yield
-    except _ERRORS_OF_LOADING as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded into this run: {one_line(error)}"
-        ) from error
+    context = f"{folder} cannot be loaded into this run"
+    return errors.in_one_line(CheckpointError, context, *_ERRORS_OF_LOADING)

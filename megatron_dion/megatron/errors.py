@@ -1,14 +1,13 @@
 """What is told to the user in a line: mistakes, failures to save or load, and how a run goes."""
 
-import contextlib
 import os
 import struct
 import sys
 import time
-import traceback
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
+from megatron_dion.checkpointing import errors
 from megatron_dion.checkpointing.errors import CheckpointError, SaveError
 from megatron_dion.error_line import tell
 
@@ -36,15 +35,10 @@ def refuse(line: str, when: object) -> None:
         raise ConfigurationError(line)
 
 
-@contextlib.contextmanager
-def in_one_line(context: str) -> Iterator[None]:
+def in_one_line(context: str) -> AbstractContextManager[None]:
     """Turns a library's objection, which would be a traceback on every rank, into our error."""
-    try:
-        yield
-    except (AssertionError, ImportError, OSError, ValueError, struct.error) as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        message = " ".join(str(error).split()) or line  # many assertions have no message
-        raise ConfigurationError(f"{context}: {message}") from error
+    causes = (AssertionError, ImportError, OSError, ValueError, struct.error)
+    return errors.in_one_line(ConfigurationError, context, *causes)
 
 
 def exit_with(error: Exception) -> NoReturn:

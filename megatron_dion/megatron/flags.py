@@ -1,20 +1,20 @@
 """The flags that this project adds to Megatron's command line, made from dataclasses.
 
-Each field is a flag: its type, its default and the docstring below it are the flag's. The flags of
-`DionConfig` and `DionOptions` begin with `--dion-`.
+Each field is a flag, with the field's type, default, docstring and range. The flags of
+`DionConfig`, `RoutingRules` and `DionOptions` begin with `--dion-`.
 """
 
 import argparse
 import importlib.util
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, NoReturn, get_origin
 
-from megatron_dion.algorithm.config import DionConfig, check_fields, checked
+from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.megatron.errors import ConfigurationError, refuse
-from megatron_dion.optimizer.rules import SPLITS, RoutingRules
+from megatron_dion.optimizer.options import DionOptions
+from megatron_dion.optimizer.rules import RoutingRules
 
 ParserHook = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -49,67 +49,6 @@ REMOVED = {
 }
 
 
-def _split(text: str) -> list[str]:
-    names = [] if text == "none" else text.split(",")
-    unknown = sorted(set(names) - set(SPLITS))
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"{','.join(unknown)!r} is not one of {', '.join(SPLITS)}, none"
-        )
-    return names
-
-
-@dataclass(frozen=True)
-class DionOptions:
-    """What a run chooses about Dion beside the hyperparameters in `config`."""
-
-    config: DionConfig = field(default_factory=DionConfig)
-
-    split: list[str] = field(
-        default_factory=lambda: ["qkv", "gate"],
-        metadata={
-            "argparse_meta": {"type": _split, "nargs": None, "metavar": f"{','.join(SPLITS)}|none"}
-        },
-    )
-    """Update the matrices of these fused weights one by one: query, key and value; gate and up
-    projection; each attention head."""
-
-    include: list[str] = field(default_factory=list)
-    """Name patterns, as of file names, of 2-D parameters that Dion updates in any case."""
-
-    exclude: list[str] = field(default_factory=list)
-    """Name patterns of parameters that the scalar optimizer updates in any case."""
-
-    scalar_optimizer: Literal["adam", "lion"] = "adam"
-    """Optimizer of the parameters that are not matrices of linear layers."""
-
-    scalar_lr_mult: float = checked(1.0, lambda x: 0 < x < math.inf, "positive and finite")
-    """Learning rate of the scalar optimizer, as a multiple of --lr."""
-
-    compressed_sync: bool = False
-    """Average low-rank factors in place of gradients over the instances of
-    --num-distributed-optimizer-instances, where the factors are smaller."""
-
-    recenter_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
-    """With --dion-compressed-sync, replace momenta by their mean over the instances every N
-    iterations."""
-
-    log_interval: int | None = checked(None, lambda n: n is None or n >= 1, "at least 1")
-    """Log the diagnostics of the step of every N-th iteration, matrix by matrix."""
-
-    reinit_factors: bool = False
-    """Load the momenta of a checkpoint, also with another rank or split, and begin the right
-    factors anew."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def rules(self) -> RoutingRules:
-        """Which parameters go to Dion, and as which matrices."""
-        return RoutingRules(frozenset(self.split), tuple(self.include), tuple(self.exclude))
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What a run with any optimizer chooses."""
@@ -133,15 +72,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # Only now: importing megatron needs a platform.
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    for kind, prefix in ((DionConfig, "dion-"), (DionOptions, "dion-"), (RunOptions, "")):
-        factory = ArgumentGroupFactory(kind)
+    class FlagFactory(ArgumentGroupFactory):
+        """Knows tuples and sets of strings, too: they are lists on the command line."""
+
+        def _extract_type(self, config_type: Any) -> Any:
+            is_names = get_origin(config_type) in (tuple, frozenset)
+            return super()._extract_type(list[str] if is_names else config_type)
+
+    for kind in (DionConfig, RoutingRules, DionOptions, RunOptions):
+        prefix = "" if kind is RunOptions else "dion-"
+        factory = FlagFactory(kind)
         group = parser.add_argument_group(kind.__name__, str(kind.__doc__).partition("\n")[0])
         for attribute in fields(kind):
-            if attribute.name in ("seed", "config"):
-                continue  # --seed is Megatron's; `config` is a dataclass of its own
+            if attribute.name == "seed" or is_dataclass(attribute.type):
+                continue  # --seed is Megatron's; a dataclass has a group of its own
             keywords = factory._build_argparse_kwargs_from_field(attribute)
             [flag] = keywords.pop("arg_names")
             keywords["dest"] = prefix.replace("-", "_") + attribute.name
+            if isinstance(keywords["default"], tuple | frozenset):
+                keywords["default"] = sorted(keywords["default"])
+            if "check" in attribute.metadata:
+                keywords["help"] += f" Must be {attribute.metadata['check'][1]}."
             group.add_argument(flag.replace("--", f"--{prefix}", 1), **keywords)
 
 
@@ -175,29 +126,43 @@ def refuse_removed_flags(words: Sequence[str]) -> None:
 
 
 def dion_options(args: argparse.Namespace) -> DionOptions:
-    """Read what the parsed command line says of Dion; refuses values that are out of range."""
+    """What the parsed command line says of Dion; refuses values that are out of range."""
     try:
-        config = DionConfig(seed=args.seed, **_values(DionConfig, args))
-        return DionOptions(config, **_values(DionOptions, args))
+        return _read(DionOptions, args)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ConfigurationError(f"--dion-{name.replace('_', '-')} {rest}") from error
 
 
-def _values(kind: type[Any], args: argparse.Namespace) -> dict[str, Any]:
-    names = [attribute.name for attribute in fields(kind)]
-    return {name: getattr(args, f"dion_{name}") for name in names if hasattr(args, f"dion_{name}")}
+def _read[T](kind: type[T], args: argparse.Namespace) -> T:
+    """An object of a dataclass, and of those of its fields, from the parsed command line."""
+    values: dict[str, Any] = {}
+    for attribute in fields(kind):  # type: ignore[arg-type]
+        name = attribute.name
+        if isinstance(attribute.type, type) and is_dataclass(attribute.type):
+            values[name] = _read(attribute.type, args)
+        else:
+            value = getattr(args, name if name == "seed" else f"dion_{name}")
+            as_names: Any = get_origin(attribute.type)
+            values[name] = as_names(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
-def given_dion_flags(args: argparse.Namespace) -> Iterator[str]:
+def given_dion_flags(options: DionOptions) -> list[str]:
     """The flags of Dion that are not at their defaults, with their values."""
-    for kind in (DionConfig, DionOptions):
-        for name, value in _values(kind, args).items():
-            if value != getattr(kind(), name):
-                yield as_flag(f"dion_{name}", value)
+    defaults = _by_name(DionOptions())
+    given = {name: value for name, value in _by_name(options).items() if value != defaults[name]}
+    return [as_flag(f"dion_{name}", value) for name, value in given.items() if name != "seed"]
+
+
+def _by_name(options: DionOptions) -> dict[str, Any]:
+    values = asdict(options)
+    return values.pop("config") | values.pop("rules") | values
 
 
 def as_flag(name: str, value: object) -> str:
     """An argument as it stands on the command line."""
     flag = "--" + name.replace("_", "-")
+    if isinstance(value, tuple | frozenset):
+        value = " ".join(sorted(value))
     return flag if value is True else f"{flag} {value}"

@@ -19,10 +19,7 @@ _installed = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as `argv` or the command line says, which ends with one line and code 2 if it is wrong.
-
-    An interrupt from the keyboard ends it with code 130.
-    """
+    """Train as `argv` or the command line says; code 2 ends what is wrong, 130 an interrupt."""
     try:
         train(sys.argv[1:] if argv is None else argv)
     except ONE_LINE_ERRORS as error:
@@ -74,21 +71,18 @@ def install() -> None:
     device = prepare(sys.argv[1:])
 
     # Only now: importing megatron binds names of torch.cuda.
-    from megatron_dion.megatron.join import Join
+    from megatron_dion.megatron.hooks import TrainingHooks
 
-    Join(device, script_is_ours=False).install()
+    TrainingHooks(device, script_is_ours=False).install()
     _installed = True
 
 
 def check_megatron_version() -> None:
-    """The join rests on details of one version: that of the files which an import would find.
-
-    Beside a script it may be a checkout of Megatron-LM, in place of what is installed.
-    """
-    found = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
+    """Refuse another version of megatron-core, such as that of a checkout beside the script."""
+    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
     fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
-    refuse(f"megatron-core is not installed: {fix}", when=found is None)
-    folder = Path(str(found and found.origin)).parent
+    refuse(f"megatron-core is not installed: {fix}", when=spec is None)
+    folder = Path(str(spec and spec.origin)).parent
     numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
     version = ".".join(numbers)
     refuse(
@@ -100,8 +94,7 @@ def check_megatron_version() -> None:
 def prepare(argv: Sequence[str]) -> str:
     """Do all that must happen before megatron is imported, on CPU together with its import.
 
-    Of the command line, `--device` counts; returns `cuda` or `cpu`. A value that is neither is left
-    to the full parser, which reports it with all other faults of the command line.
+    Returns the device of `--device`. The full parser reports a value that is no device.
     """
     check_megatron_version()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

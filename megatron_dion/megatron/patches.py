@@ -1,7 +1,7 @@
 """The one place where functions of Megatron are replaced at run time.
 
-Only functions that have no hook and no argument for what is needed. The module that calls a
-function looks its name up in the namespace named here, so rebinding the name is enough.
+Only functions that have no hook and no argument for what is needed. Who calls a function looks its
+name up in the module or class named here, so rebinding the name is enough.
 """
 
 import functools
@@ -12,11 +12,12 @@ from typing import Any
 import megatron.training
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import arguments, checkpointing, training
 
 Stock = Callable[..., Any]
 
-_MODULES = {
+_OWNERS = {
     # A script may hand parse_args a function that adds arguments, or none (arguments.py:116).
     "parse_args": arguments,
     # Reads the arguments of the checkpoint that the tracker names, before validation.
@@ -25,6 +26,8 @@ _MODULES = {
     "validate_args": arguments,
     # Has hooks on a model's config, and none on a model provider.
     "pretrain": training,
+    # Takes one size of buckets for all buffers (training.py:1850).
+    "_compute_per_buffer_param_layout": DistributedOptimizer,
     # Knows a closed set of optimizers; training.py:2132 calls it by name.
     "get_megatron_optimizer": training,
     # Has no hook before and after (training.py:3856).
@@ -46,10 +49,10 @@ _MODULES = {
 
 def wrap(name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a function by `wrapper(stock, ...)`, where `stock` is what it was before."""
-    module = _MODULES[name]
-    stock: Stock = getattr(module, name)
+    owner = _OWNERS[name]
+    stock: Stock = getattr(owner, name)
     # wraps() keeps the signature, so that several wrappers may lie around one function.
-    setattr(module, name, functools.wraps(stock)(functools.partial(wrapper, stock)))
+    setattr(owner, name, functools.wraps(stock)(functools.partial(wrapper, stock)))
     if name == "pretrain":
         megatron.training.pretrain = training.pretrain  # scripts import it from either module
 

@@ -17,15 +17,15 @@ from megatron_dion.megatron import validation
 from megatron_dion.megatron.data import datasets_provider, forward_step
 from megatron_dion.megatron.data_checks import check_token_ids
 from megatron_dion.megatron.errors import in_one_line
-from megatron_dion.megatron.flags import extend_parser
-from megatron_dion.megatron.join import Join, validate_as_megatron
+from megatron_dion.megatron.flags import dion_options, extend_parser
+from megatron_dion.megatron.hooks import TrainingHooks, validate_as_megatron
 
 _REFUSED = "megatron refuses these arguments"
 
 
 def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     """Train a GPT as the flags say. Megatron must have been prepared for the device."""
-    Join(device, script_is_ours=True).install()
+    TrainingHooks(device, script_is_ours=True).install()
     # From here on as any script of Megatron-LM; names are looked up late, for what is patched.
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         with in_one_line(_REFUSED):
@@ -39,12 +39,13 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
 
 
 def check_arguments(argv: Sequence[str], device: str, world_size: int) -> None:
-    """Raise what a run would be refused with, as far as it can be known away from its machines."""
+    """Raise the error with which a run would be refused, as far as another machine can tell."""
     world = {"RANK": "0", "WORLD_SIZE": str(world_size)}
     command_line = mock.patch.object(sys, "argv", [sys.argv[0], *argv])
     with mock.patch.dict(os.environ, world), command_line:
         args: argparse.Namespace = arguments.parse_args(partial(extend_parser, device=device))
     args.device = device
+    validation.check_dion_flags(args, dion_options(args))
     for check in (*validation.OF_ALL_SCRIPTS, validation.check_data_mode):
         if check is not validation.check_packages:
             check(args)

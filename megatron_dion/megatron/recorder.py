@@ -13,8 +13,8 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.run_directory import Record, append, drop_later
+from megatron_dion.megatron.stopwatch import Stopwatch
 from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind, to_record
-from megatron_dion.optimizer.stopwatch import Stopwatch
 
 # Megatron's name for the loss of a language model.
 LOSS_NAME = "lm loss"
@@ -120,7 +120,7 @@ def _number(value: Any) -> float | None:
 
 
 def log_diagnostics(interval: int, record: Callable[[Record], None] | None) -> None:
-    """Measure the step of every N-th iteration; every rank has to, since all of them take part.
+    """Measure the step of every N-th iteration. Every rank must do so, because all take part.
 
     The rank that writes metrics.jsonl gives the function that adds a line to it.
     """

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def write_config(run_dir: Path, args: argparse.Namespace, defaults: Record) -> None:
-    """Write config.json: every argument as resolved, their defaults, and with which software."""
+    """Write config.json: every argument as resolved, its default, and the software of the run."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     config = {
         "command_line": sys.argv,

@@ -5,12 +5,13 @@ its value and what to do. Mistakes that Megatron itself reports are left to it.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from megatron_dion.megatron.data_checks import check_data
 from megatron_dion.megatron.errors import refuse
-from megatron_dion.megatron.flags import as_flag, dion_options, given_dion_flags
+from megatron_dion.megatron.flags import as_flag, given_dion_flags
+from megatron_dion.optimizer.options import DionOptions
 
 # Arguments that must not be given with --optimizer dion, and why, or what to do instead.
 _REFUSED_WITH_DION = {
@@ -44,10 +45,9 @@ _UNSUPPORTED_DATA = (
 )
 
 
-def check_dion_flags(args: argparse.Namespace) -> None:
-    """The flags of Dion are in range, have an effect, and are there only with --optimizer dion."""
-    options = dion_options(args)
-    given = [] if args.optimizer == "dion" else list(given_dion_flags(args))
+def check_dion_flags(args: argparse.Namespace, options: DionOptions) -> None:
+    """The flags of Dion have an effect, and are there only with --optimizer dion."""
+    given = [] if args.optimizer == "dion" else given_dion_flags(options)
     refuse(
         f"{', '.join(given)} has no effect with --optimizer {args.optimizer}: use --optimizer dion "
         "or leave it out",
@@ -103,8 +103,7 @@ def check_fp8(args: argparse.Namespace) -> None:
 def check_schedule(args: argparse.Namespace) -> None:
     """What Megatron notices after it has built the model, or divides by."""
     refuse("--lr is missing: give the highest learning rate of the run", when=args.lr is None)
-    is_endless = args.train_iters is None and args.train_samples is None
-    refuse("--train-iters is missing", when=is_endless)
+    refuse("--train-iters is missing", when=args.train_iters is args.train_samples is None)
     iterations, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
     refuse(
         f"--lr-warmup-iters {warmup} leaves nothing of {iterations} iterations: give fewer",
@@ -133,8 +132,8 @@ def check_hashes_of_others(args: argparse.Namespace) -> None:
 def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name in _UNSUPPORTED_DATA:
-        flag, value = as_flag(name, True), getattr(args, name)
-        refuse(f"{flag} is not supported by pretrain_gpt.py: leave it out", when=value)
+        line = f"{as_flag(name, True)} is not supported by pretrain_gpt.py: leave it out"
+        refuse(line, when=getattr(args, name))
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -143,16 +142,15 @@ def check_packages(args: argparse.Namespace) -> None:
         ("--save", args.save, "psutil"),
         ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
     ):
-        is_missing = importlib.util.find_spec(package) is None
-        refuse(f"{flag} needs the package {package}", when=value and is_missing)
+        refuse(f"{flag} needs the package {package}", when=value and not find_spec(package))
 
 
 # What holds for a run without Dion in a script that is not ours.
-OF_OUR_FLAGS = (check_dion_flags, check_hashes_of_others, check_packages)
+OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_flags, check_dion_surroundings, check_latent_attention, check_fp8),
+    *(check_dion_surroundings, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 
@@ -161,11 +159,7 @@ OF_DATA = (check_data_mode, check_data)
 
 
 def restore_distributed_optimizer(args: argparse.Namespace) -> None:
-    """Undo what Megatron's validation does to optimizers that it does not know.
-
-    megatron/training/arguments.py:1670 turns each of them into its layer-wise optimizer and clears
-    --use-distributed-optimizer.
-    """
+    """Undo what arguments.py:1670 makes of an optimizer that it does not know: a layer-wise one."""
     args.use_layer_wise_distributed_optimizer = False
     args.use_distributed_optimizer = True
     args.dist_ckpt_optim_fully_reshardable = True

@@ -1,1 +1,1 @@
-"""The join of Dion with torch and Megatron-core; import what needs Megatron by its module."""
+"""Dion as an optimizer of torch and of Megatron-core, which some of the modules import."""

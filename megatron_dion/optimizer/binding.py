@@ -1,4 +1,4 @@
-"""Joins parameters, states and buffers to the blocks of which the algorithm knows."""
+"""Makes the algorithm's blocks: views of parameters, their states and the buffers of a step."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,7 @@ from megatron_dion.sharding.collectives import (
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import compression_pays
-from megatron_dion.sharding.plan import Plan, make_plan
-from megatron_dion.sharding.sets import sets_of
+from megatron_dion.sharding.plan import Plan, make_plan, sets_of
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -38,8 +37,8 @@ class Distribution:
 
     placements: Sequence[Placement]  # all weights of the set, the same on every rank of the grid
     tensors: dict[int, Tensor]  # by index of the placement, this rank's piece, 1-D float32
-    device: torch.device  # where this rank's pieces are, or would be if it held any
-    # Replicas have other gradients, of which the mean counts (compressed gradient sync).
+    device: torch.device  # of this rank's pieces, also where it holds none
+    # With compressed gradient sync, replicas hold the same pieces and have other gradients.
     groups: Groups = field(default_factory=Groups)
     gradient_scale: float = 1.0  # of the gradients of a replica, before they are averaged
 
@@ -64,7 +63,7 @@ class RightRows(NamedTuple):
     rectangle: Rectangle  # its rows are those of Q
     columns: slice  # which columns of Q are stored
     values: Tensor  # (rows, stored columns), a view of the state
-    is_first_of_row: bool  # whether no data-parallel rank before this one holds these rows
+    is_first_of_row: bool  # whether this is the first data-parallel rank that holds these rows
 
 
 class StepSet(NamedTuple):
@@ -112,7 +111,7 @@ class Binding:
         ]
 
     def bytes_per_step(self) -> int:
-        """Bytes that this rank sends to others in a step, in the gradients of replicas too."""
+        """Bytes that this rank sends to others in a step, averages of gradients included."""
         gradients = 4 * sum(parameter.numel() for parameter in self._dense)
         return ring_bytes(gradients, self._distribution.replicas) + sum(
             sum(each.exchange.bytes_sent().values()) for each in self.sets
@@ -123,7 +122,7 @@ class Binding:
         return _places(active) == self._places
 
     def average_gradients(self) -> None:
-        """Averages over replicas the gradients of weights whose P and R are not. Before any set."""
+        """Averages gradients over replicas where P and R are not averaged. A step's first call."""
         gradients = [gradient_of(parameter) for parameter in self._dense]
         average(gradients, self._distribution.groups.replicas)
 
@@ -165,7 +164,7 @@ class Binding:
         flat, start = stored.view(-1), 0
         for rectangle in layout.rectangles(placement, rank):
             matrix = layout.matrices[rectangle.matrix]
-            columns = layout.share(placement, matrix.rank, rank)
+            columns = layout.tensor_slice(placement, matrix.rank, rank)
             shape = rectangle.rows, columns.stop - columns.start
             values = flat[start : start + shape[0] * shape[1]].view(shape)
             start += values.numel()
@@ -180,7 +179,7 @@ class Binding:
             matrix = self.layout.matrices[rectangle.matrix]
             rows = torch.arange(rectangle.row_start, rectangle.row_stop, device=tensor.device)
             values = normal(config.seed, f"{matrix.name}/right_factor", rows, matrix.rank)
-            stored = self.layout.share(placement, matrix.rank, rank)
+            stored = self.layout.tensor_slice(placement, matrix.rank, rank)
             factors.append(values[:, stored] / matrix.rows**0.5)
         right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
         return {
@@ -212,12 +211,12 @@ class Binding:
         projection: Tensor,
         row_squares: Tensor,
     ) -> Block:
-        """One rectangle, without the dimension k."""
+        """The block of one rectangle; its tensors do not have the dimension k yet."""
         layout, rank, rectangle = self.layout, self._distribution.rank, right.rectangle
         tensor, matrix = self._distribution.tensors[placement], right.matrix
         is_whole = not layout.shares_rows(placement) and right.values.dtype == torch.float32
         momentum = _rectangle_view(self._state[tensor]["momentum"], rectangle)
-        share = layout.share(placement, rectangle.rows, rank)
+        own_rows = layout.tensor_slice(placement, rectangle.rows, rank)
         is_duplicated = layout.placements[placement].weight.partition_dim is None
         is_copied = is_duplicated and layout.shares_rows(placement)
         return Block(
@@ -234,8 +233,8 @@ class Binding:
             row_squares=row_squares,
             scale=layout.config.scale(matrix.rows, matrix.columns),
             residual_row=layout.config.residual_row(matrix.rows, matrix.columns),
-            multiplied=share if is_copied else slice(0, rectangle.rows),
-            counted=share if right.is_first_of_row else slice(0, 0),
+            multiplied=own_rows if is_copied else slice(0, rectangle.rows),
+            counted=own_rows if right.is_first_of_row else slice(0, 0),
             is_copied=is_copied,
         )
 
@@ -243,7 +242,7 @@ class Binding:
 def _by_gradient_sync(
     distribution: Distribution, config: DionConfig
 ) -> tuple[list[int], list[int]]:
-    """Placements whose replicas average P and R, and those whose replicas average gradients."""
+    """Indices of the placements of which replicas average P and R, and of those of gradients."""
     everything = list(range(len(distribution.placements)))
     if distribution.replicas == 1:
         return everything, []
@@ -258,7 +257,7 @@ _STACKED = (
 
 
 def _stacked(blocks: Sequence[Block]) -> list[Block]:
-    """Joins the rectangles into which a fused weight cuts a matrix, as far as they are alike."""
+    """Stacks the rectangles into which a fused weight cuts a matrix, where shapes are the same."""
     groups: dict[Any, list[Block]] = defaultdict(list)
     for position, block in enumerate(blocks):
         rows, columns = block.weight.shape
@@ -269,7 +268,7 @@ def _stacked(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _stack(blocks: Sequence[Block]) -> list[Block]:
-    """One block of all, or, where they do not lie at equal distances, each alone."""
+    """One block (k, rows, columns), or one each if their distances in memory are not the same."""
     tensors = {name: [getattr(block, name) for block in blocks] for name in _STACKED}
     distances = {name: _distances(alike) for name, alike in tensors.items()}
     if any(len(different) > 1 for different in distances.values()):
@@ -290,7 +289,7 @@ def _distances(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def _at_the_same_place(tensor: Tensor, view: Tensor, base: Tensor) -> Tensor:
-    """The elements of a contiguous tensor that a view has of another one of the same size."""
+    """The view of a contiguous tensor that has the elements which `view` has of `base`."""
     offset = view.storage_offset() - base.storage_offset() + tensor.storage_offset()
     return tensor.detach().as_strided(view.shape, view.stride(), offset)
 

@@ -22,8 +22,8 @@ class DionChainedOptimizer(ChainedOptimizer):
     Attributes:
         routing_table: which parameter goes where, of the whole model.
         record: what checkpoints say about this run.
-        exchanged_bytes_per_step: what Dion's steps send between ranks, over all ranks.
-        steps: that the state of Dion (`dion`) and of the scalar optimizer (`scalar`) has seen.
+        exchanged_bytes_per_step: bytes that all ranks together send in a step of Dion.
+        steps: how many the state of Dion (`dion`) and of the scalar optimizer (`scalar`) has seen.
     """
 
     def __init__(self, optimizers: list[Any], table: RoutingTable, record: Record) -> None:
@@ -63,12 +63,12 @@ class DionChainedOptimizer(ChainedOptimizer):
         scaler = self.chained_optimizers[0].grad_scaler
         if scaler is None:
             return super().prepare_grads()
-        found = False
+        found_inf = False
         for optimizer in self.chained_optimizers:
             optimizer._copy_model_grads_to_main_grads()
-            found |= optimizer._unscale_main_grads_and_check_for_nan()
-        scaler.update(found)
-        return found
+            found_inf |= optimizer._unscale_main_grads_and_check_for_nan()
+        scaler.update(found_inf)
+        return found_inf
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
@@ -95,17 +95,17 @@ class DionChainedOptimizer(ChainedOptimizer):
             one.optimizer.diagnose_next_step()
 
     def gather_diagnostics(self) -> list[MatrixDiagnostics]:
-        """What the last step measured of all matrices, of all pipeline stages: on the last rank.
+        """On the last rank, what the last step measured of the matrices of all pipeline stages.
 
-        Elsewhere, and where no step was taken, nothing. A collective call of all ranks.
+        Other ranks get nothing, nor does any after a skipped step. A collective call of all ranks.
         """
         here = [matrix for one in self._dions for matrix in one.optimizer.take_diagnostics()]
         ranks, rank = dist.get_world_size(), dist.get_rank()
         everywhere: list[Any] | None = [None] * ranks if rank == ranks - 1 else None
         dist.gather_object(here, everywhere, dst=ranks - 1)
-        # Instances of the distributed optimizer measure the same.
-        found = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
-        return sorted(found.values(), key=lambda matrix: in_order_of_layers(matrix.name))
+        # With compressed sync, instances measure about the same: one of them counts.
+        by_name = {matrix.name: matrix for matrices in everywhere or [] for matrix in matrices}
+        return sorted(by_name.values(), key=lambda matrix: in_order_of_layers(matrix.name))
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **_: Any
@@ -137,7 +137,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         saved = Record.of_state(state_dict)
         if saved is None:
             raise CheckpointError("the checkpoint has no state of Dion's")
-        found = saved.differences(self.record)
-        if serious := [found[kind] for kind in ("factors", "routes", "scalars") if found[kind]]:
-            raise CheckpointError(f"the checkpoint is of another run: {'; '.join(serious)}")
+        factors, routes, scalars, _ = saved.differences(self.record).values()
+        if serious := "; ".join(filter(None, (factors, routes, scalars))):
+            raise CheckpointError(f"the checkpoint is of another run: {serious}")
         self._loading.load_state_dict(state_dict)

@@ -34,7 +34,7 @@ MASTER = "param"  # Megatron's name for master weights (MC/optimizer/distrib_opt
 
 
 class Source(NamedTuple):
-    """What of a checkpoint's optimizer state a run takes. It always takes master weights."""
+    """Which optimizer state of a checkpoint a run loads, beside the master weights."""
 
     rules: RoutingRules | None  # by which the checkpoint has logical matrices; None if it has none
     momentum: bool = True
@@ -107,10 +107,11 @@ def sharded_state(
 
 
 def flat_states(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, int, str, Tensor]]:
-    """Yields all that a rank's distributed optimizer holds.
+    """All state that a rank's distributed optimizer holds.
 
-    A parameter of the model, the first of its flattened elements that the rank holds, the kind of
-    state (`param` for the master weight), and the 1-D state of those elements.
+    Yields:
+        A parameter of the model, the first of its flattened elements that the rank holds, the kind
+        of state (`param` for the master weight), and the 1-D state of the elements.
     """
     for parameter in optimizer.model_param_gbuf_map:
         start = optimizer._get_model_param_range_map(parameter)["param"].start
@@ -178,7 +179,7 @@ def _in_model(
 def _tensors_of(
     base: ShardedTensor | ShardedTensorFactory,
 ) -> Iterator[tuple[int, ShardedTensor]]:
-    """The tensors that a parameter is in a checkpoint, each with its first element's number.
+    """The tensors of a parameter in a checkpoint, each with the number of its first element.
 
     Gate and up projection, for example, are two in Megatron's checkpoints.
     """
@@ -194,7 +195,7 @@ def _tensors_of(
 
 
 def _right_factors(optimizer: DionDistributedOptimizer) -> Iterator[ShardedTensor]:
-    """What this rank stores of right factors: of rows that several ranks hold, some columns."""
+    """What this rank stores of Q: some columns where tensor-parallel ranks share the rows."""
     instance = optimizer.distributed_optimizer_instance_id
     rows = optimizer.optimizer.bind().right_factors()
     for matrix, rectangle, columns, values, is_first_of_row in rows:

@@ -13,8 +13,10 @@ FIGURES = ("captured", "update_norm", "momentum_norm")  # what a step measures
 class MatrixDiagnostics(NamedTuple):
     """One step of one logical matrix W (m, n), in the notation of `megatron_dion.algorithm.step`.
 
-    `captured` is ||R||_F / ||B||_F, the share of B = M + G that the step works with, from 0 to 1;
-    `update_norm` the Frobenius norm of lr scale Q P^T; `momentum_norm` ||M||_F after the step.
+    `captured` is ||R||_F / ||B||_F, the fraction of B = M + G with which the step works;
+    `update_norm` the Frobenius norm of the change of W, without weight decay and without the floor
+    of short rows of the residual; `momentum_norm` ||M||_F after the step. With replicas R is their
+    mean and B that of one, so that two of the figures are approximate.
     """
 
     name: str  # as in routing.tsv

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,7 @@ from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Matrix, Steps
 from megatron_dion.algorithm.products import matmul_precision
 from megatron_dion.algorithm.step import dion_step, interleave
-from megatron_dion.optimizer.binding import (
-    Binding,
-    Distribution,
-    StepSet,
-    gradient_of,
-)
+from megatron_dion.optimizer.binding import Binding, Distribution, StepSet, gradient_of
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.sharding.collectives import TORCH_DTYPES
 from megatron_dion.sharding.layout import Placement
@@ -36,8 +31,10 @@ class Dion(torch.optim.Optimizer):
             numbers; a parameter without a name is called by its position.
         lr: learning rate, before it is scaled by shape.
         weight_decay: decoupled, multiplied by the unscaled learning rate.
-        **hyperparameters: the fields of `DionConfig`, such as `rank_fraction=0.25`. With
-            `momentum_dtype="bf16"` a step overwrites the gradients.
+        config: hyperparameters, those of `DionConfig()` by default. With `momentum_dtype="bf16"` a
+            step overwrites the gradients.
+        **hyperparameters: fields of `DionConfig`, such as `rank_fraction=0.25`, in place of those
+            of `config`.
 
     Raises:
         ValueError: a hyperparameter is out of range. `bind` and the first `step` raise it for a
@@ -50,12 +47,13 @@ class Dion(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float = 1e-2,
         weight_decay: float = 0.0,
+        config: DionConfig | None = None,
         **hyperparameters: Any,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, not {value}")
-        self.config = DionConfig(**hyperparameters)
+        self.config = replace(config or DionConfig(), **hyperparameters)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "step": 0})
         self._distribution: Distribution | None = None
         self._binding: Binding | None = None
@@ -103,7 +101,7 @@ class Dion(torch.optim.Optimizer):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
         binding.average_gradients()
-        # What may be rounded to fewer bits says so itself.
+        # Products that may be rounded to fewer bits set another precision themselves.
         with matmul_precision("highest"):
             interleave(self._step_of(binding, each) for each in binding.sets)
         self._is_measured = False
@@ -127,7 +125,7 @@ class Dion(torch.optim.Optimizer):
         Raises:
             ValueError: the group has another of Dion's hyperparameters, which would be ignored.
         """
-        ignored = [name for name in asdict(self.config) if name in param_group]
+        ignored = [each.name for each in fields(self.config) if each.name in param_group]
         if ignored:
             raise ValueError(
                 f"a parameter group cannot have its own {', '.join(ignored)}:"
@@ -183,9 +181,10 @@ class Dion(torch.optim.Optimizer):
     def _diagnose(
         self, index: int, matrix: Matrix, exchange: Exchange, scaled_lr: float
     ) -> MatrixDiagnostics:
-        """With P orthonormal, ||B||^2 = ||R||^2 + ||E||^2, and M keeps mu of R P^T, or of B.
+        """The norms of a matrix, from sums that a step has made.
 
-        The floor of short rows of E is not looked at.
+        P is orthonormal, so ||B||^2 = ||R||^2 + ||E||^2. The new momentum is E + mu R P^T, or mu B
+        with the residual. The update counts all rows of E alike, also those below the `FLOOR`.
         """
         total, squares = float(exchange.totals[index]), exchange.column_squares[index]
         norms, mu = squares.sqrt(), self.config.momentum

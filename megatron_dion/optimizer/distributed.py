@@ -65,7 +65,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
 
     @property
     def _gradient_scale(self) -> float:
-        """What makes the mean over replicas of their gradients the gradient of the batch."""
+        """Factor on gradients with which their mean over replicas is the gradient of the batch."""
         if self._replicas is None or self.ddp_config.average_in_collective:
             return 1.0
         return float(self._replicas.size())  # they are parts of a sum
@@ -91,7 +91,7 @@ class DionDistributedOptimizer(DistributedOptimizer):
         return bool(self.found_inf.item() > 0)
 
     def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
-        """Tensors with the norm of the gradients; of the mean gradient, a sketch."""
+        """Tensors with the norm of the gradients; with replicas, a projection of their mean."""
         gradients = super().get_grads_for_grad_norm(grad_norm_group)
         if self._replicas is None or grad_norm_group is not None or self.is_stub_optimizer:
             return gradients

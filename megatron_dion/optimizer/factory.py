@@ -1,7 +1,7 @@
 """Builds the chain of optimizers: Dion for matrices, Adam or Lion for everything else."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.compressed_sync import reduce_within_instances
 from megatron_dion.optimizer.dion import Dion
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
+from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.record import Record
 from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, weight_of
 
@@ -34,29 +35,24 @@ _NAMES = {
 def get_megatron_dion_optimizer(
     config: OptimizerConfig,
     model_chunks: list[MegatronModule],
-    dion_config: DionConfig,
-    scalar_optimizer: str = "adam",
-    scalar_lr_mult: float = 1.0,
-    compressed_sync: bool = False,
-    recenter_interval: int | None = None,
+    dion: DionConfig | DionOptions,
+    *,
     config_overrides: dict[ParamKey, ParamGroupOverride] | None = None,
     use_gloo_process_groups: bool = True,
     pg_collection: ProcessGroupCollection | None = None,
+    **options: Any,
 ) -> DionChainedOptimizer:
     """Dion's counterpart of `megatron.core.optimizer.get_megatron_optimizer`.
 
     Args:
         config: Megatron's optimizer config; `use_distributed_optimizer` must be set.
         model_chunks: DDP-wrapped chunks of a model that `tag_matrices` has seen before.
-        dion_config: Dion's hyperparameters.
-        scalar_optimizer: `adam` or `lion`, for everything that is not a linear layer's matrix.
-        scalar_lr_mult: its learning rate as a multiple of the matrices'.
-        compressed_sync: average P and R, not gradients, over instances of the distributed
-            optimizer, where these are smaller.
-        recenter_interval: with it, steps between averagings of the instances' momenta.
+        dion: Dion's hyperparameters, or all options of a run together. The routing rules
+            are those of `tag_matrices` in any case.
         config_overrides: as for Megatron's function.
         use_gloo_process_groups: as for Megatron's function.
         pg_collection: as for Megatron's function.
+        **options: fields of `DionOptions`, such as `scalar_optimizer="lion"`.
 
     Raises:
         ValueError: the config asks for something that Dion does not do.
@@ -64,60 +60,75 @@ def get_megatron_dion_optimizer(
     """
     if not config.use_distributed_optimizer:
         raise ValueError("Dion needs the distributed optimizer: use_distributed_optimizer=True")
+    if isinstance(dion, DionConfig):
+        dion = DionOptions(dion)
     routes = gather_routes(model_chunks)
-    table = RoutingTable(routes, dion_config, scalar_optimizer, compressed_sync)
-    if config_overrides is None:
-        config_overrides = get_standard_config_overrides(config)
+    dion = replace(dion, rules=routes[0].rules, **options)
     # Megatron looks up state names by this name, and a chain must have one config.
     config = copy.copy(config)
-    config.optimizer = scalar_optimizer
+    config.optimizer = dion.scalar_optimizer
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(
         pg_collection, model_chunks, use_gloo_process_groups
     )
     instances = groups["inter_dist_opt_group"]
-    if compressed_sync:
+    if dion.compressed_sync:
         if instances is None or instances.size() == 1:
             raise ValueError("compressed_sync needs several instances of the distributed optimizer")
         reduce_within_instances(model_chunks)
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    param_groups = _param_groups(config, model_chunks, dion, config_overrides)
+    optimizers = _optimizers(config, model_chunks, dion, groups, pg_collection, param_groups)
+    record = Record(dion.config, dion.rules, dion.scalar_optimizer)
+    return DionChainedOptimizer(optimizers, RoutingTable(routes, dion), record)
+
+
+def _param_groups(
+    config: OptimizerConfig,
+    model_chunks: list[MegatronModule],
+    dion: DionOptions,
+    overrides: dict[ParamKey, ParamGroupOverride] | None,
+) -> list[dict[str, Any]]:
+    """Megatron's parameter groups, of which those of Dion's matrices have `optimizer` `DION`."""
+    if overrides is None:
+        overrides = get_standard_config_overrides(config)
     has_matrices = ParamPredicate("dion_matrix", lambda parameter: bool(weight_of(parameter)))
     by_route = {ParamKey(predicate=has_matrices): ParamGroupOverride(optimizer=DION)}
-    param_groups = _get_param_groups(model_chunks, config, {**config_overrides, **by_route})
-    if scalar_lr_mult != 1.0:
-        rates = [(rate or 0.0) * scalar_lr_mult for rate in (config.lr, config.min_lr)]
+    param_groups: list[dict[str, Any]]
+    param_groups = _get_param_groups(model_chunks, config, {**overrides, **by_route})
+    if dion.scalar_lr_mult != 1.0:
+        rates = [(rate or 0.0) * dion.scalar_lr_mult for rate in (config.lr, config.min_lr)]
         for group in param_groups:  # but those with a rate of their own, such as --decoupled-lr
             if group.get("optimizer") != DION and group["default_config"]:
                 group.update(max_lr=rates[0], min_lr=rates[1], default_config=False)
-    optimizers: dict[bool, list[Any]] = {False: [], True: []}  # by whether they are Dion's
-    scaler = None  # one for all: they skip a step together
+    return param_groups
+
+
+def _optimizers(
+    config: OptimizerConfig,
+    model_chunks: list[MegatronModule],
+    dion: DionOptions,
+    groups: dict[str, Any],
+    pg_collection: ProcessGroupCollection,
+    param_groups: list[dict[str, Any]],
+) -> list[Any]:
+    """Dion's optimizers and then the scalar ones, each for dense layers and for experts."""
+    optimizers: dict[bool, list[Any]] = {True: [], False: []}  # by whether they are Dion's
+    scaler = None  # one for all, because they skip a step together
     for is_dion, is_of_experts in product((False, True), repeat=2):
         of_kind = [g for g in param_groups if (g.get("optimizer") == DION) == is_dion]
         own = [group for group in of_kind if group["is_expert_parallel"] == is_of_experts]
         if not own:
             continue
-        data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
-        per_chunk = [
-            [b for b in getattr(chunk, buffers) if bool(weight_of(b.params[0])) == is_dion]
-            for chunk in model_chunks
-        ]
-        arguments = {
-            "model_chunks": model_chunks,
-            "per_model_buffers": dict(enumerate(per_chunk)),
-            "data_parallel_group": groups[data_parallel],
-            "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
-            "data_parallel_group_idx": groups[model_parallel].rank(),
-            "distributed_optimizer_instance_id": instances.rank() if instances else 0,
-        }
+        arguments = _arguments(model_chunks, groups, is_dion, is_of_experts)
         if is_dion:
-            inner = Dion(own, config.lr, config.weight_decay, **asdict(dion_config))
             optimizer = DionDistributedOptimizer(
-                inner,
+                Dion(own, config.lr, config.weight_decay, dion.config),
                 config,
                 scaler,
                 lambda inner, config=None: inner.bind(),
                 tensor_group=pg_collection.expt_tp if is_of_experts else pg_collection.tp,
-                replicas=instances if compressed_sync else None,
-                recenter_interval=recenter_interval,
+                replicas=groups["inter_dist_opt_group"] if dion.compressed_sync else None,
+                recenter_interval=dion.recenter_interval,
                 **arguments,
             )
         else:
@@ -129,5 +140,24 @@ def get_megatron_dion_optimizer(
         optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
         optimizer.tp_group, optimizer.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
         optimizers[is_dion].append(optimizer)
-    record = Record(dion_config, routes[0].rules, scalar_optimizer)
-    return DionChainedOptimizer([*optimizers[True], *optimizers[False]], table, record)
+    return [*optimizers[True], *optimizers[False]]
+
+
+def _arguments(
+    model_chunks: list[MegatronModule], groups: dict[str, Any], is_dion: bool, is_of_experts: bool
+) -> dict[str, Any]:
+    """What Megatron's constructors of either optimizer take."""
+    data_parallel, model_parallel, buffers = _NAMES[is_of_experts]
+    per_chunk = [
+        [b for b in getattr(chunk, buffers) if bool(weight_of(b.params[0])) == is_dion]
+        for chunk in model_chunks
+    ]
+    instances = groups["inter_dist_opt_group"]
+    return {
+        "model_chunks": model_chunks,
+        "per_model_buffers": dict(enumerate(per_chunk)),
+        "data_parallel_group": groups[data_parallel],
+        "data_parallel_group_gloo": groups[f"{data_parallel}_gloo"],
+        "data_parallel_group_idx": groups[model_parallel].rank(),
+        "distributed_optimizer_instance_id": instances.rank() if instances else 0,
+    }

@@ -1,28 +1,24 @@
 """Which logical matrices the rows of a weight belong to, by the name of its linear layer.
 
 Megatron fuses weights: the rows of query, key and value take turns in one parameter, and so do
-those of gate and up projection. `megatron_dion.sharding.Weight` describes one period of the rows.
+those of gate and up projection. `megatron_dion.sharding.matrices.Weight` describes one period of
+the rows.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_dion.sharding.matrices import Part, Weight
 
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
 
 def split_weight(
-    weight: Weight, config: TransformerConfig, split: frozenset[str], is_grouped: bool = False
+    weight: Weight, config: Any, split: frozenset[str], is_grouped: bool = False
 ) -> Weight:
     """The weight with the logical matrices of its rows.
 
     Args:
         weight: as one matrix; `weight.rows` are those of a rank's parameter.
-        config: of the layer; the layers of a model may differ.
+        config: Megatron's `TransformerConfig` of the layer; the layers of a model may differ.
         split: which fused weights are split, as in `RoutingRules`.
         is_grouped: whether a grouped GEMM multiplies by the weight (Transformer Engine's experts).
     """
@@ -43,7 +39,7 @@ def split_weight(
     return replace(weight, parts=parts, separate_periods=by_head and has_heads)
 
 
-def _parts_of_attention(layer: str, config: TransformerConfig, by_head: bool) -> tuple[Part, ...]:
+def _parts_of_attention(layer: str, config: Any, by_head: bool) -> tuple[Part, ...]:
     """One period of rows; its matrices have the rows of all heads or, by head, of one."""
     if layer == "linear_qkv":  # MC/transformer/attention.py:1828
         head, queries = config.kv_channels, config.num_attention_heads // config.num_query_groups

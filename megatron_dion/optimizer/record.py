@@ -70,19 +70,20 @@ class Record:
         return cls(config, rules, values["scalar_optimizer"], right_factor)
 
     def differences(self, here: "Record") -> dict[str, str]:
-        """What this checkpoint and a run do not share, as `--dion-momentum 0.9 (saved), ...; ...`.
+        """Flags in which this checkpoint and a run differ, by what the difference means.
 
-        By what it means: `factors` or the state of all other parameters (`scalars`) begins anew,
-        Dion updates other parameters (`routes`), or the run just goes on (`free`).
+        Right factors begin anew (`factors`), Dion updates other parameters (`routes`), the state of
+        all other parameters begins anew (`scalars`), or the run just goes on (`free`). Each has a
+        line such as `--dion-momentum 0.9 (saved), 0.95 (here); ...`, perhaps an empty one.
         """
-        found: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
+        lines: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
         current = here._flags()
         for name, value in self._flags().items():
             if value != current[name]:
                 meaning = next((m for m, names in _MEANINGS.items() if name in names), "free")
                 flag = "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
-                found[meaning].append(f"{flag} {value} (saved), {current[name]} (here)")
-        return {meaning: "; ".join(lines) for meaning, lines in found.items()}
+                lines[meaning].append(f"{flag} {value} (saved), {current[name]} (here)")
+        return {meaning: "; ".join(differing) for meaning, differing in lines.items()}
 
     def _flags(self) -> dict[str, Any]:
         """Values by name, as the command line has them."""

@@ -20,9 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.checkpointing.agreement import gather
 from megatron_dion.optimizer.fused import split_weight
+from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.rules import RoutingRules, in_order_of_layers, without_numbers
 from megatron_dion.sharding.matrices import Weight, compression_pays
 
@@ -50,25 +50,24 @@ class RoutingTable:
     """The routes of all parameters of the model, of all pipeline stages, in the order of layers."""
 
     routes: tuple[Route, ...]
-    config: DionConfig  # gives the ranks of the matrices
-    scalar_optimizer: str  # name of the optimizer that updates what Dion does not
-    compressed_sync: bool = False  # whether replicas average factors where these are smaller
+    options: DionOptions
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The lines of routing.tsv: one for each logical matrix, or parameter that has none."""
+        options = self.options
         for route in self.routes:
-            matrices = route.weight.matrices(self.config) if route.weight else []
+            matrices = route.weight.matrices(options.config) if route.weight else []
             shape, reason = "x".join(map(str, route.shape)), route.reason
-            if self.compressed_sync and matrices:
+            if options.compressed_sync and matrices:
                 if not compression_pays(matrices):
                     reason += ", whole gradients averaged over instances"
-                elif self.config.residual != "none":
+                elif options.config.residual != "none":
                     reason += ", without the residual, which differs between instances"
             for m in matrices:
                 matrix = (m.name, str(m.rows), str(m.columns), str(m.rank))
                 yield route.parameter, shape, DION, reason, *matrix
             if not matrices:
-                yield route.parameter, shape, self.scalar_optimizer, reason, "", "", "", ""
+                yield route.parameter, shape, options.scalar_optimizer, reason, "", "", "", ""
 
     def to_tsv(self) -> str:
         """The text of routing.tsv."""

@@ -7,25 +7,39 @@ from dataclasses import dataclass
 
 from torch.nn import Parameter
 
+from megatron_dion.algorithm.config import check_fields, checked
+
 SPLITS = ("qkv", "gate", "heads")
 
 
 @dataclass(frozen=True)
 class RoutingRules:
-    """What a user chooses about the routing; ValueError for an unknown split."""
+    """What a user chooses about the routing: which weights are split, included and excluded.
 
-    # Which fused weights are split into their matrices: `qkv` (query, key, value, and what
-    # multi-latent attention has in their place), `gate` (gate and up projection), `heads` (each
-    # attention head of its own, in place of `qkv`).
-    split: frozenset[str] = frozenset({"qkv", "gate"})
-    # Patterns, as of file names, of 2-D parameters that Dion updates in any case, and of parameters
-    # that the scalar optimizer updates in any case.
+    Raises:
+        ValueError: a value is outside of its range.
+    """
+
+    split: frozenset[str] = checked(
+        frozenset({"qkv", "gate"}),
+        lambda names: names <= set(SPLITS),
+        f"of {', '.join(SPLITS)}",
+        type=lambda text: [] if text == "none" else text.split(","),
+        nargs=None,
+        metavar=f"{','.join(SPLITS)}|none",
+    )
+    """Update the matrices of these fused weights one by one: query, key and value, or what
+    multi-latent attention has in their place (qkv); gate and up projection (gate); each attention
+    head, in place of qkv (heads)."""
+
     include: tuple[str, ...] = ()
+    """Name patterns, as of file names, of 2-D parameters that Dion updates in any case."""
+
     exclude: tuple[str, ...] = ()
+    """Name patterns of parameters that the scalar optimizer updates in any case."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(self.split - set(SPLITS)):
-            raise ValueError(f"split must be of {SPLITS}, not {unknown}")
+        check_fields(self)
 
     def decide(self, name: str, parameter: Parameter) -> tuple[bool, str]:
         """Whether Dion updates a parameter, and why or why not.

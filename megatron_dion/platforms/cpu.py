@@ -28,7 +28,7 @@ _is_installed = False
 
 
 def install(*, hide_gpus: bool = False) -> None:
-    """Replace what megatron uses of torch.cuda, and what that cannot help; imports megatron.
+    """Replace what megatron uses of torch.cuda, and some of megatron's functions; imports megatron.
 
     Call it before anything else imports megatron. A second call does nothing. CUDA devices are an
     error unless `hide_gpus` asks to hide them from torch.
@@ -67,9 +67,7 @@ def _always(answer: Any = None) -> Callable[..., Any]:
 
 
 def _replace_functions_of_torch() -> None:
-    properties = SimpleNamespace(
-        name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1
-    )
+    properties = SimpleNamespace(name="cpu", major=10, total_memory=0, multi_processor_count=1)
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         _replace(torch.cuda, **{name: _always()})
     # MT/utils/common_utils.py:322 reports memory
@@ -83,7 +81,7 @@ def _replace_functions_of_torch() -> None:
         current_device=_always(CPU),
         # MT/initialize.py:358: with 0, no parallel groups
         device_count=_always(1),
-        # MT/arguments.py:1339, 1414: from 10 on no CUDA_DEVICE_MAX_CONNECTIONS is needed
+        # MT/arguments.py:1339, 1414: below 10 CUDA_DEVICE_MAX_CONNECTIONS has to be 1 with TP
         get_device_properties=_always(properties),
         get_device_capability=_always((10, 0)),
         # MC/tensor_parallel/random.py:120, 174: the real ones fail, or queue the call for ever
@@ -239,11 +237,7 @@ def _replace_functions_of_megatron() -> None:
 
 
 def _norm_with_sequence_parallelism(new_norm: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch's norms run on a part of the sequence.
-
-    They only need the mark by which finalize_model_grads finds the gradients that have to be summed
-    over the tensor-parallel group.
-    """
+    """Let torch's norms see a part of the sequence, with the mark by which gradients are summed."""
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         accepted = copy.copy(config)

@@ -45,12 +45,7 @@ def rectangles(
 ) -> tuple[Rectangle, ...]:
     """Tiles elements start:stop of a rank's flattened parameter, in their order in memory.
 
-    Args:
-        weight: the parameter.
-        tensor_parallel_rank: of the rank.
-        start: first element.
-        stop: one past the last element.
-        first_matrix: index of the weight's first logical matrix.
+    The index of the weight's first logical matrix is `first_matrix`.
     """
     first_column = weight.first_column(tensor_parallel_rank)
     segments = list(weight.segments(tensor_parallel_rank))

@@ -1,4 +1,4 @@
-"""Flat memory that exists only while a step needs it."""
+"""Flat tensors that have memory only while a step needs them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Buffers:
-    """1-D tensors with a common lifetime; between two of them they have no memory.
+    """1-D tensors that get and lose their memory together.
 
-    Their storages are resized, so that views of them, of which there may be thousands, are made
-    once, after `empty`, and hold. What was in the memory is lost.
+    Their storages are resized, so views of the tensors, of which there may be thousands, are made
+    once and stay valid. The contents are lost with the memory.
 
     Args:
         device: where they are.

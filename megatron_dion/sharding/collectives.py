@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.exchange import Steps
 from megatron_dion.sharding.plan import Plan
@@ -24,7 +24,7 @@ class Groups:
 
     tensor: ProcessGroup | None = None
     data: ProcessGroup | None = None
-    # Ranks that hold the same pieces and see other gradients, of which the mean counts.
+    # Ranks that hold the same pieces and have other gradients, whose mean is the gradient.
     replicas: ProcessGroup | None = None
 
 
@@ -36,21 +36,6 @@ class Setup(NamedTuple):
     replicas: int  # number of ranks in `groups.replicas`, over which P and R are averaged
     wire: torch.dtype  # in which P and R travel
     has_residual: bool  # whether weights move along the residual, too
-
-
-class GroupSums:
-    """Combines tensors of the ranks of a group at once (`megatron_dion.algorithm.RowSums`)."""
-
-    def __init__(self, group: ProcessGroup | None) -> None:
-        self._group = group
-
-    def add(self, tensor: Tensor) -> None:
-        if size_of(self._group) > 1:
-            dist.all_reduce(tensor, group=self._group)
-
-    def max(self, tensor: Tensor) -> None:
-        if size_of(self._group) > 1:
-            dist.all_reduce(tensor, ReduceOp.MAX, group=self._group)
 
 
 def all_to_all(
@@ -74,9 +59,9 @@ def all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Steps:
         yield from _wait_for(dist.all_reduce(tensor, group=group, async_op=True))
 
 
-def reduce_scatter(share: Tensor, tensor: Tensor, group: ProcessGroup | None) -> Steps:
-    """Sums a 1-D tensor over a group; each rank gets an equal share of the sum."""
-    yield from _wait_for(dist.reduce_scatter_tensor(share, tensor, group=group, async_op=True))
+def reduce_scatter(part: Tensor, tensor: Tensor, group: ProcessGroup | None) -> Steps:
+    """Sums a 1-D tensor over a group; each rank gets an equal part of the sum."""
+    yield from _wait_for(dist.reduce_scatter_tensor(part, tensor, group=group, async_op=True))
 
 
 def all_gather(gathered: Tensor, tensor: Tensor, group: ProcessGroup | None) -> Steps:

@@ -1,26 +1,21 @@
 """Carries out a plan with torch.distributed: the collectives of a step and their buffers.
 
 The number of collectives of a step does not depend on the number of matrices; docs/design.md lists
-them. Each is started, then the step yields, then it waits. The orthonormalization alone does not
-yield: how often it would have to differs between ranks.
+them. Each is started, then the step yields, then it waits. Only the orthonormalization does not
+yield: all ranks must yield equally often, and a rank that owns no P waits for nothing there.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.orthonormalize import RowSums
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import (
-    TORCH_DTYPES,
-    Groups,
-    GroupSums,
-    Setup,
-    size_of,
-)
+from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups, Setup, size_of
 from megatron_dion.sharding.left_factor import LeftFactorExchange
 from megatron_dion.sharding.norms import NormExchange
 from megatron_dion.sharding.plan import Plan
@@ -28,7 +23,7 @@ from megatron_dion.sharding.right_factor import RightFactorExchange
 
 
 class ShardedExchange:
-    """The exchange of one rank of a grid (`megatron_dion.algorithm.Exchange`).
+    """The exchange of one rank of a grid (`Exchange` of `algorithm/exchange.py`).
 
     Its buffers have memory within `allocated` only.
 
@@ -48,7 +43,7 @@ class ShardedExchange:
         self, plan: Plan, groups: Groups, device: torch.device, replicas: int | None = None
     ) -> None:
         self.device = device
-        self.row_sums: RowSums = GroupSums(groups.tensor)
+        self._tensor_group = groups.tensor
         self._memory, self._left_transit, right_transit = (Buffers(device) for _ in range(3))
         count = size_of(groups.replicas) if replicas is None else replicas
         config = plan.layout.config
@@ -58,6 +53,9 @@ class ShardedExchange:
         self._right = RightFactorExchange(setup, self._memory, right_transit)
         self._norms = NormExchange(setup, self._memory)
         self.column_squares, self.totals = self._norms.columns, self._norms.totals
+        self.clear_left, self.clear_norms = self._left.clear, self._norms.clear
+        self.gather_right, self.sum_right = self._right.gather, self._right.sum
+        self.sum_norms = self._norms.sum
         parts = (self._left, self._right, self._norms)
         self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
         transit = self._left_transit.nbytes + self._left.gram_bytes, right_transit.nbytes
@@ -66,11 +64,7 @@ class ShardedExchange:
             buffers.free()
 
     def bytes_sent(self) -> dict[str, int]:
-        """Bytes that this rank hands to collectives for other ranks in a step, as rings send them.
-
-        Returns:
-            Bytes by group: `tensor`, `data` and `replicas`.
-        """
+        """By group, the bytes that this rank sends to others in a step, as rings send them."""
         sent = self._left.bytes_sent() + self._right.bytes_sent() + self._norms.bytes_sent()
         return {name: sent[name] for name in ("tensor", "data", "replicas")}
 
@@ -83,31 +77,15 @@ class ShardedExchange:
             finally:
                 self._left_transit.free()
 
-    def gather_right(self) -> Steps:
-        yield from self._right.gather()
-
-    def clear_left(self) -> None:
-        self._left.clear()
-
     def sum_left(self) -> Generator[None, None, Sequence[Tensor]]:
         self._left_transit.allocate()
         yield from self._left.sum()
-        return self._left.owned()
+        return self._left.batches
+
+    def reduce_rows(self, tensor: Tensor, operation: Any) -> None:
+        if size_of(self._tensor_group) > 1:
+            dist.all_reduce(tensor, operation, group=self._tensor_group)
 
     def spread_left(self) -> Steps:
         yield from self._left.spread()
         self._left_transit.free()
-
-    def sum_right(self) -> Steps:
-        yield from self._right.sum()
-
-    def clear_numbers(self) -> None:
-        self._norms.clear()
-
-    def sum_numbers(self) -> Steps:
-        yield from self._norms.sum()
-
-
-def bytes_sent(plan: Plan, replicas: int = 1) -> dict[str, int]:
-    """`ShardedExchange.bytes_sent` of a rank that need not exist."""
-    return ShardedExchange(plan, Groups(), torch.device("meta"), replicas).bytes_sent()

@@ -33,6 +33,11 @@ class Placement:
         return range((self.start + first) // shard, (end - 1) // shard + 1)
 
 
+def dion_bucket_size(elements: int, usual: int) -> int:
+    """Elements of a gradient bucket of Dion's: eight cut few matrices, and most of it overlaps."""
+    return max(usual, -(-elements // 8))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Number of ranks that share one set of matrices."""
@@ -93,11 +98,7 @@ class Layout:
         size = self.grid.data_parallel_size
         ranks: list[set[int]] = [set() for _ in self.matrices]
         for placement, indices in zip(self.placements, self.matrices_of, strict=True):
-            weight, all_holders = placement.weight, placement.holders(size)
-            if len(indices) == 1 or len(all_holders) == 1:
-                for matrix in indices:
-                    ranks[matrix].update(all_holders)
-                continue
+            weight = placement.weight
             for t in range(self.grid.tensor_parallel_size):
                 for segment in weight.segments(t):
                     first, last = segment.local_row, segment.local_row + segment.rows
@@ -110,32 +111,35 @@ class Layout:
     def owners(self) -> tuple[int, ...]:
         """For each matrix the data-parallel rank whose tensor-parallel group orthonormalizes P.
 
-        The most expensive matrix comes first, and goes to the least loaded of its holders.
+        Matrices with one holder come first, then by cost; each goes to its least loaded holder.
         """
         costs = [matrix.columns * matrix.rank**2 for matrix in self.matrices]
         loads = [0] * self.grid.data_parallel_size
         owners = [0] * len(costs)
-        for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        for k in sorted(range(len(costs)), key=lambda k: (len(self.holders[k]) > 1, -costs[k])):
             owners[k] = min(self.holders[k], key=lambda d: loads[d])
             loads[owners[k]] += costs[k]
         return tuple(owners)
 
     def owned_rows(self, matrix: int, tensor_parallel_rank: int) -> tuple[int, int]:
-        """The rows of P of which a rank of the owning tensor-parallel group is in charge."""
-        return self._even_share(self.matrices[matrix].columns, tensor_parallel_rank)
+        """The rows of P that a rank of the owning tensor-parallel group orthonormalizes."""
+        return self._even_part(self.matrices[matrix].columns, tensor_parallel_rank)
 
     def shares_rows(self, placement: int) -> bool:
         """Whether tensor-parallel ranks hold the same rows: other columns of them, or copies."""
         weight = self.placements[placement].weight
         return self.grid.tensor_parallel_size > 1 and weight.partition_dim != 0
 
-    def share(self, placement: int, length: int, rank: Rank) -> slice:
-        """A rank's part of `length` rows or columns that all tensor-parallel ranks could serve."""
+    def tensor_slice(self, placement: int, length: int, rank: Rank) -> slice:
+        """Those of `length` rows or columns that are a rank's own.
+
+        Tensor-parallel ranks that hold the same rows divide them; elsewhere all are a rank's own.
+        """
         if not self.shares_rows(placement):
             return slice(0, length)
-        return slice(*self._even_share(length, rank.tensor_parallel))
+        return slice(*self._even_part(length, rank.tensor_parallel))
 
-    def _even_share(self, length: int, tensor_parallel_rank: int) -> tuple[int, int]:
+    def _even_part(self, length: int, tensor_parallel_rank: int) -> tuple[int, int]:
         size = self.grid.tensor_parallel_size
         first, last = tensor_parallel_rank, tensor_parallel_rank + 1
         return length * first // size, length * last // size

@@ -1,4 +1,4 @@
-"""Sums P over a grid and spreads it again: memory, and two packed hops each way."""
+"""Sums P over a grid and spreads it again: its memory, and its hops there and back."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all, like_views
+from megatron_dion.algorithm.step import copy_all, views_in
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes
 from megatron_dion.sharding.plan import Hop, Tile
@@ -22,7 +22,8 @@ class LeftFactorExchange:
     """The P of a step.
 
     `memory` is for what lasts from the first product to the last, `transit` for what lasts from
-    `sum` to `spread`. `of_rectangles` are the rows of P, (columns, r), of each rectangle's columns.
+    `sum` to `spread`. `of_rectangles` are the rows of P, (columns, r), of each rectangle's columns;
+    `batches` the rows that this rank orthonormalizes, (batch, rows, r), by shape.
     """
 
     def __init__(self, setup: Setup, memory: Buffers, transit: Buffers) -> None:
@@ -45,8 +46,8 @@ class LeftFactorExchange:
                 self._hops.append((name, exchange))
                 source = sums
         self._owned = source.memory
-        self._batches = list(source.batches())
-        self.gram_bytes = 4 * sum(len(p) * p.shape[2] ** 2 for p in self._batches)
+        self.batches = list(source.batches())
+        self.gram_bytes = 4 * sum(len(p) * p.shape[2] ** 2 for p in self.batches)
         is_cast = replicas > 1 and wire != torch.float32
         self._averaged = transit.empty(len(self._owned), wire) if is_cast else self._owned
         self.of_rectangles = [
@@ -68,12 +69,8 @@ class LeftFactorExchange:
             yield from all_reduce(self._averaged, self._replicas)
             torch.div(self._averaged, self._replica_count, out=self._owned)
 
-    def owned(self) -> Sequence[Tensor]:
-        """The rows of P that this rank orthonormalizes, (batch, rows, r), by shape."""
-        return self._batches
-
     def spread(self) -> Steps:
-        """Brings the owned rows, orthonormalized by now, to all who contributed to them."""
+        """Sends the owned rows, now orthonormalized, to all ranks that contributed to them."""
         if self._wire != torch.float32:
             # The owner must use the same numbers as those to whom it sends them.
             self._owned.copy_(self._owned.to(self._wire))
@@ -85,7 +82,7 @@ class LeftFactorExchange:
         sent: Counter[str] = Counter()
         for name, hop in self._hops:
             sent[name] += hop.bytes_sent
-        largest = 4 * sum(map(len, self._batches))  # the largest entry of every P
+        largest = 4 * sum(map(len, self.batches))  # the largest entry of every P
         sent["tensor"] += ring_bytes(largest + 2 * self.gram_bytes, self._tensor_size)
         sent["replicas"] = ring_bytes(self._averaged.nbytes, self._replica_count)
         return sent
@@ -97,7 +94,7 @@ class _Rows:
     def __init__(self, tiles: Sequence[Tile], ranks: Sequence[int], buffers: Buffers) -> None:
         shapes = [torch.Size((tile.stop - tile.start, ranks[tile.matrix])) for tile in tiles]
         self.memory = buffers.empty(sum(shape.numel() for shape in shapes), torch.float32)
-        self._views = like_views(self.memory, shapes)
+        self._views = views_in(self.memory, shapes)
         self._place = {t.matrix: (t.start, v) for t, v in zip(tiles, self._views, strict=True)}
 
     def view(self, tile: Tile) -> Tensor:
@@ -143,13 +140,11 @@ class _HopExchange:
         ]
         self._sent = buffers.empty(sum(self._send_sizes), wire)
         self._received = buffers.empty(sum(self._receive_sizes), wire)
-        self.bytes_sent = (
-            self._sent.nbytes + self._received.nbytes
-        )  # to other ranks, there and back
+        self.bytes_sent = self._sent.nbytes + self._received.nbytes  # there and back
         self._outgoing = [view for views in sent.values() for view in views]
-        self._sent_views = like_views(self._sent, [view.shape for view in self._outgoing])
+        self._sent_views = views_in(self._sent, [view.shape for view in self._outgoing])
         self._arrivals = [
-            like_views(part, [view.shape for view in views] if peer != me else [])
+            views_in(part, [view.shape for view in views] if peer != me else [])
             for peer, (part, views) in enumerate(
                 zip(self._received.split(self._receive_sizes), self._targets, strict=True)
             )

@@ -83,18 +83,16 @@ class Weight:
         columns = self.global_columns
         if self.joined:
             return [(self.name, self.global_rows, columns)]
-        periods = self.global_rows // self._period
-        return [
-            (f"{self.name}[{part.name}.{period}]", part.rows, columns)
-            if self.separate_periods
-            else (
-                f"{self.name}[{part.name}]" if part.name else self.name,
-                part.rows * periods,
-                columns,
-            )
-            for period in range(periods if self.separate_periods else 1)
-            for part in self._period_parts
-        ]
+        periods, parts = self.global_rows // self._period, self._period_parts
+        if self.separate_periods:
+            return [
+                (f"{self.name}[{part.name}.{period}]", part.rows, columns)
+                for period in range(periods)
+                for part in parts
+            ]
+        names = [f"{self.name}[{part.name}]" if part.name else self.name for part in parts]
+        rows = [part.rows * periods for part in parts]
+        return [(name, m, columns) for name, m in zip(names, rows, strict=True)]
 
     def matrices(self, config: DionConfig) -> list[Matrix]:
         """The logical matrices, with the ranks of their updates."""
@@ -104,7 +102,7 @@ class Weight:
         ]
 
     def first_column(self, tensor_parallel_rank: int) -> int:
-        """The matrices' column that is a rank's column 0."""
+        """The column of the logical matrices that is column 0 of a rank's parameter."""
         return tensor_parallel_rank * self.columns if self.partition_dim == 1 else 0
 
     def segments(self, tensor_parallel_rank: int) -> Iterator[Segment]:

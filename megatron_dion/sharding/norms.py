@@ -1,4 +1,4 @@
-"""Squared norms that ranks sum: of the columns of R, of B, and of rows of B that several hold."""
+"""Squared norms that ranks sum: of the columns of R, of B, and of rows of B that ranks share."""
 
 from collections import Counter
 
@@ -10,14 +10,14 @@ from megatron_dion.sharding.collectives import Setup, all_reduce, ring_bytes
 
 
 class NormExchange:
-    """Float64 numbers in one buffer, so ordered that one all_reduce over each group sums them.
+    """Float64 squares in one buffer, in such an order that each group needs one all_reduce.
 
-        shared rows | shared cut rows | numbers of matrices | other cut rows | other rows
+        shared rows | shared cut rows | columns of R, and B | other cut rows | other rows
         --------------------- tensor ----------------------
                       ------------------------- data ----------------------
 
-    Shared rows are those that tensor-parallel ranks share. Of cut rows, several data-parallel ranks
-    hold columns, and each rank has a place for all of them. A step without residual has no rows.
+    Shared rows are those that tensor-parallel ranks share. Several data-parallel ranks hold columns
+    of a cut row; every rank has a place for every cut row. A step without residual has no rows.
     """
 
     def __init__(self, setup: Setup, memory: Buffers) -> None:
@@ -34,9 +34,9 @@ class NormExchange:
         count = sum(layout.matrices[k].rank + 1 for k in plan.members)
         sizes = [whole[True], len(cut[True]), count, len(cut[False]), whole[False]]
         self._memory = memory.empty(sum(sizes), torch.float64)
-        shared, shared_cut, numbers, other_cut, other = self._memory.split(sizes)
+        shared, shared_cut, of_matrices, other_cut, other = self._memory.split(sizes)
         ranks = [layout.matrices[k].rank for k in plan.members]
-        columns, totals = numbers.tensor_split([sum(ranks)])
+        columns, totals = of_matrices.tensor_split([sum(ranks)])
         self.columns = dict(zip(plan.members, columns.split(ranks) if ranks else (), strict=True))
         self.totals = dict(zip(plan.members, totals.view(-1, 1), strict=True))
         self._of_tensor = self._memory[: sum(sizes[:3])]
@@ -58,11 +58,11 @@ class NormExchange:
                 self.of_rectangles[index], other = other.tensor_split([rectangle.rows])
 
     def clear(self) -> None:
-        """Sets all numbers to zero."""
+        """Sets all squares to zero."""
         self._memory.zero_()
 
     def sum(self) -> Steps:
-        """Sums the numbers over the ranks that have parts of them."""
+        """Sums the squares over the ranks that hold parts of the same rows, columns or matrices."""
         yield from all_reduce(self._of_tensor, self._groups.tensor)
         yield from all_reduce(self._of_data, self._groups.data)
 

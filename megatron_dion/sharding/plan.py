@@ -14,8 +14,8 @@ from megatron_dion.sharding.blocks import Rectangle
 from megatron_dion.sharding.layout import Layout, Rank
 
 _MOST_TO_ONE = 3
-"""Data-parallel ranks that send their parts of a P straight to its owner. With three, slices send
-the owner as much; with more, less."""
+"""The most data-parallel ranks that send their parts of a P straight to its owner. With more ranks,
+the owner receives less if they first sum slices of P."""
 
 
 class Tile(NamedTuple):
@@ -35,22 +35,14 @@ class Hop:
     sums: tuple[Tile, ...]  # what the received tiles add up to, one for each matrix
 
 
-class CutRow(NamedTuple):
-    """A row of a matrix whose columns lie on several data-parallel ranks."""
-
-    matrix: int
-    row: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one rank does in a step of some weights.
 
-    P takes two hops to its owner: within the tensor-parallel group, to the rank whose rows of P
-    these are; from there over the data-parallel group, to the owner. So what travels between
-    data-parallel ranks is already summed. If many ranks hold a matrix, each of them first sums a
-    slice of the rows; else the owner alone would receive and add up the P of all of them. The
-    orthonormalized P takes the same way back.
+    P takes two hops to its owner: within the tensor-parallel group, each row goes to the rank that
+    orthonormalizes it; over the data-parallel group, the sum of the first hop goes to the owner. If
+    many ranks hold a matrix, each of them first sums a slice of the rows; else the owner alone
+    would receive and add up the P of all of them. The orthonormalized P takes the same way back.
     """
 
     layout: Layout  # of all matrices
@@ -61,28 +53,42 @@ class Plan:
     # tensor-parallel ranks have too.
     rectangles: tuple[tuple[int, Rectangle], ...]
     tiles: tuple[Tile, ...]  # rows of P to which this rank contributes, one tile for each matrix
-    tensor_hop: Hop  # from `tiles` to the rank's share of their rows
+    tensor_hop: Hop  # from `tiles` to the rows that this tensor-parallel rank orthonormalizes
     # From there to its slice of the rows, of every P that more than three data-parallel ranks hold.
     slice_hop: Hop | None  # None if no rank has such a P
     owner_hop: Hop  # from there to the rows of P that this rank orthonormalizes
-    cut_rows: tuple[tuple[CutRow, ...], ...]  # by data-parallel peer, of which both hold columns
-    has_cut_rows: bool  # whether there are any on any rank
+    # By data-parallel peer, the rows of which both hold columns: matrix and number of the row.
+    cut_rows: tuple[tuple[tuple[int, int], ...], ...]
+    has_cut_rows: bool  # whether any rank holds columns of such a row
     has_partial_rows: bool  # whether R of any rectangle anywhere is a sum over a tensor group
 
 
-def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
-    """Plans a rank's step of some weights.
+def sets_of(layout: Layout, placements: Sequence[int], ranks: int) -> list[list[int]]:
+    """Divides weights into sets whose steps take turns: one computes while another communicates.
 
-    Args:
-        layout: of all weights.
-        rank: the rank.
-        placements: indices of the weights, the same on every rank; all by default.
+    Weights of the same shape alternate, so that every rank has some of each set. There are
+    `exchange_sets` of them; with a single rank nobody is waited for, and one set is enough. The
+    result, indices of placements set by set, is a pure function of shapes and of the number of
+    ranks that communicate.
     """
-    chosen = sorted(range(len(layout.placements)) if placements is None else placements)
-    rectangles = [(p, rectangle) for p in chosen for rectangle in layout.rectangles(p, rank)]
+
+    def key(placement: int) -> tuple[int, int, int]:
+        weight = layout.placements[placement].weight
+        return weight.global_rows, weight.global_columns, placement
+
+    count = 1 if ranks == 1 else layout.config.exchange_sets
+    ordered = sorted(placements, key=key)
+    sets = [sorted(ordered[turn::count]) for turn in range(count)]
+    return [each for each in sets if each]
+
+
+def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = None) -> Plan:
+    """Plans a rank's step of some weights, the same on every rank; of all by default."""
+    stepped = sorted(range(len(layout.placements)) if placements is None else placements)
+    rectangles = [(p, rectangle) for p in stepped for rectangle in layout.rectangles(p, rank)]
     rectangles.sort(key=lambda item: not layout.shares_rows(item[0]))
     stages = _Stages(layout)
-    shared = _shared_weights(layout, rank, chosen)
+    shared = _shared_weights(layout, rank, stepped)
     tensor_group = layout.grid.tensor_group(rank.data_parallel)
     data_group = [Rank(rank.tensor_parallel, d) for d in range(layout.grid.data_parallel_size)]
 
@@ -100,31 +106,31 @@ def make_plan(layout: Layout, rank: Rank, placements: Iterable[int] | None = Non
             sums=_in_order(layout, _hulls(tile for tiles in receives for tile in tiles)),
         )
 
-    is_sliced = any(_is_sliced(layout, k) for p in chosen for k in layout.matrices_of[p])
+    is_sliced = any(_is_sliced(layout, k) for p in stepped for k in layout.matrices_of[p])
     return Plan(
         layout=layout,
         rank=rank,
-        placements=tuple(chosen),
-        members=tuple(k for placement in chosen for k in layout.matrices_of[placement]),
+        placements=tuple(stepped),
+        members=tuple(k for placement in stepped for k in layout.matrices_of[placement]),
         rectangles=tuple(rectangles),
-        tiles=_in_order(layout, [tile for p in chosen for tile in stages.tiles(p, rank)]),
+        tiles=_in_order(layout, [tile for p in stepped for tile in stages.tiles(p, rank)]),
         tensor_hop=hop(tensor_group, stages.tiles, stages.to_row_owner),
         slice_hop=hop(data_group, stages.tensor_sums, stages.to_slices) if is_sliced else None,
         owner_hop=hop(data_group, stages.slice_sums, stages.to_owner),
         cut_rows=_cut_rows(layout, rank, rectangles),
-        has_cut_rows=any(map(layout.cut_rows, chosen)),
-        has_partial_rows=any(map(layout.shares_rows, chosen)),
+        has_cut_rows=any(map(layout.cut_rows, stepped)),
+        has_partial_rows=any(map(layout.shares_rows, stepped)),
     )
 
 
 _TilesOf = Callable[[int, Rank], tuple[Tile, ...]]
-"""What a rank has of the P of a weight before a hop."""
+"""The tiles that a rank has of the P of a weight before a hop."""
 _PartOf = Callable[[Rank, Tile, Rank], Tile | None]
-"""What of a rank's tile another rank gets in a hop."""
+"""The part of a rank's tile that another rank gets in a hop."""
 
 
 class _Stages:
-    """What any rank has of the P of a weight before each hop, and where it goes."""
+    """The tiles that any rank has of the P of a weight before each hop, and where they go."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -134,14 +140,14 @@ class _Stages:
         self.slice_sums = cache(self._slice_sums)
 
     def _tiles(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
-        """The hull of the columns of each matrix of which a rank holds any."""
+        """For each matrix, the range of columns of which a rank holds elements."""
         return _hulls(
             Tile(each.matrix, each.column_start, each.column_stop)
             for each in self.layout.rectangles(placement, rank)
         )
 
     def _tensor_sums(self, placement: int, rank: Rank) -> tuple[Tile, ...]:
-        """After the hop within the tensor-parallel group: a rank's share of the rows."""
+        """After the hop within the tensor-parallel group."""
         group = self.layout.grid.tensor_group(rank.data_parallel)
         tiles = (tile for peer in group for tile in self.tiles(placement, peer))
         parts = (self.to_row_owner(rank, tile, rank) for tile in tiles)
@@ -159,7 +165,7 @@ class _Stages:
         return tuple(tiles)
 
     def to_row_owner(self, _: Rank, tile: Tile, receiver: Rank) -> Tile | None:
-        """The rows of which a rank of the tensor-parallel group is in charge.
+        """The rows of a tile that a rank of the tensor-parallel group orthonormalizes.
 
         If no row of a P is the receiver's, its part has no rows: the ranks of the group
         orthonormalize together, each with a part of every P.
@@ -167,7 +173,7 @@ class _Stages:
         return _part(tile, *self.layout.owned_rows(tile.matrix, receiver.tensor_parallel))
 
     def to_slices(self, rank: Rank, tile: Tile, receiver: Rank) -> Tile | None:
-        """The rows that a holder of the matrix sums: an even share of its tensor-parallel rank's.
+        """The rows that a holder of the matrix sums, an even part of its tensor-parallel rank's.
 
         A P that is not sliced stays where it is.
         """
@@ -201,7 +207,7 @@ def _is_sliced(layout: Layout, matrix: int) -> bool:
 
 
 def _part(tile: Tile, first: int, last: int) -> Tile | None:
-    """Those rows of a tile that are among others, without any where the others are none."""
+    """The rows of a tile within first:last, or None; a tile without rows if the range is empty."""
     start, stop = max(tile.start, first), min(tile.stop, last)
     if first == last:
         return Tile(tile.matrix, first, first)
@@ -209,7 +215,7 @@ def _part(tile: Tile, first: int, last: int) -> Tile | None:
 
 
 def _hulls(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """One tile for each matrix."""
+    """For each matrix, the smallest tile with the rows of all its tiles."""
     hulls: dict[int, Tile] = {}
     for tile in tiles:
         hull = hulls.get(tile.matrix, tile)
@@ -230,10 +236,10 @@ def _in_order(layout: Layout, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
 
 def _cut_rows(
     layout: Layout, rank: Rank, rectangles: Iterable[tuple[int, Rectangle]]
-) -> tuple[tuple[CutRow, ...], ...]:
-    rows: list[set[CutRow]] = [set() for _ in range(layout.grid.data_parallel_size)]
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    rows: list[set[tuple[int, int]]] = [set() for _ in range(layout.grid.data_parallel_size)]
     for placement, rectangle in rectangles:
         for peer in layout.holders_of_cut_row(placement, rectangle, rank):
             if peer != rank.data_parallel:
-                rows[peer].add(CutRow(rectangle.matrix, rectangle.row_start))
+                rows[peer].add((rectangle.matrix, rectangle.row_start))
     return tuple(tuple(sorted(each)) for each in rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all, like_views
+from megatron_dion.algorithm.step import copy_all, views_in
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -19,11 +19,10 @@ from megatron_dion.sharding.collectives import (
     reduce_scatter,
     ring_bytes,
 )
-from megatron_dion.sharding.plan import CutRow
 
 
 class RightFactorExchange:
-    """The R of a step, in whose memory Q is completed before R is made.
+    """The R of a step. Its memory holds the completed Q until R is computed.
 
     `memory` is for what lasts from the first product to the last, `transit` for what a single
     collective needs. `of_rectangles` are the rows of R, (rows, r), of each rectangle of the plan.
@@ -47,21 +46,21 @@ class RightFactorExchange:
         # Padded at its start, what tensor-parallel ranks sum is divisible into equal shares.
         padding = -partial % tensor_size if replicas > 1 else 0
         rows = memory.empty(padding + sum(shape.numel() for shape in shapes), torch.float32)
-        views = like_views(rows[padding:], [shapes[index] for *_, index in order])
+        views = views_in(rows[padding:], [shapes[index] for *_, index in order])
         places = {index: view for (*_, index), view in zip(order, views, strict=True)}
         self.of_rectangles = [places[index] for index in range(len(shapes))]
         self._partial, self._other = rows[: padding + partial], rows[padding + partial :]
         is_cast = wire != torch.float32
         largest = max(len(self._partial), len(self._other) if replicas > 1 else 0)
         self._sent = transit.empty(largest if is_cast else 0, wire)
-        share = len(self._partial) // tensor_size if replicas > 1 else 0
-        self._share = transit.empty(share, wire)
+        part = len(self._partial) // tensor_size if replicas > 1 else 0
+        self._part = transit.empty(part, wire)
         self._has_partial_rows = plan.has_partial_rows
         self._cut_rows = _CutRows(setup, self.of_rectangles, transit)
         self._stored_columns = _StoredColumns(setup, self.of_rectangles, transit)
 
     def gather(self) -> Steps:
-        """Completes rows of Q of which tensor-parallel ranks store different columns."""
+        """Completes the rows of Q of which each tensor-parallel rank stores some columns."""
         with self._transit.allocated():
             yield from self._stored_columns.gather()
 
@@ -79,7 +78,7 @@ class RightFactorExchange:
     def bytes_sent(self) -> Counter[str]:
         """Bytes for other ranks in a step, by group."""
         size = self._wire.itemsize
-        averaged = len(self._share) + len(self._other)
+        averaged = len(self._part) + len(self._other)
         return Counter(
             tensor=ring_bytes(size * len(self._partial), self._tensor_size)
             + self._stored_columns.bytes_sent,
@@ -90,11 +89,11 @@ class RightFactorExchange:
     def _average(self) -> Steps:
         tensor, replicas = self._groups.tensor, self._groups.replicas
         if self._has_partial_rows:
-            # Of what they sum, tensor-parallel ranks average a share each.
+            # Each tensor-parallel rank averages a part of the sum over replicas.
             with self._as_sent(self._partial) as sent:
-                yield from reduce_scatter(self._share, sent, tensor)
-                yield from all_reduce(self._share, replicas)
-                yield from all_gather(sent, self._share, tensor)
+                yield from reduce_scatter(self._part, sent, tensor)
+                yield from all_reduce(self._part, replicas)
+                yield from all_gather(sent, self._part, tensor)
         with self._as_sent(self._other) as sent:
             yield from all_reduce(sent, replicas)
         self._partial /= self._replicas
@@ -102,7 +101,7 @@ class RightFactorExchange:
 
     @contextmanager
     def _as_sent(self, rows: Tensor) -> Iterator[Tensor]:
-        """Rows in the type in which they travel; in the end they are what that has become."""
+        """Rows in the type in which they travel, copied back in the end."""
         if not len(self._sent):
             yield rows
             return
@@ -124,17 +123,17 @@ class _StoredColumns:
         for (placement, _), rows in zip(plan.rectangles, projections, strict=True):
             if layout.shares_rows(placement):
                 for views, peer in zip(self._of_peers, peers, strict=True):
-                    views.append(rows[:, layout.share(placement, rows.shape[1], peer)])
-        # Shares differ by a column at most; each rank's place is as large as the largest.
+                    views.append(rows[:, layout.tensor_slice(placement, rows.shape[1], peer)])
+        # Ranks store numbers of columns that differ by one at most; all_gather needs equal sizes.
         size = max((sum(v.numel() for v in views) for views in self._of_peers), default=0)
         dtype = TORCH_DTYPES[layout.config.factor_dtype]
         self._sent = transit.empty(size, dtype)
         self._received = transit.empty(size * len(peers), dtype)
         self.bytes_sent = self._sent.nbytes * max(len(peers) - 1, 0)
         self._mine = self._of_peers[plan.rank.tensor_parallel] if peers else []
-        self._place = like_views(self._sent, [view.shape for view in self._mine])
+        self._place = views_in(self._sent, [view.shape for view in self._mine])
         self._places = [
-            like_views(self._received[i * size : (i + 1) * size], [view.shape for view in views])
+            views_in(self._received[i * size : (i + 1) * size], [view.shape for view in views])
             for i, views in enumerate(self._of_peers)
         ]
 
@@ -160,7 +159,7 @@ class _CutRows:
         self._group = groups.data
         self._is_needed = plan.has_cut_rows
         row_of = {
-            CutRow(rectangle.matrix, rectangle.row_start): rows[0]  # (r,)
+            (rectangle.matrix, rectangle.row_start): rows[0]  # (r,)
             for (_, rectangle), rows in zip(plan.rectangles, projections, strict=True)
             if rectangle.cut
         }
@@ -171,8 +170,8 @@ class _CutRows:
         self._sent = transit.empty(sum(self._sizes), wire)
         self._received = transit.empty(sum(self._sizes), wire)
         self.bytes_sent = self._sent.nbytes
-        self._sent_views = like_views(self._sent, shapes)
-        arriving = iter(like_views(self._received, shapes))
+        self._sent_views = views_in(self._sent, shapes)
+        arriving = iter(views_in(self._received, shapes))
         arrivals = [[next(arriving) for _ in views] for views in self._parts]
         # This rank's own part of a row is added in its turn, as it was sent.
         copies = {id(v): copy for v, copy in zip(self._outgoing, self._sent_views, strict=True)}

@@ -24,7 +24,7 @@ from tests.worlds import world
 
 LR, WEIGHT_DECAY, STEPS = 0.02, 0.1, 10
 # Matrix, place, weight, momentum, right factor and which columns of it are stored.
-HeldBlock = tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]
+BlockState = tuple[str, Rectangle, Tensor, Tensor, Tensor, slice]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Result:
         diagnostics: of the last step.
     """
 
-    blocks: list[HeldBlock]
+    blocks: list[BlockState]
     sent: int
     planned: int
     state_bytes: int
@@ -208,7 +208,7 @@ def train_shards(
     )
 
 
-def blocks_of(optimizer: Dion, tensors: dict[int, Tensor], rank: Rank) -> Iterator[HeldBlock]:
+def blocks_of(optimizer: Dion, tensors: dict[int, Tensor], rank: Rank) -> Iterator[BlockState]:
     """What a rank has, rectangle by rectangle."""
     right_factors = optimizer.bind().right_factors()
     for index, tensor in tensors.items():
@@ -303,7 +303,7 @@ def compare(
     tolerance: float,
     states: bool = True,
 ) -> None:
-    """Every element is held by some rank, agrees, and is bitwise equal to its other copies.
+    """Every element is on some rank, agrees, and is bitwise equal to its other copies.
 
     Replicas' momenta differ, and in bf16 states agree to its rounding only: `states` is then false.
     """
@@ -312,15 +312,15 @@ def compare(
     for name, place, weight, momentum, right, columns in (b for r in results for b in r.blocks):
         want = expected[name]
         rows = slice(place.row_start, place.row_stop)
-        held = (rows, slice(place.column_start, place.column_stop))
-        seen[name][held] += 1
-        assert _distance(weight, want.weight[held]) < tolerance, name
+        region = (rows, slice(place.column_start, place.column_stop))
+        seen[name][region] += 1
+        assert _distance(weight, want.weight[region]) < tolerance, name
         assert torch.equal(copies.setdefault((name, place), weight), weight), name
         for row, values in enumerate(right, place.row_start):
             key = (name, row, columns.start, columns.stop)
             assert torch.equal(copies.setdefault(key, values), values), name
         if states:
-            assert _distance(momentum, want.momentum[held]) < tolerance, name
+            assert _distance(momentum, want.momentum[region]) < tolerance, name
         if states and right.numel():
             # A single column of Q is as ill-conditioned as B's smallest direction; Q P^T is not.
             assert _distance(right, want.right_factor[rows, columns]) < 100 * tolerance, name

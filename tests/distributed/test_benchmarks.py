@@ -48,7 +48,7 @@ def test_step(tmp_path: Path) -> None:
         assert row["step_to_floor"] == pytest.approx(row["step_ms"] / floor_ms)
     assert [row["optimizer"] for row in weights] == [
         *("AdamW", "Muon", "Muon, fp32 products"),
-        *("Dion 1/16", "Dion 1/16, bf16 products", "Dion 1/4", "Dion 1/4, bf16 products"),
+        *("Dion 1/16", "Dion 1/16, residual", "Dion 1/4", "Dion 1/4, residual"),
     ]
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, OVERLAP, PP2, TP2, TRAINING, losses
+from tests.worlds import world
 
 # Every expert sees every token: a choice between experts would turn rounding into other routes.
 EXPERTS = (
@@ -17,11 +18,7 @@ EXPERTS = (
 ).split()
 COMMON = [*MODEL, *TRAINING, *DION, *"--seq-length 16 --max-position-embeddings 16".split()]
 
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-PP2 = "--pipeline-model-parallel-size 2"
 EP2 = "--expert-model-parallel-size 2"
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
-INSTANCES = "--num-distributed-optimizer-instances 2"
 # Ranks, samples of a rank at a time, flags.
 GRIDS: dict[str, tuple[int, int, str]] = {
     "single": (1, 12, ""),
@@ -39,12 +36,12 @@ HALF, END = 2, 4
 SLOW = pytest.mark.slow
 
 
-def run(nursery: Nursery, topology: str, folder: Path, *flags: str) -> None:
+def run(topology: str, folder: Path, *flags: str) -> None:
     """Trains to the last iteration and saves it in a folder."""
     ranks, micro, grid = GRIDS[topology]
     size = ["--micro-batch-size", str(micro), "--train-iters", str(END)]
     save = ["--save", str(folder), "--save-interval", str(END), "--run-dir", str(folder / "run")]
-    nursery.run(ranks, train, [*COMMON, *grid.split(), *size, *save, *flags])
+    world(ranks).train(*COMMON, *grid.split(), *size, *save, *flags)
 
 
 def load(folder: Path) -> list[str]:
@@ -58,9 +55,9 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def single(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
-    run(nursery, "single", folder, *EXPERTS, "--save-interval", str(HALF))
+    run("single", folder, *EXPERTS, "--save-interval", str(HALF))
     return folder
 
 
@@ -72,10 +69,10 @@ def single(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_any_topology_goes_on_and_saves_the_same(
-    nursery: Nursery, single: Path, tmp_path: Path, topology: str
+    single: Path, tmp_path: Path, topology: str
 ) -> None:
     """Two iterations on: every tensor of model and optimizer as the run in one process has it."""
-    run(nursery, topology, tmp_path, *EXPERTS, *load(single))
+    run(topology, tmp_path, *EXPERTS, *load(single))
     expected, found = tensors(single), tensors(tmp_path)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -99,14 +96,12 @@ def test_any_topology_goes_on_and_saves_the_same(
         pytest.param("tp2-dp2", "--ckpt-assume-constant-structure", marks=SLOW),
     ],
 )
-def test_resume_on_the_same_topology_is_exact(
-    nursery: Nursery, tmp_path: Path, topology: str, flags: str
-) -> None:
+def test_resume_on_the_same_topology_is_exact(tmp_path: Path, topology: str, flags: str) -> None:
     """Bit for bit the run that was not stopped: clipped, so that gradient norms count too."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     argv = ["--num-layers", "2", *flags.split()]
-    run(nursery, topology, whole, *argv, "--save-interval", str(HALF))
-    run(nursery, topology, resumed, *argv, *load(whole))
+    run(topology, whole, *argv, "--save-interval", str(HALF))
+    run(topology, resumed, *argv, *load(whole))
     assert losses(resumed / "run") == losses(whole / "run")[HALF:]
     assert_equal(tensors(resumed), tensors(whole))
 
@@ -117,9 +112,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("topology", ["tp2-dp2", pytest.param("dp3", marks=SLOW)])
-def test_saving_changes_nothing(nursery: Nursery, tmp_path: Path, topology: str) -> None:
+def test_saving_changes_nothing(tmp_path: Path, topology: str) -> None:
     """Two deterministic runs are equal, also where one has saved on its way."""
     argv = ["--num-layers", "2", "--bf16", "--deterministic-mode"]
-    run(nursery, topology, tmp_path / "one", *argv, "--save-interval", str(HALF))
-    run(nursery, topology, tmp_path / "other", *argv)
+    run(topology, tmp_path / "one", *argv, "--save-interval", str(HALF))
+    run(topology, tmp_path / "other", *argv)
     assert_equal(tensors(tmp_path / "one"), tensors(tmp_path / "other"))

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from megatron_dion import Dion
-from tests.distributed.nursery import DION, MODEL, TRAINING, losses, read_metrics, train
-from tests.worlds import world
+from tests.distributed.tiny_gpt import (
+    DION,
+    INSTANCES,
+    MODEL,
+    OVERLAP,
+    TP2,
+    TRAINING,
+    losses,
+    records_of,
+)
+from tests.worlds import train, world
 
-INSTANCES = "--num-distributed-optimizer-instances 2 --num-layers 2 --train-iters 10".split()
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000".split()
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+RUN = f"{INSTANCES} --num-layers 2 --train-iters 10".split()
 COMPRESSED = "--dion-compressed-sync"
 EXPERTS = (
     "--num-experts 4 --moe-router-topk 4 --moe-ffn-hidden-size 40"
@@ -21,11 +28,14 @@ EXPERTS = (
     " --expert-model-parallel-size 2"
 ).split()
 # Compression pays for some weights only at the second's rank fraction.
-CASES = {"tp2-dp2": (4, TP2), "half-rank": (4, [*OVERLAP, "--dion-rank-fraction", "0.6"])}
+CASES = {
+    "tp2-dp2": (4, TP2.split()),
+    "half-rank": (4, f"{OVERLAP} --dion-rank-fraction 0.6".split()),
+}
 SLOW_CASES = {
     "dp2": (2, []),
     "dp4": (4, []),
-    "mean-in-collective": (4, [*OVERLAP, "--ddp-average-in-collective"]),
+    "mean-in-collective": (4, f"{OVERLAP} --ddp-average-in-collective".split()),
     "experts": (4, EXPERTS),
     "recentered": (4, []),
 }
@@ -43,7 +53,7 @@ def train_watched(argv: Sequence[str]) -> list[list[torch.Tensor]]:
         momenta[:] = [state["momentum"].clone() for state in self.state.values()]
 
     Dion.step = watched
-    train([*MODEL, *TRAINING, *DION, *INSTANCES, *argv])
+    train([*MODEL, *TRAINING, *DION, *RUN, *argv])
     return [*weights, momenta]
 
 
@@ -72,13 +82,13 @@ def test_same_losses_as_dense_sync_and_equal_replicas(tmp_path: Path, case: str)
         assert not all(map(torch.equal, momenta, drifted))
 
 
-def test_clipping_by_the_sketched_norm(tmp_path: Path) -> None:
+def test_clipping_by_the_estimated_norm(tmp_path: Path) -> None:
     """The norm is within 3 % of the true one, and the run follows the dense one to that."""
     clip = ["--clip-grad", "0.3"]
     dense, _ = run(4, tmp_path / "dense", clip)
     compressed, _ = run(4, tmp_path / "compressed", [*clip, COMPRESSED])
     norms = [
-        [entry["grad_norm"] for entry in read_metrics(tmp_path / kind)]
+        [entry["grad_norm"] for entry in records_of(tmp_path / kind)]
         for kind in ("dense", "compressed")
     ]
     assert min(norms[0]) > 0.3  # every step is clipped

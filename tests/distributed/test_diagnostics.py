@@ -9,12 +9,11 @@ import pytest
 
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import FIGURES, MatrixDiagnostics, read_diagnostics
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
 from tests.distributed.recording import save_start
+from tests.distributed.tiny_gpt import DION, MODEL, PP2, TP2, TRAINING, pretrain
+from tests.worlds import train, world
 
 MODEL4 = [*MODEL, *"--seq-length 16 --max-position-embeddings 16 --num-layers 4".split()]
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-PP2 = "--pipeline-model-parallel-size 2"
 TOPOLOGIES = {
     "tp2-dp2": (4, 6, TP2),
     "pp2-vpp2": (2, 6, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
@@ -23,13 +22,13 @@ TOPOLOGIES = {
 
 
 def train_measured(
-    nursery: Nursery, folder: Path, ranks: int, micro: int, flags: str
+    folder: Path, ranks: int, micro: int, flags: str
 ) -> dict[str, MatrixDiagnostics]:
     """Trains four iterations from a checkpoint; what was measured in the last, by name."""
     argv = [*MODEL4, *TRAINING, *DION, *flags.split(), "--micro-batch-size", str(micro)]
     argv += "--clip-grad 0 --train-iters 4 --dion-log-interval 2 --switch-optimizer".split()
     argv += ["--finetune", "--load", str(folder.parent / "start"), "--run-dir", str(folder)]
-    nursery.run(ranks, train, argv)
+    world(ranks).train(*argv)
     records = read_metrics(folder / "metrics.jsonl")
     snapshots = read_diagnostics(records)
     assert [snapshot.iteration for snapshot in snapshots] == [2, 4]
@@ -42,22 +41,20 @@ def train_measured(
 
 
 @pytest.fixture(scope="module")
-def alone(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of the runs, and what one process measures."""
     folder = tmp_path_factory.mktemp("diagnostics")
-    save_start(nursery, MODEL4, folder / "start")
-    return folder, train_measured(nursery, folder / "alone", 1, 6, "")
+    save_start(MODEL4, folder / "start")
+    return folder, train_measured(folder / "alone", 1, 6, "")
 
 
 @pytest.mark.parametrize(
     "topology",
     ["tp2-dp2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES if t != "tp2-dp2")],
 )
-def test_topologies_measure_what_one_process_does(
-    nursery: Nursery, alone: Any, topology: str
-) -> None:
+def test_topologies_measure_what_one_process_does(alone: Any, topology: str) -> None:
     folder, expected = alone
-    found = train_measured(nursery, folder / topology, *TOPOLOGIES[topology])
+    found = train_measured(folder / topology, *TOPOLOGIES[topology])
     assert found.keys() == expected.keys()
     for name, matrix in found.items():
         for figure in FIGURES:
@@ -65,10 +62,10 @@ def test_topologies_measure_what_one_process_does(
             assert getattr(matrix, figure) == one, (name, figure)
 
 
-def test_a_skipped_step_measures_nothing(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_skipped_step_measures_nothing(tmp_path: Path) -> None:
     flags = "--train-iters 8 --num-layers 2 --fp16 --initial-loss-scale 4194304"
     log = ["--dion-log-interval", "1", "--run-dir", str(tmp_path)]
-    nursery.pretrain(1, *DION, *flags.split(), "--hysteresis", "1", *log)
+    pretrain(1, *DION, *flags.split(), "--hysteresis", "1", *log)
     records = read_metrics(tmp_path / "metrics.jsonl")
     skipped = {r["iteration"] for r in records if r["kind"] == "train" and r["skipped"]}
     assert 0 < len(skipped) < 8
@@ -86,11 +83,11 @@ def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
     return told
 
 
-def test_tensorboard_and_wandb_have_the_kinds_of_matrices(nursery: Nursery, tmp_path: Path) -> None:
+def test_tensorboard_and_wandb_have_the_kinds_of_matrices(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = f"--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir {tmp_path}"
-    [told] = nursery.run(1, train_with_wandb, flags.split())
+    [told] = world(1).fork(train_with_wandb, flags.split())
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("dion-")]

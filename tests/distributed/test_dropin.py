@@ -12,7 +12,8 @@ import pytest
 from megatron_dion.checkpointing.hashes import MANIFEST
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import read_diagnostics
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, losses, pretrain
+from tests.worlds import train, world
 
 SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
 # The script has a default for the tokenizer.
@@ -31,9 +32,10 @@ STOCK_ON_CPU = (
 
 def run_script(flags: Sequence[str]) -> None:
     """On a rank: what `python -m megatron_dion.run` does, where megatron is there already."""
-    from megatron_dion.megatron.join import Join
 
-    Join("cpu", script_is_ours=False).install()
+    from megatron_dion.megatron.hooks import TrainingHooks
+
+    TrainingHooks("cpu", script_is_ours=False).install()
     start_script(flags)
 
 
@@ -71,12 +73,12 @@ def captured(run_dir: Path) -> list[tuple[int, dict[str, float | None]]]:
 
 
 @pytest.mark.parametrize("model_by", ["config", pytest.param("provider", marks=pytest.mark.slow)])
-def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_by: str) -> None:
+def test_losses_are_those_of_our_script(tmp_path: Path, model_by: str) -> None:
     own, foreign = tmp_path / "own", tmp_path / "foreign"
     measured = [*RUN, *DION, "--dion-log-interval", "2"]
-    nursery.pretrain(RANKS, *measured, "--run-dir", str(own))
+    pretrain(RANKS, *measured, "--run-dir", str(own))
     flags = [*FLAGS, *measured, "--model-by", model_by, "--run-dir", str(foreign)]
-    nursery.run(RANKS, run_script, flags)
+    world(RANKS).fork(run_script, flags)
     assert losses(foreign) == losses(own)
     assert [iteration for iteration, _ in captured(foreign)] == [2, 4]
     assert captured(foreign) == captured(own)
@@ -86,16 +88,16 @@ def test_losses_are_those_of_our_script(nursery: Nursery, tmp_path: Path, model_
     assert config["command_line"] == [str(SCRIPT), *flags]
 
 
-def test_a_loss_of_another_name_is_left_out(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_loss_of_another_name_is_left_out(tmp_path: Path) -> None:
     evaluate = "--eval-iters 1 --eval-interval 2".split()
     flags = [*FLAGS, *DION, *evaluate, "--train-iters", "2", "--run-dir", str(tmp_path)]
-    nursery.run(1, run_script, [*flags, "--loss-name", "cross entropy"])
+    world(1).fork(run_script, [*flags, "--loss-name", "cross entropy"])
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["kind"], line["lm_loss"]) for line in lines] == [("train", None)] * 2
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
-def test_runs_without_dion_are_left_alone(nursery: Nursery, tmp_path: Path) -> None:
+def test_runs_without_dion_are_left_alone(tmp_path: Path) -> None:
     seen = {}
     on_cpu = ["--device", "cpu"]
     alone = [flag for flag in FLAGS if flag not in on_cpu] + STOCK_ON_CPU
@@ -103,7 +105,7 @@ def test_runs_without_dion_are_left_alone(nursery: Nursery, tmp_path: Path) -> N
         lines, saved = tmp_path / f"{name}.txt", tmp_path / name
         flags = [*flags, *RUN, "--optimizer", "adam", "--use-distributed-optimizer"]
         flags += ["--save", str(saved), "--load", str(saved), "--save-interval", "4"]
-        nursery.run(RANKS, run, [*flags, "--losses-file", str(lines)])
+        world(RANKS).fork(run, [*flags, "--losses-file", str(lines)])
         files = {str(path.relative_to(saved)) for path in saved.rglob("*")}
         seen[name] = lines.read_text(), files
     assert seen["ours"] == seen["stock"]
@@ -111,28 +113,28 @@ def test_runs_without_dion_are_left_alone(nursery: Nursery, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     flags = [*FLAGS, *RUN, *DION, "--model-by", "provider"]
     saving = ["--save", str(saved), "--load", str(saved), "--save-interval", "2"]
     saving.append("--override-opt-param-scheduler")  # the first run is to be shorter
     for iterations in ("2", "4"):
         more = [*saving, "--train-iters", iterations, "--run-dir", str(tmp_path / "cut")]
-        nursery.run(RANKS, run_script, [*flags, *more])
-    nursery.run(RANKS, run_script, [*flags, "--run-dir", str(tmp_path / "whole")])
+        world(RANKS).fork(run_script, [*flags, *more])
+    world(RANKS).fork(run_script, [*flags, "--run-dir", str(tmp_path / "whole")])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (saved / "iter_0000004" / MANIFEST).exists()
 
 
 def train_on_all_mock_documents(flags: Sequence[str]) -> None:
-    """On a rank of the nursery, which has fewer of them."""
+    """On a rank: `tests.worlds` has fewer of them."""
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     MockGPTLowLevelDataset.size = 100000
     train(flags)
 
 
-def test_torchrun_starts_it(nursery: Nursery, tmp_path: Path) -> None:
+def test_torchrun_starts_it(tmp_path: Path) -> None:
     own, foreign = tmp_path / "own", tmp_path / "foreign"
     flags = [*RUN, *DION]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
@@ -140,7 +142,7 @@ def test_torchrun_starts_it(nursery: Nursery, tmp_path: Path) -> None:
     ended = run_alone(*started, "--run-dir", str(foreign))
     assert ended.returncode == 0, ended.stderr[-3000:]
     all_flags = [*MODEL, *TRAINING, *flags, "--run-dir", str(own)]
-    nursery.run(RANKS, train_on_all_mock_documents, all_flags)
+    world(RANKS).fork(train_on_all_mock_documents, all_flags)
     assert losses(foreign) == losses(own)
 
 
@@ -202,6 +204,6 @@ def refusal(flags: Sequence[str]) -> str:
         ("--optimizer dion --use-distributed-optimizer --inprocess-restart", "--inprocess-restart"),
     ],
 )
-def test_refusals(nursery: Nursery, flags: str, named: str) -> None:
-    [said] = nursery.run(1, refusal, [*FLAGS, "--train-iters", "1", *flags.split()])
+def test_refusals(flags: str, named: str) -> None:
+    [said] = world(1).fork(refusal, [*FLAGS, "--train-iters", "1", *flags.split()])
     assert named in said

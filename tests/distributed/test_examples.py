@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion_tools.local.world import RankError
-from tests.distributed.nursery import Nursery
+from tests.worlds import world
 
 CORE_LOOP = Path(__file__).parents[2] / "examples" / "core_loop.py"
 
@@ -29,24 +29,24 @@ def output_of(script: Path, flags: list[str]) -> str:
     return said.getvalue()
 
 
-def core_loop(nursery: Nursery, ranks: int, flags: str) -> list[float]:
+def core_loop(ranks: int, flags: str) -> list[float]:
     """The losses that the loop on megatron.core prints."""
-    said, *others = nursery.run(ranks, output_of, CORE_LOOP, flags.split())
+    said, *others = world(ranks).fork(output_of, CORE_LOOP, flags.split())
     assert not any(others)
     return [float(loss) for loss in re.findall(r"iteration \d+: loss (\S+),", said)]
 
 
-def test_core_loop_learns_and_goes_on_elsewhere(nursery: Nursery, tmp_path: Path) -> None:
+def test_core_loop_learns_and_goes_on_elsewhere(tmp_path: Path) -> None:
     saved = tmp_path / "checkpoint"
-    whole = core_loop(nursery, 1, "--iterations 80")
-    first = core_loop(nursery, 4, f"--tp 2 --iterations 12 --save {saved}")
-    then = core_loop(nursery, 2, f"--iterations 16 --load {saved}")
+    whole = core_loop(1, "--iterations 80")
+    first = core_loop(4, f"--tp 2 --iterations 12 --save {saved}")
+    then = core_loop(2, f"--iterations 16 --load {saved}")
     assert len(first) == 12
     differences = [abs(a - b) for a, b in zip([*first, *then], whole[:16], strict=True)]
     assert max(differences) < 2e-5
     assert whole[-1] < whole[0] - 0.5
     with pytest.raises(RankError, match="is there already: name a new folder"):
-        core_loop(nursery, 1, f"--save {saved}")
+        core_loop(1, f"--save {saved}")
 
 
 @pytest.mark.slow

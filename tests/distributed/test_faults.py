@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from megatron_dion import Dion
-from tests.distributed.nursery import DION, MODEL, TRAINING, losses, read_metrics, train
 from tests.distributed.recording import frame
-from tests.worlds import RankError, world
+from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, TP2, TRAINING, losses, records_of
+from tests.worlds import RankError, train, world
 
 BROKEN_STEP = 3
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
-INSTANCES = "--num-distributed-optimizer-instances 2 --dion-compressed-sync".split()
 FP16 = "--fp16 --initial-loss-scale 4096".split()
 NO_CHECK = "--no-check-for-nan-in-loss-and-grad"
 State = tuple[float, ...]
@@ -54,11 +52,11 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
 
 def test_error_names_the_parameter() -> None:
     with pytest.raises(RankError, match=r"gradient is not finite: decoder\.layers\.\d+\."):
-        world(4).fork(train_with_fault, torch.inf, [*TP2, NO_CHECK])
+        world(4).fork(train_with_fault, torch.inf, [*TP2.split(), NO_CHECK])
 
 
 def test_loss_scaler_skips_the_step(tmp_path: Path) -> None:
-    argv = [*INSTANCES, *FP16]
+    argv = [*INSTANCES.split(), "--dion-compressed-sync", *FP16]
     found = [*argv, "--run-dir", str(tmp_path / "found")]
     records = world(4).fork(train_with_fault, torch.nan, found)
     for norms in records:
@@ -66,7 +64,7 @@ def test_loss_scaler_skips_the_step(tmp_path: Path) -> None:
         assert norms[BROKEN_STEP - 1] == norms[BROKEN_STEP - 2]  # the skipped step changed nothing
         assert torch.tensor(norms).isfinite().all()
         assert len(set(norms)) == 5
-    metrics = read_metrics(tmp_path / "found")
+    metrics = records_of(tmp_path / "found")
     assert [entry["skipped"] for entry in metrics] == [i == BROKEN_STEP for i in range(1, 7)]
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
     for one, other in zip(records[:2], records[2:], strict=True):  # of the two instances

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.nursery import DION, TRAINING, losses
-from tests.distributed.nursery import MODEL as SMALL_MODEL
 from tests.distributed.recording import check_against_reference, train_recorded
+from tests.distributed.tiny_gpt import DION, TP2, TRAINING, losses
+from tests.distributed.tiny_gpt import MODEL as SMALL_MODEL
 from tests.fp8_emulation.checks import (
     RECIPES,
     check_forms,
@@ -34,7 +34,6 @@ MODEL = [
     *("--train-iters", str(ITERATIONS)),
 ]
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 VPP2 = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 GRIDS = {
     "dp2": (2, f"{OVERLAP} 80000"),
@@ -52,7 +51,7 @@ def argv_of(recipe: str, *flags: str) -> list[str]:
     return [*MODEL, *TRAINING, *DION, *" ".join((RECIPES.get(recipe, ""), *flags)).split()]
 
 
-def keep(recipe: str, grid: str, *flags: str) -> Any:
+def train_in_fp8(recipe: str, grid: str, *flags: str) -> Any:
     """Trains; what each rank has of each weight, before the first step and after each."""
     ranks, grid_flags = GRIDS[grid]
     return world(ranks).fork(train_in_emulated_fp8, argv_of(recipe, grid_flags, *flags))
@@ -80,16 +79,16 @@ def loading(folder: Path) -> str:
 def test_bytes_are_those_of_whole_weights_and_a_resumed_run_is_the_same_run(
     tmp_path: Path, recipe: str, grid: str
 ) -> None:
-    kept = keep(recipe, grid, saving(tmp_path))
-    starts = {one.start % one.values.shape[1] for rank in kept for one in rank[0]}
+    recorded = train_in_fp8(recipe, grid, saving(tmp_path))
+    starts = {one.start % one.values.shape[1] for rank in recorded for one in rank[0]}
     assert len(starts) > 1 or grid == "vpp2", "no cut is within a row"
-    steps = [[rank[step] for rank in kept] for step in range(ITERATIONS + 1)]
+    steps = [[rank[step] for rank in recorded] for step in range(ITERATIONS + 1)]
     assert not torch.equal(steps[0][0][0].values, steps[-1][0][0].values)
     for before, after in itertools.pairwise(steps):
         check_forms(recipe, after, masters_of(before))
-    resumed = keep(recipe, grid, loading(tmp_path))
+    resumed = train_in_fp8(recipe, grid, loading(tmp_path))
     assert losses(tmp_path / "again") == losses(tmp_path / "run")[HALF:]
-    for undisturbed_rank, rank in zip(kept, resumed, strict=True):
+    for undisturbed_rank, rank in zip(recorded, resumed, strict=True):
         for one, other in zip(undisturbed_rank[-1], rank[-1], strict=True):
             assert torch.equal(one.master, other.master), one.name
             for form, other_form in zip(one.forms, other.forms, strict=True):
@@ -120,7 +119,7 @@ def test_dion_updates_fp8_weights_as_the_reference_does(
     tmp_path: Path, recipe: str, ranks: int, flags: str, layers_in_fp8: set[int]
 ) -> None:
     argv = argv_of(recipe, flags, f"--run-dir {tmp_path}")
-    check_against_reference(world(ranks).fork(record_in_emulated_fp8, argv), 1e-5)
+    check_against_reference(world(ranks).fork(record_in_emulated_fp8, argv))
     found = losses(tmp_path)
     assert found[-1] < found[0] - 0.05, found
     routes = (tmp_path / "routing.tsv").read_text().splitlines()
@@ -131,7 +130,7 @@ def test_dion_updates_fp8_weights_as_the_reference_does(
 @pytest.mark.slow
 def test_compressed_sync_trains_fp8_weights(tmp_path: Path) -> None:
     flags = "--num-distributed-optimizer-instances 2 --dion-compressed-sync --clip-grad 0"
-    steps = keep("tensorwise", "dp4", flags, f"--run-dir {tmp_path}")
+    steps = train_in_fp8("tensorwise", "dp4", flags, f"--run-dir {tmp_path}")
     first, *_, last = losses(tmp_path)
     assert last < first - 0.05
     for one, other in zip(steps[0][-1], steps[2][-1], strict=True):  # of the two instances
@@ -142,8 +141,8 @@ def test_compressed_sync_trains_fp8_weights(tmp_path: Path) -> None:
 def test_masters_are_not_rounded_where_no_optimizer_state_is_loaded(
     tmp_path: Path, recipe: str
 ) -> None:
-    saved = keep("bf16", "dp2", saving(tmp_path))
-    loaded = keep(recipe, "dp4", loading(tmp_path), "--finetune")
+    saved = train_in_fp8("bf16", "dp2", saving(tmp_path))
+    loaded = train_in_fp8(recipe, "dp4", loading(tmp_path), "--finetune")
     whole = masters_of([rank[HALF] for rank in saved])
     for key, master in masters_of([rank[0] for rank in loaded]).items():
         assert torch.equal(master, whole[key].bfloat16().float()), key
@@ -159,8 +158,8 @@ def test_masters_are_not_rounded_where_no_optimizer_state_is_loaded(
     ],
 )
 def test_checkpoints_are_of_no_precision(tmp_path: Path, writer: str, reader: str) -> None:
-    saved = keep(writer, "dp2", saving(tmp_path))
-    loaded = keep(reader, "dp4", loading(tmp_path))
+    saved = train_in_fp8(writer, "dp2", saving(tmp_path))
+    loaded = train_in_fp8(reader, "dp4", loading(tmp_path))
     masters = masters_of([rank[HALF] for rank in saved])
     first = [rank[0] for rank in loaded]
     for key, master in masters_of(first).items():

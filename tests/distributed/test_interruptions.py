@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing import folders
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
 from tests.distributed.recording import save_start
+from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, OVERLAP, PP2, TP2, TRAINING, losses
 from tests.unit.test_command_line import exit_of_rank
-from tests.worlds import RankError, world
+from tests.worlds import RankError, train, world
 
 RUN = [
     *MODEL, *TRAINING, *DION, "--num-layers", "2", "--seq-length", "16",
@@ -49,28 +49,22 @@ def stop_after(how: str, argv: list[str]) -> tuple[object, str]:
 
 
 @pytest.mark.parametrize("how", ["signal", pytest.param("duration", marks=pytest.mark.slow)])
-def test_run_that_is_asked_to_stop_saves_and_goes_on(
-    nursery: Nursery, tmp_path: Path, how: str
-) -> None:
+def test_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path: Path, how: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    plain = nursery.run(2, exit_of_rank, [*RUN, "--run-dir", str(whole)])
+    plain = world(2).fork(exit_of_rank, [*RUN, "--run-dir", str(whole)])
     assert [code for code, _ in plain] == [0, 0]
     flag = ["--exit-signal-handler"] if how == "signal" else ["--exit-duration-in-mins", "30"]
     folder = str(tmp_path / "saved")
     argv = [*RUN, *flag, "--save", folder, "--load", folder, "--run-dir", str(stopped)]
-    everything = nursery.run(2, stop_after, how, argv)
+    everything = world(2).fork(stop_after, how, argv)
     assert [code for code, _ in everything] == [0, 0], everything[0][1][-2000:]
     assert folders.complete_iterations(tmp_path / "saved") == [STOP_AFTER]
     assert losses(stopped) == losses(whole)[:STOP_AFTER]
-    again = nursery.run(2, exit_of_rank, argv)
+    again = world(2).fork(exit_of_rank, argv)
     assert [code for code, _ in again] == [0, 0]
     assert losses(stopped) == losses(whole)
 
 
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-PP2 = "--pipeline-model-parallel-size 2"
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
-INSTANCES = "--num-distributed-optimizer-instances 2"
 # Ranks, samples of a rank at a time, flags.
 TOPOLOGIES = {
     "dp2": (2, 6, OVERLAP),
@@ -135,11 +129,9 @@ def newest_complete(saved: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "flags"), [(1, ""), (2, "--async-save")])
-def test_killed_runs_end_as_undisturbed_ones(
-    nursery: Nursery, tmp_path: Path, seed: int, flags: str
-) -> None:
+def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path, seed: int, flags: str) -> None:
     """A rank dies at any moment of loading, saving or publishing; others go on, elsewhere."""
-    save_start(nursery, [*RUN, "--clip-grad", "0"], tmp_path / "start")
+    save_start([*RUN, "--clip-grad", "0"], tmp_path / "start")
     kinds = start_run("dp2", tmp_path / "undisturbed", flags)
     chance, run = random.Random(seed), tmp_path / "run"
     killed = 0

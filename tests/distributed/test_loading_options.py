@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, read_metrics
+from tests.distributed.tiny_gpt import DION, MODEL, TP2, TRAINING, losses, records_of
 from tests.unit.test_command_line import exit_of_rank
+from tests.worlds import in_host, world
 
 ADAM = "--optimizer adam --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
 COMMON = [
     *MODEL, *TRAINING, "--num-layers", "2", "--seq-length", "16", "--max-position-embeddings", "16",
     "--train-iters", "8", "--override-opt-param-scheduler", "--bf16",
 ]  # fmt: skip
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2_DP2 = "--pipeline-model-parallel-size 2 --micro-batch-size 6"
 GRIDS = {"single": (1, ""), "dp2": (2, ""), "tp2-dp2": (4, TP2), "pp2-dp2": (4, PP2_DP2)}
 # No step is taken: what was loaded is saved again.
@@ -28,16 +28,14 @@ RESAVE = "--train-iters 4 --save-interval 100 --save".split()
 SLOW = pytest.mark.slow
 
 
-def run(nursery: Nursery, grid: str, *flags: str, code: int = 0) -> str:
+def run(grid: str, *flags: str, code: int = 0) -> str:
     """What the first rank said; the run has to end with the code."""
     ranks, grid_flags = GRIDS[grid]
-    return run_argv(nursery, ranks, [*COMMON, *grid_flags.split(), *flags], code)
+    return run_argv(ranks, [*COMMON, *grid_flags.split(), *flags], code)
 
 
-def run_argv(
-    nursery: Nursery, ranks: int, argv: Sequence[str], code: int = 0, prepare: Any = list
-) -> str:
-    everything = nursery.run(ranks, exit_when_prepared, prepare, argv)
+def run_argv(ranks: int, argv: Sequence[str], code: int = 0, prepare: Any = list) -> str:
+    everything = world(ranks).fork(exit_when_prepared, prepare, argv)
     for found, said in everything:
         assert found == code, said[-3000:]
     return str(everything[0][1])
@@ -62,16 +60,16 @@ def steps(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def dion(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dion")
-    run(nursery, "tp2-dp2", *DION, *save(folder))
+    run("tp2-dp2", *DION, *save(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def adam(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adam")
-    run(nursery, "tp2-dp2", *ADAM, *save(folder))
+    run("tp2-dp2", *ADAM, *save(folder))
     return folder
 
 
@@ -86,20 +84,20 @@ def state(folder: Path, kind: str, iteration: int = 4) -> dict[str, Tensor]:
     ("there", "back"), [("tp2-dp2", "pp2-dp2"), pytest.param("single", "single", marks=SLOW)]
 )
 def test_adam_to_dion_and_back_keeps_masters(
-    nursery: Nursery, adam: Path, tmp_path: Path, there: str, back: str
+    adam: Path, tmp_path: Path, there: str, back: str
 ) -> None:
     saved = tmp_path / "dion"
-    said = run(nursery, there, *DION, "--switch-optimizer", *load(adam), *RESAVE, str(saved))
+    said = run(there, *DION, "--switch-optimizer", *load(adam), *RESAVE, str(saved))
     assert "from --optimizer adam to --optimizer dion: master weights, and the state" in said
     for kind in ("param", "exp_avg", "exp_avg_sq"):  # of what stays with Adam
         found, expected = state(saved, kind), state(adam, kind)
         assert "output_layer.weight" in found
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert nursery.call(steps, saved) == {"dion": 0, "scalar": 4}
+    assert in_host(steps, saved) == {"dion": 0, "scalar": 4}
     # Megatron's Adam has no state to save before its first step.
     still = "--train-iters 5 --lr 0 --min-lr 0 --weight-decay 0 --lr-warmup-iters 0".split()
     argv = [*ADAM, "--switch-optimizer", *load(saved), *RESAVE[2:], str(tmp_path), *still]
-    said = run(nursery, back, *argv)
+    said = run(back, *argv)
     assert "from --optimizer dion to --optimizer adam: master weights are kept" in said
     before, after = state(adam, "param"), state(tmp_path, "param", 5)
     assert before.keys() == after.keys()
@@ -107,44 +105,42 @@ def test_adam_to_dion_and_back_keeps_masters(
 
 
 @pytest.mark.parametrize("to", ["dion", "adam"])
-def test_switched_runs_go_on_and_learn(
-    nursery: Nursery, adam: Path, dion: Path, tmp_path: Path, to: str
-) -> None:
+def test_switched_runs_go_on_and_learn(adam: Path, dion: Path, tmp_path: Path, to: str) -> None:
     flags, source = (DION, adam) if to == "dion" else (ADAM, dion)
-    run(nursery, "dp2", *flags, "--switch-optimizer", *load(source, tmp_path))
-    found, before = read_metrics(tmp_path), losses(source / "run")
+    run("dp2", *flags, "--switch-optimizer", *load(source, tmp_path))
+    found, before = records_of(tmp_path), losses(source / "run")
     assert [entry["iteration"] for entry in found] == [5, 6, 7, 8]
     assert found[0]["lm_loss"] == pytest.approx(before[4], abs=5e-3)
     assert found[-1]["lm_loss"] < before[3]
 
 
-def test_other_factors_have_to_be_asked_for(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_other_factors_have_to_be_asked_for(dion: Path, tmp_path: Path) -> None:
     named = "--dion-rank-fraction 0.25 (saved), 0.5 (here)"
     argv = [*DION, "--dion-rank-fraction", "0.5", *load(dion, tmp_path)]
-    assert f"{named}: use the saved values, or --dion-reinit" in run(nursery, "dp2", *argv, code=2)
-    said = run(nursery, "dp2", *argv, "--dion-reinit-factors")
+    assert f"{named}: use the saved values, or --dion-reinit" in run("dp2", *argv, code=2)
+    said = run("dp2", *argv, "--dion-reinit-factors")
     assert f"right factors begin anew, momenta are kept: {named}" in said
     assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=5e-3)
     assert losses(tmp_path)[-1] < losses(dion / "run")[3]
 
 
-def test_reinit_keeps_momenta_across_splits(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_reinit_keeps_momenta_across_splits(dion: Path, tmp_path: Path) -> None:
     argv = [*DION, *"--dion-momentum 0.9 --dion-reinit-factors".split()]
     whole, split = tmp_path / "whole", tmp_path / "split"
     resave = [*RESAVE, str(whole), "--dion-split", "none"]
-    said = run(nursery, "tp2-dp2", *argv, *load(dion), *resave)
+    said = run("tp2-dp2", *argv, *load(dion), *resave)
     assert "changed since it was saved: --dion-momentum 0.95 (saved)" in said
-    run(nursery, "pp2-dp2", *argv, *load(whole), *RESAVE, str(split))
+    run("pp2-dp2", *argv, *load(whole), *RESAVE, str(split))
     before, fused, after = (state(folder, "dion.momentum") for folder in (dion, whole, split))
     assert len(fused) < len(before) == len(after)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert all(tensor.any() for tensor in before.values())
 
 
-def test_other_scalar_optimizer(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_other_scalar_optimizer(dion: Path, tmp_path: Path) -> None:
     argv = [*DION, *LION.split(), "--switch-optimizer", *load(dion), *RESAVE, str(tmp_path)]
-    assert "state of scalar parameters begins anew" in run(nursery, "dp2", *argv)
-    assert nursery.call(steps, tmp_path) == {"dion": 4, "scalar": 0}
+    assert "state of scalar parameters begins anew" in run("dp2", *argv)
+    assert in_host(steps, tmp_path) == {"dion": 4, "scalar": 0}
 
 
 LION = "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1"
@@ -163,54 +159,54 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
 
 @pytest.mark.parametrize(("optimizer", "flags", "saved", "reason"), REFUSED)
 def test_refused(
-    nursery: Nursery, adam: Path, dion: Path, optimizer: Any, flags: str, saved: str, reason: str
+    adam: Path, dion: Path, optimizer: Any, flags: str, saved: str, reason: str
 ) -> None:
     argv = [*COMMON, *optimizer, *flags.split(), *load(dion if saved == "dion" else adam)]
     if "--lr" in flags:  # Megatron would go on with the rate of the command line
         argv.remove("--override-opt-param-scheduler")
-    assert reason in run_argv(nursery, 2, argv, 2)
+    assert reason in run_argv(2, argv, 2)
 
 
-def test_what_was_not_saved_cannot_be_loaded(nursery: Nursery, tmp_path: Path) -> None:
+def test_what_was_not_saved_cannot_be_loaded(tmp_path: Path) -> None:
     for saved, flags, reason in (
         (ADAM[:-1], ["--switch-optimizer"], "--dist-ckpt-optim-fully-reshardable"),
         ([*DION, "--no-save-optim"], [], "was saved without optimizer state (--no-save-optim)"),
     ):
-        run(nursery, "single", *saved, *save(tmp_path), "--train-iters", "4")
-        assert reason in run(nursery, "single", *DION, *flags, *load(tmp_path), code=2)
+        run("single", *saved, *save(tmp_path), "--train-iters", "4")
+        assert reason in run("single", *DION, *flags, *load(tmp_path), code=2)
 
 
-def test_model_only(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_model_only(dion: Path, tmp_path: Path) -> None:
     """--finetune begins at iteration 0, --no-load-optim goes on with fresh state."""
     for flag, first in (("--finetune", 1), ("--no-load-optim", 5)):
         run_dir = tmp_path / flag
         # What does not concern the model does not matter.
         argv = [*DION, flag, "--dion-rank-fraction", "0.5", *load(dion, run_dir)]
-        said = run(nursery, "dp2", *argv)
+        said = run("dp2", *argv)
         assert ("all optimizer state begins anew" in said) == (first == 5)
-        assert read_metrics(run_dir)[0]["iteration"] == first
+        assert records_of(run_dir)[0]["iteration"] == first
     assert losses(run_dir)[0] == pytest.approx(losses(dion / "run")[4], abs=5e-3)
 
 
-def test_pretrained_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_pretrained_checkpoint(dion: Path, tmp_path: Path) -> None:
     """As --finetune, until the run has a checkpoint of its own, whose tracker may be missing."""
     folder = tmp_path / "own"
     argv = [*DION, "--pretrained-checkpoint", str(dion), "--load", str(folder), *save(folder)]
     # A rank makes the folder for what it will save, perhaps before another looks.
     folder.mkdir()
-    said = run(nursery, "dp2", *argv)
+    said = run("dp2", *argv)
     assert f"--load {folder} holds no complete checkpoint: starting from iteration 0" in said
     (folder / "latest_checkpointed_iteration.txt").unlink()
-    said = run(nursery, "dp2", *argv, "--train-iters", "9")
+    said = run("dp2", *argv, "--train-iters", "9")
     assert "iteration 8 is taken" in said
-    training = read_metrics(folder / "run")
+    training = records_of(folder / "run")
     assert [entry["iteration"] for entry in training] == list(range(1, 10))
     starts = map(json.loads, (folder / "run" / "starts.jsonl").read_text().splitlines())
     facts = [(start["iteration"], start["tokens"], start["data_parallel_size"]) for start in starts]
     assert facts == [(0, 0, 2), (8, training[7]["tokens"], 2)]
 
 
-def test_arguments_of_the_checkpoint(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_arguments_of_the_checkpoint(dion: Path, tmp_path: Path) -> None:
     """The shape of the model is read from the checkpoint; the default would be another."""
     argv = [
         *TRAINING, "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "250",
@@ -218,8 +214,14 @@ def test_arguments_of_the_checkpoint(nursery: Nursery, dion: Path, tmp_path: Pat
     ]  # fmt: skip
     # Where a run is restarted from its own checkpoints, a switch has nothing to do.
     argv += [*DION, "--switch-optimizer", *load(dion, tmp_path), *TP2.split()]
-    run_argv(nursery, 4, argv)
+    run_argv(4, argv)
     assert losses(tmp_path) == losses(dion / "run")[4:]
+
+
+def test_arguments_of_a_checkpoint_that_is_not_there_yet(tmp_path: Path) -> None:
+    """The command line that starts a run is the one that goes on with it."""
+    argv = [*COMMON, *DION, "--use-checkpoint-args", "--load", str(tmp_path), *save(tmp_path)]
+    assert "starting from iteration 0" in run_argv(1, argv)
 
 
 def look_elsewhere(argv: Sequence[str]) -> list[str]:
@@ -229,9 +231,9 @@ def look_elsewhere(argv: Sequence[str]) -> list[str]:
     return [f"{folder}/elsewhere" if is_second and one == folder else one for one in argv]
 
 
-def test_ranks_that_see_other_checkpoints(nursery: Nursery, dion: Path) -> None:
+def test_ranks_that_see_other_checkpoints(dion: Path) -> None:
     argv = [*COMMON, *DION, "--load", str(dion), "--save", str(dion), "--save-interval", "100"]
-    said = run_argv(nursery, 2, argv, 2, look_elsewhere)
+    said = run_argv(2, argv, 2, look_elsewhere)
     assert "the ranks see other checkpoints" in said
 
 
@@ -239,13 +241,13 @@ def without_the_join(argv: Sequence[str]) -> Sequence[str]:
     """On a rank: as in a script that uses the optimizer, but not this project's training."""
     from megatron_dion.megatron import checkpoints
 
-    checkpoints.use = lambda choice, args: None
+    checkpoints.use = lambda choice, args, options: None
     return argv
 
 
-def test_optimizer_guards_itself(nursery: Nursery, dion: Path, tmp_path: Path) -> None:
+def test_optimizer_guards_itself(dion: Path, tmp_path: Path) -> None:
     argv = [*COMMON, *DION, *TP2.split(), *load(dion, tmp_path)]
-    run_argv(nursery, 4, argv, 0, without_the_join)
+    run_argv(4, argv, 0, without_the_join)
     assert losses(tmp_path) == losses(dion / "run")[4:]
-    said = run_argv(nursery, 4, [*argv, *LION.split()], 2, without_the_join)
+    said = run_argv(4, [*argv, *LION.split()], 2, without_the_join)
     assert "of another run: --dion-scalar-optimizer adam (saved), lion (here)" in said

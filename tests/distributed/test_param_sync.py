@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, losses, train
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, losses, pretrain
+from tests.worlds import train, world
 
 VPP = (
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --train-iters 4"
@@ -46,14 +47,12 @@ def train_grouped(dion_first: bool, argv: Sequence[str]) -> list[dict[str, Tenso
     return [{n: p.detach().clone() for n, p in chunk.named_parameters()} for chunk in models]
 
 
-def test_all_data_parallel_ranks_have_equal_parameters_in_either_order(
-    nursery: Nursery, tmp_path: Path
-) -> None:
+def test_all_data_parallel_ranks_have_equal_parameters_in_either_order(tmp_path: Path) -> None:
     found = []
     for dion_first in (False, True):
         folder = tmp_path / str(dion_first)
         argv = [*MODEL, *TRAINING, *DION, *VPP, "--run-dir", str(folder)]
-        records = nursery.run(4, train_grouped, dion_first, argv)
+        records = world(4).fork(train_grouped, dion_first, argv)
         found.append(losses(folder))
         for one, other in ((0, 1), (2, 3)):  # of a pipeline stage
             for here, there in zip(records[one], records[other], strict=True):
@@ -69,10 +68,10 @@ def test_all_data_parallel_ranks_have_equal_parameters_in_either_order(
     ],
 )
 def test_what_is_not_compressed_is_named(
-    nursery: Nursery, tmp_path: Path, rank_fraction: str, whole: set[str]
+    tmp_path: Path, rank_fraction: str, whole: set[str]
 ) -> None:
     argv = [*DION, *"--train-iters 2 --dion-compressed-sync --run-dir".split(), str(tmp_path)]
     argv += ["--num-distributed-optimizer-instances", "2", "--dion-rank-fraction", rank_fraction]
-    nursery.pretrain(2, *argv)
+    pretrain(2, *argv)
     lines = (tmp_path / "routing.tsv").read_text().splitlines()
     assert {row.split("\t")[0].split(".")[-2] for row in lines if "averaged over" in row} == whole

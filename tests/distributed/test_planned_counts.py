@@ -16,14 +16,12 @@ from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
 from megatron_dion_tools.plan.topology import Topology
 from megatron_dion_tools.plan.updates import Update, adamw, muon
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery, train
+from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, PP2, TP2, TRAINING
+from tests.worlds import train, world
 
 # What MODEL says.
 SHAPE = GptShape(4, 72, 200, 4, 2, kv_channels=18, vocab=250, vocab_multiple=8, sequence=32)
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-PP2 = "--pipeline-model-parallel-size 2"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
-INSTANCES = "--num-distributed-optimizer-instances 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BF16 = DionConfig(momentum_dtype="bf16", factor_dtype="bf16", comm_dtype="bf16", residual="rows")
 BF16_FLAGS = "--dion-momentum-dtype bf16 --dion-factor-dtype bf16 --dion-comm-dtype bf16"
@@ -79,13 +77,13 @@ QUICK = ("adam-tp2-dp2-overlap", "dion-tp2-dp2-bf16")
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
-def test_a_run(nursery: Nursery, name: str) -> None:
+def test_a_run(name: str) -> None:
     flags, topology, optimizer, changes = CASES[name]
     values = {"shape": SHAPE, "bucket_size": 0, "recompute": "none", **changes}
     run = Run(topology=topology, optimizer=optimizer, global_batch=12, **values)
     argv = [*MODEL, *TRAINING, *flags.split(), "--bf16", "--micro-batch-size", "1"]
-    records = nursery.run(
-        topology.tp * topology.pp * topology.dp, train_counted, [*argv, "--train-iters", "3"]
+    records = world(topology.tp * topology.pp * topology.dp).fork(
+        train_counted, [*argv, "--train-iters", "3"]
     )
     for index in range(topology.pp):
         stage = Stage(run, index)

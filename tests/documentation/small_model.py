@@ -1,4 +1,4 @@
-"""What comes before the tutorial's script: a process group and a small model, on one process."""
+"""What comes before a script of docs/switching.md: a process group and a small model."""
 
 import os
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_dion.megatron import flags
-from tests.distributed.nursery import MODEL, TRAINING
+from megatron_dion_tools import cli
+from tests.distributed.tiny_gpt import MODEL, TRAINING
 from tests.documentation.pages import DOCS, PAGES, blocks_of, links_of
 from tests.project import ROOT
 from tests.worlds import in_host, world
@@ -31,6 +32,14 @@ def own_flags() -> dict[str, Any]:
     flags.add_flags(parser)
     shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
     return {action.option_strings[0]: action.default for action in shown}
+
+
+def test_all_that_is_gone_is_refused_by_its_name() -> None:
+    table = (ROOT / "CHANGELOG.md").read_text().partition("### Removed")[2]
+    gone = " ".join(re.findall(r"^\| (.+?) \|", table, re.M))
+    assert set(re.findall(r"`(--[\w-]+)`", gone)) == set(flags.REMOVED)
+    commands = re.findall(r"`megatron-dion ([a-z-]+(?: [a-z-]+)?)", gone)
+    assert set(commands) == set(cli.REMOVED)
 
 
 def as_written(default: Any) -> str:
@@ -74,6 +83,6 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
-    pages = ("docs/how_it_works.md", "docs/residual.md")
-    links = {link for page in pages for link in links_of(page)}
+    pages = ("README.md", "docs/how_it_works.md", "docs/residual.md")
+    links = {link.removeprefix("docs/") for page in pages for link in links_of(page)}
     assert {f"images/{name}" for name in drawn} <= links

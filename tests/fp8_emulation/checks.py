@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.nursery import train
 from tests.fp8_emulation.scaling import Form, forms, values
 from tests.fp8_emulation.weights import fp8_of, install, is_fp8
+from tests.worlds import train
 
 _FP8 = "--fp8-param-gather --fp8-format"
 RECIPES = {
@@ -23,7 +23,7 @@ FormsOf = Callable[[Any], list[Form]]
 
 
 @dataclass
-class Kept:
+class RankWeight:
     """A weight on a rank after a step.
 
     Attributes:
@@ -43,40 +43,40 @@ class Kept:
     forms: list[Form]
 
 
-def train_in_emulated_fp8(argv: Sequence[str]) -> list[list[Kept]]:
-    """On a rank: as `train_and_keep`, where weights in FP8 are emulated."""
+def train_in_emulated_fp8(argv: Sequence[str]) -> list[list[RankWeight]]:
+    """On a rank: as `train_and_record`, where weights in FP8 are emulated."""
     install()
-    return train_and_keep(argv, lambda weight: fp8_of(weight).forms if is_fp8(weight) else [])
+    return train_and_record(argv, lambda weight: fp8_of(weight).forms if is_fp8(weight) else [])
 
 
-def train_and_keep(argv: Sequence[str], forms_of: FormsOf) -> list[list[Kept]]:
+def train_and_record(argv: Sequence[str], forms_of: FormsOf) -> list[list[RankWeight]]:
     """On a rank: trains; what there is of each weight before the first step and after each."""
     from megatron.training import training
 
-    kept: list[list[Kept]] = []
+    recorded: list[list[RankWeight]] = []
     train_step = training.train_step
 
     @functools.wraps(train_step)
     def watched(*args: Any, **options: Any) -> Any:
         model, optimizer = args[2], args[3]
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        if not kept:
-            kept.append(weights_of(parameters, optimizer, forms_of))
+        if not recorded:
+            recorded.append(weights_of(parameters, optimizer, forms_of))
         result = train_step(*args, **options)
         if optimizer.config.overlap_param_gather:
             optimizer.prepare_model_params_for_param_sync()
             for chunk in model:
                 chunk.start_param_sync(force_sync=True)
                 chunk.reset_param_sync_dispatch_state()
-        kept.append(weights_of(parameters, optimizer, forms_of))
+        recorded.append(weights_of(parameters, optimizer, forms_of))
         return result
 
     training.train_step = watched
     train(argv)
-    return kept
+    return recorded
 
 
-def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> list[Kept]:
+def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> list[RankWeight]:
     """What there is now of the weights among the parameters that are Dion's."""
     from megatron_dion.optimizer.checkpoint import MASTER, flat_states
     from megatron_dion.optimizer.routing import tensor_parallel_group, weight_of
@@ -91,7 +91,7 @@ def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> 
             continue
         start, master = masters.get(parameter, (0, torch.empty(0)))
         found.append(
-            Kept(
+            RankWeight(
                 weight.name,
                 tensor_parallel_group(parameter).rank(),
                 start,
@@ -106,19 +106,19 @@ def weights_of(parameters: Iterable[Any], optimizer: Any, forms_of: FormsOf) -> 
 Key = tuple[str, int]
 
 
-def masters_of(ranks: Sequence[list[Kept]]) -> dict[Key, Tensor]:
+def masters_of(ranks: Sequence[list[RankWeight]]) -> dict[Key, Tensor]:
     """The whole master weight of each tensor-parallel rank, from all data-parallel ranks."""
     whole: dict[Key, Tensor] = {}
-    for kept in (one for rank in ranks for one in rank):
+    for weight in (one for rank in ranks for one in rank):
         flat = whole.setdefault(
-            (kept.name, kept.tensor_rank), torch.full(kept.values.shape, torch.nan)
+            (weight.name, weight.tensor_rank), torch.full(weight.values.shape, torch.nan)
         )
-        flat.view(-1)[kept.start : kept.start + kept.master.numel()] = kept.master
+        flat.view(-1)[weight.start : weight.start + weight.master.numel()] = weight.master
     assert all(weight.isfinite().all() for weight in whole.values())
     return whole
 
 
-def check_forms(recipe: str, ranks: Sequence[list[Kept]], before: dict[Key, Tensor]) -> None:
+def check_forms(recipe: str, ranks: Sequence[list[RankWeight]], before: dict[Key, Tensor]) -> None:
     """All weights of all ranks in one step, `before` being the masters of the step before."""
     masters = masters_of(ranks)
     for one in (one for rank in ranks for one in rank):

@@ -37,7 +37,7 @@ def install() -> None:
         (TransformerLayer, "__init__", _with_weights_in_fp8(TransformerLayer.__init__)),
         # Of experts in FP8, Megatron asks for a version (transformer_config.py:2296).
         (transformer_config, "is_te_min_version", lambda *args, **options: True),
-        (param_and_grad_buffer, "_coalescing_manager", _one_type_at_a_time),
+        (param_and_grad_buffer, "_coalescing_manager", one_type_at_a_time),
         (param_and_grad_buffer, "is_float8tensor", is_fp8),
         (param_and_grad_buffer, "is_mxfp8tensor", is_mxfp8),
         (param_and_grad_buffer, "modify_underlying_storage", move_to),
@@ -56,7 +56,7 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def _one_type_at_a_time(group: Any, async_ops: bool = False) -> Iterator[Any]:
+def one_type_at_a_time(group: Any, async_ops: bool = False) -> Iterator[Any]:
     """In place of torch's `_coalescing_manager`: a gather for each type of tensors.
 
     Gloo gathers tensors of several types into each other's memory without a word. With FP8 weights

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from tests.fp8_emulation.checks import train_and_keep
+from tests.fp8_emulation.checks import train_and_record
 
 
 def main() -> None:
     from tests.transformer_engine.model import forms_of
 
-    kept = train_and_keep(sys.argv[2:], forms_of)
-    torch.save(kept, Path(sys.argv[1], f"{os.environ['RANK']}.pt"))
+    recorded = train_and_record(sys.argv[2:], forms_of)
+    torch.save(recorded, Path(sys.argv[1], f"{os.environ['RANK']}.pt"))
 
 
 if __name__ == "__main__":

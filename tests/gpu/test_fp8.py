@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.nursery import DION, TRAINING, losses
 from tests.distributed.test_fp8 import MODEL as MODEL_ON_CPU
-from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of
+from tests.distributed.tiny_gpt import DION, TRAINING, losses
+from tests.fp8_emulation.checks import RECIPES, RankWeight, check_forms, masters_of
 
 HAS_ALL = torch.cuda.is_available() and find_spec("transformer_engine") is not None
 pytestmark = [
@@ -43,7 +43,7 @@ GRIDS = {
 }
 
 
-def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kept]]]:
+def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[RankWeight]]]:
     """Trains in a world of GPUs; what each kept. Its metrics and log are in the folder."""
     gpus, grid_flags = GRIDS[grid]
     needs(recipe, gpus)
@@ -52,8 +52,10 @@ def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[Kep
     command += ["--nproc-per-node", str(gpus), "-m", "tests.gpu.run", str(folder), *MODEL]
     command += [*RECIPES.get(recipe, "").split(), *grid_flags.split(), "--run-dir", str(folder)]
     command += ["--train-iters", str(ITERATIONS), *flags]
-    # Without it Transformer Engine does not load the scales of delayed scaling.
+    # Without the one Transformer Engine does not load the scales of delayed scaling; the other is
+    # Megatron's condition for tensor parallelism before Blackwell.
     environment = {**os.environ, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with (folder / "log.txt").open("w") as log:
         answer = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     status = answer.returncode
@@ -75,8 +77,8 @@ def needs(recipe: str, gpus: int) -> None:
 def test_bytes_and_scales_are_those_of_whole_weights(
     tmp_path: Path, recipe: str, grid: str
 ) -> None:
-    kept = run(tmp_path, recipe, grid)
-    steps = [[rank[step] for rank in kept] for step in range(ITERATIONS + 1)]
+    recorded = run(tmp_path, recipe, grid)
+    steps = [[rank[step] for rank in recorded] for step in range(ITERATIONS + 1)]
     for before, after in itertools.pairwise(steps):
         check_forms(recipe, after, masters_of(before))
     found = losses(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dion.checkpointing.folders import tracked
 from megatron_dion.platforms import free_port
-from tests.distributed.nursery import DION, MODEL, TRAINING, losses
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, losses
 from tests.slurm.cluster import SCRIPTS, Cluster, Job, wait_for
 
 pytestmark = pytest.mark.slow

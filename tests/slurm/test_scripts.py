@@ -73,6 +73,20 @@ def test_a_site_names_gpus_port_and_what_a_container_mounts(recipe: Path, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("own", [None, "32"])
+def test_ranks_start_with_what_megatron_wants_of_hopper(tmp_path: Path, own: str | None) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $CUDA_DEVICE_MAX_CONNECTIONS\n")
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANK_LOGS": str(tmp_path)}
+    variables |= dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "GPUS_PER_NODE"), "0")
+    variables |= {"LAUNCHER": "srun", "NODE_TMP": str(tmp_path), "SLURM_JOB_ID": "1"}
+    if own:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = own
+    subprocess.run(["bash", SCRIPTS / "rank.sh"], env=variables, check=True, capture_output=True)
+    assert (tmp_path / "rank0.log").read_text() == f"{own or 1}\n"
+
+
 def test_shipped_recipe_and_site_are_ready_for_use() -> None:
     done = dry_run("examples/quick_start.args", GPUS_PER_NODE="1", SITE_ENV="")
     assert "--swiglu" in command_of(done)

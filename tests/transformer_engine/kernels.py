@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformer_engine_torch as tex
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
@@ -32,6 +33,7 @@ from tests.fp8_emulation.scaling import (
     tiles_of,
     values,
 )
+from tests.fp8_emulation.weights import one_type_at_a_time
 
 _BLOCK = 128
 
@@ -47,6 +49,7 @@ def install() -> None:
     ):
         _rebind(tex, kernel.__name__, kernel)
     # From here on, what other modules have imported by name.
+    _rebind(param_and_grad_buffer, "_coalescing_manager", one_type_at_a_time)
     _rebind(utils, "multi_tensor_scale", local_multi_tensor_scale)
     _rebind(
         utils, "multi_tensor_compute_scale_and_scale_inv", multi_tensor_compute_scale_and_scale_inv

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fp8_emulation.checks import Kept, check_forms, masters_of
-from tests.transformer_engine.test_weights import kept_now
+from tests.fp8_emulation.checks import RankWeight, check_forms, masters_of
+from tests.transformer_engine.test_weights import weights_now
 from tests.worlds import world
 
 
-def save(folder: Path, recipe: str, sizes_of: str) -> list[Kept]:
+def save(folder: Path, recipe: str, sizes_of: str) -> list[RankWeight]:
     """On a rank: trains and saves; what there is of each weight."""
     from megatron.core import dist_checkpointing
 
@@ -22,7 +22,7 @@ def save(folder: Path, recipe: str, sizes_of: str) -> list[Kept]:
         training.step()
         training.amaxes()
     dist_checkpointing.save(training.state(), str(folder))
-    return kept_now(training)
+    return weights_now(training)
 
 
 def load(folder: Path, recipe: str, sizes_of: str) -> dict[str, Any]:
@@ -32,12 +32,12 @@ def load(folder: Path, recipe: str, sizes_of: str) -> dict[str, Any]:
     from tests.transformer_engine.model import Training
 
     training = Training(recipe, sizes_of, seed=2)
-    before = kept_now(training)
+    before = weights_now(training)
     training.load(dist_checkpointing.load(training.state(is_loading=True), str(folder)))
     amaxes = training.amaxes()
     return {
         "before": before,
-        "weights": kept_now(training),
+        "weights": weights_now(training),
         "amaxes": list(map(float, amaxes)),
     }
 

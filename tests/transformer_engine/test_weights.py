@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fp8_emulation.checks import RECIPES, Kept, check_forms, masters_of, weights_of
+from tests.fp8_emulation.checks import RECIPES, RankWeight, check_forms, masters_of, weights_of
 from tests.worlds import world
 
 STEPS = 4
 
 
-def kept_now(training: Any) -> list[Kept]:
+def weights_now(training: Any) -> list[RankWeight]:
     from tests.transformer_engine.model import forms_of
 
     return weights_of(training.weights, training.optimizer, forms_of)
@@ -32,15 +32,15 @@ def train(recipe: str, is_hopper: bool) -> dict[str, Any]:
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
     is_non_tn_fp8_gemm_supported.cache_clear()
     training = Training(recipe)
-    kept = [kept_now(training)]
+    recorded = [weights_now(training)]
     amaxes = []
     for _ in range(STEPS):
         training.step()
-        kept.append(kept_now(training))
+        recorded.append(weights_now(training))
         amaxes.append(training.amaxes())
     assert not any(weight._transpose_invalid for weight in training.weights if is_hopper)
     routes = training.optimizer.routing_table.routes
-    return {"kept": kept, "amaxes": amaxes, "routes": routes}
+    return {"weights": recorded, "amaxes": amaxes, "routes": routes}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -52,7 +52,7 @@ def test_bytes_and_scales_are_those_of_whole_weights(
     recipe: str, is_hopper: bool, ranks: int
 ) -> None:
     found = world(ranks).run(train, recipe, is_hopper)
-    steps = [[rank["kept"][step] for rank in found] for step in range(STEPS + 1)]
+    steps = [[rank["weights"][step] for rank in found] for step in range(STEPS + 1)]
     cuts = {one.start % one.values.shape[1] for rank in steps[0] for one in rank}
     assert any(cut % 128 for cut in cuts), "no cut is within a row, and a block"
     for number, (before, after) in enumerate(itertools.pairwise(steps)):

@@ -83,13 +83,13 @@ def test_faults_of_our_own_are_not_hidden() -> None:
     ("words", "said"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("data tokenizer --input a --json-keys a b", "--output-prefix"),
+        ("data tokenizer --input a", "--output-prefix"),
+        ("convergence update --write", "`megatron-dion convergence --write` is gone: leave it out"),
+        ("data preprocess --json-keys a b", "call once for each key, with --json-key KEY"),
         ("--foo doctor", "unrecognized arguments: --foo "),
         ("doctor --timeout 0", "--timeout: must be a positive number of seconds, not 0"),
         ("doctor --timeout inf", "--timeout: must be a positive number of seconds, not inf"),
         ("nurse", "invalid choice: 'nurse'"),
-        ("advise runs/1", "use `megatron-dion report`"),
-        ("study run a.yaml", "use `megatron-dion convergence sweep`"),
         ("plan 8B --plot=a.png", "`megatron-dion plan --plot` is gone: --json has the figures"),
         ("launch recipe.yaml --nodes 1", "recipe.yaml: No such file or directory"),
     ],
@@ -100,6 +100,17 @@ def test_mistakes_of_the_command_line_are_one_line(
     line = line_of(words, capsys)
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.parametrize("gone", cli.REMOVED)
+def test_what_is_gone_names_its_replacement(gone: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = f"error: `megatron-dion {gone}` is gone: {cli.REMOVED[gone]}"
+    assert line_of(f"{gone} x", capsys) == said
+
+
+def test_folders_may_have_the_names_of_actions_that_are_gone() -> None:
+    folders = [Path("run"), Path("report")]
+    assert cli.parse("convergence compare run report".split()).runs == folders
 
 
 def test_module_is_the_command(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.megatron import launch
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.worlds import world
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
 
@@ -52,8 +53,8 @@ def test_interrupt_ends_quietly(
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
-def complaint(nursery: Nursery, *argv: str) -> str:
-    [(code, said)] = nursery.run(1, exit_of, [*RUN, *argv])
+def complaint(*argv: str) -> str:
+    [(code, said)] = world(1).fork(exit_of, [*RUN, *argv])
     assert code == 2
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said
@@ -78,27 +79,25 @@ def complaint(nursery: Nursery, *argv: str) -> str:
         ),
     ],
 )
-def test_mistakes_end_with_one_line(
-    nursery: Nursery, tmp_path: Path, flags: str, named: str
-) -> None:
+def test_mistakes_end_with_one_line(tmp_path: Path, flags: str, named: str) -> None:
     (tmp_path / "file").touch()
-    line = complaint(nursery, *DION, *flags.format(tmp_path).split())
+    line = complaint(*DION, *flags.format(tmp_path).split())
     assert named.format(tmp_path) in line
 
 
-def test_length_in_samples(nursery: Nursery, tmp_path: Path) -> None:
+def test_length_in_samples(tmp_path: Path) -> None:
     argv = [*MODEL, *TRAINING, *DION, "--train-samples", "36", "--run-dir", str(tmp_path)]
     argv = [word for word in argv if word not in ("--lr-decay-iters", "20")]
     argv[argv.index("--lr-warmup-iters") : argv.index("--lr-warmup-iters") + 2] = []
-    [(code, said)] = nursery.run(1, exit_of, argv)
+    [(code, said)] = world(1).fork(exit_of, argv)
     assert code == 0, said
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_what_a_run_says(nursery: Nursery, tmp_path: Path) -> None:
+def test_what_a_run_says(tmp_path: Path) -> None:
     save = ["--save", str(tmp_path), "--save-interval", "2"]
     evaluate = ["--eval-iters", "1", "--eval-interval", "2", "--log-interval", "1"]
-    said, _ = nursery.run(2, output_of, [*RUN, *DION, *save, *evaluate])
+    said, _ = world(2).fork(output_of, [*RUN, *DION, *save, *evaluate])
     lines = [line for line in said.splitlines() if line.startswith("[dion] ")]
     assert lines[0] == "[dion] 2 processes on CPU (no GPU is used)"
     saved = [line for line in lines if "saved" in line]

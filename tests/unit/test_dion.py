@@ -268,6 +268,16 @@ def test_closure_computes_gradients_and_its_loss_is_returned() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_measured_run_is_the_same_run() -> None:
+    measured, other = (Comparison([([(6, 4), (5, 9)], {})]) for _ in range(2))
+    for step in range(3):
+        measured.optimizer.diagnose_next_step()
+        measured.run([step])
+        other.run([step])
+        assert len(measured.optimizer.take_diagnostics()) == 2
+    assert_bitwise_equal(measured.copies(), other.copies())
+
+
 def test_gradients_are_not_changed() -> None:
     comparison = Comparison([([(6, 4)], {})])
     comparison.run(range(3))

@@ -9,9 +9,10 @@ import torch
 
 from megatron_dion import Dion
 from megatron_dion.algorithm import step
-from megatron_dion.sharding.layout import Placement
+from megatron_dion.sharding.layout import Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion_tools.plan import PRESETS, default_bucket_size, place
+from megatron_dion_tools.plan import PRESETS, place
+from megatron_dion_tools.plan.stage import default_bucket_size
 from tests.fake_cuda import count_step, sharded, whole
 
 
@@ -22,7 +23,8 @@ def _plain(**options: Any) -> Callable[[], Dion]:
 def _llama(tensor: int, data: int, has_buckets: bool) -> Callable[..., Callable[[], Dion]]:
     shape = PRESETS["8B"]
     weights = shape.weights(range(shape.layers), tensor)
-    size = default_bucket_size(data) if has_buckets else None
+    usual = default_bucket_size(data) if has_buckets else None
+    size = usual and dion_bucket_size(sum(w.rows * w.columns for w in weights), usual)
     return _on_grid(place(weights, data, size), (tensor, 0), (data, 3))
 
 

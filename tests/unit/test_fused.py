@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_dion import DionConfig
 from megatron_dion.optimizer.fused import split_weight
 from megatron_dion.sharding.matrices import Weight
-from tests.distributed.nursery import Nursery
+from tests.worlds import world
 
 COLUMNS = 3
 HEADS, GROUPS = 6, 3
@@ -135,10 +135,10 @@ def without_interleaving(weight: Tensor, block: int) -> Tensor:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_interleaved_gate_and_up_of_grouped_experts(nursery: Nursery, ranks: int) -> None:
+def test_interleaved_gate_and_up_of_grouped_experts(ranks: int) -> None:
     weight = whole(24)
     interleaved: dict[str, Any] = {"moe_mlp_glu_interleave_size": 3}
-    of_ranks = [nursery.run(1, without_interleaving, w, 3)[0] for w in weight.chunk(ranks)]
+    of_ranks = [world(1).fork(without_interleaving, w, 3)[0] for w in weight.chunk(ranks)]
     gates, ups = zip(*(of_rank.chunk(2) for of_rank in of_ranks), strict=True)
     expected = {"gate": torch.cat(gates), "up": torch.cat(ups)}
     check(expected, "linear_fc1", weight, QKV, ranks, is_grouped=True, **interleaved)

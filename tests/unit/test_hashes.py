@@ -4,11 +4,11 @@ import pytest
 
 from megatron_dion.checkpointing import hashes
 from megatron_dion.checkpointing.errors import CheckpointError
-from tests.distributed.nursery import Nursery
+from tests.worlds import in_host
 
 
 def megatrons_complaint(folder: Path) -> str | None:
-    """In the nursery: what Megatron's own check says."""
+    """In the host of the ranks: what Megatron's own check says."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -19,7 +19,7 @@ def megatrons_complaint(folder: Path) -> str | None:
     return None
 
 
-def test_changed_and_missing_files_in_megatrons_format(nursery: Nursery, tmp_path: Path) -> None:
+def test_changed_and_missing_files_in_megatrons_format(tmp_path: Path) -> None:
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
         (tmp_path / name).write_bytes(b"one")
     assert hashes.read_manifest(tmp_path) is None
@@ -27,9 +27,9 @@ def test_changed_and_missing_files_in_megatrons_format(nursery: Nursery, tmp_pat
     manifest = hashes.read_manifest(tmp_path)
     assert manifest is not None
     assert not list(hashes.damage(tmp_path, manifest))
-    assert nursery.call(megatrons_complaint, tmp_path) is None
+    assert in_host(megatrons_complaint, tmp_path) is None
     (tmp_path / "__0_0.distcp").write_bytes(b"onE")
-    assert "__0_0.distcp: hash mismatch" in nursery.call(megatrons_complaint, tmp_path)
+    assert "__0_0.distcp: hash mismatch" in in_host(megatrons_complaint, tmp_path)
     (tmp_path / "__1_0.distcp").unlink()
     assert sorted(hashes.damage(tmp_path, manifest)) == [
         "__0_0.distcp has changed since it was saved (SHA-256)",

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from megatron_dion_tools import cli
-from tests.distributed.nursery import MODEL, TRAINING, Nursery, train
+from tests.distributed.tiny_gpt import MODEL, TRAINING
 from tests.project import ROOT
+from tests.worlds import world
 
 DION = ROOT / "tests" / "data" / "checkpoint_6012ac3"
 SMALL = "--num-layers 2 --seq-length 16 --max-position-embeddings 16 --train-iters 2".split()
 
 
-def inspect(nursery: Nursery, folder: Path, *flags: str) -> tuple[int, str]:
+def inspect(folder: Path, *flags: str) -> tuple[int, str]:
     """The exit code of the tool, and all that it says."""
-    [(code, said)] = nursery.run(1, exit_of_tool, [str(folder), *flags])
+    [(code, said)] = world(1).fork(exit_of_tool, [str(folder), *flags])
     assert "Traceback" not in said, said
     return code, said
 
@@ -35,8 +36,8 @@ def exit_of_tool(argv: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_of_dion(nursery: Nursery, verify: bool) -> None:
-    code, said = inspect(nursery, DION, *(["--verify"] if verify else []))
+def test_of_dion(verify: bool) -> None:
+    code, said = inspect(DION, *(["--verify"] if verify else []))
     assert code == 0, said
     assert "iteration   4" in said
     assert "optimizer   dion, after 4 steps\nand         adam, after 4 steps" in said
@@ -51,10 +52,10 @@ def test_of_dion(nursery: Nursery, verify: bool) -> None:
     assert said.rstrip().endswith("iter_0000004 is whole") == verify
 
 
-def test_of_adam(nursery: Nursery, tmp_path: Path) -> None:
+def test_of_adam(tmp_path: Path) -> None:
     argv = [*MODEL, *TRAINING, *SMALL, "--lr-warmup-iters", "0", "--optimizer", "adam"]
-    nursery.run(1, train, [*argv, "--save", str(tmp_path), "--save-interval", "2"])
-    code, said = inspect(nursery, tmp_path / "iter_0000002", "--verify")
+    world(1).train(*argv, "--save", str(tmp_path), "--save-interval", "2")
+    code, said = inspect(tmp_path / "iter_0000002", "--verify")
     assert code == 0
     assert "optimizer   adam" in said
     assert "decoder.layers" not in said
@@ -71,7 +72,7 @@ def test_of_adam(nursery: Nursery, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_nothing_there(nursery: Nursery, folder: Path, flags: list[str], complaint: str) -> None:
-    code, said = inspect(nursery, folder, *flags)
+def test_nothing_there(folder: Path, flags: list[str], complaint: str) -> None:
+    code, said = inspect(folder, *flags)
     assert code == 2
     assert complaint in said

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,34 +12,51 @@ import pytest
 from megatron_dion_tools import cli, launch
 from megatron_dion_tools.errors import ToolError
 from megatron_dion_tools.launch import Recipe
-from tests.distributed.nursery import Nursery
+from tests.worlds import world
 
 RECIPES = sorted(Path("examples", "recipes").glob("*.yaml"))
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 
 
-def complaints_about(runs: Sequence[tuple[Sequence[str], int]]) -> list[str]:
+def complaints_about(
+    runs: Sequence[tuple[Sequence[str], int]],
+    connections: str | None = None,
+    capabilities: Sequence[float] = launch.CAPABILITIES,
+) -> list[str]:
     """On a rank: what runs would be refused with, or nothing."""
-    from megatron_dion.megatron.errors import ConfigurationError
-    from megatron_dion.megatron.pretrain import check_arguments
-
+    os.environ.pop(CONNECTIONS, None)
+    if connections is not None:
+        os.environ[CONNECTIONS] = connections
     complaints = []
     for flags, gpus in runs:
-        with contextlib.redirect_stdout(None):
-            try:
-                check_arguments(flags, "cuda", gpus)
-                complaints.append("")
-            except ConfigurationError as error:
-                complaints.append(str(error))
+        try:
+            launch.check(flags, gpus, capabilities)
+            complaints.append("")
+        except ToolError as error:
+            complaints.append(str(error))
     return complaints
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
+def test_recipes_fit_all_their_topologies(path: Path) -> None:
     recipe = Recipe.read(path)
     runs = [([*recipe.flags(gpus), *DATA], gpus) for gpus in recipe.topologies]
-    assert nursery.run(1, complaints_about, runs) == [[""] * len(runs)]
+    assert world(1).fork(complaints_about, runs) == [[""] * len(runs)]
     assert max(recipe.topologies) >= 64
+
+
+def test_connections_that_hopper_dies_of_are_refused() -> None:
+    [path] = [path for path in RECIPES if path.stem == "gpt_8b"]
+    runs = [([*Recipe.read(path).flags(8), *DATA], 8)]
+    [[complaint]] = world(1).fork(complaints_about, runs, "8")
+    assert f"{CONNECTIONS} to 1 (on compute capability 9.0, where it is 8; " in complaint
+    assert world(1).fork(complaints_about, runs, "8", [10.0]) == [[""]]
+    assert world(1).fork(complaints_about, runs, "1") == [[""]]
+    # Data parallelism alone takes any number.
+    path = path.with_stem("gpt_1b")
+    runs = [([*Recipe.read(path).flags(8), *DATA], 8)]
+    assert world(1).fork(complaints_about, runs, "8") == [[""]]
 
 
 @pytest.mark.parametrize(
@@ -52,11 +70,11 @@ def test_recipes_fit_all_their_topologies(nursery: Nursery, path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_before_anything_queues(
-    nursery: Nursery, name: str, gpus: int, more: str, named: str
+    name: str, gpus: int, more: str, named: str
 ) -> None:
     [path] = [path for path in RECIPES if path.stem == name]
     runs = [([*Recipe.read(path).flags(gpus), *DATA, *more.split()], gpus)]
-    [[complaint]] = nursery.run(1, complaints_about, runs)
+    [[complaint]] = world(1).fork(complaints_about, runs)
     assert named in complaint
     assert "\n" not in complaint
 
@@ -93,14 +111,14 @@ def output_of_dry_run(words: str) -> str:
     return said.getvalue()
 
 
-def test_a_dry_run_prints_what_would_be_submitted(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_dry_run_prints_what_would_be_submitted(tmp_path: Path) -> None:
     words = f"{RECIPES[0]} --nodes 8 --dry-run --gpus-per-node 4 --run-dir {tmp_path}"
     words += " --sbatch-flag=--time=1:00 --"
-    [said] = nursery.run(1, output_of_dry_run, f"{words} {' '.join(DATA)}")
+    [said] = world(1).fork(output_of_dry_run, f"{words} {' '.join(DATA)}")
     last = shlex.split(said.splitlines()[-1])
     assert last[0] == "sbatch"
     assert {"--nodes=8", "--gpus-per-node=4", "--time=1:00"} <= set(last)
     assert last[-2:] == [str(launch.SCRIPT), str(tmp_path / "recipe.args")]
     assert list(tmp_path.iterdir()) == []
-    [said] = nursery.run(1, output_of_dry_run, f"{words} --bogus")
+    [said] = world(1).fork(output_of_dry_run, f"{words} --bogus")
     assert said.startswith("error: unrecognized arguments: --bogus")

@@ -5,8 +5,11 @@ import multiprocessing
 import os
 import select
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,24 +184,48 @@ def wait_for_ever(write_end: int) -> None:
 def train_runs(read_end: int, write_end: int, folder: Path) -> None:
     os.close(read_end)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for the traceback of an interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     runs_module.train = lambda flags, patch: wait_for_ever(write_end)
     execute([named(folder, name) for name in ("one", "two")], 2, nothing)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
-    """The pipe of ranks and helpers ends when the last process that has it open has ended."""
+@contextmanager
+def parent_of_runs(
+    function: Callable[..., None], folder: Path
+) -> Iterator[tuple[BaseProcess, int]]:
+    """A process that trains, and a pipe that ends when all processes that it began have ended."""
     read_end, write_end = os.pipe()
-    parent = FORK.Process(target=train_runs, args=(read_end, write_end, tmp_path))
+    parent = FORK.Process(target=function, args=(read_end, write_end, folder))
     parent.start()
     os.close(write_end)
-    for _ in range(2):
-        assert read_byte(read_end) == b"x"
-    assert parent.pid is not None
-    os.kill(parent.pid, how)
-    assert read_byte(read_end) == b""
-    parent.join(TOO_LONG)
-    os.close(read_end)
+    try:
+        yield parent, read_end
+    finally:
+        parent.kill()
+        parent.join(TOO_LONG)
+        os.close(read_end)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    with parent_of_runs(train_runs, tmp_path) as (parent, read_end):
+        for _ in range(2):
+            assert read_byte(read_end) == b"x"
+        os.kill(parent.pid or 0, how)
+        assert read_byte(read_end) == b""
+
+
+def interrupt_of_a_fork(*args: Any) -> None:
+    """Python calls the hook in the middle of a fork, and drops what the signal raises in it."""
+    me = os.getpid()
+    os.register_at_fork(after_in_parent=lambda: os.getpid() == me and os.kill(me, signal.SIGINT))
+    train_runs(*args)
+
+
+def test_an_interrupt_in_the_middle_of_a_fork_is_not_lost(tmp_path: Path) -> None:
+    with parent_of_runs(interrupt_of_a_fork, tmp_path) as (_, read_end):
+        while read_byte(read_end):
+            pass
 
 
 def read_byte(end: int) -> bytes:

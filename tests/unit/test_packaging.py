@@ -77,7 +77,7 @@ def test_wheel_works_away_from_the_checkout(archives: Path, tmp_path: Path) -> N
     (packages / "borrowed.pth").write_text(f"{tmp_path / 'packages'}\n")
     pip = f"{sys.executable} -m pip --disable-pip-version-check --python {python}"
     [block] = [
-        b for b in blocks_of("docs/install.md") if b.module == "tests/unit/test_packaging.py"
+        b for b in blocks_of("docs/quickstart.md") if b.module == "tests/unit/test_packaging.py"
     ]
     assert block.code.startswith("pip install dist/")
     run("bash", "-c", block.code.replace("pip", pip, 1), cwd=archives)

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dion import DionConfig
-from megatron_dion.sharding.exchange import bytes_sent
+from megatron_dion.sharding.collectives import Groups
+from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Placement, Rank
 from megatron_dion.sharding.matrices import Part, Weight
-from megatron_dion.sharding.plan import Hop, Plan, make_plan
-from megatron_dion.sharding.sets import sets_of
+from megatron_dion.sharding.plan import Hop, Plan, make_plan, sets_of
 
 sizes = st.integers(1, 12)
 for_any_layout = settings(
@@ -145,10 +145,11 @@ def test_rows_in_several_pieces_are_cut_rows_of_all_their_holders(layout: Layout
 
 @given(layouts(), st.integers(0, 30))
 @for_any_layout
-def test_shares_tile_what_tensor_parallel_ranks_have_in_common(layout: Layout, count: int) -> None:
+def test_slices_tile_what_tensor_parallel_ranks_have_in_common(layout: Layout, count: int) -> None:
     for placement in range(len(layout.placements)):
-        shares = [layout.share(placement, count, rank) for rank in layout.grid.tensor_group(0)]
-        tiled = [i for share in shares for i in range(share.start, share.stop)]
+        group = layout.grid.tensor_group(0)
+        slices = [layout.tensor_slice(placement, count, rank) for rank in group]
+        tiled = [i for part in slices for i in range(part.start, part.stop)]
         repeated = 1 if layout.shares_rows(placement) else layout.grid.tensor_parallel_size
         assert tiled == list(range(count)) * repeated
 
@@ -171,7 +172,16 @@ def test_owners_share_the_work_evenly() -> None:
     layout = Layout(placements, Grid(1, 4), DionConfig())
     assert Counter(layout.owners) == dict.fromkeys(range(4), 6)
     for plan in plans_of(layout).values():  # where a rank holds a matrix whole, P stays at home
-        assert bytes_sent(plan)["data"] == 2 * 8 * (3 + 1) * count * 3 // 4  # norms alone
+        sent = ShardedExchange(plan, Groups(), torch.device("meta")).bytes_sent()
+        assert sent["data"] == 2 * 8 * (3 + 1) * count * 3 // 4  # norms alone
+
+
+def test_a_matrix_with_a_single_holder_counts_before_those_with_a_choice() -> None:
+    small, large = Weight("small", 12, 12), Weight("large", 12, 36)
+    placements = [Placement(small, 0, 576), Placement(large, 144, 576)]
+    layout = Layout(placements, Grid(1, 2), DionConfig())
+    assert layout.holders == ((0,), (0, 1))
+    assert layout.owners == (0, 1)
 
 
 def test_qkv_of_two_groups_on_two_ranks() -> None:

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dion import DionConfig
 from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
-from megatron_dion.sharding.exchange import bytes_sent
+from megatron_dion.sharding.collectives import Groups
+from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout
-from megatron_dion.sharding.plan import make_plan
-from megatron_dion.sharding.sets import sets_of
+from megatron_dion.sharding.plan import make_plan, sets_of
 from megatron_dion_tools.plan import GptShape, place
 from megatron_dion_tools.plan.dion import busiest_ranks, dion
 from megatron_dion_tools.plan.stage import Optimizer, Run, Stage
@@ -70,7 +70,8 @@ def test_the_busiest_ranks_are_among_those_planned(
         plans = [make_plan(layout, rank, each) for each in sets]
         sent = Counter(operations=0)
         for plan in plans:
-            sent.update(bytes_sent(plan))
+            exchange = ShardedExchange(plan, Groups(), torch.device("meta"))
+            sent.update(exchange.bytes_sent())
             for tile in plan.owner_hop.sums:
                 r = layout.matrices[tile.matrix].rank
                 sent["operations"] += orthonormalize_flops(tile.stop - tile.start, r)

@@ -103,7 +103,8 @@ def test_failing_training_says_why_and_a_refused_run_leaves_no_folder(
 
 def test_make_train_hands_on_the_flags_of_the_page() -> None:
     """Those in quotes over two lines, too; make only says what it would run."""
-    code = "".join(block.code for block in blocks_of("README.md"))
+    blocks = blocks_of("docs/quickstart.md")
+    code = "".join(block.code for block in blocks if block.language == "bash")
     shown = [word for word in shlex.split(code, comments=True) if word.startswith("ARGS=")]
     assert [" ".join(words_from_make("train", setting)) for setting in ("ARGS=", *shown)] == [
         "tools/quick_start.py",

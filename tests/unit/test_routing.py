@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.distributed.nursery import Nursery
+from tests.worlds import in_host
 
 EXPERTS = 4
 HIDDEN, FFN = 6, 10
@@ -105,11 +105,9 @@ ONE = (1, 1)
 
 
 @pytest.mark.parametrize("sizes", [ONE, (2, 1), (4, 2), (1, 2)])
-def test_experts_are_routed_alike_however_they_are_multiplied(
-    nursery: Nursery, sizes: Sizes
-) -> None:
-    expected = nursery.call(routes_of_experts, False, ONE)
-    found = nursery.call(routes_of_experts, True, sizes)
+def test_experts_are_routed_alike_however_they_are_multiplied(sizes: Sizes) -> None:
+    expected = in_host(routes_of_experts, False, ONE)
+    found = in_host(routes_of_experts, True, sizes)
     assert found == expected
     assert len(found) == 3 * EXPERTS
     name = "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight"
@@ -129,6 +127,6 @@ def matrices_of_unlike_layers() -> list[str]:
     return [m.name.split("weight")[1] for *_, matrices in routes.values() for m in matrices]
 
 
-def test_a_layer_is_split_by_its_own_config(nursery: Nursery) -> None:
-    found = nursery.call(matrices_of_unlike_layers)
+def test_a_layer_is_split_by_its_own_config() -> None:
+    found = in_host(matrices_of_unlike_layers)
     assert found == ["[query]", "[key]", "[value]", "[query]", "[gate]", "[key]", "[value]"]

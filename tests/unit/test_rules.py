@@ -52,5 +52,5 @@ def test_what_rules_refuse() -> None:
     RoutingRules(include=("embed*",), exclude=("*fc1*",)).check_patterns([FC1, EMBEDDING])
     with pytest.raises(ValueError, match=r"no parameter's name matches '\*fc3\*'; they"):
         RoutingRules(exclude=("*fc3*",)).check_patterns([FC1, EMBEDDING])
-    with pytest.raises(ValueError, match=r"not \['head'\]"):
+    with pytest.raises(ValueError, match=r"split must be of qkv, gate, heads, not \['head'\]"):
         RoutingRules(split=frozenset({"head"}))

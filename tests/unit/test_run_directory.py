@@ -15,7 +15,7 @@ from megatron_dion.megatron.run_directory import (
     read_metrics,
     write_config,
 )
-from megatron_dion.optimizer.stopwatch import Stopwatch
+from megatron_dion.megatron.stopwatch import Stopwatch
 
 
 def record(iteration: int, kind: str = "train") -> dict[str, Any]:

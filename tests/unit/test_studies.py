@@ -107,12 +107,12 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def test_flags_of_a_run(laboratory: Laboratory) -> None:
-    run = laboratory.runs().run("width 64", "New", 0.008, 2)
+    run = laboratory.runs().run("width 64", "New", "", 0.008, 2)
     expected = "--train-iters 48 --hidden-size 64 --optimizer dion --lr 0.008 --min-lr 0.0008"
     assert " ".join(run.flags) == f"{expected} --seed 2"
     assert run.name == "width 64, New, lr 0.008, seed 2"
     wide = laboratory.runs(TEXT.replace("lr: 0.008}", "lr: 0.008, processes: 2}"))
-    on_two = wide.run("width 64", "New", 0.008, 2)
+    on_two = wide.run("width 64", "New", "", 0.008, 2)
     assert (on_two.processes, on_two.flags) == (2, run.flags)
     assert on_two.folder != run.folder
 
@@ -143,6 +143,20 @@ def test_given_rates_train_with_all_seeds(laboratory: Laboratory) -> None:
     runs = laboratory.trained_runs(ONE_SETTING + "rates: [1, 3]\n")
     assert laboratory.rates("adam", seed=3) == [0.004, 0.012]
     assert best_rate(runs.losses("", "New")) == 0.024
+
+
+def test_the_best_variant_trains_with_all_seeds(laboratory: Laboratory) -> None:
+    variants = "{slow: --optimizer dion, fast: --optimizer adam}"
+    runs = laboratory.trained_runs(
+        f"{ONE_SETTING}  # no more\n".replace(
+            "{flags: --optimizer dion, lr: 0.008}", f"{{lr: 0.008, variants: {variants}}}"
+        )
+    )
+    assert runs.best("", "New")[1:] == ("slow", 0.032)
+    assert laboratory.rates("dion", seed=2) == [0.032]
+    assert laboratory.rates("adam", seed=2) == [0.004]  # of the other method only
+    row = next(line for line in to_markdown(runs.result()).splitlines() if "| New slow |" in line)
+    assert "; fast 0.002: 3.110; fast 0.004: 3.010;" in row
 
 
 def test_equal_runs_are_shared_and_an_interrupted_sweep_goes_on(laboratory: Laboratory) -> None:
@@ -200,7 +214,7 @@ def test_tables(laboratory: Laboratory) -> None:
     assert "| New | 0.032 | diverged | diverged | 4.0 | 500 | 0.004: 3.210; 0.008" in table
     read = json.loads(to_json(result))
     assert read["cells"][1]["losses"]["0.032"] == pytest.approx({"1": 2.91, "2": None, "3": 2.73})
-    assert read["methods"] == {"Base": ["--optimizer", "adam"], "New": ["--optimizer", "dion"]}
+    assert read["methods"]["New"]["flags"] == ["--optimizer", "dion"]
 
 
 def test_command_writes_tables_and_a_picture(

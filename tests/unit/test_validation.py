@@ -15,7 +15,8 @@ import pytest
 
 from megatron_dion.megatron import launch
 from megatron_dion.megatron.errors import ConfigurationError
-from tests.distributed.nursery import DION, MODEL, TRAINING, Nursery
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.worlds import world
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "50"]
 FP8 = "--fp8-format hybrid --fp8-recipe tensorwise"
@@ -25,7 +26,7 @@ MISTAKES = [
     ("--dion-rank-fraction 0", "--dion-rank-fraction must be in (0, 1], not 0.0"),
     ("--dion-scalar-lr-mult 0", "--dion-scalar-lr-mult must be positive and finite, not 0.0"),
     ("--dion-comm-dtype fp16", "--dion-comm-dtype: invalid choice: 'fp16'"),
-    ("--dion-split qkv,head", "--dion-split: 'head' is not one of"),
+    ("--dion-split qkv,head", "--dion-split must be of qkv, gate, heads, not ['head', 'qkv']"),
     ("--dion-orthonormalizer rcqr", "--dion-orthonormalizer was removed: "),
     ("--dion-oversample 1.5", "--dion-oversample was removed: "),
     ("--dion-right-factor orth", "--dion-right-factor was removed: "),
@@ -65,7 +66,7 @@ RIGHT = [
 
 
 def refusals(lines: Sequence[Sequence[str]], world_size: int) -> list[str | None]:
-    """In the nursery: what each command line is refused with, if it is."""
+    """On a rank: what each command line is refused with, if it is."""
     from megatron_dion.megatron.pretrain import check_arguments
 
     return [refusal_of(check_arguments, line, "cpu", world_size) for line in lines]
@@ -80,10 +81,10 @@ def refusal_of(check: Any, *args: Any) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def said(nursery: Nursery) -> dict[str, str | None]:
+def said() -> dict[str, str | None]:
     """What is said of each of the command lines above."""
     lines = [*(flags for flags, _ in MISTAKES), *RIGHT]
-    [answers] = nursery.run(1, refusals, [[*RUN, *DION, *line.split()] for line in lines], 4)
+    [answers] = world(1).fork(refusals, [[*RUN, *DION, *line.split()] for line in lines], 4)
     return dict(zip(lines, answers, strict=True))
 
 
@@ -108,23 +109,23 @@ WITHOUT = {
 }
 
 
-def test_missing_flags_are_named(nursery: Nursery) -> None:
+def test_missing_flags_are_named() -> None:
     lines = []
     for flag in WITHOUT:
         words = [*RUN, *DION]
         at = words.index(flag)
         del words[at : at + (1 if flag.startswith("--use") else 2)]
         lines.append(words)
-    [said] = nursery.run(1, refusals, lines, 1)
+    [said] = world(1).fork(refusals, lines, 1)
     assert [named in line for line, named in zip(said, WITHOUT.values(), strict=True)] == [True] * 4
 
 
 def parsed(argv: Sequence[str]) -> dict[str, Any]:
-    """In the nursery: what the flags of Dion become, and what Megatron makes of the optimizer."""
+    """On a rank: what the flags of Dion become, and what Megatron makes of the optimizer."""
     from megatron.training import arguments
 
     from megatron_dion.megatron.flags import dion_options, extend_parser
-    from megatron_dion.megatron.join import validate_as_megatron
+    from megatron_dion.megatron.hooks import validate_as_megatron
 
     sys.argv = ["pretrain_gpt.py", *argv]
     args = arguments.parse_args(lambda parser: extend_parser(parser, "cpu"))
@@ -135,9 +136,9 @@ def parsed(argv: Sequence[str]) -> dict[str, Any]:
     return {"options": options, **{name: getattr(args, name) for name in names}}
 
 
-def test_flags_reach_dion(nursery: Nursery) -> None:
+def test_flags_reach_dion() -> None:
     flags = "--dion-rank-fraction 0.5 --dion-momentum 0.9 --seed 7 --dion-split heads"
-    [found] = nursery.run(1, parsed, [*RUN, *DION, *flags.split(), "--dion-exclude", "a", "b*"])
+    [found] = world(1).fork(parsed, [*RUN, *DION, *flags.split(), "--dion-exclude", "a", "b*"])
     config = found["options"].config
     assert (config.rank_fraction, config.momentum, config.seed) == (0.5, 0.9, 7)
     rules = found["options"].rules
@@ -167,7 +168,7 @@ def prefix(tmp_path: Path) -> str:
 
 
 def data_refusal(flags: Sequence[str]) -> str | None:
-    """In the nursery: what is said of a run's data."""
+    """On a rank: what is said of a run's data."""
     from megatron.training import arguments
 
     from megatron_dion.megatron.data_checks import check_data, check_token_ids
@@ -179,14 +180,14 @@ def data_refusal(flags: Sequence[str]) -> str | None:
     return refusal_of(check_data, args) or refusal_of(check_token_ids, args, 250)
 
 
-def said_of(nursery: Nursery, flags: str, tokenizer: str = "--tokenizer-type NullTokenizer") -> Any:
-    [line] = nursery.run(1, data_refusal, [*tokenizer.split(), *flags.split()])
+def said_of(flags: str, tokenizer: str = "--tokenizer-type NullTokenizer") -> Any:
+    [line] = world(1).fork(data_refusal, [*tokenizer.split(), *flags.split()])
     return line
 
 
 @pytest.mark.parametrize("split", ["67,33,0", "1,0,0"])
-def test_whole_data_pass(nursery: Nursery, prefix: str, split: str) -> None:
-    assert said_of(nursery, f"--data-path {prefix} --split {split}") is None
+def test_whole_data_pass(prefix: str, split: str) -> None:
+    assert said_of(f"--data-path {prefix} --split {split}") is None
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,8 @@ def test_whole_data_pass(nursery: Nursery, prefix: str, split: str) -> None:
         ("--data-path {} --split 1,98,1", "--split 1,98,1 gives the"),
     ],
 )
-def test_runs_without_data_are_refused(
-    nursery: Nursery, prefix: str, flags: str, named: str
-) -> None:
-    assert named in said_of(nursery, flags.format(prefix))
+def test_runs_without_data_are_refused(prefix: str, flags: str, named: str) -> None:
+    assert named in said_of(flags.format(prefix))
 
 
 @pytest.mark.parametrize(
@@ -211,9 +210,7 @@ def test_runs_without_data_are_refused(
     [(".idx", None), (".bin", None), (".idx", b""), (".idx", b"x" * 100), (".idx", -1),
      (".bin", -1), (".idx", 9), (".idx", 17)],
 )  # fmt: skip
-def test_damaged_data_are_refused(
-    nursery: Nursery, prefix: str, suffix: str, content: bytes | int | None
-) -> None:
+def test_damaged_data_are_refused(prefix: str, suffix: str, content: bytes | int | None) -> None:
     """A file is missing, is another, is cut off, or is of an unknown version or type of tokens."""
     path = Path(prefix + suffix)
     whole = path.read_bytes()
@@ -226,17 +223,15 @@ def test_damaged_data_are_refused(
             path.write_bytes(whole[:position] + b"\x63" + whole[position + 1 :])
         case other:
             path.write_bytes(other)
-    assert prefix in said_of(nursery, f"--data-path {prefix}")
+    assert prefix in said_of(f"--data-path {prefix}")
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(nursery: Nursery, tmp_path: Path) -> None:
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     prefix = write_data(tmp_path / "data", [[1, 250]])
-    assert "hold the token 250" in said_of(nursery, f"--data-path {prefix}")
+    assert "hold the token 250" in said_of(f"--data-path {prefix}")
 
 
-def test_tokenizer_is_compared_with_what_was_noted(
-    nursery: Nursery, prefix: str, tmp_path: Path
-) -> None:
+def test_tokenizer_is_compared_with_what_was_noted(prefix: str, tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"pieces")
     right = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {model}"
@@ -246,12 +241,12 @@ def test_tokenizer_is_compared_with_what_was_noted(
     }
     Path(prefix + ".json").write_text(json.dumps(notes))
     data = f"--data-path {prefix}"
-    assert said_of(nursery, data, right) is None
-    assert "--tokenizer-type NullTokenizer --tokenizer-model None is not" in said_of(nursery, data)
+    assert said_of(data, right) is None
+    assert "--tokenizer-type NullTokenizer --tokenizer-model None is not" in said_of(data)
     model.write_bytes(b"other pieces")
-    assert f"--tokenizer-model {model} is not the tokenizer" in said_of(nursery, data, right)
+    assert f"--tokenizer-model {model} is not the tokenizer" in said_of(data, right)
     Path(prefix + ".json").write_text("[")
-    assert f"{prefix}.json does not describe the data" in said_of(nursery, data)
+    assert f"{prefix}.json does not describe the data" in said_of(data)
 
 
 # --- what must be true before megatron is imported

@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,10 @@ def test_an_interrupt_leaves_no_process(number: signal.Signals, tmp_path: Path) 
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "--rootdir", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}:{tmp_path}"}
-    pytest_process = subprocess.Popen([*command, str(test)], cwd=tmp_path, env=environment)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell may ignore it
+    pytest_process = subprocess.Popen(
+        [*command, str(test)], cwd=tmp_path, env=environment, preexec_fn=heeded
+    )
     processes: list[int] = []
     with open(os.open(pipe, os.O_RDWR), "rb", buffering=0) as written:
         while len(processes) < 4:

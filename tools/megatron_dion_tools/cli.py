@@ -34,16 +34,24 @@ COMMANDS = {
 REMOVED = {
     "advise": "use `megatron-dion report`: its page says how much of each matrix the rank captures",
     "study": "use `megatron-dion convergence sweep`",
+    "convergence run": "use `megatron-dion convergence check`, which trains",
+    "convergence report": "use `megatron-dion convergence check`, which draws",
+    "convergence --controls": "leave it out: `check` plants the mistakes of a case as well",
+    "convergence --short": "leave it out: the case says how long its runs are",
+    "convergence --write": "leave it out: `update` writes",
+    "data --json-keys": "call once for each key, with --json-key KEY",
     "data --workers": "Megatron-LM's tools/preprocess_data.py tokenizes large corpora",
     "doctor --json": "read its exit code",
+    "doctor --run-dir": "df shows the free space",
     "doctor --shared-folder": "srun ls DIR shows what each node sees",
     "inspect --no-norms": "leave out --verify",
     "launch --job-name": "use --sbatch-flag=--job-name=NAME and --run-dir",
     "launch --script": "sbatch takes another script and RUN_DIR/recipe.args",
+    "plan --dion-exchange-buffer-mib": "use --dion-exchange-sets N",
     "plan --ep": "experts are not planned",
     "plan --plot": "--json has the figures",
 }
-"""Subcommands, and flags behind them, that are gone, and what to use in their place."""
+"""What is gone, and what to use in its place: subcommands, actions, and flags behind them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def call(argv: Sequence[str]) -> int | None:
     """Run a subcommand and return its exit code; mistakes are exceptions."""
     args = parse(argv)
-    code: int | None = args.run(args)
-    return code
+    return args.run(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,7 +82,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse would take what follows `--` for positional arguments.
     end = argv.index("--") if "--" in argv else len(argv)
     own, flags = argv[:end], list(argv[end + 1 :])
-    for words in (own[:1], *([own[0], word.partition("=")[0]] for word in own[1:])):
+    given = [word.partition("=")[0] for word in own if word.startswith("--")]
+    for words in (own[:1], own[:2], *([*own[:1], flag] for flag in given)):
         if what := REMOVED.get(" ".join(words)):
             raise ToolError(f"`megatron-dion {' '.join(words)}` is gone: {what}")
     parser = _Parser(prog="megatron-dion", description="Dion on Megatron-core.")

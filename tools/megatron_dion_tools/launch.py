@@ -12,7 +12,9 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import yaml
 
@@ -23,6 +25,8 @@ from megatron_dion_tools.terminal import quiet_imports
 SCRIPT = Path("examples", "slurm", "pretrain.sbatch")
 SHARED = "common.args"
 KEYS = {"description", "arguments", "topologies"}
+CAPABILITIES = 9.0, 10.0
+"""Compute capabilities of Hopper and Blackwell."""
 
 
 class Recipe(NamedTuple):
@@ -60,30 +64,52 @@ class Recipe(NamedTuple):
         """
         if gpus not in self.topologies:
             known = ", ".join(map(str, sorted(self.topologies)))
-            raise ToolError(
-                f"{self.path}: no topology for {gpus} GPUs, only for {known}: change --nodes or "
-                "--gpus-per-node, or add one to the recipe"
-            )
+            fix = "change --nodes or --gpus-per-node, or add one to the recipe"
+            raise ToolError(f"{self.path}: no topology for {gpus} GPUs, only for {known}: {fix}")
         return [*self.arguments, *self.topologies[gpus]]
 
 
-def check(flags: Sequence[str], gpus: int) -> None:
+def check(flags: Sequence[str], gpus: int, capabilities: Sequence[float] = CAPABILITIES) -> None:
     """Refuse what the run would refuse once it has started, as far as it can be known here.
+
+    Args:
+        flags: Of pretrain_gpt.py.
+        gpus: The run's ranks.
+        capabilities: Compute capabilities of GPUs that the run must start on.
 
     Raises:
         ToolError: It has the line that the run would end with.
     """
-    from megatron_dion.megatron.errors import ConfigurationError
     from megatron_dion.platforms import cpu
 
-    with quiet_imports(), contextlib.redirect_stdout(None):
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as in rank.sh
+    environment = mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS=connections)
+    with quiet_imports(), contextlib.redirect_stdout(None), environment:
         cpu.install(hide_gpus=True)  # the machine that submits may have no GPU
-        from megatron_dion.megatron.pretrain import check_arguments
+        objections = {one: _objection(flags, gpus, one) for one in capabilities}
+    for capability, line in objections.items():
+        if line and set(objections.values()) != {line}:  # other GPUs would do
+            line += f" (on compute capability {capability}, where it is {connections}; if the GPUs"
+            line += " are others, give --compute-capability)"
+        if line:
+            raise ToolError(line)
 
+
+def _objection(flags: Sequence[str], gpus: int, capability: float) -> str:
+    """The line that a run would end with on GPUs of a compute capability, if any."""
+    from megatron_dion.megatron.errors import ConfigurationError
+    from megatron_dion.megatron.pretrain import check_arguments
+
+    major = int(capability)
+    properties = mock.Mock(return_value=SimpleNamespace(major=major))
+    pair = mock.Mock(return_value=(major, 0))
+    gpu = {"get_device_properties": properties, "get_device_capability": pair}
+    with mock.patch.multiple("torch.cuda", **gpu):
         try:
             check_arguments(flags, "cuda", gpus)
         except ConfigurationError as error:
-            raise ToolError(str(error)) from error
+            return str(error)
+    return ""
 
 
 def render(recipe: Recipe, flags: Sequence[str], gpus: int) -> str:
@@ -107,6 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=8)
     add("--run-dir", type=Path, help="default: runs/<the recipe's name>")
     add("--sbatch-flag", action="append", default=[], metavar="FLAG", help="as --time=2:00:00")
+    what = "of the cluster's GPUs: all must do (9.0 10.0, Hopper and Blackwell)"
+    add("--compute-capability", nargs="+", type=float, default=CAPABILITIES, help=what)
     add("--dry-run", action="store_true", help="check, print, and submit nothing")
 
 
@@ -115,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     gpus = args.nodes * args.gpus_per_node
     recipe = Recipe.read(args.recipe)
     flags = [*recipe.flags(gpus), *args.flags]
-    check(flags, gpus)
+    check(flags, gpus, args.compute_capability)
     run_dir = (args.run_dir or Path("runs", args.recipe.stem)).absolute()
     arguments_file = run_dir / "recipe.args"
     text = render(recipe, flags, gpus)

@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool", type=Path, default=Path("runs", "pool"), metavar="DIR", help="for the runs")
     add_training_flags(add, "studies")
     add = action("compare", compare_runs, "compare any runs with the first of them")
-    run = "a metrics.jsonl, or its folder"
-    add("runs", type=Path, nargs="+", metavar="RUN", help=run)
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a metrics.jsonl, or its folder")
     noise = "three runs or more like the first one, which differ in their seed only"
     add("--noise", type=Path, nargs="+", default=[], metavar="RUN", help=noise)
     share = "share of the seed noise by which a run may be away (default: %(default)s)"
@@ -61,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; return 1 if runs differ, or a planted mistake was not noticed."""
-    code: int = arguments.action(arguments)
-    return code
+    return arguments.action(arguments)
 
 
 def check_cases(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.
 _POINTS = 64  # of a curve in the result
 _LEGEND = """\
 * best `--lr`: that with the lowest validation loss of the first seed; \\*: not between two others.
+  Behind the name of a method with variants is the best of them.
 * validation loss: nats per token after the last step, mean ± standard deviation over seeds.
 * minus the baseline: paired by seed, mean ± half of the 95 % interval (Student's t).
 * optimizer ms, iteration ms: median per step at the best rate, on a machine shared by runs."""
@@ -43,11 +44,14 @@ class Method:
     Attributes:
         lr: The learning rate with which its sweep begins.
         flags: Flags of pretrain_gpt.py.
+        variants: Flags of which it takes the best, by name, such as several momenta. The learning
+            rate is swept with each.
         processes: Number of ranks.
     """
 
     lr: float
     flags: Flags = ()
+    variants: Mapping[str, Flags] = field(default_factory=lambda: {"": ()})
     processes: int = 1
 
 
@@ -62,7 +66,8 @@ class Study(TrainingFile):
             combination of values.
         rates: Learning rates as multiples of each method's first one, at which all seeds train.
             Without them, the first seed trains at the first rate, its double, its half, and so on
-            until the best rate lies between two others; then the other seeds train at the best.
+            until the best rate lies between two others; then the other seeds train at the best of
+            the best variant.
         baseline: The method with which all others are compared.
     """
 
@@ -120,18 +125,20 @@ class StudyRuns:
             report(f"{self.study.name}:")
             execute(list(missing.values()), jobs, report)
 
-    def run(self, setting: str, method: str, lr: float, seed: int) -> Run:
+    def run(self, setting: str, method: str, variant: str, lr: float, seed: int) -> Run:
         """Return a run of the study."""
         how = self.study.methods[method]
         flags = (*self.study.common_flags, *self.study.settings[setting], *how.flags)
-        flags = (*flags, "--lr", f"{lr:g}", "--min-lr", f"{lr / 10:g}", "--seed", str(seed))
+        rates = ("--lr", f"{lr:g}", "--min-lr", f"{lr / 10:g}")
+        flags = (*flags, *how.variants[variant], *rates, "--seed", str(seed))
         flags = effective((*flags, *self.data))
         key = shlex.join(flags) + (f" on {how.processes} ranks" if how.processes > 1 else "")
         digest = hashlib.sha256(key.encode()).hexdigest()
-        name = f"{setting}, {method}, lr {lr:g}, seed {seed}".removeprefix(", ")
+        name = f"{setting}, {method} {variant}".removeprefix(", ").rstrip()
+        name = f"{name}, lr {lr:g}, seed {seed}"
         return Run(name, self._pool / digest[:16], flags, how.processes)
 
-    def losses(self, setting: str, method: str) -> Losses:
+    def losses(self, setting: str, method: str, variant: str = "") -> Losses:
         """Return the losses of finished runs, infinite where training diverged.
 
         Only learning rates with which the first seed has trained count.
@@ -140,33 +147,46 @@ class StudyRuns:
         multiples = {2.0**power for power in range(-_MOST_RATES, _MOST_RATES + 1)}
         losses: Losses = {}
         for lr in sorted(first * multiple for multiple in multiples | set(self.study.rates)):
-            runs = {seed: self.run(setting, method, lr, seed) for seed in self.study.seeds}
+            runs = {s: self.run(setting, method, variant, lr, s) for s in self.study.seeds}
             if runs[self.study.seeds[0]].is_finished():
                 losses[lr] = {s: _loss(run) for s, run in runs.items() if run.is_finished()}
         return losses
 
     def missing(self, setting: str, method: str) -> list[Run]:
         """Return the runs that a method needs next in a setting; none when it is finished."""
+        study, variants = self.study, self.study.methods[method].variants
+        runs = [run for each in variants for run in self._sweep(setting, method, each)]
+        if not runs:
+            _, variant, lr = self.best(setting, method)
+            runs = [self.run(setting, method, variant, lr, seed) for seed in study.seeds]
+        return [run for run in runs if not run.is_finished()]
+
+    def best(self, setting: str, method: str) -> tuple[dict[str, Losses], str, float]:
+        """Return the losses of all variants, the best variant, and its best learning rate."""
+        swept = {v: self.losses(setting, method, v) for v in self.study.methods[method].variants}
+        rates = {v: best_rate(losses) for v, losses in swept.items()}
+        best = min(rates, key=lambda v: _of_first_seed(swept[v][rates[v]]))
+        return swept, best, rates[best]
+
+    def _sweep(self, setting: str, method: str, variant: str) -> list[Run]:
+        """The runs that the sweep of a variant needs next."""
         study, first = self.study, self.study.methods[method].lr
         rates = [first * m for m in study.rates] or [first / 2, first, first * 2]
         seeds = study.seeds if study.rates else study.seeds[:1]
-        losses = self.losses(setting, method)
+        losses = self.losses(setting, method, variant)
         if not study.rates and set(rates) <= set(losses):
             best = best_rate(losses)
             next_rate = {min(losses): best / 2, max(losses): best * 2}.get(best)
-            if next_rate is None or len(losses) >= _MOST_RATES:
-                rates, seeds = [best], study.seeds
-            else:
-                rates = [next_rate]
-        runs = [self.run(setting, method, lr, seed) for lr in rates for seed in seeds]
+            rates = [next_rate] if next_rate and len(losses) < _MOST_RATES else []
+        runs = [self.run(setting, method, variant, lr, seed) for lr in rates for seed in seeds]
         return [run for run in runs if not run.is_finished()]
 
     def result(self) -> Result:
-        """Return what the finished study has found, ready for JSON.
+        """Return the results of the finished study, ready for JSON.
 
-        A cell is a method in a setting at its best learning rate. Its `losses` are by learning rate
-        and seed; `gap` is the loss minus the baseline's; seconds are medians per step; `curve` is
-        the smoothed training loss.
+        A cell is a method in a setting, at the best learning rate of its best variant. Its `losses`
+        are by learning rate and seed, `others` those of its other variants; `gap` is the loss minus
+        the baseline's; seconds are medians per step; `curve` is the smoothed training loss.
         """
         study = self.study
         return {
@@ -176,29 +196,32 @@ class StudyRuns:
             "seeds": study.seeds,
             "common_flags": study.common_flags,
             "axes": study.axes,
-            "methods": {name: method.flags for name, method in study.methods.items()},
+            "methods": {name: asdict(method) for name, method in study.methods.items()},
             "environment": describe((*study.common_flags, *self.data)),
             "cells": [self._cell(*cell) for cell in self._cells],
         }
 
     def _cell(self, setting: str, method: str) -> Result:
-        study, losses = self.study, self.losses(setting, method)
-        best, gap = best_rate(losses), None
+        study, gap = self.study, None
+        others, variant, best = self.best(setting, method)
+        losses = others.pop(variant)
         if study.baseline not in (None, method):
-            theirs = self.losses(setting, str(study.baseline))
-            theirs_at_best = theirs[best_rate(theirs)]
-            pairs = [loss - theirs_at_best[seed] for seed, loss in losses[best].items()]
+            swept, their_variant, their_best = self.best(setting, str(study.baseline))
+            theirs = swept[their_variant][their_best]
+            pairs = [loss - theirs[seed] for seed, loss in losses[best].items()]
             gap = estimate([pair if math.isfinite(pair) else math.nan for pair in pairs])
-        folders = [self.run(setting, method, best, seed).metrics for seed in study.seeds]
-        records = [[r for r in read_metrics(path) if r["kind"] == "train"] for path in folders]
+        runs = [self.run(setting, method, variant, best, seed) for seed in study.seeds]
+        records = [[r for r in read_metrics(run.metrics) if r["kind"] == "train"] for run in runs]
         curve = {r["iteration"]: r["lm_loss"] or math.nan for r in records[0]}
         points = list(smoothed(curve, window_of(curve)).items())
         return {
             "setting": setting,
             "method": method,
+            "variant": variant,
             "best_lr": best,
             "is_bracketed": min(losses) < best < max(losses),
             "losses": losses,
+            "others": others,
             "loss": estimate(list(losses[best].values())),
             "gap": gap,
             "steps": records[0][-1]["iteration"],
@@ -213,7 +236,7 @@ class StudyRuns:
 
 def best_rate(losses: Losses) -> float:
     """Return the learning rate with the lowest loss of the first seed."""
-    return min(losses, key=lambda lr: next(iter(losses[lr].values())))
+    return min(losses, key=lambda lr: _of_first_seed(losses[lr]))
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
@@ -250,9 +273,14 @@ def to_markdown(result: Result) -> str:
 
 
 def _row(cell: Result) -> Sequence[str]:
-    rates = (f"{lr:g}: {_number(next(iter(of.values())))}" for lr, of in cell["losses"].items())
+    swept = {"": cell["losses"], **cell["others"]}
+    rates = (
+        f"{name} {lr:g}: {_number(_of_first_seed(of))}".lstrip()
+        for name, losses in swept.items()
+        for lr, of in losses.items()
+    )
     return (
-        cell["method"],
+        f"{cell['method']} {cell['variant']}".rstrip(),
         f"{cell['best_lr']:g}" + ("" if cell["is_bracketed"] else "\\*"),
         _number(cell["loss"]["mean"], cell["loss"]["sd"]),
         _number(cell["gap"]["mean"], cell["gap"]["margin"], "+") if cell["gap"] else "",
@@ -266,6 +294,10 @@ def _number(mean: float, spread: float = math.nan, sign: str = "") -> str:
     if not math.isfinite(mean):
         return "diverged"
     return f"{mean:{sign}.3f}" + (f" ± {spread:.3f}" if math.isfinite(spread) else "")
+
+
+def _of_first_seed(losses: Mapping[int, float]) -> float:
+    return next(iter(losses.values()))
 
 
 def _loss(run: Run) -> float:

@@ -70,7 +70,7 @@ def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
     Raises:
         ToolError: A file cannot be read as such, or there is no text in any of them.
     """
-    found = False
+    has_text = False
     for path in paths:
         is_text = path.suffix == ".txt"
         with path.open("rb") as file:
@@ -80,9 +80,9 @@ def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
                 except ValueError as error:
                     raise ToolError(f"{path}:{number}: not a document ({error})") from error
                 if text:
-                    found = True
+                    has_text = True
                     yield text
-    if not found:
+    if not has_text:
         raise ToolError(f"--input {' '.join(map(str, paths))}: there is no text in it")
 
 

@@ -22,9 +22,8 @@ def preload() -> None:
 
     # Megatron's parser reads its help texts from source files each time that it is built.
     read_docstrings = ArgumentGroupFactory._get_field_docstrings
-    cached = functools.cache(
-        lambda kind: read_docstrings(object.__new__(ArgumentGroupFactory), kind)
-    )
+    nobody = object.__new__(ArgumentGroupFactory)
+    cached = functools.cache(lambda kind: read_docstrings(nobody, kind))
     ArgumentGroupFactory._get_field_docstrings = lambda self, kind: cached(kind)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     start_queues_by("fork")
@@ -36,8 +35,6 @@ def start_queues_by(method: str) -> None:
 
     A process that is spawned imports torch again, one that is forked does not.
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    get_write_results_queue.__wrapped__.__defaults__ = (method,)
+    filesystem_async.get_write_results_queue.__wrapped__.__defaults__ = (method,)

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from megatron_dion_tools.errors import ToolError
-from megatron_dion_tools.local.world import RankError, end_with_parent, run_world
+from megatron_dion_tools.local.world import RankError, end_with_parent, run_world, start
 
 _FORK = multiprocessing.get_context("fork")
 _LOG_LINES_SHOWN = 15
@@ -81,25 +80,26 @@ def execute(runs: Sequence[Run], jobs: int, report: Callable[[str], None]) -> No
     waiting = [run for run in runs if not run.is_finished()]
     if runs:
         report(f"{len(waiting)} of {len(runs)} runs to train")
-    busy: dict[Any, tuple[BaseProcess, Run]] = {}
+    busy: dict[BaseProcess, Run] = {}
     try:
         while waiting or busy:
-            ranks = sum(run.processes for _, run in busy.values())
+            ranks = sum(run.processes for run in busy.values())
             if waiting and (not busy or ranks + waiting[0].processes <= jobs):
                 run = waiting.pop(0)
                 starting = _FORK.Process(target=_train_in_world, args=(run,))
-                starting.start()
-                busy[starting.sentinel] = starting, run
+                busy[starting] = run  # before it starts, lest a signal come between
+                start(starting)
                 continue
-            for sentinel in wait(list(busy)):
-                process, run = busy.pop(sentinel)
+            ended = wait([process.sentinel for process in busy])
+            for process in [each for each in busy if each.sentinel in ended]:
+                run = busy.pop(process)
                 process.join()
                 if process.exitcode != 0:
                     raise RunFailed(_failure(run))
                 run.mark_finished()
                 report(f"trained {run.name}; {len(waiting) + len(busy)} runs left")
     finally:
-        for process, _ in busy.values():
+        for process in (each for each in busy if each.pid is not None):
             process.terminate()
             process.join()
 
@@ -120,7 +120,7 @@ def _train_in_world(run: Run) -> None:
         os._exit(1)
 
 
-def train(flags: Sequence[str], patch: str | None) -> None:
+def train(flags: Sequence[str], patch: str | None = None) -> None:
     """Train on this rank as pretrain_gpt.py would, after the patch of a `Run`."""
     from megatron_dion.megatron.launch import train as launch
 

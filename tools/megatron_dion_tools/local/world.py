@@ -28,6 +28,7 @@ from megatron_dion.platforms import free_port
 
 _FORK = multiprocessing.get_context("fork")
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RankError(AssertionError):
@@ -50,7 +51,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             of_rank = (environment_of(rank, size, port), rank_end, function, args)
             process = _FORK.Process(target=_run_rank, args=of_rank)
             ranks.append(process)  # before it starts, lest a signal come between
-            process.start()
+            start(process)
             rank_end.close()
             ends.append(parent_end)
         return _receive_results(ends)
@@ -63,6 +64,18 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def gloo_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Do as `run_world` does, with an initialized gloo process group on every rank."""
     return run_world(size, _with_gloo, function, args)
+
+
+def start(process: BaseProcess) -> None:
+    """Start a process that calls `end_with_parent` first.
+
+    Python drops what a signal raises in the hooks of a fork, so signals wait until it is over.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end(process: BaseProcess) -> None:
@@ -81,6 +94,7 @@ def end_with_parent() -> None:
     """
     os.register_at_fork(after_in_child=_ask_for_parent_death_signal)
     _ask_for_parent_death_signal()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # `start` blocked them.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():  # It ended before the kernel was asked.
         os._exit(1)

@@ -5,6 +5,6 @@ Never imports megatron; tests compare with what Megatron does.
 
 from megatron_dion_tools.plan.flags import PRESETS
 from megatron_dion_tools.plan.models import GptShape
-from megatron_dion_tools.plan.stage import default_bucket_size, place
+from megatron_dion_tools.plan.stage import place
 
-__all__ = ["PRESETS", "GptShape", "default_bucket_size", "place"]
+__all__ = ["PRESETS", "GptShape", "place"]

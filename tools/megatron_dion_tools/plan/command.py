@@ -47,14 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "look for the fastest topologies of so many ranks that fit (off)"
     add("--search", type=positive, metavar="RANKS", help=what)
     add = parser.add_argument_group("run").add_argument
-    what = (
-        "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION; the rank fraction"
-    )
-    what += f" is in (0, 1] ({' '.join(OPTIMIZERS)})"
+    what = "adamw, muon, muon-duplicated, dion:FRACTION, dion-compressed:FRACTION, where FRACTION"
+    what += f" is --dion-rank-fraction of training ({' '.join(OPTIMIZERS)})"
     default: list[Any] = list(map(optimizer, OPTIMIZERS))
     add("--optimizer", nargs="+", type=optimizer, default=default, help=what)
     what = "elements of a gradient bucket, as --ddp-bucket-size; 0 for one bucket (Megatron's: 40"
-    what += " million, or a million for each data-parallel rank if that is more)"
+    what += " million, or a million for each data-parallel rank if that is more; Dion's matrices:"
+    what += " an eighth of a rank's if that is more still)"
     add("--bucket-size", type=positive_or_0, nargs="+", default=[None], help=what)
     add("--micro-batch-size", type=positive, help="sequences of a micro batch (the file's, or 1)")
     what = "sequences of a step (the file's, or on each data-parallel rank 8 micro batches, or 4 x"
@@ -65,13 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (the file's)")
     for each in (each for each in fields(DionConfig) if each.name in _DION):
         choices = get_args(each.type) if get_origin(each.type) is Literal else None
-        add(
-            f"--dion-{each.name.replace('_', '-')}",
-            type=str if choices else positive,
-            choices=choices,
-            default=each.default,
-            help=f"as in training ({each.default or 'off'})",
-        )
+        name, what = each.name.replace("_", "-"), f"as in training ({each.default or 'off'})"
+        kind = str if choices else positive
+        add(f"--dion-{name}", type=kind, choices=choices, default=each.default, help=what)
     add = parser.add_argument_group("machine").add_argument
     add("--hardware", default="h100", help=f"{', '.join(MACHINES)}, or a TOML file (h100)")
     add("--memory", type=positive, metavar="GIB", help="limit of a rank's memory (the machine's)")
@@ -98,9 +93,8 @@ def optimizer(text: str) -> Optimizer:
             rank_fraction = float(Fraction(fraction or "1/4"))
             return Optimizer("dion", DionConfig(rank_fraction=rank_fraction), name != "dion")
         except (ValueError, ZeroDivisionError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text}: a rank fraction is in (0, 1], and written dion:FRACTION, such as dion:1/4"
-            ) from error
+            fault = f"{text}: {error}: write dion:FRACTION, such as dion:1/4"
+            raise argparse.ArgumentTypeError(fault) from error
     known = {
         "adam": Optimizer("adamw"),
         "adamw": Optimizer("adamw"),
@@ -135,11 +129,8 @@ def _plan(args: argparse.Namespace) -> None:
     optimizers = [replace(one, dion=replace(one.dion, **dion)) for one in args.optimizer]
     title = f"{args.model}, {quantity(shape.parameters, 'parameters')},"
     title += f" micro batches of {micro} x {shape.sequence} tokens, {args.hardware}"
-    common: dict[str, Any] = {
-        "weight_bytes": weight_bytes,
-        "micro_batch": micro,
-        "recompute": args.recompute,
-    }
+    common: dict[str, Any] = {"weight_bytes": weight_bytes, "micro_batch": micro}
+    common["recompute"] = args.recompute
     predictions = []
     if args.search:
         for one in optimizers:

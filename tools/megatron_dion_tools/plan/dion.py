@@ -10,8 +10,7 @@ from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Rank
 from megatron_dion.sharding.matrices import compression_pays
-from megatron_dion.sharding.plan import make_plan
-from megatron_dion.sharding.sets import sets_of
+from megatron_dion.sharding.plan import make_plan, sets_of
 from megatron_dion_tools.plan.stage import Stage, numel_of, place
 from megatron_dion_tools.plan.updates import Collective, Update
 
@@ -40,22 +39,22 @@ def dion(stage: Stage) -> Update:
     names = set[str]().union(*loads)
     most = {name: float(max(load[name] for load in loads)) for name in names}
     if replicas > 1:  # gradients of weights for which P and R are no smaller
-        elements = sum(numel_of(layout.placements[i].weight) for i in reduced)
-        most["replicas"] += 8 * elements / stage.group.size * (replicas - 1) / replicas
-    held = stage.matrices / stage.group.size
+        dense = sum(numel_of(layout.placements[i].weight) for i in reduced)
+        most["replicas"] += 8 * dense / stage.group.size * (replicas - 1) / replicas
+    elements = stage.matrices / stage.group.size  # of matrices, on a rank
     along = reduced if config.residual == "rows" else []  # weights that move along the residual
     moved = sum(numel_of(layout.placements[i].weight) for i in along) / stage.group.size
     factors = sum(matrix.rows * matrix.rank for matrix in layout.matrices) / grid.size
     return Update(
-        held,
+        elements,
         {
-            "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * held,
+            "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * elements,
             "right factors": TORCH_DTYPES[config.factor_dtype].itemsize * factors,
             "exchange": most["exchange"],
         },
         # The gradient is checked and added to the momentum; of B two reads, and one change. Along
         # the residual, that change is a read for norms, a read and a change of W, and a scaling.
-        bytes_passed=58 * held + 16 * moved,
+        bytes_passed=58 * elements + 16 * moved,
         products=most["products"],
         float32_products=most["float32 products"],
         factorizations=most["factorizations"],
@@ -75,13 +74,13 @@ def dion(stage: Stage) -> Update:
 def busiest_ranks(layout: Layout) -> list[Rank]:
     """The ranks that are planned.
 
-    Of a large grid those that orthonormalize most, to whom others send most, and who hold parts of
-    most P; of each tensor-parallel group two, as its ranks are alike up to roundings.
+    Of a large grid those that orthonormalize most, those to which others send most, and those that
+    contribute to most P; of each tensor-parallel group two, as its ranks are alike up to roundings.
     """
     grid = layout.grid
     if grid.size <= _PLANNED:
         return list(grid.ranks())
-    work, received, held = Counter[int](), Counter[int](), Counter[int]()
+    work, received, contributed = Counter[int](), Counter[int](), Counter[int]()
     for placement, indices in enumerate(layout.matrices_of):
         for k in indices:
             matrix, holders = layout.matrices[k], layout.holders[k]
@@ -90,27 +89,27 @@ def busiest_ranks(layout: Layout) -> list[Rank]:
             received[layout.owners[k]] += numbers * (len(holders) - 1)
             if layout.shares_rows(placement):  # R is summed within the group, and not P
                 numbers = 2 * matrix.rows * matrix.rank // len(holders)
-            held.update(dict.fromkeys(holders, numbers))
-    chosen = {rank for load in (work, received, held) for rank, _ in load.most_common(2)}
-    return [Rank(t, d) for d in sorted(chosen) for t in {0, grid.tensor_parallel_size - 1}]
+            contributed.update(dict.fromkeys(holders, numbers))
+    busiest = {rank for each in (work, received, contributed) for rank, _ in each.most_common(2)}
+    return [Rank(t, d) for d in sorted(busiest) for t in {0, grid.tensor_parallel_size - 1}]
 
 
 def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Counter[str]:
     """What a rank sends and computes, and the bytes of its exchange buffers."""
-    found: Counter[str] = Counter(exchange=0)
+    load: Counter[str] = Counter(exchange=0)
     buffers = []
     for placements, replicas in sets:
         plan = make_plan(layout, rank, placements)
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
-        found.update(exchange.bytes_sent())
+        load.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
         for _, rectangle in plan.rectangles:
             products = 6 if exchange.has_residual else 8  # three, or four, with m n r each
-            found["products"] += products * rectangle.numel * layout.matrices[rectangle.matrix].rank
+            load["products"] += products * rectangle.numel * layout.matrices[rectangle.matrix].rank
         for tile in plan.owner_hop.sums:
             r = layout.matrices[tile.matrix].rank
-            found["factorizations"] += orthonormalize_flops(0, r)
-            found["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)
-            found["float32 products"] -= orthonormalize_flops(0, r)
-    found["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:])
-    return found
+            load["factorizations"] += orthonormalize_flops(0, r)
+            load["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)
+            load["float32 products"] -= orthonormalize_flops(0, r)
+    load["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:])
+    return load

@@ -43,10 +43,10 @@ def hardware(name: str) -> Hardware:
     if not Path(name).is_file():
         raise ValueError(f"--hardware {name}: no file, and none of {', '.join(MACHINES)}")
     try:
-        found = Hardware(**tomllib.loads(Path(name).read_text(encoding="utf-8")))
-        if not all(value > 0 for key, value in vars(found).items() if key != "source"):
+        machine = Hardware(**tomllib.loads(Path(name).read_text(encoding="utf-8")))
+        if not all(value > 0 for key, value in vars(machine).items() if key != "source"):
             raise ValueError("a rate is not positive")
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("Hardware.__init__() ").split())
         raise ValueError(f"--hardware {name}: {reason}: write it as plan/machines.toml") from error
-    return found
+    return machine

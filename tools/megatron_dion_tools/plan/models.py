@@ -76,9 +76,9 @@ class GptShape:
         size, layers = pipeline_parallel_size, self.layers
         ends = int(layers % size > 0 and (layers + 2) % size == 0)
         check_divides("--pp", size, layers + 2 * ends, f"the model's {layers} layers")
-        share = (layers + 2 * ends) // size
-        start = stage * share - ends
-        return range(max(start, 0), min(start + share, layers))
+        per_stage = (layers + 2 * ends) // size
+        start = stage * per_stage - ends
+        return range(max(start, 0), min(start + per_stage, layers))
 
     def weights(self, layers: Iterable[int], tensor_parallel_size: int = 1) -> list[Weight]:
         """Dion's weights in some layers, in the order in which Megatron makes them.
@@ -115,8 +115,8 @@ class GptShape:
         yield self._row_parallel(f"{name}.self_attention.linear_proj", attention, size)
         yield self._column_parallel(f"{name}.self_attention.linear_qkv", rows, size, qkv)
         # A rank's rows of gate and up projection alternate.
-        share = self.ffn // size
-        parts = (Part("gate", share), Part("up", share)) if self.gated else ()
+        rows = self.ffn // size
+        parts = (Part("gate", rows), Part("up", rows)) if self.gated else ()
         rows = 2 * self.ffn if self.gated else self.ffn
         yield self._column_parallel(f"{name}.mlp.linear_fc1", rows, size, parts)
         yield self._row_parallel(f"{name}.mlp.linear_fc2", self.ffn, size)

@@ -103,30 +103,30 @@ def predict(run: Run, machine: Hardware) -> Prediction:
 
 
 def search(run: Run, ranks: int, machine: Hardware, limit: float) -> list[Prediction]:
-    """Try all `topologies` of a number of ranks, with Megatron's default buckets and with one.
+    """Try all `topologies` of a number of ranks, with default buckets and with one.
 
     Returns those that need at most `limit` bytes of a device's memory, the fastest first. Topology
     and buckets of `run` do not count.
     """
-    found = []
+    predictions = []
     for topology in topologies(run.shape, ranks, machine.ranks_per_node):
         for bucket_size in (None, 0):
             try:
                 other = replace(run, topology=topology, bucket_size=bucket_size)
-                found.append(predict(other, machine))
+                predictions.append(predict(other, machine))
             except ValueError:  # Megatron cannot divide the model so
                 break
-    fitting = (one for one in found if one.bytes_needed <= limit)
+    fitting = (one for one in predictions if one.bytes_needed <= limit)
     return sorted(fitting, key=lambda one: one.seconds)
 
 
 def _distinct_stages(run: Run) -> Iterable[Stage]:
     """The first stage, the last one, and of others one for each number of layers."""
-    found: dict[object, Stage] = {}
+    stages: dict[object, Stage] = {}
     for index in range(run.topology.pp):
         stage = Stage(run, index)
-        found.setdefault((len(stage.layers), stage.is_first, stage.is_last), stage)
-    return found.values()
+        stages.setdefault((len(stage.layers), stage.is_first, stage.is_last), stage)
+    return stages.values()
 
 
 def _computing(stage: Stage, update: Update, machine: Hardware) -> dict[str, float]:

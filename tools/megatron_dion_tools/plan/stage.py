@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_dion.algorithm.config import DionConfig
-from megatron_dion.sharding.layout import Placement
+from megatron_dion.sharding.layout import Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Weight
 from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.topology import Topology
@@ -50,8 +50,8 @@ class Run:
         shape: the model.
         topology: the ranks.
         optimizer: of the matrices.
-        bucket_size: elements of a bucket, None for Megatron's default (`default_bucket_size`), 0
-            for one bucket per stage, as without `--overlap-grad-reduce`.
+        bucket_size: elements of a bucket, None for what a run takes by itself, 0 for one bucket
+            per stage, as without `--overlap-grad-reduce`.
         weight_bytes: of a number of the model's weights: 2 for bf16, 4 for fp32.
         micro_batch: sequences.
         global_batch: sequences of a step over all ranks.
@@ -71,12 +71,12 @@ class Run:
     recompute: str = "selective"
 
     def __post_init__(self) -> None:
-        share = self.micro_batch * self.topology.dp
-        if self.global_batch % share:
+        samples = self.micro_batch * self.topology.dp
+        if self.global_batch % samples:
             raise ValueError(
                 f"--global-batch-size {self.global_batch} is no multiple of --micro-batch-size"
                 f" {self.micro_batch} x --dp {self.topology.dp}:"
-                f" take {-(-self.global_batch // share) * share}, or another --dp"
+                f" take {-(-self.global_batch // samples) * samples}, or another --dp"
             )
 
     @property
@@ -94,7 +94,7 @@ class Stage:
         matrices: their elements.
         others: elements of all other parameters.
         group: the data-parallel ranks.
-        bucket_size: elements at which a bucket of this stage is full, None for one bucket.
+        bucket_size: elements at which a bucket of matrices is full, None for one bucket.
 
     Raises:
         ValueError: Megatron could not divide the model in this way.
@@ -115,6 +115,8 @@ class Stage:
         self.others = shape.other_elements(self.layers, topology.tp)
         self.group = topology.group("data")
         self.bucket_size = default_bucket_size(topology.replicated, index)
+        if self.bucket_size and run.optimizer.kind == "dion":
+            self.bucket_size = dion_bucket_size(self.matrices, self.bucket_size)
         if run.bucket_size is not None and self.is_first:
             self.bucket_size = run.bucket_size or None
 
@@ -130,7 +132,7 @@ def numel_of(weight: Weight) -> int:
 
 
 def default_bucket_size(data_parallel_size: int, pipeline_stage: int = 0) -> int | None:
-    """The bucket size, in elements, of a run with `--overlap-grad-reduce` and no size of its own.
+    """Megatron's bucket size, in elements, with `--overlap-grad-reduce` and no size of its own.
 
     Without that flag Megatron makes one bucket (None), and in any case in pipeline stages after
     the first (MC/distributed/distributed_data_parallel.py:68, :105). The data-parallel size is that

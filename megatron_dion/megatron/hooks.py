@@ -1,4 +1,4 @@
-"""What a training with megatron.training gets from this project, whoever wrote the script."""
+"""Puts Dion into a training with megatron.training, by hooks around the functions of a run."""
 
 import argparse
 import inspect
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args
+from torch.nn import Parameter
 
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
 from megatron_dion.megatron.errors import in_one_line, refuse, say
 from megatron_dion.megatron.flags import (
-    DionOptions,
     ParserHook,
     dion_options,
     extend_parser,
@@ -25,15 +25,18 @@ from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
 from megatron_dion.megatron.run_directory import replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
-from megatron_dion.optimizer.routing import tag_matrices
+from megatron_dion.optimizer.options import DionOptions
+from megatron_dion.optimizer.routing import tag_matrices, weight_of
 from megatron_dion.platforms import describe_single_process
+from megatron_dion.sharding.layout import dion_bucket_size
 
 
-class Join:
-    """The join of a process with megatron.training, which must have been prepared for the device.
+class TrainingHooks:
+    """Hooks around the functions of megatron.training that a script calls, in the order of a run.
 
-    If the script is not ours, it may read its data in another way, and runs that have nothing to do
-    with Dion are left to Megatron but for the flags.
+    The process must have been prepared for the device. If the script is not ours, the script may
+    read its data in another way, and runs that have nothing to do with Dion are left to Megatron
+    but for the flags.
     """
 
     def __init__(self, device: str, script_is_ours: bool) -> None:
@@ -51,9 +54,11 @@ class Join:
         patches.wrap("validate_args", self._validate)
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
+        patches.wrap("_compute_per_buffer_param_layout", self._lay_out)
         patches.use_packaged_dataset_helpers()
 
-    def _cares_for(self, args: argparse.Namespace) -> bool:
+    def _manages(self, args: argparse.Namespace) -> bool:
+        """Whether a run gets more of this project than its flags."""
         return self._script_is_ours or args.optimizer == "dion" or args.switch_optimizer
 
     def _parse(
@@ -74,8 +79,8 @@ class Join:
         return args
 
     def _choose_checkpoint(self, args: argparse.Namespace) -> None:
-        """Once for each namespace, which it changes; a script may have changed it as well."""
-        if self._cares_for(args) and self._args_of_choice is not args:
+        """Chooses once for each namespace, which the choice changes; a script may make another."""
+        if self._manages(args) and self._args_of_choice is not args:
             self._args_of_choice = args
             validation.check_checkpoint_flags(args)
             self._choice = checkpoints.choose(args)
@@ -94,12 +99,15 @@ class Join:
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
         self._choose_checkpoint(args)
-        cares = self._cares_for(args)
-        checks = validation.OF_ALL_SCRIPTS if cares else validation.OF_OUR_FLAGS
+        self._options = dion_options(args)
+        validation.check_dion_flags(args, self._options)
+        is_managed = self._manages(args)
+        checks = validation.OF_ALL_SCRIPTS if is_managed else validation.OF_OUR_FLAGS
         for check in (*checks, *(validation.OF_DATA if self._script_is_ours else ())):
             check(args)
-        self._options = dion_options(args)
-        return validate_as_megatron(args, lambda: stock(args, {})) if cares else stock(args, {})
+        if is_managed:
+            return validate_as_megatron(args, lambda: stock(args, {}))
+        return stock(args, {})
 
     def _pretrain(self, stock: Stock, config: Any, *others: Any, **options: Any) -> Any:
         """As megatron.training.pretrain."""
@@ -116,8 +124,8 @@ class Join:
                 call.arguments["model_provider"] = wraps(provider)(
                     lambda *args, **options: self._tag([provider(*args, **options)])[0]
                 )
-        if self._cares_for(args):
-            checkpoints.use(self._choice, args)
+        if self._manages(args):
+            checkpoints.use(self._choice, args, self._options)
         record = None
         # The last rank is on the last pipeline stage, with the loss.
         if args.run_dir is not None and args.rank == args.world_size - 1:
@@ -127,7 +135,7 @@ class Join:
         return stock(*call.args, **call.kwargs)
 
     def _begin_folders(self, args: argparse.Namespace) -> None:
-        """Not when the first checkpoint is due: that would cost the training before it."""
+        """Makes the folders before the training, not when the first checkpoint is due."""
         for flag, folder in (("--save", args.save), ("--run-dir", args.run_dir)):
             is_ours = flag == "--run-dir" or not args.enable_msc
             if folder is None or not is_ours or args.rank not in (0, args.world_size - 1):
@@ -146,28 +154,27 @@ class Join:
         with in_one_line("the model does not fit --dion-split, --dion-include"):
             return tag_matrices(model_chunks, self._options.rules)
 
+    def _lay_out(self, stock: Stock, params: list[Parameter], size: int | None, *rest: Any) -> Any:
+        """As DistributedOptimizer's; buckets of matrices have our size if the user gives none."""
+        args = get_args() if size and weight_of(params[0]) else None
+        if size and args and not (args.ddp_bucket_size or args.ddp_num_buckets):
+            size = dion_bucket_size(sum(parameter.numel() for parameter in params), size)
+            say(f"gradients of Dion's matrices: --ddp-bucket-size {size}, which cuts few of them")
+        return stock(params, size, *rest)
+
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
-        args, options = get_args(), self._options
-        if self._cares_for(args):
+        args = get_args()
+        if self._manages(args):
             checkpoints.check_that_ranks_agree(self._choice)
         if config.optimizer != "dion":
             return stock(config, model_chunks, **others)
         others.pop("dump_param_to_param_group_map", None)  # which is refused
         with in_one_line("Dion refuses this run"):
-            optimizer = get_megatron_dion_optimizer(
-                config,
-                model_chunks,
-                options.config,
-                scalar_optimizer=options.scalar_optimizer,
-                scalar_lr_mult=options.scalar_lr_mult,
-                compressed_sync=options.compressed_sync,
-                recenter_interval=options.recenter_interval,
-                **others,
-            )
+            optimizer = get_megatron_dion_optimizer(config, model_chunks, self._options, **others)
         table = optimizer.routing_table
         with in_one_line("--dion-include, --dion-exclude"):
-            options.rules.check_patterns(route.parameter for route in table.routes)
+            self._options.rules.check_patterns(route.parameter for route in table.routes)
         if args.rank == 0:
             say(table.summary())
             if args.run_dir is not None:
@@ -178,7 +185,7 @@ class Join:
 def validate_as_megatron(
     args: argparse.Namespace, validate: Callable[[], argparse.Namespace]
 ) -> argparse.Namespace:
-    """Megatron's validation of a run that we care for, with its objections in one line."""
+    """Megatron's validation of a run, with its objections in one line."""
     with in_one_line("megatron refuses these arguments"):
         args = validate()
     if args.optimizer == "dion":
