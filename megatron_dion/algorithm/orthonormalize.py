@@ -6,6 +6,7 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ NOISE = 1e-6
 """A column of P is rounding noise if its part orthogonal to the columns before it is shorter than
 this fraction of the longest column."""
 
-_UNIT_ROUNDOFF = 2.0**-24
+_SHIFT = 6 * 2.0**-24
+"""Six roundings of a float32."""
 _LEAST_BLOCK = 64
 _LEAST_GPU_BLOCK = 256
 _GPU_BLOCKS = 4
@@ -61,21 +63,24 @@ def orthonormalize(batches: Sequence[Tensor], reduce: Reduce) -> None:
     _multiply(groups, grams)
     reduce(packed, ReduceOp.SUM)
     for group, gram in zip(groups, grams, strict=True):
-        squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
-        lengths = squares + (squares == 0)
-        diagonal = _divide(group, gram, _shift(gram, lengths) * lengths)
-        noises.append(NOISE**2 * squares.amax(dim=1, keepdim=True) / diagonal.square())
+        # A column shorter than 1e-10 of the longest is noise, whatever its length becomes.
+        scales = gram.diagonal(dim1=1, dim2=2).clamp(min=1e-20).rsqrt_()  # (batch, r)
+        gram *= scales.unsqueeze(1) * scales.unsqueeze(2)
+        for p, scale in _by_batch(group, scales):
+            p *= scale.unsqueeze(1)  # columns of length one
+        diagonal = _divide(group, gram, _shift(gram))
+        relative = scales / scales.amin(dim=1, keepdim=True)  # the longest column by each
+        noises.append((relative / diagonal).square_().mul_(NOISE**2))
     _multiply(groups, grams)
     reduce(packed, ReduceOp.SUM)
     for group, gram, noise in zip(groups, grams, noises, strict=True):
         shift = _shift(gram)
         diagonal = _divide(group, gram, shift)
-        squares = diagonal.square() - shift  # of the residuals
-        is_independent = squares > torch.maximum(15 * shift, noise)
-        lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
-        factors = (lengthened * is_independent).unsqueeze(1)
-        for p, factor in _by_batch(group, factors):
-            p *= factor
+        squares = diagonal.square().sub_(shift, alpha=_SHIFT)  # of the residuals
+        is_dependent = squares <= torch.maximum(15 * _SHIFT * shift, noise)
+        lengthened = diagonal / squares.sqrt_()  # by what the shift took
+        for p, factor in _by_batch(group, lengthened.masked_fill_(is_dependent, 0)):
+            p *= factor.unsqueeze(1)
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
@@ -91,10 +96,13 @@ def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
     Squares that underflow then belong to columns that are noise.
     """
     packed = torch.cat(
-        [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
+        [
+            torch.linalg.vector_norm(p, math.inf, (1, 2)) if p.numel() else p.new_zeros(len(p))
+            for p in batches
+        ]
     )
     reduce(packed, ReduceOp.MAX)
-    scales = (packed + (packed == 0)).split([len(p) for p in batches])
+    scales = packed.clamp_(min=torch.finfo(torch.float32).tiny).split([len(p) for p in batches])
     for p, scale in zip(batches, scales, strict=True):
         p /= scale.view(-1, 1, 1)
 
@@ -130,71 +138,54 @@ def _multiply(groups: Sequence[Sequence[Tensor]], grams: Sequence[Tensor]) -> No
                 block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
-def _shift(gram: Tensor, squares: Tensor | None = None) -> Tensor:
-    """The shift (batch, 1) of Gram matrices of columns of unit length: above their rounding.
+def _shift(gram: Tensor) -> Tensor:
+    """The shift (batch, 1) over `_SHIFT`: above the rounding of G of columns of unit length.
 
     The rounding grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal
-    columns and r for parallel ones.
-
-    Args:
-        gram: (batch, r, r), zero below the blocks of `_multiply`.
-        squares: (batch, r), by which the squared lengths of columns are divided; ones by default.
+    columns and r for parallel ones. G (batch, r, r) is zero below the blocks of `_multiply`.
     """
-    r = gram.shape[1]
-    # What a CPU squares at a time fits in its cache.
-    blocks = _blocks(r, are_small=True) if is_cpu(gram) else [(0, r)]
-    if squares is None:
-        norms = [torch.linalg.vector_norm(gram[:, i:j, i:], dim=(1, 2)) for i, j in blocks]
-    else:
-        weights = squares.reciprocal().unsqueeze(2)  # (batch, r, 1)
-        norms = [
-            (weights[:, i:j].mT @ (gram[:, i:j, i:].square() @ weights[:, i:])).view(-1).sqrt_()
-            for i, j in blocks
-        ]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    return norm.mul_(6 * _UNIT_ROUNDOFF).add_(16 * _UNIT_ROUNDOFF).unsqueeze(1)
+    return torch.linalg.vector_norm(gram, dim=(1, 2)).add_(8 / 3).unsqueeze(1)
 
 
-def _divide(group: Sequence[Tensor], gram: Tensor, shifts: Tensor) -> Tensor:
+def _divide(group: Sequence[Tensor], gram: Tensor, shift: Tensor) -> Tensor:
     """P = P U^-1, in place, with the Cholesky factor U of the shifted G.
-
-    The factorization and the division take turns, for one half of the columns and then for the
-    other. (torch's factorization of a large matrix takes longer on a CPU than the products with P.)
 
     Args:
         group: the P, each (batch, rows, r).
         gram: G, of which the upper triangle is overwritten, (batch, r, r).
-        shifts: what is added to the diagonal of G, (batch, r) or (batch, 1).
+        shift: what `_shift` returned.
 
     Returns:
         The diagonal of U, (batch, r).
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += shifts
-    _divide_columns(group, gram, 0, gram.shape[1])
-    return diagonal
+    gram.diagonal(dim1=1, dim2=2).add_(shift, alpha=_SHIFT)
+    diagonals = _divide_columns(group, gram, 0, gram.shape[1])
+    return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=1)
 
 
-def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> None:
+def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> list[Tensor]:
     """Computes rows start:stop of U and columns start:stop of P U^-1, both in place.
 
-    The contributions of the columns before `start` have been subtracted.
+    The contributions of the columns before `start` have been subtracted. On a CPU, on which torch's
+    factorization of a large matrix takes longer than the products with P, the factorization and the
+    division take turns, for one half of the columns and then for the other.
+
+    Returns:
+        The diagonal of U in these rows, in parts (batch, size).
     """
     size = stop - start
     if size > _LEAST_BLOCK and is_cpu(gram):
         middle = start + size // 2
-        _divide_columns(group, gram, start, middle)
+        first = _divide_columns(group, gram, start, middle)
         upper = gram[:, start:middle, middle:]
         gram[:, middle:stop, middle:].baddbmm_(upper[:, :, : stop - middle].mT, upper, alpha=-1)
         for p, part in _by_batch(group, upper[:, :, : stop - middle]):
             p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], part, alpha=-1)
-        _divide_columns(group, gram, middle, stop)
-        return
+        return first + _divide_columns(group, gram, middle, stop)
     rows = gram[:, start:stop, start:]
     upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
     identity = torch.eye(size, device=gram.device)
     inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    rows.diagonal(dim1=1, dim2=2).copy_(upper.diagonal(dim1=1, dim2=2))
     if stop < gram.shape[1]:
         rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
     for p, part in _by_batch(group, inverse):
@@ -203,6 +194,7 @@ def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int
         for i, j in _blocks(size, is_cpu(p)):
             torch.bmm(columns[:, :, :j], part[:, :j, i:j], out=product[:, :, i:j])
         columns.copy_(product)
+    return [upper.diagonal(dim1=1, dim2=2)]
 
 
 def _blocks(rank: int, are_small: bool) -> list[tuple[int, int]]:

@@ -25,8 +25,8 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +43,16 @@ So short a row may be rounding noise. With products in float32, rounding changes
 1e-6 ||B_i||^2; the relative error of s_i is then at most about 1e-6 / FLOOR^2 = 1e-3. With products
 in TF32 it is 5e-4 in place of 1e-6. docs/residual.md says how far noise moves a row."""
 
-Batches = Sequence[tuple[list[int], Tensor]]
-"""What lies at equal distances in memory: its numbers in a list, and all of it as one tensor."""
 
-_BATCH_NUMBERS = 1 << 23
-"""Numbers from which on a batch is complete, 32 MiB."""
+class Batch(NamedTuple):
+    """What lies at equal distances in memory."""
+
+    members: list[int]  # n of them, by their numbers in a list
+    tensors: list[Tensor]  # all of it, (n, *shape) each
+
+
+_BATCH_NUMBERS = 1 << 24
+"""Numbers from which on a batch is complete, 64 MiB."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -55,13 +60,14 @@ IN_FLIGHT = 2
 
 @dataclass
 class Block:
-    """The tensors of one or more rectangles of a matrix, all of them views.
+    """The tensors of k rectangles of equal shape at equal distances in memory, all of them views.
 
-    A fused weight interleaves the rows of its matrices, so a block is k rectangles at equal
-    distances in memory. They have the same columns; "rows" are those of one of them.
+    They are the rectangles of one matrix, whose rows a fused weight interleaves with those of
+    others, or one of each of several matrices, such as gate and up projection. They have the same
+    columns; "rows" are those of one of them. c is 1 for one matrix, else k.
     """
 
-    matrix: int  # index of its matrix
+    matrices: tuple[int, ...]  # indices of its c matrices
     parameter: Tensor  # the one of the optimizer's `param_groups` of which the weight is a part
     weight: Tensor  # (k, rows, columns) of the master weight, float32
     total: Tensor  # (k, rows, columns) float32, holds B = M + G when a step begins
@@ -69,7 +75,7 @@ class Block:
     right_factor: Tensor  # (k, rows, r) float32, Q while P is computed; perhaps in `projection`
     stored_right: Tensor  # (k, rows, stored columns), Q between steps; may be `right_factor`
     stored_columns: slice  # which columns of Q these are
-    left_factor: Tensor  # (columns, r), the rows of P of its columns; blocks share overlaps
+    left_factor: Tensor  # (c, columns, r), the rows of P of its columns; blocks share overlaps
     projection: Tensor  # (k, rows, r), the rows of R
     row_squares: Tensor  # (k, rows) float64, for ||B_i||^2 of whole rows; (k, 0) without residual
     scale: float  # factor on the learning rate
@@ -159,7 +165,7 @@ def _project_left(blocks: Sequence[Block], config: DionConfig) -> None:
         for block in blocks:
             total = block.multiplied_rows(block.total)
             right = block.multiplied_rows(block.right_factor)
-            block.left_factor.addbmm_(total.mT, right)  # (columns, r), the sum over k in it
+            _add_products(block.left_factor, total.mT, right)
 
 
 def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
@@ -169,7 +175,17 @@ def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
             if projection is not block.projection:
                 block.projection.zero_()
             total = block.multiplied_rows(block.total)
-            torch.bmm(total, _repeated(block.left_factor, len(total)), out=projection)
+            torch.bmm(total, block.left_factor.expand(len(total), -1, -1), out=projection)
+
+
+def _add_products(left: Tensor, total: Tensor, right: Tensor) -> None:
+    """Adds total (k, columns, rows) times right (k, rows, r) to left: to one, or to each of k."""
+    if len(left) == len(total):
+        left.baddbmm_(total, right)
+    elif is_cpu(total):
+        left[0].addbmm_(total, right)
+    else:
+        left[0].addmm_(total.mT.flatten(0, 1).T, right.flatten(0, 1))
 
 
 def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> None:
@@ -180,9 +196,12 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     """
     counted = [block for block in blocks if block.counted.stop > block.counted.start]
     squares: dict[int, Tensor] = {}  # by matrix
-    for members, rows in _batches([_narrow(b.projection, b.counted, dim=1) for b in counted]):
-        sums = rows.double().square_().sum(dim=(1, 2))  # (n, r)
-        for matrix, square in zip((counted[i].matrix for i in members), sums, strict=True):
+    rows_of = [(_narrow(block.projection, block.counted, dim=1),) for block in counted]
+    for members, (rows,) in _batches(rows_of, [_kind(block) for block in counted]):
+        is_one = len(counted[members[0]].matrices) == 1
+        sums = rows.double().square_().sum(dim=(1, 2) if is_one else 2)  # (n, c r)
+        matrices = [k for i in members for k in counted[i].matrices]
+        for matrix, square in zip(matrices, sums.view(-1, rows.shape[3]), strict=True):
             squares[matrix] = squares[matrix] + square if matrix in squares else square
     copy_all([exchange.column_squares[k] for k in squares], list(squares.values()))
     totals = [block.multiplied_rows(block.total) for block in blocks]
@@ -192,8 +211,11 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
         torch._foreach_mul_(row_squares, row_squares)
     if is_measured:
         for block, total in zip(blocks, totals, strict=True):
-            norm = torch.linalg.vector_norm(total, dtype=torch.float64)
-            exchange.totals[block.matrix] += norm.square()
+            by_matrix = total.flatten(0, 1) if len(block.matrices) == 1 else total
+            parts = by_matrix.view(len(block.matrices), -1, total.shape[2])
+            norms = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.float64)
+            for matrix, norm in zip(block.matrices, norms, strict=True):
+                exchange.totals[matrix] += norm.square()
 
 
 def _update(
@@ -208,18 +230,20 @@ def _update(
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
-    lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    batches = _batches(projections)
-    members = [i for each, _ in batches for i in each]
-    norms = torch.cat([exchange.column_squares[blocks[i].matrix] for i in members]).sqrt_()
-    sizes = [(len(batch), 1, 1, batch.shape[3]) for _, batch in batches]
+    lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (c, columns, r)
+    rows = [(right, b.stored_right) for right, b in zip(projections, blocks, strict=True)]
+    batches = _batches(rows, [_kind(block) for block in blocks])
+    order = [i for members, _ in batches for i in members]
+    norms = torch.cat([exchange.column_squares[k] for i in order for k in blocks[i].matrices])
+    norms.sqrt_()
+    sizes = [(len(m), len(blocks[m[0]].matrices), 1, batch.shape[3]) for m, (batch, _) in batches]
     factors = views_in((norms + config.eps).reciprocal_().float(), sizes)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
     is_new = views_in(norms > 0, sizes)
     row_scales = _row_scales(blocks, batches, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
-        for index, (members, batch) in enumerate(batches):  # (n, k, rows, r)
-            outers = [_repeated(lefts[i].T, batch.shape[1]) for i in members]
+        for index, (members, (batch, stored)) in enumerate(batches):  # (n, k, rows, r)
+            outers = [lefts[i].mT.expand(batch.shape[1], -1, -1) for i in members]
             if row_scales is None:
                 for i, projection, outer in zip(members, batch, outers, strict=True):
                     blocks[i].total.baddbmm_(projection, outer, alpha=config.momentum - 1)
@@ -234,17 +258,21 @@ def _update(
                 block.weight.baddbmm_(directions[n], outer, beta=1 - decay, alpha=-length)
                 if row_scales is not None:
                     block.weight.addcmul_(block.total, scales[n], value=-length)
-                    block.total *= config.momentum
-                stored, part = block.stored_right, block.stored_columns
-                right = rights[n, ..., part].to(stored.dtype)
-                torch.where(is_new[index][n, ..., part], right, stored, out=stored)
+            part = blocks[members[0]].stored_columns
+            right = rights[..., part].to(stored.dtype)
+            torch.where(is_new[index][..., part], right, stored, out=stored)
+    if exchange.has_residual:
+        rectangles = [rectangle for block in blocks for rectangle in block.total]
+        torch._foreach_mul_(rectangles, config.momentum)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
 
-def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -> list[Tensor]:
+def _row_scales(
+    blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig
+) -> list[Tensor]:
     """The diagonals of S, (n, k, rows, 1), from whole rows of R, (n, k, rows, r), by batch."""
-    norms = [torch.linalg.vector_norm(rows, dim=3) for _, rows in batches]  # (n, k, rows)
+    norms = [torch.linalg.vector_norm(rows, dim=3) for _, (rows, _) in batches]  # (n, k, rows)
     captured = torch.cat([norm.view(-1) for norm in norms]).double().square_()
     squares = torch.cat([blocks[i].row_squares.reshape(-1) for each, _ in batches for i in each])
     residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
@@ -259,32 +287,45 @@ def _row_scales(blocks: Sequence[Block], batches: Batches, config: DionConfig) -
     return scales
 
 
-def _batches(tensors: Sequence[Tensor]) -> Batches:
-    """Which tensors are of one shape and at equal distances, and these as one, (n, *shape).
+def _kind(block: Block) -> tuple[int, int]:
+    """The same for the blocks that layers have at the same place of a weight."""
+    place = block.weight.storage_offset() - block.parameter.storage_offset()
+    return len(block.matrices), int(place)
+
+
+def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:
+    """Makes one tensor (n, *shape) of those of one kind and shape at equal distances in memory.
 
     On a CPU each is alone: it is still in the cache when it is used again.
+
+    Args:
+        rows: the tensors of each block; in a batch each of them is at equal distances.
+        kinds: of each block.
     """
-    offsets = [int(tensor.storage_offset()) for tensor in tensors]
+    offsets = [[int(tensor.storage_offset()) for tensor in each] for each in rows]
     runs: dict[Any, list[list[int]]] = {}
-    for i in sorted(range(len(tensors)), key=lambda i: offsets[i]):
-        tensor = tensors[i]
-        alike = tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride()
-        run = runs.setdefault(i if is_cpu(tensor) else alike, [[]])
-        last = [offsets[k] for k in (*run[-1][:2], *run[-1][-1:], i)]
-        is_even = len(run[-1]) < 2 or last[1] - last[0] == last[3] - last[2]
-        if is_even and len(run[-1]) * tensor.numel() < _BATCH_NUMBERS:
+    for i in sorted(range(len(rows)), key=lambda i: offsets[i]):
+        alike = [(t.untyped_storage().data_ptr(), t.shape, t.stride()) for t in rows[i]]
+        run = runs.setdefault(i if is_cpu(rows[i][0]) else (kinds[i], *alike), [[]])
+        distances = [
+            [after - before for before, after in zip(offsets[x], offsets[y], strict=True)]
+            for x, y in pairwise([*run[-1][:2], *run[-1][-1:], i])
+        ]
+        is_even = len(run[-1]) < 2 or distances[0] == distances[-1]
+        if is_even and len(run[-1]) * rows[i][0].numel() < _BATCH_NUMBERS:
             run[-1].append(i)
         else:
             run.append([i])
-    batches = []
-    for each in (each for run in runs.values() for each in run):
-        first, second = tensors[each[0]], each[1] if len(each) > 1 else each[0]
-        size, stride = (
-            (len(each), *first.shape),
-            (offsets[second] - offsets[each[0]], *first.stride()),
-        )
-        batches.append((each, first.as_strided(size, stride)))
-    return batches
+    members = [each for run in runs.values() for each in run]
+    return [Batch(each, _joined([rows[i] for i in each])) for each in members]
+
+
+def _joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    joined = []
+    for first, *_, last in ((*tensors, tensors[-1]) for tensors in zip(*rows, strict=True)):
+        distance = (last.storage_offset() - first.storage_offset()) // max(1, len(rows) - 1)
+        joined.append(first.as_strided((len(rows), *first.shape), (distance, *first.stride())))
+    return joined
 
 
 def views_in(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -302,12 +343,6 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def _clone_if(condition: bool, tensor: Tensor) -> Tensor:
     return tensor.clone() if condition else tensor
-
-
-def _repeated(factor: Tensor, count: int) -> Tensor:
-    """A view (count, ...) of the same factor for each of several rectangles."""
-    # For one rectangle, `expand` would cost another view.
-    return factor.unsqueeze(0) if count == 1 else factor.expand(count, -1, -1)
 
 
 def _narrow(tensor: Tensor, part: slice, dim: int) -> Tensor:

@@ -171,7 +171,8 @@ class Dion(torch.optim.Optimizer):
         with exchange.allocated():
             yield from dion_step(blocks, exchange, self.config, lrs, decays, self._is_measured)
             if self._is_measured:
-                of_matrices = {b.matrix: (b, lr) for b, lr in zip(blocks, lrs, strict=True)}
+                pairs = zip(blocks, lrs, strict=True)
+                of_matrices = {k: (block, lr) for block, lr in pairs for k in block.matrices}
                 matrices = binding.layout.matrices
                 self._diagnostics += [
                     self._diagnose(k, matrices[k], exchange, lr * block.scale)
