@@ -51,6 +51,7 @@ class Counts:
         copies: where memory of the host is copied to the device.
         host_tensors: where an operator gets a tensor of the host, or makes one.
         peak: bytes of temporaries that live at a time; buffers of the exchange are not counted.
+        planned: what the exchange says of these bytes.
         lines: launches by line of the package.
     """
 
@@ -59,6 +60,7 @@ class Counts:
     copies: list[str] = field(default_factory=list)
     host_tensors: list[str] = field(default_factory=list)
     peak: int = 0
+    planned: int = 0
     lines: Counter[str] = field(default_factory=Counter)
 
 
@@ -168,12 +170,17 @@ class Group:
         return self._rank
 
 
+def _nothing(*_: Any, **__: Any) -> mock.Mock:
+    """A collective that is done; unlike a mock, it keeps no tensor alive."""
+    return mock.Mock()
+
+
 @contextmanager
 def _silent_collectives() -> Iterator[None]:
     names = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patches = [mock.patch.object(dist, name, return_value=mock.Mock()) for name in names]
+        patches = [mock.patch.object(dist, name, _nothing) for name in names]
         patches.append(mock.patch.object(torch.UntypedStorage, "data_ptr", return_value=0))
         for patch in patches:
             patch.start()
@@ -221,7 +228,7 @@ def count_step(build: Callable[[], Dion]) -> Counts:
     counts = Counts()
     with FakeTensorMode(), _silent_collectives(), torch.no_grad():
         dion = build()
-        dion.bind()
+        counts.planned = max(each.exchange.temporary_bytes for each in dion.bind().sets)
         with _Counting(counts):
             dion.step()
     return counts

@@ -90,6 +90,14 @@ def orthonormalize_flops(rows: int, rank: int) -> int:
     return int(2 * (2 * 2 * rows * rank**2 * fraction + rank**3 / 3))
 
 
+def orthonormalize_bytes(batches: Sequence[Tensor]) -> int:
+    """Bytes that `orthonormalize` takes beside P: all Gram matrices, and what divides a group."""
+    groups = _groups(batches)
+    grams = [4 * sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
+    products = [4 * max(p.numel() for p in group) for group in groups]
+    return sum(grams) + max((3 * g + p for g, p in zip(grams, products, strict=True)), default=0)
+
+
 def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
     """Makes the largest entry of every P one, so that no square overflows.
 
@@ -189,12 +197,16 @@ def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int
     if stop < gram.shape[1]:
         rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
     for p, part in _by_batch(group, inverse):
-        columns = p[:, :, start:stop]
-        product = torch.empty_like(columns)
-        for i, j in _blocks(size, is_cpu(p)):
-            torch.bmm(columns[:, :, :j], part[:, :j, i:j], out=product[:, :, i:j])
-        columns.copy_(product)
+        p[:, :, start:stop] = _by_triangle(p[:, :, start:stop], part)
     return [upper.diagonal(dim1=1, dim2=2)]
+
+
+def _by_triangle(columns: Tensor, triangle: Tensor) -> Tensor:
+    """The product of (batch, rows, size) with an upper triangle (batch, size, size)."""
+    product = torch.empty_like(columns)
+    for i, j in _blocks(columns.shape[2], is_cpu(columns)):
+        torch.bmm(columns[:, :, :j], triangle[:, :j, i:j], out=product[:, :, i:j])
+    return product
 
 
 def _blocks(rank: int, are_small: bool) -> list[tuple[int, int]]:

@@ -51,8 +51,8 @@ class Batch(NamedTuple):
     tensors: list[Tensor]  # all of it, (n, *shape) each
 
 
-_BATCH_NUMBERS = 1 << 24
-"""Numbers from which on a batch is complete, 64 MiB."""
+_BATCH_NUMBERS = 1 << 25
+"""Numbers of a batch of several blocks, at most, 128 MiB."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -247,25 +247,46 @@ def _update(
             if row_scales is None:
                 for i, projection, outer in zip(members, batch, outers, strict=True):
                     blocks[i].total.baddbmm_(projection, outer, alpha=config.momentum - 1)
-                directions = rights = batch.mul_(factors[index])  # R becomes Q in its place
-            else:
-                scales = row_scales[index]  # S, (n, k, rows, 1)
-                rights = batch * factors[index]
-                directions = torch.addcmul(rights, batch, scales, value=-1)  # Q - S R
+            scales = row_scales[index] if row_scales else None
+            part = blocks[members[0]].stored_columns
+            directions = _store_right(batch, stored, part, factors[index], is_new[index], scales)
             for n, (i, outer) in enumerate(zip(members, outers, strict=True)):
                 block, lr = blocks[i], learning_rates[i]
                 length, decay = lr * block.scale, lr * weight_decays[i]
                 block.weight.baddbmm_(directions[n], outer, beta=1 - decay, alpha=-length)
-                if row_scales is not None:
+                if scales is not None:
                     block.weight.addcmul_(block.total, scales[n], value=-length)
-            part = blocks[members[0]].stored_columns
-            right = rights[..., part].to(stored.dtype)
-            torch.where(is_new[index][..., part], right, stored, out=stored)
     if exchange.has_residual:
         rectangles = [rectangle for block in blocks for rectangle in block.total]
         torch._foreach_mul_(rectangles, config.momentum)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
+
+
+def _store_right(
+    projection: Tensor,
+    stored: Tensor,
+    part: slice,
+    factors: Tensor,
+    is_new: Tensor,
+    row_scales: Tensor | None,
+) -> Tensor:
+    """Stores the columns `part` of the new Q; returns Q, or Q - S R, (n, k, rows, r).
+
+    Args:
+        projection: R, in whose place the result is computed, (n, k, rows, r).
+        stored: (n, k, rows, stored columns).
+        part: which columns of Q are stored.
+        factors: of the columns of R, which make Q of it, (n, c, 1, r).
+        is_new: whether a column of Q changes, (n, c, 1, r).
+        row_scales: S, (n, k, rows, 1), if weights move along the residual.
+    """
+    right = projection.mul_(factors) if row_scales is None else projection * factors
+    rounded = right[..., part].to(stored.dtype)
+    torch.where(is_new[..., part], rounded, stored, out=stored)
+    if row_scales is None:
+        return right
+    return torch.addcmul(right, projection, row_scales, value=-1, out=projection)
 
 
 def _row_scales(
@@ -293,6 +314,14 @@ def _kind(block: Block) -> tuple[int, int]:
     return len(block.matrices), int(place)
 
 
+def update_bytes(numbers: Sequence[int]) -> int:
+    """Bytes that `dion_step` takes for R of so many numbers by weight, beside the exchange's.
+
+    Column norms are taken of a float64 copy, a batch at a time.
+    """
+    return 8 * max(min(sum(numbers), _BATCH_NUMBERS), *numbers, 0)
+
+
 def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:
     """Makes one tensor (n, *shape) of those of one kind and shape at equal distances in memory.
 
@@ -312,7 +341,7 @@ def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[B
             for x, y in pairwise([*run[-1][:2], *run[-1][-1:], i])
         ]
         is_even = len(run[-1]) < 2 or distances[0] == distances[-1]
-        if is_even and len(run[-1]) * rows[i][0].numel() < _BATCH_NUMBERS:
+        if is_even and (len(run[-1]) + 1) * rows[i][0].numel() <= _BATCH_NUMBERS:
             run[-1].append(i)
         else:
             run.append([i])

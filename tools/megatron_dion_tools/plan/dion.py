@@ -95,14 +95,15 @@ def busiest_ranks(layout: Layout) -> list[Rank]:
 
 
 def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Counter[str]:
-    """What a rank sends and computes, and the bytes of its exchange buffers."""
+    """What a rank sends and computes, and the bytes that a step takes beside weights and state."""
     load: Counter[str] = Counter(exchange=0)
-    buffers = []
+    buffers, temporaries = [], [0]
     for placements, replicas in sets:
         plan = make_plan(layout, rank, placements)
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
         load.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
+        temporaries.append(exchange.temporary_bytes)
         for _, rectangle in plan.rectangles:
             products = 6 if exchange.has_residual else 8  # three, or four, with m n r each
             load["products"] += products * rectangle.numel * layout.matrices[rectangle.matrix].rank
@@ -111,5 +112,5 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
             load["factorizations"] += orthonormalize_flops(0, r)
             load["float32 products"] += orthonormalize_flops(tile.stop - tile.start, r)
             load["float32 products"] -= orthonormalize_flops(0, r)
-    load["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:])
+    load["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:]) + max(temporaries)
     return load
