@@ -223,6 +223,14 @@ def sharded(
     return build
 
 
+def count(run: Callable[[], object]) -> Counts:
+    """What is asked of a GPU in a call."""
+    counts = Counts()
+    with FakeTensorMode(), torch.no_grad(), _Counting(counts):
+        run()
+    return counts
+
+
 def count_step(build: Callable[[], Dion]) -> Counts:
     """A step of the optimizer that `build` makes."""
     counts = Counts()

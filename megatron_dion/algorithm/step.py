@@ -58,7 +58,7 @@ IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
 
 
-@dataclass
+@dataclass(repr=False)  # the memory of some tensors may be away
 class Block:
     """The tensors of k rectangles of equal shape at equal distances in memory, all of them views.
 

@@ -9,11 +9,12 @@ import torch
 
 from megatron_dion import Dion
 from megatron_dion.algorithm import step
+from megatron_dion.optimizer.norm_estimate import project
 from megatron_dion.sharding.layout import Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Part, Weight
 from megatron_dion_tools.plan import PRESETS, place
 from megatron_dion_tools.plan.stage import default_bucket_size
-from tests.fake_cuda import count_step, sharded, whole
+from tests.fake_cuda import count, count_step, sharded, whole
 
 
 def _plain(**options: Any) -> Callable[[], Dion]:
@@ -82,6 +83,12 @@ def test_a_step_does_not_wait_and_copies_nothing(
     assert (counts.copies, counts.host_tensors) == ([], [])
     assert counts.launches <= launches, counts.lines.most_common(20)
     assert counts.peak < 1.03 * counts.planned < 2 * counts.peak, (counts.peak, counts.planned)
+
+
+def test_the_norm_of_compressed_gradients_takes_two_calls_for_each() -> None:
+    counts = count(lambda: project([torch.empty(10**7, device="cuda") for _ in range(48)], 0, ""))
+    assert (counts.waits, counts.copies, counts.host_tensors) == ([], [], [])
+    assert counts.launches < 48 * 2 + 60, counts.lines.most_common(20)
 
 
 def _with_host_tensor(blocks: Any) -> None:
