@@ -6,7 +6,6 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,7 +64,7 @@ def orthonormalize(batches: Sequence[Tensor], reduce: Reduce) -> None:
     for group, gram in zip(groups, grams, strict=True):
         # A column shorter than 1e-10 of the longest is noise, whatever its length becomes.
         scales = gram.diagonal(dim1=1, dim2=2).clamp(min=1e-20).rsqrt_()  # (batch, r)
-        gram *= scales.unsqueeze(1) * scales.unsqueeze(2)
+        gram.mul_(scales.unsqueeze(1)).mul_(scales.unsqueeze(2))
         for p, scale in _by_batch(group, scales):
             p *= scale.unsqueeze(1)  # columns of length one
         diagonal = _divide(group, gram, _shift(gram))
@@ -104,10 +103,7 @@ def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
     Squares that underflow then belong to columns that are noise.
     """
     packed = torch.cat(
-        [
-            torch.linalg.vector_norm(p, math.inf, (1, 2)) if p.numel() else p.new_zeros(len(p))
-            for p in batches
-        ]
+        [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
     reduce(packed, ReduceOp.MAX)
     scales = packed.clamp_(min=torch.finfo(torch.float32).tiny).split([len(p) for p in batches])

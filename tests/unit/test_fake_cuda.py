@@ -56,20 +56,20 @@ CASES = {
 
 
 STEPS: list[tuple[str, int, dict[str, Any]]] = [
-    ("plain", 372, {}),
-    ("plain", 455, {"residual": "rows"}),
-    ("8B TP2 DP8", 494, {}),
-    ("8B TP2 DP8", 594, {"residual": "rows"}),
-    ("8B TP2 DP8, default buckets", 489, {}),
-    ("8B TP2 DP8, default buckets", 589, {"residual": "rows"}),
-    ("8B TP1 DP64", 183, {}),
-    ("8B TP1 DP64", 224, {"residual": "rows"}),
-    ("8B TP1 DP64", 186, {"momentum_dtype": "bf16"}),
-    ("8B TP1 DP64", 199, {"factor_dtype": "bf16", "comm_dtype": "bf16"}),
-    ("8B TP1 DP64", 180, {"exchange_sets": 1, "rank_multiple_of": 16}),
-    ("8B TP1 DP64", 189, {"exchange_sets": 4, "fp32_matmul_prec": "highest"}),
-    ("experts, DP8", 220, {}),
-    ("experts, DP8", 286, {"residual": "rows"}),
+    ("plain", 376, {}),
+    ("plain", 459, {"residual": "rows"}),
+    ("8B TP2 DP8", 500, {}),
+    ("8B TP2 DP8", 600, {"residual": "rows"}),
+    ("8B TP2 DP8, default buckets", 492, {}),
+    ("8B TP2 DP8, default buckets", 592, {"residual": "rows"}),
+    ("8B TP1 DP64", 185, {}),
+    ("8B TP1 DP64", 226, {"residual": "rows"}),
+    ("8B TP1 DP64", 188, {"momentum_dtype": "bf16"}),
+    ("8B TP1 DP64", 201, {"factor_dtype": "bf16", "comm_dtype": "bf16"}),
+    ("8B TP1 DP64", 182, {"exchange_sets": 1, "rank_multiple_of": 16}),
+    ("8B TP1 DP64", 193, {"exchange_sets": 4, "fp32_matmul_prec": "highest"}),
+    ("experts, DP8", 222, {}),
+    ("experts, DP8", 288, {"residual": "rows"}),
 ]
 
 
