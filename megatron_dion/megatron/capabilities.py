@@ -40,7 +40,7 @@ NEEDED = {
     "core/optimizer/optimizer.py": """
         prepare_grads() step_with_ready_grads() _unscale_main_grads_and_check_for_nan() found_inf
         _copy_model_grads_to_main_grads() get_\\w*grads_for_grad_norm() grad_stats_parallel_group
-        chained_optimizers load_state_dict() _step() _should_defer_mxfp8_param_sync()
+        get_grad_norm() chained_optimizers load_state_dict() _step() _should_defer_mxfp8_param_sync()
         sharded_state_dict(model_sharded_state_dict,is_loading)""",
     "core/process_groups_config.py": """
         setup_process_groups_for_optimizer(pg_collection,model_chunks,use_gloo_process_groups)
