@@ -40,8 +40,8 @@ NEEDED = {
     "core/optimizer/optimizer.py": """
         prepare_grads() step_with_ready_grads() _unscale_main_grads_and_check_for_nan() found_inf
         _copy_model_grads_to_main_grads() get_\\w*grads_for_grad_norm() grad_stats_parallel_group
-        get_grad_norm() chained_optimizers load_state_dict() _step() _should_defer_mxfp8_param_sync()
-        sharded_state_dict(model_sharded_state_dict,is_loading)""",
+        get_grad_norm() chained_optimizers load_state_dict() _step()
+        _should_defer_mxfp8_param_sync() sharded_state_dict(model_sharded_state_dict,is_loading)""",
     "core/process_groups_config.py": """
         setup_process_groups_for_optimizer(pg_collection,model_chunks,use_gloo_process_groups)
         inter_dist_opt_group intra_dist_opt_group intra_dp_cp_group intra_expt_dp_group
