@@ -1,16 +1,22 @@
-"""Reads a run directory."""
+"""Reads run directories."""
 
 import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dion.megatron.run_directory import Record, read_metrics
 from megatron_dion.optimizer.diagnostics import Snapshot, read_diagnostics
+from megatron_dion_tools.convergence.curves import LOSS as LOSS
+from megatron_dion_tools.convergence.curves import smoothed
 from megatron_dion_tools.errors import ToolError
+
+_LONGEST_MEAN = 50
 
 
 class Route(NamedTuple):
@@ -39,7 +45,6 @@ class RunFolder:
         path: The run directory.
         config: config.json.
         records: metrics.jsonl.
-        training: Those of training iterations.
         starts: starts.jsonl, a line for each start of the run.
         routes: routing.tsv; empty without Dion.
         diagnostics: The diagnostics in metrics.jsonl; empty without `--dion-log-interval`.
@@ -49,17 +54,64 @@ class RunFolder:
     path: Path
     config: Record
     records: list[Record]
-    training: list[Record]
     starts: list[Record]
     routes: list[Route]
     diagnostics: list[Snapshot]
     is_cut: bool
 
+    @cached_property
+    def training(self) -> list[Record]:
+        """The records of training iterations."""
+        return [record for record in self.records if record["kind"] == "train"]
+
     @property
     def resumed_after(self) -> list[int]:
         """The iterations after which the run was resumed in this folder."""
-        done = {record["iteration"] for record in self.training}
-        return [s["iteration"] for s in self.starts if s["iteration"] in done]
+        return [s["iteration"] for s in self.starts if s["iteration"] in self.elapsed]
+
+    @cached_property
+    def elapsed(self) -> dict[int, float]:
+        """Seconds that all iterations up to each one took together, without evaluations."""
+        sums = accumulate(record["iteration_seconds"] for record in self.training)
+        return {r["iteration"]: sum_ for r, sum_ in zip(self.training, sums, strict=True)}
+
+    @property
+    def settled(self) -> list[tuple[Record, int]]:
+        """Iterations with their tokens, but for the first of each start, which sets things up."""
+        starts = {start["iteration"] for start in self.starts}
+        return [
+            (record, record["tokens"] - before["tokens"])
+            for before, record in pairwise(self.training)
+            if before["iteration"] not in starts
+        ]
+
+    @property
+    def speeds(self) -> dict[int, float]:
+        """Tokens per second by iteration."""
+        return {r["iteration"]: tokens / r["iteration_seconds"] for r, tokens in self.settled}
+
+    def curve(self, name: str, kind: str = "train") -> dict[int, float]:
+        """A quantity by iteration, of the records of one kind that have it."""
+        values = ((r["iteration"], r.get(name)) for r in self.records if r["kind"] == kind)
+        return {iteration: value for iteration, value in values if value is not None}
+
+    @cached_property
+    def loss(self) -> dict[int, float]:
+        """The mean training loss by iteration."""
+        return mean(self.curve(LOSS))
+
+    @cached_property
+    def validation(self) -> dict[str, dict[int, float]]:
+        """Validation losses by iteration, for each set that has some: `""` if there is one set."""
+        records = (record for record in self.records if record["kind"] == "validation")
+        keys = dict.fromkeys(key for record in records for key in record if key.startswith(LOSS))
+        curves = {key.removeprefix(LOSS): self.curve(key, "validation") for key in keys}
+        return {name: curve for name, curve in curves.items() if curve}
+
+
+def mean(curve: dict[int, float]) -> dict[int, float]:
+    """Means over a twentieth of the curve, at most over 50 iterations, up to each iteration."""
+    return smoothed(curve, min(max(1, len(curve) // 20), _LONGEST_MEAN))
 
 
 def read_folder(path: Path) -> RunFolder:
@@ -70,7 +122,7 @@ def read_folder(path: Path) -> RunFolder:
     """
     if not (path / "config.json").is_file():
         raise ToolError(
-            f"RUN_DIR {path}: no config.json, so no run has started in it: give what was given to"
+            f"RUN {path}: no config.json, so no run has started in it: give what was given to"
             " pretrain_gpt.py's --run-dir, or look at its output"
         )
     metrics = path / "metrics.jsonl"
@@ -79,7 +131,6 @@ def read_folder(path: Path) -> RunFolder:
         path=path,
         config=_read(path / "config.json", _config),
         records=records,
-        training=[record for record in records if record["kind"] == "train"],
         starts=_read(path / "starts.jsonl", read_metrics),
         routes=_read(path / "routing.tsv", _routes),
         diagnostics=_read(metrics, lambda _: read_diagnostics(records)),
