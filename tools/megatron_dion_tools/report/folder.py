@@ -2,18 +2,19 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_dion.megatron.run_directory import Record, read_metrics
 from megatron_dion.optimizer.diagnostics import Snapshot, read_diagnostics
-from megatron_dion_tools.convergence.curves import LOSS as LOSS
-from megatron_dion_tools.convergence.curves import smoothed
+from megatron_dion_tools.convergence.curves import LOSS
 from megatron_dion_tools.errors import ToolError
 
 _LONGEST_MEAN = 50
@@ -26,15 +27,10 @@ class Route(NamedTuple):
     """
 
     name: str
-    parameter: str
     size: tuple[int, ...]
     optimizer: str
     reason: str
     rank: int
-
-    @property
-    def numel(self) -> int:
-        return prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,8 @@ class RunFolder:
 
     @cached_property
     def loss(self) -> dict[int, float]:
-        """The mean training loss by iteration."""
-        return mean(self.curve(LOSS))
+        """The mean training loss by iteration, of losses that are finite."""
+        return mean({i: loss for i, loss in self.curve(LOSS).items() if math.isfinite(loss)})
 
     @cached_property
     def validation(self) -> dict[str, dict[int, float]]:
@@ -110,8 +106,10 @@ class RunFolder:
 
 
 def mean(curve: dict[int, float]) -> dict[int, float]:
-    """Means over a twentieth of the curve, at most over 50 iterations, up to each iteration."""
-    return smoothed(curve, min(max(1, len(curve) // 20), _LONGEST_MEAN))
+    """Means over a twentieth of the curve, over 50 iterations at most, by their last iteration."""
+    window = min(max(1, len(curve) // 20), _LONGEST_MEAN)
+    means = np.convolve([*curve.values()], np.full(window, 1 / window), "valid") if curve else ()
+    return dict(zip([*curve][window - 1 :], map(float, means), strict=True))
 
 
 def read_folder(path: Path) -> RunFolder:
@@ -172,4 +170,4 @@ def _route(line: dict[str, str]) -> Route:
     size = [line["rows"], line["columns"]] if line["matrix"] else line["shape"].split("x")
     name, rank = line["matrix"] or line["parameter"], int(line["rank"] or 0)
     lengths = tuple(int(length) for length in size if length)
-    return Route(name, line["parameter"], lengths, line["optimizer"], line["reason"], rank)
+    return Route(name, lengths, line["optimizer"], line["reason"], rank)

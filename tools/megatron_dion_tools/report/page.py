@@ -16,9 +16,10 @@ from matplotlib.colors import to_hex
 from megatron_dion.megatron.run_directory import Record
 from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind
 from megatron_dion.optimizer.rules import without_numbers
+from megatron_dion_tools.convergence.curves import LOSS
 from megatron_dion_tools.report import summary
 from megatron_dion_tools.report.charts import Chart, Curve, draw, short
-from megatron_dion_tools.report.folder import LOSS, Route, RunFolder, mean
+from megatron_dion_tools.report.folder import Route, RunFolder, mean
 
 Row = Sequence[str | float | None]
 
@@ -121,8 +122,7 @@ def _top(runs: Sequence[RunFolder]) -> float | None:
     The first losses would hide how the last ones differ, and so would those of a run that diverges
     beside others.
     """
-    late = [list(run.loss.values())[len(run.loss) // 10 :] for run in runs]
-    late = [finite for losses in late if (finite := [*filter(math.isfinite, losses)])]
+    late = [[*run.loss.values()][len(run.loss) // 10 :] for run in runs if run.loss]
     ends = [[*curve.values()][-1] for run in runs for curve in run.validation.values()]
     firsts = [losses[0] for losses in late] + [*filter(math.isfinite, ends)]
     return max(*firsts, min(map(max, late))) if late else None
@@ -144,9 +144,7 @@ def _details(run: RunFolder) -> dict[str, Any]:
     arguments, defaults = run.config["arguments"], run.config.get("defaults", {})
     changed = {k: v for k, v in arguments.items() if k in defaults and v != defaults[k]}
     return {
-        "optimizers": _optimizers(run.routes),
         "kinds": _kinds(run.routes),
-        "routes": [_route(route) for route in run.routes],
         "diagnostics": list(_diagnostics(run)),
         "last": last.iteration,
         "matrices": [
@@ -159,30 +157,12 @@ def _details(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _optimizers(routes: Sequence[Route]) -> list[Row]:
-    """For each optimizer: parameters, logical matrices, elements and their share."""
-    rows: list[Row] = []
-    for optimizer in dict.fromkeys(route.optimizer for route in routes):
-        some = [route for route in routes if route.optimizer == optimizer]
-        parameters = len({route.parameter for route in some})
-        matrices = sum(route.rank > 0 for route in some)
-        numel = sum(route.numel for route in some)
-        share = numel / sum(route.numel for route in routes)
-        rows.append((optimizer, parameters, matrices or None, numel, f"{share:.1%}"))
-    return rows
-
-
-def _route(route: Route) -> Row:
-    """Name, size, rank, optimizer, reason."""
-    return route.name, _size(*route.size), route.rank or None, route.optimizer, route.reason
-
-
 def _kinds(routes: Sequence[Route]) -> list[Row]:
-    """The same for each kind of matrix or parameter, and how many there are, and their elements."""
+    """Matrices and parameters by kind: name, size, rank, optimizer, reason, number, elements."""
     groups: defaultdict[Row, list[int]] = defaultdict(list)
-    for route in routes:
-        kind = route._replace(name=without_numbers(route.name))
-        groups[_route(kind)].append(route.numel)
+    for name, size, optimizer, reason, rank in routes:
+        kind = (without_numbers(name), _size(*size), rank or None, optimizer, reason)
+        groups[kind].append(math.prod(size))
     return [(*kind, len(numels), sum(numels)) for kind, numels in groups.items()]
 
 

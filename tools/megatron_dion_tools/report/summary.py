@@ -6,8 +6,9 @@ from datetime import timedelta
 from statistics import median
 
 from megatron_dion.megatron.run_directory import Record
+from megatron_dion_tools.convergence.curves import LOSS
 from megatron_dion_tools.report.charts import short
-from megatron_dion_tools.report.folder import LOSS, RunFolder
+from megatron_dion_tools.report.folder import RunFolder
 
 _ROSE = 0.1
 """The share of its whole fall by which a loss that rises again has gone wrong."""
@@ -28,50 +29,42 @@ def verdict(run: RunFolder) -> str:
     last = run.training[-1]["iteration"]
     state = "Unfinished, running or stopped" if planned and last < planned else "Finished"
     end = f"{state}: iteration {last:,}" + (f" of {planned:,}" if planned else "")
-    return f"{end}. {_outcome(list(run.loss.items()))}"
+    return f"{end}. {_outcome(run)}"
 
 
-def _outcome(losses: Sequence[tuple[int, float]]) -> str:
-    if not losses:
-        return "It has no training loss."
-    first, last = losses[0][1], losses[-1][1]
-    finite = [(loss, iteration) for iteration, loss in losses if math.isfinite(loss)]
-    lowest, at = min(finite, default=(math.nan, 0))
-    if not math.isfinite(last):
-        when = f"after iteration {finite[-1][1]:,}" if finite else "in any iteration"
-        return f"Diverged: the training loss is not finite {when}."
-    if last - lowest > _ROSE * (first - lowest):
-        return (
-            f"Diverged: the training loss rose from {lowest:.3f} (iteration {at:,}) to {last:.3f}."
-        )
-    tenth = losses[-1 - len(losses) // 10][1] - last
+def _outcome(run: RunFolder) -> str:
+    if not run.loss:
+        return "It has no finite training loss."
+    if not math.isfinite(last(run.curve(LOSS))):
+        return f"Diverged: the training loss is not finite after iteration {[*run.loss][-1]:,}."
+    losses = [*run.loss.values()]
+    first, end, lowest = losses[0], losses[-1], min(losses)
+    if end - lowest > _ROSE * (first - lowest):
+        at = [*run.loss][losses.index(lowest)]
+        return f"The training loss rose again, from {lowest:.3f} in iteration {at:,} to {end:.3f}."
+    tenth = losses[-1 - len(losses) // 10] - end
     return (
-        f"The training loss fell from {first:.3f} to {last:.3f}, in the last tenth by {tenth:.2g}."
+        f"The training loss fell from {first:.3f} to {end:.3f}, in the last tenth by {tenth:.2g}."
     )
 
 
 def comparison(run: RunFolder, other: RunFolder, name: str) -> str:
-    """Say, after a verdict, how much lower a run ended than another, and how soon it was there."""
+    """Say, after a verdict, how soon a run was where another ended, and which ended lower."""
     if not (run.loss and other.loss):
         return ""
-    kind, curves = "training loss", (run.loss, other.loss)
-    for of_set in [of_set for of_set in run.validation if of_set in other.validation][:1]:
-        kind, curves = (
-            f"validation loss{of_set}",
-            (run.validation[of_set], other.validation[of_set]),
-        )
-    higher = last(curves[0]) - last(curves[1])
-    target, end = last(other.loss), other.training[-1]["iteration"]
-    where = "higher" if higher > 0 else "lower"
-    said = f" Compared with {name}, its {kind} is {abs(higher):.2g} {where}"
+    end, target = [*other.loss.items()][-1]
     there = next((iteration for iteration, loss in run.loss.items() if loss <= target), None)
-    if there is None:
-        return f"{said}, and it does not reach {name}’s last training loss, {target:.3f}."
-    time = run.elapsed[there] / other.elapsed[end]
-    return (
-        f"{said}, and it reaches {name}’s last training loss, {target:.3f}, in {there / end:.0%} of"
-        f" the iterations and {time:.0%} of the time."
-    )
+    said = f" It {'reaches' if there else 'does not reach'} {name}’s last training loss"
+    if there:
+        time = run.elapsed[there] / other.elapsed[end]
+        said += f" in {there / end:.0%} of the iterations and {time:.0%} of the time"
+    for of_set, theirs in other.validation.items():
+        ours = run.validation.get(of_set, {})
+        if both := ours.keys() & theirs.keys():
+            lower = theirs[max(both)] - ours[max(both)]
+            where = f"{abs(lower):.2g} {'lower' if lower > 0 else 'higher'}"
+            said += f"; its validation loss{of_set} in iteration {max(both):,} is {where}"
+    return f"{said}."
 
 
 def last(curve: dict[int, float]) -> float:
@@ -107,6 +100,10 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         words += [f"rank fraction {args['dion_rank_fraction']:g}"]
         words += ["residual"] if args.get("dion_residual", "none") != "none" else []
     yield "optimizer", ", ".join(words)
+    if run.routes:
+        numels = {route: math.prod(route.size) for route in run.routes}
+        share = sum(n for route, n in numels.items() if route.rank) / sum(numels.values())
+        yield "updated by Dion", f"{share:.1%} of the elements"
     if run.loss:
         yield "training loss", f"{last(run.loss):.3f}"
     for name, curve in run.validation.items():
