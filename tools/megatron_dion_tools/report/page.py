@@ -67,7 +67,7 @@ class Report:
             colors=[to_hex(f"C{number}") for number, _ in enumerate(self.runs)],
             notes=[list(summary.notes(run)) for run in self.runs],
             facts=[
-                (name, *(some.get(name) for some in facts))
+                (name, *(some.get(name, "–") for some in facts))
                 for name in dict.fromkeys(name for some in facts for name in some)
             ],
             differing=list(_differing(self.runs)),
@@ -133,7 +133,7 @@ def _differing(runs: Sequence[RunFolder]) -> Iterator[Row]:
     arguments = [run.config["arguments"] for run in runs]
     flags = [run.config.get("defaults") or run.config["arguments"] for run in runs]
     for name in dict.fromkeys(name for some in flags for name in some if name != "run_dir"):
-        values = [_text(some[name]) if name in some else None for some in arguments]
+        values = [_text(some[name]) if name in some else "–" for some in arguments]
         if len({*values}) > 1:
             yield name, *values
 
