@@ -9,6 +9,6 @@ if not sys.argv[1:2] or not sys.argv[1].startswith("-"):
     sys.exit(2)
 
 # Only now: it imports torch.
-from megatron_dion.megatron import main  # noqa: E402
+from megatron_dion.megatron import main
 
 main()

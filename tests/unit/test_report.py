@@ -1,9 +1,12 @@
 """What the report says of all kinds of runs."""
 
 import base64
+import html
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib.image
@@ -19,6 +22,7 @@ from megatron_dion_tools.report.folder import read_folder
 from megatron_dion_tools.report.page import Report
 from tests import run_folders as run
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 REASON = "<script>linear</script> layer"
 
 
@@ -158,6 +162,26 @@ def test_charts_show_all_runs_by_iteration_and_by_time(compared: Page, complete:
     assert ">mlp.linear_fc1[gate]<" in captured
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (390, "light"), (1280, "dark")])
+def test_page_fits_screens(compared: Page, tmp_path: Path, width: int, scheme: str) -> None:
+    """In Chromium, in a frame, since a window cannot be as narrow as a phone."""
+    script = """const page = document.querySelector("iframe").contentDocument;
+        const drawn = [...page.images].every((image) => image.naturalWidth > 0);
+        const color = getComputedStyle(page.body).backgroundColor;
+        document.body.textContent = [page.documentElement.scrollWidth, drawn, color].join(" ");"""
+    frame = f'<iframe srcdoc="{html.escape(compared.html)}" width={width}></iframe>'
+    path = tmp_path / "frame.html"
+    path.write_text(f"{frame}<script>onload = () => {{ {script} }}</script>")
+    flags = f"--headless=new --no-sandbox --hide-scrollbars --user-data-dir={tmp_path} --dump-dom"
+    dark = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    command = [str(CHROMIUM), *flags.split(), dark, path.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    color = {"dark": "rgb(23, 23, 26)", "light": "rgb(255, 255, 255)"}[scheme]
+    assert f"{width} true {color}" in shown
+
+
 def test_what_a_run_has_not_recorded_is_said(tmp_path: Path) -> None:
     losses = [math.nan if 30 <= i < 36 else run.loss_at(i) for i in range(1, 101)]
     records = [run.train_record(i, loss) for i, loss in enumerate(losses, start=1)]
@@ -222,7 +246,8 @@ def test_diagnostics_are_read_as_they_were_written() -> None:
 
 
 def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir, other = (run.write_run(tmp_path / name) for name in ("run", "other"))
+    few = [run.train_record(i, run.loss_at(i)) for i in range(1, 4)]
+    run_dir, other = (run.write_run(tmp_path / name, few) for name in ("run", "other"))
     picture = tmp_path / "losses.png"
     for options, path in (
         ([], run_dir / "report.html"),
