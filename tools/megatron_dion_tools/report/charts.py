@@ -19,7 +19,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "grid.color": "#dddddd",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.6,
     "svg.fonttype": "none",  # letters stay text
     "text.parse_math": False,
 }
@@ -80,10 +81,11 @@ class Chart:
             axes.set_title(f"{self.title}: no finite value was recorded")
             return
         for curve in (curve for curve in self.curves if curve.points):
+            name = curve.name or "_"  # which the legend leaves out
             axes.plot(
                 list(curve.points),
                 list(curve.points.values()),
-                label=curve.name[-_LONGEST_NAME:] or "_",  # which the legend leaves out
+                label=name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}",
                 color=f"C{curve.color}",
                 alpha=1 if curve.name else 0.25,
                 linestyle="--" if curve.marker else "-",
