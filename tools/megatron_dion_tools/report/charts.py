@@ -19,14 +19,13 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "grid.color": "#dddddd",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.6,
+    "legend.frameon": False,
     "svg.fonttype": "none",  # letters stay text
     "text.parse_math": False,
 }
 _LOGARITHMIC = 20.0
 """The ratio of the largest to the smallest value from which an axis is logarithmic."""
-_LONGEST_NAME = 32
+_LONGEST_NAME = 24
 
 
 @dataclass(frozen=True)
