@@ -62,8 +62,8 @@ def comparison(run: RunFolder, other: RunFolder, name: str) -> str:
         ours = run.validation.get(of_set, {})
         if both := ours.keys() & theirs.keys():
             lower = theirs[max(both)] - ours[max(both)]
-            where = f"{abs(lower):.2g} {'lower' if lower > 0 else 'higher'}"
-            said += f"; its validation loss{of_set} in iteration {max(both):,} is {where}"
+            how = f"{abs(lower):.2g} {'lower' if lower > 0 else 'higher'}" if lower else "the same"
+            said += f"; its validation loss{of_set} in iteration {max(both):,} is {how}"
     return f"{said}."
 
 
