@@ -94,7 +94,7 @@ class Chart:
             for x in curve.marked:
                 axes.axvline(x, color=f"C{curve.color}", linestyle=":", label="_")
         if self.from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(values) or None)
         elif self.top is not None:
             axes.set_ylim(min(values) - 0.04 * (self.top - min(values)), self.top)
         elif 0 < _LOGARITHMIC * min(values) < max(values):
