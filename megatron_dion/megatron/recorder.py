@@ -39,7 +39,7 @@ class Recorder:
         patches.wrap("evaluate", self._record_evaluation)
 
     def append(self, record: Record) -> None:
-        """Add a line to metrics.jsonl after a step or evaluation began; its numbers to the writers."""
+        """Add a line to metrics.jsonl, once a step has begun, and to TensorBoard and W&B."""
         append(self._run_dir / "metrics.jsonl", record)
         kind, iteration = record["kind"], record["iteration"]
         if kind != "train" or iteration % get_args().tensorboard_log_interval == 0:
