@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl and starts.jsonl, and measures Dion's steps for them and for TensorBoard."""
+"""Writes metrics.jsonl, whose series TensorBoard and W&B get too, and starts.jsonl."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from megatron_dion.megatron import patches
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.run_directory import Record, append, drop_later
 from megatron_dion.megatron.stopwatch import Stopwatch
-from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind, to_record
+from megatron_dion.optimizer.diagnostics import FIGURES, KIND, Snapshot, by_kind, to_record
 
 # Megatron's name for the loss of a language model.
 LOSS_NAME = "lm loss"
@@ -39,8 +39,13 @@ class Recorder:
         patches.wrap("evaluate", self._record_evaluation)
 
     def append(self, record: Record) -> None:
-        """Add a line to metrics.jsonl, after the first step or evaluation has begun."""
+        """Add a line to metrics.jsonl, once a step has begun, and to TensorBoard and W&B."""
         append(self._run_dir / "metrics.jsonl", record)
+        kind, iteration = record["kind"], record["iteration"]
+        if kind != "train" or iteration % get_args().tensorboard_log_interval == 0:
+            items = [(name, value) for name, value in record.items() if name != "iteration"]
+            numbers = {f"{kind}/{n}": float(v) for n, v in items if isinstance(v, int | float)}
+            _write(numbers, iteration)
 
     def _time_step(self, stock: Stock, *args: Any, **options: Any) -> Any:
         self._begin()
@@ -143,15 +148,19 @@ def log_diagnostics(interval: int, record: Callable[[Record], None] | None) -> N
 
 
 def _write_curves(snapshot: Snapshot) -> None:
-    """To TensorBoard and W&B through Megatron's writers, where the run has them."""
     curves = {  # TensorBoard makes a section of what stands before a tag's first slash
-        f"dion-{figure}/{kind}/{statistic.__name__}": statistic(values)
+        f"{KIND}-{figure}/{kind}/{statistic.__name__}": statistic(values)
         for figure in FIGURES
         for kind, values in by_kind(snapshot.matrices, figure).items()
         for statistic in (min, median, max)
     }
+    _write(curves, snapshot.iteration)
+
+
+def _write(series: dict[str, float], iteration: int) -> None:
+    """To TensorBoard and W&B through Megatron's writers, where the run has them."""
     if (tensorboard := get_tensorboard_writer()) is not None:
-        for tag, value in curves.items():
-            tensorboard.add_scalar(tag, value, snapshot.iteration)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log(curves, snapshot.iteration)
+        for tag, value in series.items():
+            tensorboard.add_scalar(tag, value, iteration)
+    if (wandb := get_wandb_writer()) is not None and series:
+        wandb.log(series, iteration)
