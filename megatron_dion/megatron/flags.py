@@ -164,5 +164,7 @@ def as_flag(name: str, value: object) -> str:
     """An argument as it stands on the command line."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, tuple | frozenset):
-        value = " ".join(sorted(value))
+        value = sorted(value)
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
     return flag if value is True else f"{flag} {value}"
