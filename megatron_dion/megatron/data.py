@@ -110,7 +110,7 @@ def _hash_data(args: argparse.Namespace) -> dict[str, str]:
     hashes = {prefix: hash_file(Path(f"{prefix}.idx")) for prefix in data_prefixes(args)}
     name = HashedGPTDataset.__name__
     for prefix, sha256 in hashes.items():
-        folder = Path(args.data_cache_path or Path(prefix).parent / "cache" / f"{name}_indices")
+        folder = Path(args.data_cache_path or f"{prefix}/cache/{name}_indices")
         described = [path.read_text() for path in folder.glob(f"*-{name}-*-description.txt")]
         if any(json.dumps(prefix) in text and sha256 not in text for text in described):
             say(f"{prefix} has changed since indices of it went into {folder}: they are built anew")
