@@ -116,12 +116,17 @@ def test_switched_runs_go_on_and_learn(adam: Path, dion: Path, tmp_path: Path, t
     assert found[-1]["lm_loss"] < before[3]
 
 
-def test_muon_to_dion_keeps_masters_and_momenta(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("saving", "there"),
+    [("--dist-ckpt-optim-fully-reshardable", "dp2"), pytest.param("", "tp2-dp2", marks=SLOW)],
+)
+def test_muon_to_dion_keeps_masters_and_momenta(tmp_path: Path, saving: str, there: str) -> None:
     """Of a weight that Dion does not split, and of what both leave to Adam."""
     muon, saved = tmp_path / "muon", tmp_path / "dion"
-    run("tp2-dp2", *"--optimizer muon --use-distributed-optimizer".split(), *save(muon))
+    flags = f"--optimizer muon --use-distributed-optimizer {saving}".split()
+    run("tp2-dp2", *flags, *save(muon))
     argv = [*DION, "--switch-optimizer", "--dion-momentum", "0.8", *load(muon)]
-    said = run("pp2-dp2", *argv, *RESAVE, str(saved))
+    said = run(there, *argv, *RESAVE, str(saved))
     assert "dion: master weights, momenta, and the state of scalar parameters, are kept" in said
     contents = Contents(folder_of(muon, 4))
     for kind, weights in (
@@ -137,7 +142,7 @@ def test_muon_to_dion_keeps_masters_and_momenta(tmp_path: Path) -> None:
             # 1 / (1 - 0.9) of a mean of gradients is their sum, of which Dion keeps 0.8.
             scale = 8.0 if kind == "momentum_buffer" else 1.0
             torch.testing.assert_close(state(saved, found)[name.format(layer)], tensor * scale)
-    run("dp2", *argv, "--run-dir", str(tmp_path))
+    run(there, *argv, "--run-dir", str(tmp_path))
     assert losses(tmp_path)[0] == pytest.approx(losses(muon / "run")[4], abs=5e-3)
     assert losses(tmp_path)[-1] < losses(muon / "run")[3]
 
