@@ -34,12 +34,11 @@ def check_data(args: argparse.Namespace) -> None:
         if args.split is not None:
             check_split(args.split, prefix, len(data))
     if args.multiple_validation_sets:
-        line = "--multiple-validation-sets needs"
-        refuse(f"{line} --full-validation", when=not args.full_validation)
         # After the training Megatron would take batches of a test set for sets.
         refuse(
-            f"{line} --valid-data-path with the sets, and no test set (--test-data-path)",
-            when=len(blends := _blends(args)) == 1 or blends[2],
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets,"
+            " and no --test-data-path",
+            when=not args.full_validation or len(blends := _blends(args)) == 1 or blends[2],
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,17 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, OVERLAP, PP2, TP2, TRAINING, losses
+from tests.distributed.tiny_gpt import (
+    DION,
+    INSTANCES,
+    MODEL,
+    OVERLAP,
+    PP2,
+    TP2,
+    TRAINING,
+    losses,
+    save_in_background,
+)
 from tests.worlds import train, world
 
 # Every expert sees every token: a choice between experts would turn rounding into other routes.
@@ -109,21 +118,9 @@ def test_resume_on_the_same_topology_is_exact(tmp_path: Path, topology: str, fla
 
 
 def train_saving_in_background(argv: Sequence[str]) -> None:
-    """On a rank: as with --async-save, by a process of each save.
-
-    Megatron turns the flag off without a process for all saves, which asks CUDA for a device.
-    """
-    from megatron.training import arguments
-
-    stock = arguments.validate_args
-
-    def validate(args: Any, defaults: Any) -> Any:
-        args = stock(args, defaults)
-        args.async_save = True
-        return args
-
-    arguments.validate_args = validate
-    train(argv)
+    """On a rank."""
+    save_in_background()
+    train([*argv, "--async-save"])
 
 
 def test_saves_in_the_background_are_of_their_iterations(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.folders import TRACKER, complete_iterations, folder_of
-from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, save_in_background
 from tests.unit.test_command_line import exit_of_rank
 from tests.unit.test_inspect_checkpoint import inspect
 from tests.worlds import world
@@ -24,9 +24,15 @@ AT_ONCE_OR_ASYNC = pytest.mark.parametrize(
 )
 
 
+def exit_saving(argv: list[str]) -> tuple[object, str]:
+    """On a rank: its exit code and what it says; with --async-save it saves in the background."""
+    save_in_background()
+    return exit_of_rank(argv)
+
+
 def run(*flags: str) -> tuple[list[object], str]:
     """Exit codes of all ranks, and what the first one said."""
-    everything = world(RANKS).fork(exit_of_rank, [*RUN, *flags])
+    everything = world(RANKS).fork(exit_saving, [*RUN, *flags])
     return [code for code, _ in everything], str(everything[0][1])
 
 

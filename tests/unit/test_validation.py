@@ -206,11 +206,11 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
         ("--mock-data --data-path a", "--mock-data does not go with the data a:"),
         ("--data-path {} --split 90,10,0", "--split 90,10,0 gives the validation set none of the"),
         ("--data-path {} --split 1,98,1", "--split 1,98,1 gives the"),
-        ("--data-path {} --multiple-validation-sets", "-sets needs --full-validation"),
+        ("--data-path {} --multiple-validation-sets", "-sets needs --full-validation, "),
         (
             "--train-data-path {0} --valid-data-path {0} {0} --test-data-path {0}"
             " --multiple-validation-sets --full-validation",
-            "--multiple-validation-sets needs --valid-data-path with the sets, and no test set",
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets",
         ),
     ],
 )
