@@ -1,7 +1,7 @@
 """What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,12 @@ _RATES = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("decoupled_weight_decay", "apply_wd_to_qk_layernorm"),
+)
+# What changes the function that a model computes, and not the shape of a weight.
+_FUNCTION = (
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "window_size"),
+    *("normalization", "norm_epsilon", "apply_layernorm_1p", "swiglu", "squared_relu"),
 )
 _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
@@ -133,6 +139,8 @@ class Loader:
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         self._check_vocabulary(facts.args)
+        if changed := self._differences(facts.args, _FUNCTION):
+            self._say(f"changed since it was saved: {changed}")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
             if args.no_load_optim:
@@ -142,6 +150,8 @@ class Loader:
         # distrib_optimizer.py:2092 copies into fp32 weights, which are the model's parameters.
         with explained(self._folder), torch.no_grad():
             result = stock(model, optimizer, *others, **options)
+        if isinstance(optimizer, Loading) and optimizer.lacks_scalars:
+            self._say("state of scalar parameters begins anew: some of it was another optimizer's")
         self._say("loaded")
         return result
 
@@ -204,11 +214,14 @@ class Loader:
         with in_one_line("--switch-optimizer"):
             return Loading(optimizer, self._switch(facts, here))
 
+    def _differences(self, saved: argparse.Namespace, names: Sequence[str]) -> str:
+        here = vars(self._args)
+        both = ((name, getattr(saved, name, here.get(name)), here.get(name)) for name in names)
+        return "; ".join(f"{as_flag(n, a)} (saved), {b} (here)" for n, a, b in both if a != b)
+
     def _check_rates(self, saved: argparse.Namespace) -> None:
         """Groups have those of the command line, whatever the scheduler takes."""
-        here = vars(self._args)
-        both = ((name, getattr(saved, name, here.get(name)), here.get(name)) for name in _RATES)
-        flags = "; ".join(f"{as_flag(n, a)} (saved), {b} (here)" for n, a, b in both if a != b)
+        flags = self._differences(saved, _RATES)
         if flags and not self._args.override_opt_param_scheduler:
             raise CheckpointError(
                 f"{self._folder}: {flags}: use the saved values, or --override-opt-param-scheduler"
@@ -218,15 +231,13 @@ class Loader:
 
     def _check_vocabulary(self, saved: argparse.Namespace) -> None:
         """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
-        here = self._args.padded_vocab_size
-        size = getattr(saved, "padded_vocab_size", None) or here
-        line = f"--padded-vocab-size {size} (saved), {here} (here)"
-        if size != here and not self._args.padded_vocab_size_is_given:
+        line = self._differences(saved, ["padded_vocab_size"])
+        if line and not self._args.padded_vocab_size_is_given:
             raise CheckpointError(
-                f"{self._folder}: {line}: add --padded-vocab-size {size}, or {here} where rows may"
-                " be lost or begin untrained"
+                f"{self._folder}: {line}: add --padded-vocab-size with the saved number, or with"
+                " the other, where rows may be lost or begin untrained"
             )
-        if size != here:
+        if line:
             self._say(f"{line}: the rows that only one of them has are lost, or begin untrained")
 
     def _go_on(self, here: Record, saved: Record) -> Source:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.distributed.param_and_grad_buffer import _param_uses_quantized_storage
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
@@ -73,6 +73,7 @@ class Loading:
 
     def __init__(self, optimizer: Any, source: Source) -> None:
         self._optimizer, self._source = optimizer, source
+        self.lacks_scalars = False  # the checkpoint has not all state of scalar parameters: no use
         members = getattr(optimizer, "chained_optimizers", [optimizer])
         if not all(isinstance(member, DistributedOptimizer) for member in members):
             raise ValueError("it needs --use-distributed-optimizer")
@@ -96,17 +97,12 @@ class Loading:
                 f" --dist-ckpt-optim-fully-reshardable; {MODEL_ONLY}"
             )
         if not kinds <= {MOMENTUM} and self._source.scalars:
-            self._source = self._source._replace(scalars=False)
+            self._source, self.lacks_scalars = self._source._replace(scalars=False), True
             return self.sharded_state_dict(model_state)
         self._tensors = {n: t for n, t in self._tensors.items() if t.key not in lacking}
         # Not into the master weights: in float32 they are the model's weights.
         beside = ((n, t, t.data.clone()) for n, t in self._tensors.items())
         return {"state": {n: replace(t, key=keys[t.key], data=data) for n, t, data in beside}}
-
-    @property
-    def takes_scalars(self) -> bool:
-        """Whether the state of scalar parameters is loaded: all of it, or nothing."""
-        return self._source.scalars
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +141,7 @@ class Loading:
         for member in self._members:
             for parameter, start, kind, flat in flat_states(member):
                 # Those in FP8 are rounded by scales that the piece does not tell.
-                if kind == MASTER and not _param_uses_quantized_storage(parameter):
+                if kind == MASTER and not is_float8tensor(parameter):
                     piece = parameter.detach().view(-1)[start : start + flat.numel()]
                     yield parameter, piece.clone(), flat
 
