@@ -35,7 +35,7 @@ _RATES = (
 _FUNCTION = (
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "window_size"),
-    *("normalization", "norm_epsilon", "apply_layernorm_1p", "swiglu", "squared_relu"),
+    *("normalization", "swiglu", "squared_relu"),
 )
 _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"

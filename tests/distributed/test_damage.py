@@ -24,15 +24,9 @@ AT_ONCE_OR_ASYNC = pytest.mark.parametrize(
 )
 
 
-def exit_saving(argv: list[str]) -> tuple[object, str]:
-    """On a rank: its exit code and what it says; with --async-save it saves in the background."""
-    save_in_background()
-    return exit_of_rank(argv)
-
-
 def run(*flags: str) -> tuple[list[object], str]:
     """Exit codes of all ranks, and what the first one said."""
-    everything = world(RANKS).fork(exit_saving, [*RUN, *flags])
+    everything = world(RANKS).fork(exit_of_rank, [*RUN, *flags])
     return [code for code, _ in everything], str(everything[0][1])
 
 
@@ -122,6 +116,7 @@ def run_with_small_files(limit: int, argv: list[str]) -> tuple[object, str]:
     """On a rank: as on a disk that is full when a file has `limit` bytes; rank 1 only."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save_in_background()
     return exit_of_rank(argv)
 
 
@@ -187,6 +182,7 @@ def train_watching_the_marker(argv: list[str]) -> list[list[str]]:
         save_config(config, folder)
 
     serialization.save_config = watched
+    save_in_background()
     code, said = exit_of_rank(argv)
     assert code == 0, said
     return seen

@@ -171,10 +171,10 @@ def test_vocabulary_of_another_padding(dion: Path, tmp_path: Path) -> None:
     argv = [*DION, *load(dion, tmp_path)]
     named = "--padded-vocab-size 256 (saved), 288 (here)"
     assert f"{named}: add --padded-vocab-size with" in run_argv(2, [*other, *argv], 2)
-    argv += ["--padded-vocab-size", "288", "--norm-epsilon", "2e-5"]
+    argv += ["--padded-vocab-size", "288", "--rotary-base", "20000"]
     said = run_argv(2, [*other, *argv])
     assert f"{named}: the rows" in said
-    assert "changed since it was saved: --norm-epsilon 1e-05 (saved), 2e-05 (here)" in said
+    assert "changed since it was saved: --rotary-base 10000 (saved), 20000 (here)" in said
     assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=0.2)
 
 
