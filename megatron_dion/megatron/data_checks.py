@@ -33,15 +33,27 @@ def check_data(args: argparse.Namespace) -> None:
         check_tokenizer(args, prefix)
         if args.split is not None:
             check_split(args.split, prefix, len(data))
+    if args.multiple_validation_sets:
+        # After the training Megatron would take batches of a test set for sets.
+        refuse(
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets,"
+            " and no --test-data-path",
+            when=not args.full_validation or len(blends := _blends(args)) == 1 or blends[2],
+        )
 
 
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """The paths of all datasets of the run, without their suffixes."""
+def _blends(args: argparse.Namespace) -> list[Any]:
+    """Paths and weights of all datasets: one blend that is split, or one of each split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     with in_one_line("--data-args-path, --per-split-data-args-path"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [one for one in blend_per_split or [blend] if one]
+    return blend_per_split or [blend]
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """The paths of all datasets of the run, without their suffixes."""
+    blends = [one for one in _blends(args) if one]
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 

@@ -38,10 +38,17 @@ _REFUSED_WITH_DION = {
     "ckpt_convert_format": "Dion's state has one format, torch_dist",
 }
 
+# Arguments that Megatron 0.19.2 parses and never reads, and what to do instead.
+_WITHOUT_EFFECT = {
+    "rampup_batch_size": "use --step-batch-size-schedule",
+    "apply_residual_connection_post_layernorm": "leave it out",
+}
+
 # Ways of reading data that pretrain_gpt.py does not know, and would ignore in silence.
 _UNSUPPORTED_DATA = (
     *("sft", "fim_data", "hybrid_context_parallel"),
     *("dataloader_inter_document_masking", "dataloader_fast_cache_load"),
+    *("dataloader_defer_npy_index_mmap", "per_dataset_sequences_path"),
 )
 
 
@@ -74,6 +81,20 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
     for name, advice in _REFUSED_WITH_DION.items():
         flag = as_flag(name, getattr(args, name))
         refuse(f"--optimizer dion does not go with {flag}: {advice}", when=getattr(args, name))
+
+
+def check_ignored(args: argparse.Namespace) -> None:
+    """What Megatron would ignore, or apply to a part of a weight as if it were the whole."""
+    for name, advice in _WITHOUT_EFFECT.items():
+        value = getattr(args, name, None)
+        refuse(f"Megatron ignores {as_flag(name, value)}: {advice}", when=value)
+    # MC/transformer/attention.py:2002 scales rows of master weights, of which a rank has a piece.
+    is_sharded = args.use_distributed_optimizer and args.optimizer in ("dion", "adam", "sgd")
+    refuse(
+        f"--qk-clip does not go with --optimizer {args.optimizer} --use-distributed-optimizer:"
+        " Megatron takes a rank's piece of a master weight for the whole; use --qk-layernorm",
+        when=args.qk_clip and is_sharded,
+    )
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
@@ -150,7 +171,7 @@ OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_surroundings, check_latent_attention, check_fp8),
+    *(check_dion_surroundings, check_ignored, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 

@@ -33,6 +33,12 @@ MISTAKES = [
     ("--fp8-emulation", "--fp8-emulation was removed: "),
     ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with --optimizer"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+    ("--qk-clip", "--qk-clip does not go with --optimizer dion --use-distributed-optimizer: "),
+    ("--qk-clip --optimizer adam", "--qk-clip does not go with --optimizer adam --use-dist"),
+    ("--rampup-batch-size 3 3 99", "ignores --rampup-batch-size 3 3 99: use --step-batch-size-s"),
+    ("--apply-residual-connection-post-layernorm", "ignores --apply-residual-connection-post-l"),
+    ("--async-save --save x --save-interval 2", "ignores --async-save without --use-persistent-"),
+    ("--async-save --use-persistent-ckpt-worker", "--use-persistent-ckpt-worker needs a GPU"),
     ("--moe-shared-expert-glu-interleave-size 8", "--moe-shared-expert-glu-interleave-size 8"),
     ("--experimental-attention-variant dsa", "--experimental-attention-variant dsa"),
     ("--non-persistent-ckpt-type global", "--non-persistent-ckpt-type global"),
@@ -54,6 +60,7 @@ MISTAKES = [
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
     ("--tensor-model-parallel-size 3", "not divisible by"),
     ("--sft", "--sft is not supported by pretrain_gpt.py"),
+    ("--per-dataset-sequences-path x", "--per-dataset-sequences-path"),
 ]
 
 RIGHT = [
@@ -199,6 +206,12 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
         ("--mock-data --data-path a", "--mock-data does not go with the data a:"),
         ("--data-path {} --split 90,10,0", "--split 90,10,0 gives the validation set none of the"),
         ("--data-path {} --split 1,98,1", "--split 1,98,1 gives the"),
+        ("--data-path {} --multiple-validation-sets", "-sets needs --full-validation, "),
+        (
+            "--train-data-path {0} --valid-data-path {0} {0} --test-data-path {0}"
+            " --multiple-validation-sets --full-validation",
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets",
+        ),
     ],
 )
 def test_runs_without_data_are_refused(prefix: str, flags: str, named: str) -> None:
