@@ -141,8 +141,14 @@ def check_packages(args: argparse.Namespace) -> None:
     for flag, value, package in (
         ("--save", args.save, "psutil"),
         ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
+        ("--wandb-project", args.wandb_project, "wandb"),
     ):
         refuse(f"{flag} needs the package {package}", when=value and not find_spec(package))
+    has_names = args.wandb_exp_name and (args.save or args.wandb_save_dir)
+    refuse(
+        "--wandb-project needs --wandb-exp-name, and --wandb-save-dir or --save",
+        when=args.wandb_project and not has_names,
+    )
 
 
 # What holds for a run without Dion in a script that is not ours.
