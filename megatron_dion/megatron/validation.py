@@ -114,6 +114,8 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
+    is_never = args.save and args.save_interval is None
+    refuse(f"--save {args.save} needs --save-interval ITERATIONS", when=is_never)
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
         refuse(f"{flag} is not supported: leave it out", when=getattr(args, name) != accepted)

@@ -39,7 +39,7 @@ MISTAKES = [
     ("--non-persistent-ckpt-type global", "--non-persistent-ckpt-type global"),
     ("--ckpt-format torch", "--ckpt-format torch is not supported"),
     ("--no-ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save writes checkpoints"),
-    ("--save x", "save_interval is not None"),
+    ("--save x", "--save x needs --save-interval"),
     ("--dion-recenter-interval 5", "--dion-recenter-interval 5 needs --dion-compressed-sync"),
     ("--dion-recenter-interval 0", "--dion-recenter-interval must be at least 1, not 0"),
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
