@@ -68,7 +68,10 @@ def run(args: argparse.Namespace) -> bool:
     made = make_once(
         dataset.with_name(f"{dataset.name}.json"),
         recipe,
-        lambda folder: write_dataset(args, tokenizer, folder / dataset.name),
+        lambda folder: {
+            "tokenizer": recipe["tokenizer"],
+            **write_dataset(args, tokenizer, folder / dataset.name),
+        },
     )
     print(f"dataset: {'wrote' if made else 'reusing'} {dataset}.bin and .idx")
     return made
@@ -77,8 +80,6 @@ def run(args: argparse.Namespace) -> bool:
 def write_dataset(args: argparse.Namespace, tokenizer: Any, prefix: Path) -> Mapping[str, Any]:
     """Write PREFIX.bin and .idx, and return the facts that training checks and reports."""
     from megatron.core.datasets import indexed_dataset
-
-    from megatron_dion.megatron.data_checks import identity_of
 
     size = tokenizer.vocab_size
     builder = indexed_dataset.IndexedDatasetBuilder(
@@ -102,7 +103,6 @@ def write_dataset(args: argparse.Namespace, tokenizer: Any, prefix: Path) -> Map
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
     shares = counts[counts > 0] / counts.sum()
     return {
-        "tokenizer": identity_of(tokenizer),
         "vocab_size": size,
         "tokens": int(counts.sum()),
         "documents": documents,
