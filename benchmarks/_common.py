@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,34 +153,35 @@ def in_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any] |
     return results
 
 
-def report(args: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
-    """Prints tables, and writes them with a description of the machine to `--output`.
+def report(args: argparse.Namespace, tables: Iterable[tuple[str, Sequence[Row]]]) -> None:
+    """Prints tables as they come, and writes all so far to `--output` with the machine.
 
     Only the first rank does so.
 
     Args:
         args: what `parse` returned.
-        tables: rows by the table's name; a table without rows is left out.
+        tables: names and rows; a table without rows is left out.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    tables = {name: rows for name, rows in tables.items() if rows}
-    for name, rows in tables.items():
-        print(f"\n{name}\n{table(rows)}")
-    if args.output is not None:
-        content = {
-            "program": Path(sys.argv[0]).stem,
-            "options": {key: value for key, value in vars(args).items() if key != "output"},
-            "machine": {
-                **describe(()),
-                "cores": len(os.sched_getaffinity(0)),
-                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            },
-            "tables": tables,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=1, default=str) + "\n"
-        args.output.write_text(text, encoding="utf-8")
+    content: dict[str, Any] = {
+        "program": Path(sys.argv[0]).stem,
+        "options": {key: value for key, value in vars(args).items() if key != "output"},
+        "machine": {
+            **describe(()),
+            "cores": len(os.sched_getaffinity(0)),
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        },
+        "tables": {},
+    }
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    for name, rows in tables:
+        if not rows or not is_first:
+            continue
+        print(f"\n{name}\n{table(rows)}", flush=True)
+        content["tables"][name] = rows
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=1, default=str) + "\n"
+            args.output.write_text(text, encoding="utf-8")
 
 
 def table(rows: Sequence[Row]) -> str:

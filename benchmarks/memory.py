@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks = in_world(topology.size, _measure, shape, topology, args)
         if ranks is not None:
             rows += [_row(topology, f, [needs[f] for needs in ranks]) for f in args.fractions]
-    report(args, {"memory": rows})
+    report(args, [("memory", rows)])
 
 
 def _measure(

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks = in_world(topology.size, _measure, shape, topology, args)
         if ranks is not None:
             rows += _rows(topology, ranks)
-    report(args, {"sharded": rows})
+    report(args, [("sharded", rows)])
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ beside the one without. `weights`: AdamW, Megatron's Muon and Dion on the weight
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,12 @@ from benchmarks._models import (
 )
 from megatron_dion import Dion, DionConfig
 from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
+from megatron_dion.algorithm.products import matmul_precision
 from megatron_dion_tools.local.preload import preload
 from megatron_dion_tools.plan import GptShape
 
 MUON = "Muon"
+HAS_MEGATRON = find_spec("megatron") is not None
 # The step, the step along the residual, the four products, and a product (n, r) (r, r).
 _MEASURED = ("step", "rows", "products", "square")
 Step = Callable[[], object]
@@ -41,12 +44,10 @@ Step = Callable[[], object]
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
     args = _parse(argv)
+    if args.hidden and not HAS_MEGATRON:
+        print("the table weights has no Muon: that needs megatron-core, which is not installed")
     torch.manual_seed(0)
-    tables = {
-        "floor": [row for alike in args.matrices for row in _floor_rows(alike, args)],
-        "weights": [row for hidden in args.hidden for row in _weight_rows(hidden, args)],
-    }
-    report(args, tables)
+    report(args, _tables(args))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +67,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fractions", type=Fraction, nargs="+", default=[Fraction(1, k) for k in (16, 8, 4, 2, 1)]
     )
+    parser.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default=DionConfig.fp32_matmul_prec,
+        help="of the large products, in Dion and in the floor: --dion-fp32-matmul-prec",
+    )
     return parse(parser, argv)
+
+
+def _tables(args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
+    options = (args.precision, args.repeats, args.device)
+    yield "floor", [row for a in args.matrices for row in floor_rows(a, args.fractions, *options)]
+    yield "weights", [row for hidden in args.hidden for row in _weight_rows(hidden, args)]
 
 
 @dataclass(frozen=True)
@@ -82,19 +95,29 @@ class Alike:
         return cls(*map(int, text.split("x")))
 
 
-def _floor_rows(alike: Alike, args: argparse.Namespace) -> list[Row]:
-    """Returns a row for each rank fraction; all of them are measured in turns."""
+def floor_rows(
+    alike: Alike, fractions: Sequence[Fraction], precision: str, repeats: int, device: str
+) -> list[Row]:
+    """Returns a row for each rank fraction; all of them are measured in turns.
+
+    Args:
+        alike: the matrices.
+        fractions: of their ranks.
+        precision: of the large products, of the step and of its floor.
+        repeats: number of measurements.
+        device: `cpu` or `cuda`.
+    """
     cases: dict[str, Step] = {}
-    for fraction in args.fractions:
-        cases |= _floor_cases(alike, fraction, args.device)
-    times = interleaved(cases, args.repeats, args.device)
+    for fraction in fractions:
+        cases |= _floor_cases(alike, fraction, precision, device)
+    times = interleaved(cases, repeats, device)
     return [
-        _floor_row(alike, f, {name: times[f"{f} {name}"] for name in _MEASURED})
-        for f in args.fractions
+        _floor_row(alike, f, precision, {name: times[f"{f} {name}"] for name in _MEASURED})
+        for f in fractions
     ]
 
 
-def _floor_cases(alike: Alike, fraction: Fraction, device: str) -> dict[str, Step]:
+def _floor_cases(alike: Alike, fraction: Fraction, precision: str, device: str) -> dict[str, Step]:
     """Returns what is measured of all matrices: `_MEASURED`."""
     n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
     each = range(alike.count)
@@ -104,16 +127,27 @@ def _floor_cases(alike: Alike, fraction: Fraction, device: str) -> dict[str, Ste
 
     def dion(residual: str) -> Dion:
         weights = [with_gradient(0.02 * random(n, n)) for _ in each]
-        options: dict[str, Any] = {"rank_fraction": float(fraction), "residual": residual}
+        options: dict[str, Any] = {"residual": residual, "fp32_matmul_prec": precision}
+        options["rank_fraction"] = float(fraction)
         return Dion(weights, lr=LR, weight_decay=WEIGHT_DECAY, **options)
 
     operands = [(random(n, n), random(n, n), random(n, r), random(n, r)) for _ in each]
     squares = [(random(n, r), random(r, r)) for _ in each]
+
+    def products() -> None:
+        with matmul_precision(precision):
+            _four_products(operands)
+
+    def square() -> None:
+        with matmul_precision("highest"):  # as the step orthonormalizes
+            for left, right in squares:
+                left @ right
+
     return {
         f"{fraction} step": dion("none").step,
         f"{fraction} rows": dion("rows").step,
-        f"{fraction} products": lambda: _four_products(operands),
-        f"{fraction} square": lambda: [left @ square for left, square in squares],
+        f"{fraction} products": products,
+        f"{fraction} square": square,
     }
 
 
@@ -127,7 +161,9 @@ def _four_products(operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) ->
         weight.addmm_(right, left.T, beta=1 - 1e-6, alpha=-1e-9)
 
 
-def _floor_row(alike: Alike, fraction: Fraction, times: dict[str, Sequence[float]]) -> Row:
+def _floor_row(
+    alike: Alike, fraction: Fraction, precision: str, times: dict[str, Sequence[float]]
+) -> Row:
     step, rows, products, square = (times[name] for name in _MEASURED)
     n, r = alike.size, DionConfig(rank_fraction=float(fraction)).rank(alike.size, alike.size)
     share = orthonormalize_flops(n, r) / (2 * n * r**2)
@@ -138,6 +174,7 @@ def _floor_row(alike: Alike, fraction: Fraction, times: dict[str, Sequence[float
         "matrices": f"{alike.count} x {n}",
         "fraction": str(fraction),
         "rank": r,
+        "precision": precision,
         "products_ms": summary(products).median,
         "products_gflops": 8 * n * n * r * alike.count / 1e6 / summary(products).median,
         "orthonormalize_ms": summary(orthonormalize).median,
@@ -154,27 +191,21 @@ def _weight_rows(hidden: int, args: argparse.Namespace) -> list[Row]:
     """Returns a row for each optimizer; all of them step the same shapes in turns."""
     shape, device = gpt(hidden, args.layers), args.device
     adamw = torch.optim.AdamW(masters(shape, device), LR, weight_decay=WEIGHT_DECAY, fused=True)
-    steps: dict[str, Step] = {
-        "AdamW": adamw.step,
-        MUON: _muon(shape, device, "medium"),
-        "Muon, fp32 products": _muon(shape, device, "highest"),
-    }
+    steps: dict[str, Step] = {"AdamW": adamw.step}
+    if HAS_MEGATRON:
+        steps[MUON] = _muon(shape, device, "medium")
+        steps["Muon, fp32 products"] = _muon(shape, device, "highest")
     for fraction in reversed(args.fractions):
         steps[f"Dion {fraction}"] = _dion(shape, fraction, device, "none")
         steps[f"Dion {fraction}, residual"] = _dion(shape, fraction, device, "rows")
     times = interleaved(steps, args.repeats, device)
-    return [
-        {
-            "hidden": hidden,
-            "layers": args.layers,
-            "optimizer": name,
-            "step_ms": summary(measured).median,
-            "to_muon": (to_muon := ratio(measured, times[MUON])).median,
-            "low": to_muon.low,
-            "high": to_muon.high,
-        }
-        for name, measured in times.items()
-    ]
+    rows: list[Row] = []
+    for name, measured in times.items():
+        to_muon = astuple(ratio(measured, times[MUON])) if MUON in times else (None, None, None)
+        row: Row = {"hidden": hidden, "layers": args.layers, "optimizer": name}
+        compared = zip(("to_muon", "low", "high"), to_muon, strict=True)
+        rows.append({**row, "step_ms": summary(measured).median, **dict(compared)})
+    return rows
 
 
 def _muon(shape: GptShape, device: str, precision: str) -> Step:

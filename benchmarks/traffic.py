@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preload()
     rows = [row for case in args.cases for row in _rows(case, args)]
     calls = [dict(call) for row in rows for call in row.pop("calls")]
-    report(args, {"bytes": rows, "calls": calls})
+    report(args, [("bytes", rows), ("calls", calls)])
 
 
 @dataclass

@@ -168,6 +168,7 @@ def train_shards(
     config: DionConfig,
     bucket: int,
     gradients_of: Callable[[tuple[Shape, ...], int], dict[str, Tensor]] = values,
+    device: str = "cpu",
 ) -> Result:
     """On one rank: ten steps, of which the last is measured."""
     rank, replica, groups = mesh.join()
@@ -179,14 +180,14 @@ def train_shards(
         return {
             index: shape.local(wholes[shape.name], mesh.tp, rank.tensor_parallel)
             .flatten()[start:stop]
-            .clone()
+            .to(device, copy=True)
             for index, (shape, (start, stop)) in enumerate(zip(shapes, spans, strict=True))
             if start < stop
         }
 
     tensors = pieces(values(shapes, seed=0))
     optimizer = Dion(list(tensors.values()), lr=LR, weight_decay=WEIGHT_DECAY, **vars(config))
-    optimizer.distribute(Distribution(placements, tensors, torch.device("cpu"), groups))
+    optimizer.distribute(Distribution(placements, tensors, torch.device(device), groups))
     sent = 0
     for step in range(1, STEPS + 1):
         other = differences(shapes, step, replica, mesh.replicas)
@@ -219,7 +220,7 @@ def blocks_of(optimizer: Dion, tensors: dict[int, Tensor], rank: Rank) -> Iterat
                 flat[place.offset : place.offset + place.numel].view(place.rows, place.columns)
                 for flat in (tensor, optimizer.state[tensor]["momentum"])
             )
-            yield matrix.name, place, weight, momentum, right, columns
+            yield matrix.name, place, weight.cpu(), momentum.cpu(), right.cpu(), columns
 
 
 def differences(

@@ -1,13 +1,9 @@
 """Training in FP8 by Transformer Engine, with its own layers and kernels, over NCCL.
 
-The weights on every GPU are compared with those of whole weights, as on CPU. Without a GPU the
-tests are skipped, but not by `make test-gpu`, which sets REQUIRE_GPU_TESTS.
+The weights on every GPU are compared with those of whole weights, as on CPU.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +13,14 @@ import torch
 from tests.distributed.test_fp8 import MODEL as MODEL_ON_CPU
 from tests.distributed.tiny_gpt import DION, TRAINING, losses
 from tests.fp8_emulation.checks import RECIPES, RankWeight, check_forms, masters_of
+from tests.gpu.run import on_ranks
 
-HAS_ALL = torch.cuda.is_available() and find_spec("transformer_engine") is not None
+MISSING = [name for name in ("megatron", "transformer_engine") if find_spec(name) is None]
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.skipif(
-        not HAS_ALL and "REQUIRE_GPU_TESTS" not in os.environ,
-        reason="no CUDA device with Transformer Engine: make test-gpu where there is",
+        not torch.cuda.is_available(), reason="no GPU: make test-gpu where there is"
     ),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 ITERATIONS = 8
 HALF = ITERATIONS // 2
@@ -44,29 +40,17 @@ GRIDS = {
 
 
 def run(folder: Path, recipe: str, grid: str, *flags: str) -> list[list[list[RankWeight]]]:
-    """Trains in a world of GPUs; what each kept. Its metrics and log are in the folder."""
+    """Trains in a world of GPUs; what each kept. Its metrics are in the folder."""
     gpus, grid_flags = GRIDS[grid]
-    needs(recipe, gpus)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(gpus), "-m", "tests.gpu.run", str(folder), *MODEL]
-    command += [*RECIPES.get(recipe, "").split(), *grid_flags.split(), "--run-dir", str(folder)]
-    command += ["--train-iters", str(ITERATIONS), *flags]
-    # Without the one Transformer Engine does not load the scales of delayed scaling; the other is
-    # Megatron's condition for tensor parallelism before Blackwell.
-    environment = {**os.environ, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with (folder / "log.txt").open("w") as log:
-        answer = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    status = answer.returncode
-    assert status == 0, (folder / "log.txt").read_text()[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(gpus)]
+    needs(recipe)
+    argv = [*MODEL, *RECIPES.get(recipe, "").split(), *grid_flags.split()]
+    argv += ["--run-dir", str(folder), "--train-iters", str(ITERATIONS), *flags]
+    recorded: list[list[list[RankWeight]]] = on_ranks(gpus, "train_fp8", folder, *argv)
+    return recorded
 
 
-def needs(recipe: str, gpus: int) -> None:
+def needs(recipe: str) -> None:
     """Skips what these GPUs cannot do."""
-    if gpus > 1 and torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} GPUs, there is {torch.cuda.device_count()}")
     wanted = {"mxfp8": (10, 0), "blockwise": (9, 0), "bf16": (8, 0)}.get(recipe, (8, 9))
     if torch.cuda.get_device_capability() < wanted:
         pytest.skip(f"{recipe} needs compute capability {wanted[0]}.{wanted[1]}")

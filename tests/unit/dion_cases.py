@@ -31,21 +31,26 @@ class Comparison:
 
     Args:
         groups: for each parameter group its shapes and its options.
+        device: of the optimizer; the references are on the CPU.
         options: of the optimizer.
     """
 
     def __init__(
-        self, groups: Iterable[tuple[Sequence[Shape], dict[str, float]]], **options: Any
+        self,
+        groups: Iterable[tuple[Sequence[Shape], dict[str, float]]],
+        device: str = "cpu",
+        **options: Any,
     ) -> None:
         torch_groups: list[dict[str, Any]] = []
         self.named: dict[str, Parameter] = {}
         for number, (shapes, group_options) in enumerate(groups):
-            own = {f"{number}.{i}": p for i, p in enumerate(parameters(shapes))}
+            drawn = enumerate(parameters(shapes))
+            own = {f"{number}.{i}": Parameter(p.detach().to(device)) for i, p in drawn}
             torch_groups.append({"params": list(own.items()), **group_options})
             self.named.update(own)
         self.optimizer = Dion(torch_groups, **{"lr": LR, **options})
         self.references = {
-            name: ReferenceMatrix.start(name, parameter, self.optimizer.config)
+            name: ReferenceMatrix.start(name, parameter.cpu(), self.optimizer.config)
             for name, parameter in self.named.items()
         }
 
@@ -58,7 +63,7 @@ class Comparison:
         """A step of both with these gradients; parameters without one are left out."""
         for name, parameter in self.named.items():
             gradient = gradients.get(name)
-            parameter.grad = None if gradient is None else gradient.clone()
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         for group in self.optimizer.param_groups:
             for name in group["param_names"]:
                 if name in gradients:
@@ -85,16 +90,25 @@ class Comparison:
             for what, tensor in self.tensors(name).items()
         }
 
+    def errors(self) -> dict[str, dict[str, float]]:
+        """By name, how far weight, momentum and right factor are from the reference, relative."""
+        return {name: self._errors(name) for name in self.named}
+
+    def _errors(self, name: str) -> dict[str, float]:
+        found, gradient = {}, self.named[name].grad
+        for what, tensor in self.tensors(name).items():
+            expected = getattr(self.references[name], what)
+            assert tensor.shape == expected.shape, f"{name} {what}: {tuple(tensor.shape)}"
+            size = expected.norm()
+            if what == "momentum" and gradient is not None:
+                # It is zero where the rank is full and mu is 0.
+                size = torch.maximum(size, gradient.cpu().double().norm())
+            found[what] = float((tensor.cpu().double() - expected).norm() / size)
+        return found
+
     def assert_equal(self, tolerances: Mapping[str, float] = TOLERANCES) -> None:
-        for name, parameter in self.named.items():
-            for what, tensor in self.tensors(name).items():
-                expected = getattr(self.references[name], what)
-                assert tensor.shape == expected.shape, f"{name} {what}: {tuple(tensor.shape)}"
-                size = expected.norm()
-                if what == "momentum" and parameter.grad is not None:
-                    # It is zero where the rank is full and mu is 0.
-                    size = torch.maximum(size, parameter.grad.double().norm())
-                distance = (tensor.double() - expected).norm() / size
+        for name, errors in self.errors().items():
+            for what, distance in errors.items():
                 assert distance < tolerances[what], f"{name} {what}: {distance:.1e}"
 
 

@@ -27,11 +27,18 @@ def describe(flags: Sequence[str]) -> Mapping[str, str | None]:
         "megatron_dion": megatron_dion.__version__,
         "revision": git_revision(Path(megatron_dion.__file__).parent),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
+        **{name: _version(name) for name in ("torch", "megatron-core", "numpy")},
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "data": data.hexdigest(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
