@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
+from megatron_dion.megatron.data_checks import load_tokenizer
 from megatron_dion.megatron.errors import in_one_line, refuse, say
 from megatron_dion.megatron.flags import (
     ParserHook,
@@ -52,6 +53,8 @@ class TrainingHooks:
         patches.wrap("parse_args", self._parse)
         patches.wrap("load_args_from_checkpoint", self._load_args)
         patches.wrap("validate_args", self._validate)
+        if self._script_is_ours:
+            patches.wrap("build_tokenizer", load_tokenizer)
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
         patches.wrap("_compute_per_buffer_param_layout", self._lay_out)

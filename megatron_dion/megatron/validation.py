@@ -135,6 +135,8 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
+    is_never = args.save and args.save_interval is None
+    refuse(f"--save {args.save} needs --save-interval ITERATIONS", when=is_never)
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
         refuse(f"{flag} is not supported: leave it out", when=getattr(args, name) != accepted)
@@ -162,8 +164,14 @@ def check_packages(args: argparse.Namespace) -> None:
     for flag, value, package in (
         ("--save", args.save, "psutil"),
         ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
+        ("--wandb-project", args.wandb_project, "wandb"),
     ):
         refuse(f"{flag} needs the package {package}", when=value and not find_spec(package))
+    has_names = args.wandb_exp_name and (args.save or args.wandb_save_dir)
+    refuse(
+        "--wandb-project needs --wandb-exp-name, and --wandb-save-dir or --save",
+        when=args.wandb_project and not has_names,
+    )
 
 
 # What holds for a run without Dion in a script that is not ours.
