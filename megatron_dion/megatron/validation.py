@@ -14,7 +14,7 @@ from megatron_dion.megatron.flags import as_flag, given_dion_flags
 from megatron_dion.optimizer.options import DionOptions
 
 # Arguments that must not be given with --optimizer dion, and why, or what to do instead.
-_REFUSED_WITH_DION = {
+REFUSED_WITH_DION = {
     "use_torch_fsdp2": "Dion shards with --use-distributed-optimizer",
     "use_megatron_fsdp": "Dion shards with --use-distributed-optimizer",
     "optimizer_cpu_offload": "Dion's state stays on the device",
@@ -78,9 +78,10 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
         return
     is_sharded = args.use_distributed_optimizer
     refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
-    for name, advice in _REFUSED_WITH_DION.items():
-        flag = as_flag(name, getattr(args, name))
-        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=getattr(args, name))
+    for name, advice in REFUSED_WITH_DION.items():
+        value = getattr(args, name, None)  # a release may lack the flag
+        flag = as_flag(name, value)
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=value)
 
 
 def check_ignored(args: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name in _UNSUPPORTED_DATA:
         line = f"{as_flag(name, True)} is not supported by pretrain_gpt.py: leave it out"
-        refuse(line, when=getattr(args, name))
+        refuse(line, when=getattr(args, name, None))
 
 
 def check_packages(args: argparse.Namespace) -> None:

@@ -198,13 +198,13 @@ def _states_of(
     if source.rules is not None:
         routes = (routes_by_rules(chunk, source.rules) for chunk in optimizer.model_chunks)
         weights = {p: r.weight for p, r in chain.from_iterable(routes) if r.weight is not None}
-    kinds = [MASTER]
+    kinds = {MASTER}
     if not isinstance(optimizer, DionDistributedOptimizer):
         if source.scalars:
             _allocate_state(optimizer)
-            kinds += optimizer.optimizer_state_keys
+            kinds.update(*optimizer.optimizer.state.values())
     else:
-        kinds += [MOMENTUM] if source.momentum else []
+        kinds |= {MOMENTUM} if source.momentum else set()
         yield from _right_factors(optimizer) if source.right_factors else ()
     instance = optimizer.distributed_optimizer_instance_id  # the first one's copy is saved
     for parameter, start, kind, flat in flat_states(optimizer):

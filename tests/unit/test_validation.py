@@ -1,19 +1,22 @@
 """What is refused before training, by the line that says so; and what is not."""
 
+import importlib.util
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_dion.megatron import launch, validation
+from megatron_dion.megatron import capabilities, validation
 from megatron_dion.megatron.data_checks import identity_of
 from megatron_dion.megatron.errors import ConfigurationError
 from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
@@ -286,17 +289,58 @@ def test_tokenizer_is_compared_with_what_was_noted(prefix: str) -> None:
 # --- what must be true before megatron is imported
 
 
-def test_another_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout of Megatron-LM beside a script, say, whatever is installed."""
-    launch.check_megatron_version()
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("file", "old", "new", "lacks"),
+    [
+        ("core/optimizer/optimizer.py", "def _step(", "def _do_step(", "_step"),
+        ("training/training.py", "model, optimizer, ", "model, optim, ", "train_step(optimizer)"),
+        ("core/process_groups_config.py", "expt_tp_pp_group", "expt_group", "expt_tp_pp_group"),
+    ],
+)
+def test_megatron_core_is_judged_by_its_names(
+    tmp_path: Path, file: str, old: str, new: str, lacks: str
+) -> None:
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None
+    installed = Path(str(spec.origin)).parents[1]
+    assert list(capabilities.missing(installed)) == []
+    for one in capabilities.NEEDED:
+        (tmp_path / one).parent.mkdir(parents=True, exist_ok=True)
+        text = (installed / one).read_text()
+        (tmp_path / one).write_text(text.replace(old, new) if one == file else text)
+    assert list(capabilities.missing(tmp_path)) == [f"{lacks} in megatron/{file}"]
+
+
+def test_a_checkout_beside_a_script_is_found_and_not_imported(tmp_path: Path) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
-    (core / "__init__.py").write_text("raise ImportError('must not be imported')")
-    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 0\n")
-    code = "from megatron_dion.megatron import launch; launch.check_megatron_version()"
+    (core / "__init__.py").write_text("raise SystemExit('must not be imported')")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 17\nPATCH = 1\n")
+    code = "from megatron_dion.megatron import launch; launch.prepare([])"
     command = [sys.executable, "-c", code]
     paths = [str(tmp_path), *sys.path]
     found = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": os.pathsep.join(paths)}
     )
-    assert f"{core} is megatron-core 0.18.0, tested is 0.19.2: pip install" in found.stderr
+    said = f"megatron-core 0.17.1 in {tmp_path}/megatron has no is_managed_by_layer_wise_optimizer"
+    assert said in found.stderr
+
+
+def replaced_names() -> list[str]:
+    """On a rank: what is rebound or overridden of megatron's; nobody would miss an old name."""
+    from megatron_dion.megatron.patches import _OWNERS
+    from megatron_dion.optimizer.chain import DionChainedOptimizer
+    from megatron_dion.optimizer.distributed import DionDistributedOptimizer
+
+    classes = (DionChainedOptimizer, DionDistributedOptimizer)
+    methods = {n: c for c in classes for n, value in vars(c).items() if isfunction(value)}
+    overridden = {n for n, c in methods.items() if n != "__init__" and hasattr(c.__base__, n)}
+    return sorted({*_OWNERS, *overridden})
+
+
+def test_what_is_replaced_is_looked_for() -> None:
+    [names] = world(1).fork(replaced_names)
+    assert "_step" in names
+    needed = [w.partition("(")[0] for text in capabilities.NEEDED.values() for w in text.split()]
+    assert [n for n in names if not any(re.fullmatch(pattern, n) for pattern in needed)] == []
