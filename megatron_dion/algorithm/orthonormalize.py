@@ -6,7 +6,7 @@ Gram matrix, so that a Cholesky factor always exists (Fukaya et al., SIAM J. Sci
 Nothing depends on the values of a tensor, so a GPU is never waited for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,13 @@ NOISE = 1e-6
 """A column of P is rounding noise if its part orthogonal to the columns before it is shorter than
 this fraction of the longest column."""
 
-_UNIT_ROUNDOFF = 2.0**-24
+_SHIFT = 6 * 2.0**-24
+"""Six roundings of a float32."""
 _LEAST_BLOCK = 64
-_BLOCKS = 8
+_LEAST_GPU_BLOCK = 256
+_GPU_BLOCKS = 4
+_GPU_NUMBERS = 1 << 24
+"""Numbers of Gram matrices that a GPU factors together, 64 MiB."""
 
 
 Reduce = Callable[[Tensor, Any], None]
@@ -47,38 +51,50 @@ def orthonormalize(batches: Sequence[Tensor], reduce: Reduce) -> None:
     if not batches:
         return
     _scale(batches, reduce)
-    residuals: list[Tensor] = []
-    sizes = [len(p) * p.shape[2] ** 2 for p in batches]
-    packed = torch.empty(sum(sizes), device=batches[0].device)
+    groups = _groups(batches)
+    sizes = [sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
+    packed = torch.zeros(sum(sizes), device=batches[0].device)
     grams = [
-        memory.view(len(p), p.shape[2], p.shape[2])
-        for p, memory in zip(batches, packed.split(sizes), strict=True)
+        memory.view(-1, group[0].shape[2], group[0].shape[2])
+        for group, memory in zip(groups, packed.split(sizes), strict=True)
     ]
-    _multiply(batches, grams)
+    noises: list[Tensor] = []  # what the square of a residual must exceed, by what the first left
+    _multiply(groups, grams)
     reduce(packed, ReduceOp.SUM)
-    for p, gram in zip(batches, grams, strict=True):
-        squares = gram.diagonal(dim1=1, dim2=2).clone()  # (batch, r), of the lengths of columns
-        lengths = torch.where(squares > 0, squares, 1.0)
-        shift = _shift(gram, lengths)
-        residual = _divide(p, gram, shift, lengths)
-        residuals.append(residual / squares.amax(dim=1, keepdim=True).sqrt())
-    _multiply(batches, grams)
+    for group, gram in zip(groups, grams, strict=True):
+        # A column shorter than 1e-10 of the longest is noise, whatever its length becomes.
+        scales = gram.diagonal(dim1=1, dim2=2).clamp(min=1e-20).rsqrt_()  # (batch, r)
+        gram.mul_(scales.unsqueeze(1)).mul_(scales.unsqueeze(2))
+        for p, scale in _by_batch(group, scales):
+            p *= scale.unsqueeze(1)  # columns of length one
+        diagonal = _divide(group, gram, _shift(gram))
+        relative = scales / scales.amin(dim=1, keepdim=True)  # the longest column by each
+        noises.append((relative / diagonal).square_().mul_(NOISE**2))
+    _multiply(groups, grams)
     reduce(packed, ReduceOp.SUM)
-    for p, gram, residual in zip(batches, grams, residuals, strict=True):
-        ones = torch.ones_like(residual)
-        shift = _shift(gram, ones)
-        diagonal = _divide(p, gram, shift, ones)
-        squares = diagonal.square() - shift  # of the residuals
-        is_independent = (squares > 15 * shift) & (residual.square() * squares > NOISE**2)
-        lengthened = diagonal / torch.maximum(squares, shift).sqrt()  # by what the shift took
-        p *= torch.where(is_independent, lengthened, 0.0).unsqueeze(1)
+    for group, gram, noise in zip(groups, grams, noises, strict=True):
+        shift = _shift(gram)
+        diagonal = _divide(group, gram, shift)
+        squares = diagonal.square().sub_(shift, alpha=_SHIFT)  # of the residuals
+        is_dependent = squares <= torch.maximum(15 * _SHIFT * shift, noise)
+        lengthened = diagonal / squares.sqrt_()  # by what the shift took
+        for p, factor in _by_batch(group, lengthened.masked_fill_(is_dependent, 0)):
+            p *= factor.unsqueeze(1)
 
 
 def orthonormalize_flops(rows: int, rank: int) -> int:
     """Operations for `rows` rows of a P (n, r): Gram matrix and division, twice each."""
-    blocks = len(_blocks(rank, torch.device("cuda")))
+    blocks = len(_blocks(rank, are_small=False))
     fraction = (blocks + 1) / (2 * blocks)  # of the full product: triangles by blocks
     return int(2 * (2 * 2 * rows * rank**2 * fraction + rank**3 / 3))
+
+
+def orthonormalize_bytes(batches: Sequence[Tensor]) -> int:
+    """Bytes that `orthonormalize` takes beside P: all Gram matrices, and what divides a group."""
+    groups = _groups(batches)
+    grams = [4 * sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
+    products = [4 * max(p.numel() for p in group) for group in groups]
+    return sum(grams) + max((3 * g + p for g, p in zip(grams, products, strict=True)), default=0)
 
 
 def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
@@ -90,88 +106,111 @@ def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
         [p.abs().amax((1, 2)) if p.numel() else p.new_zeros(len(p)) for p in batches]
     )
     reduce(packed, ReduceOp.MAX)
-    scales = torch.where(packed > 0, packed, 1.0).split([len(p) for p in batches])
+    scales = packed.clamp_(min=torch.finfo(torch.float32).tiny).split([len(p) for p in batches])
     for p, scale in zip(batches, scales, strict=True):
         p /= scale.view(-1, 1, 1)
 
 
-def _multiply(batches: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+def _groups(batches: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Batches whose Gram matrices are factored together: on a GPU those of the same r.
+
+    Ranks that share matrices have their Gram matrices in the same order, whatever the groups.
+    """
+    groups: list[list[Tensor]] = []
+    for p in sorted(batches, key=lambda p: p.shape[2]):
+        last = groups[-1] if groups else []
+        numbers = (sum(map(len, last)) + len(p)) * p.shape[2] ** 2
+        is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= _GPU_NUMBERS
+        if is_alike and not is_cpu(p):
+            last.append(p)
+        else:
+            groups.append([p])
+    return groups
+
+
+def _by_batch(group: Sequence[Tensor], values: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Every P of a group with what is its own of values (batch, ...) of all matrices."""
+    return zip(group, values.split([len(p) for p in group]), strict=True)
+
+
+def _multiply(groups: Sequence[Sequence[Tensor]], grams: Sequence[Tensor]) -> None:
     """G = P^T P; of G (batch, r, r) only the upper triangle of blocks."""
-    for p, gram in zip(batches, grams, strict=True):
-        for start, stop in _blocks(p.shape[2], p.device):
-            block = gram[:, start:stop, start:]
-            block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
+    for group, all_grams in zip(groups, grams, strict=True):
+        for p, gram in _by_batch(group, all_grams):
+            for start, stop in _blocks(p.shape[2], is_cpu(p)):
+                block = gram[:, start:stop, start:]
+                block.baddbmm_(p[:, :, start:stop].mT, p[:, :, start:], beta=0)
 
 
-def _shift(gram: Tensor, squares: Tensor) -> Tensor:
-    """The shift (batch, 1), above the rounding of Gram matrices of columns of unit length.
+def _shift(gram: Tensor) -> Tensor:
+    """The shift (batch, 1) over `_SHIFT`: above the rounding of G of columns of unit length.
 
     The rounding grows with the norm of the upper triangle, which is about sqrt(r) for orthonormal
-    columns and r for parallel ones.
-
-    Args:
-        gram: (batch, r, r).
-        squares: (batch, r), by which the squared lengths of columns are divided.
+    columns and r for parallel ones. G (batch, r, r) is zero below the blocks of `_multiply`.
     """
-    weights = (1 / squares).unsqueeze(2)  # (batch, r, 1)
-    square = torch.zeros_like(weights[:, :1])
-    for start, stop in _blocks(gram.shape[1], gram.device):  # they fit in a CPU's cache
-        entries = gram[:, start:stop, start:].square()
-        square += weights[:, start:stop].mT @ (entries @ weights[:, start:])
-    return (16 + 6 * square.squeeze(2).sqrt()) * _UNIT_ROUNDOFF
+    return torch.linalg.vector_norm(gram, dim=(1, 2)).add_(8 / 3).unsqueeze(1)
 
 
-def _divide(p: Tensor, gram: Tensor, shift: Tensor, squares: Tensor) -> Tensor:
-    """P = P U^-1, in place, with the Cholesky factor U of G + s diag(squares).
-
-    The factorization and the division take turns, for one half of the columns and then for the
-    other. (torch's factorization of a large matrix takes longer on a CPU than the products with P.)
+def _divide(group: Sequence[Tensor], gram: Tensor, shift: Tensor) -> Tensor:
+    """P = P U^-1, in place, with the Cholesky factor U of the shifted G.
 
     Args:
-        p: (batch, rows, r).
-        gram: G, of which the upper triangle is overwritten with U, (batch, r, r).
-        shift: s, (batch, 1).
-        squares: (batch, r).
+        group: the P, each (batch, rows, r).
+        gram: G, of which the upper triangle is overwritten, (batch, r, r).
+        shift: what `_shift` returned.
 
     Returns:
         The diagonal of U, (batch, r).
     """
-    gram.diagonal(dim1=1, dim2=2).add_(shift * squares)
-    _divide_columns(p, gram, 0, gram.shape[1])
-    return gram.diagonal(dim1=1, dim2=2)
+    gram.diagonal(dim1=1, dim2=2).add_(shift, alpha=_SHIFT)
+    diagonals = _divide_columns(group, gram, 0, gram.shape[1])
+    return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=1)
 
 
-def _divide_columns(p: Tensor, gram: Tensor, start: int, stop: int) -> None:
+def _divide_columns(group: Sequence[Tensor], gram: Tensor, start: int, stop: int) -> list[Tensor]:
     """Computes rows start:stop of U and columns start:stop of P U^-1, both in place.
 
-    The contributions of the columns before `start` have been subtracted.
+    The contributions of the columns before `start` have been subtracted. On a CPU, on which torch's
+    factorization of a large matrix takes longer than the products with P, the factorization and the
+    division take turns, for one half of the columns and then for the other.
+
+    Returns:
+        The diagonal of U in these rows, in parts (batch, size).
     """
     size = stop - start
-    if size > _block_size(gram.shape[1], p.device):
+    if size > _LEAST_BLOCK and is_cpu(gram):
         middle = start + size // 2
-        _divide_columns(p, gram, start, middle)
+        first = _divide_columns(group, gram, start, middle)
         upper = gram[:, start:middle, middle:]
         gram[:, middle:stop, middle:].baddbmm_(upper[:, :, : stop - middle].mT, upper, alpha=-1)
-        p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], upper[:, :, : stop - middle], alpha=-1)
-        _divide_columns(p, gram, middle, stop)
-        return
-    rows, columns = gram[:, start:stop, start:], p[:, :, start:stop]
+        for p, part in _by_batch(group, upper[:, :, : stop - middle]):
+            p[:, :, middle:stop].baddbmm_(p[:, :, start:middle], part, alpha=-1)
+        return first + _divide_columns(group, gram, middle, stop)
+    rows = gram[:, start:stop, start:]
     upper = torch.linalg.cholesky_ex(rows[:, :, :size], upper=True).L
-    identity = torch.eye(size, device=p.device)
+    identity = torch.eye(size, device=gram.device)
     inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    rows[:, :, :size] = upper
-    rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
-    columns.copy_(columns @ inverse)
+    if stop < gram.shape[1]:
+        rows[:, :, size:] = inverse.mT @ rows[:, :, size:]
+    for p, part in _by_batch(group, inverse):
+        p[:, :, start:stop] = _by_triangle(p[:, :, start:stop], part)
+    return [upper.diagonal(dim1=1, dim2=2)]
 
 
-def _blocks(rank: int, device: torch.device) -> list[tuple[int, int]]:
-    size = _block_size(rank, device)
+def _by_triangle(columns: Tensor, triangle: Tensor) -> Tensor:
+    """The product of (batch, rows, size) with an upper triangle (batch, size, size)."""
+    product = torch.empty_like(columns)
+    for i, j in _blocks(columns.shape[2], is_cpu(columns)):
+        torch.bmm(columns[:, :, :j], triangle[:, :j, i:j], out=product[:, :, i:j])
+    return product
+
+
+def _blocks(rank: int, are_small: bool) -> list[tuple[int, int]]:
+    """Blocks of columns, of whose triangles both halves are computed; a GPU has few."""
+    size = _LEAST_BLOCK if are_small else max(_LEAST_GPU_BLOCK, -(-rank // _GPU_BLOCKS))
     return [(start, min(start + size, rank)) for start in range(0, rank, size)]
 
 
-def _block_size(rank: int, device: torch.device) -> int:
-    """Columns of a block. A block on the diagonal of G is computed whole, a triangle would do.
-
-    On a GPU, where few large calls are fast, a matrix has at most `_BLOCKS` blocks.
-    """
-    return _LEAST_BLOCK if device.type == "cpu" else max(_LEAST_BLOCK, -(-rank // _BLOCKS))
+def is_cpu(tensor: Tensor) -> bool:
+    """Whether few calls are worth less than what stays in the cache."""
+    return tensor.device.type == "cpu"

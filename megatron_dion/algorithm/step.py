@@ -25,14 +25,15 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.exchange import Exchange, Steps
-from megatron_dion.algorithm.orthonormalize import orthonormalize
+from megatron_dion.algorithm.orthonormalize import is_cpu, orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
 
 FLOOR = 1 / 32
@@ -42,19 +43,31 @@ So short a row may be rounding noise. With products in float32, rounding changes
 1e-6 ||B_i||^2; the relative error of s_i is then at most about 1e-6 / FLOOR^2 = 1e-3. With products
 in TF32 it is 5e-4 in place of 1e-6. docs/residual.md says how far noise moves a row."""
 
+
+class Batch(NamedTuple):
+    """What lies at equal distances in memory."""
+
+    members: list[int]  # n of them, by their numbers in a list
+    tensors: list[Tensor]  # all of it, (n, *shape) each
+
+
+_BATCH_NUMBERS = 1 << 25
+"""Numbers of a batch of several blocks, at most, 128 MiB."""
+
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
 
 
-@dataclass
+@dataclass(repr=False)  # the memory of some tensors may be away
 class Block:
-    """The tensors of one or more rectangles of a matrix, all of them views.
+    """The tensors of k rectangles of equal shape at equal distances in memory, all of them views.
 
-    A fused weight interleaves the rows of its matrices, so a block is k rectangles at equal
-    distances in memory. They have the same columns; "rows" are those of one of them.
+    They are the rectangles of one matrix, whose rows a fused weight interleaves with those of
+    others, or one of each of several matrices, such as gate and up projection. They have the same
+    columns; "rows" are those of one of them. c is 1 for one matrix, else k.
     """
 
-    matrix: int  # index of its matrix
+    matrices: tuple[int, ...]  # indices of its c matrices
     parameter: Tensor  # the one of the optimizer's `param_groups` of which the weight is a part
     weight: Tensor  # (k, rows, columns) of the master weight, float32
     total: Tensor  # (k, rows, columns) float32, holds B = M + G when a step begins
@@ -62,7 +75,7 @@ class Block:
     right_factor: Tensor  # (k, rows, r) float32, Q while P is computed; perhaps in `projection`
     stored_right: Tensor  # (k, rows, stored columns), Q between steps; may be `right_factor`
     stored_columns: slice  # which columns of Q these are
-    left_factor: Tensor  # (columns, r), the rows of P of its columns; blocks share overlaps
+    left_factor: Tensor  # (c, columns, r), the rows of P of its columns; blocks share overlaps
     projection: Tensor  # (k, rows, r), the rows of R
     row_squares: Tensor  # (k, rows) float64, for ||B_i||^2 of whole rows; (k, 0) without residual
     scale: float  # factor on the learning rate
@@ -152,7 +165,7 @@ def _project_left(blocks: Sequence[Block], config: DionConfig) -> None:
         for block in blocks:
             total = block.multiplied_rows(block.total)
             right = block.multiplied_rows(block.right_factor)
-            block.left_factor.addbmm_(total.mT, right)  # (columns, r), the sum over k in it
+            _add_products(block.left_factor, total.mT, right)
 
 
 def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
@@ -162,7 +175,17 @@ def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
             if projection is not block.projection:
                 block.projection.zero_()
             total = block.multiplied_rows(block.total)
-            torch.bmm(total, _repeated(block.left_factor, len(total)), out=projection)
+            torch.bmm(total, block.left_factor.expand(len(total), -1, -1), out=projection)
+
+
+def _add_products(left: Tensor, total: Tensor, right: Tensor) -> None:
+    """Adds total (k, columns, rows) times right (k, rows, r) to left: to one, or to each of k."""
+    if len(left) == len(total):
+        left.baddbmm_(total, right)
+    elif is_cpu(total):
+        left[0].addbmm_(total, right)
+    else:
+        left[0].addmm_(total.mT.flatten(0, 1).T, right.flatten(0, 1))
 
 
 def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> None:
@@ -171,16 +194,28 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     Those of R are float64: the order of a sum, which differs between topologies, does not show
     after rounding. Norms of rows are float32, which needs no copy of B.
     """
-    for block in blocks:
-        rows = _narrow(block.projection, block.counted, dim=1).double()
-        exchange.column_squares[block.matrix] += rows.square_().sum(dim=(0, 1))
-        total = block.multiplied_rows(block.total)
-        if exchange.has_residual:
-            norms = torch.linalg.vector_norm(total, dim=2)  # (k, rows)
-            block.multiplied_rows(block.row_squares).copy_(norms).square_()
-        if is_measured:
-            norm = torch.linalg.vector_norm(total, dtype=torch.float64)
-            exchange.totals[block.matrix] += norm.square()
+    counted = [block for block in blocks if block.counted.stop > block.counted.start]
+    squares: dict[int, Tensor] = {}  # by matrix
+    rows_of = [(_narrow(block.projection, block.counted, dim=1),) for block in counted]
+    for members, (rows,) in _batches(rows_of, [_kind(block) for block in counted]):
+        is_one = len(counted[members[0]].matrices) == 1
+        sums = rows.double().square_().sum(dim=(1, 2) if is_one else 2)  # (n, c r)
+        matrices = [k for i in members for k in counted[i].matrices]
+        for matrix, square in zip(matrices, sums.view(-1, rows.shape[3]), strict=True):
+            squares[matrix] = squares[matrix] + square if matrix in squares else square
+    copy_all([exchange.column_squares[k] for k in squares], list(squares.values()))
+    totals = [block.multiplied_rows(block.total) for block in blocks]
+    if exchange.has_residual and blocks:
+        row_squares = [block.multiplied_rows(block.row_squares) for block in blocks]
+        copy_all(row_squares, [torch.linalg.vector_norm(total, dim=2) for total in totals])
+        torch._foreach_mul_(row_squares, row_squares)
+    if is_measured:
+        for block, total in zip(blocks, totals, strict=True):
+            by_matrix = total.flatten(0, 1) if len(block.matrices) == 1 else total
+            parts = by_matrix.view(len(block.matrices), -1, total.shape[2])
+            norms = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.float64)
+            for matrix, norm in zip(block.matrices, norms, strict=True):
+                exchange.totals[matrix] += norm.square()
 
 
 def _update(
@@ -190,46 +225,143 @@ def _update(
     learning_rates: Sequence[float],
     weight_decays: Sequence[float],
 ) -> None:
+    if not blocks:
+        return
     # Other processes have copies of these rows, elsewhere in memory. Products may depend on how
     # operands are aligned, in their last bit: clones start where an allocation does.
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
-    lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (columns, r)
-    norms = {k: exchange.column_squares[k].sqrt() for k in {block.matrix for block in blocks}}
-    factors = {k: (1 / (norm + config.eps)).float() for k, norm in norms.items()}
+    lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (c, columns, r)
+    rows = [(right, b.stored_right) for right, b in zip(projections, blocks, strict=True)]
+    batches = _batches(rows, [_kind(block) for block in blocks])
+    order = [i for members, _ in batches for i in members]
+    norms = torch.cat([exchange.column_squares[k] for i in order for k in blocks[i].matrices])
+    norms.sqrt_()
+    sizes = [(len(m), len(blocks[m[0]].matrices), 1, batch.shape[3]) for m, (batch, _) in batches]
+    factors = views_in((norms + config.eps).reciprocal_().float(), sizes)
     # A column of R that is zero leaves its column of Q, which would otherwise be lost for ever.
-    unchanged = {k: (norm == 0).float() for k, norm in norms.items()}
-    steps = zip(blocks, projections, lefts, learning_rates, weight_decays, strict=True)
+    is_new = views_in(norms > 0, sizes)
+    row_scales = _row_scales(blocks, batches, config) if exchange.has_residual else None
     with matmul_precision(config.fp32_matmul_prec):
-        for block, right, left, lr, decay in steps:
-            outer = _repeated(left.T, len(right))  # (k, r, columns)
-            factor = factors[block.matrix]
-            if exchange.has_residual:
-                scales = _row_scales(block, right, config)  # S, (k, rows, 1)
-                direction = right * scales  # S R, (k, rows, r)
-                right *= factor  # R becomes Q in its place
-                torch.sub(right, direction, out=direction)  # Q - S R
-            else:
-                block.total.baddbmm_(right, outer, alpha=config.momentum - 1)
-                direction = right.mul_(factor)
-            block.weight.baddbmm_(direction, outer, beta=1 - lr * decay, alpha=-lr * block.scale)
-            if exchange.has_residual:
-                block.weight.addcmul_(block.total, scales, value=-lr * block.scale)
-                block.total *= config.momentum
-            block.stored_right *= unchanged[block.matrix][block.stored_columns]
-            block.stored_right += right[..., block.stored_columns]
+        for index, (members, (batch, stored)) in enumerate(batches):  # (n, k, rows, r)
+            outers = [lefts[i].mT.expand(batch.shape[1], -1, -1) for i in members]
+            if row_scales is None:
+                for i, projection, outer in zip(members, batch, outers, strict=True):
+                    blocks[i].total.baddbmm_(projection, outer, alpha=config.momentum - 1)
+            scales = row_scales[index] if row_scales else None
+            part = blocks[members[0]].stored_columns
+            directions = _store_right(batch, stored, part, factors[index], is_new[index], scales)
+            for n, (i, outer) in enumerate(zip(members, outers, strict=True)):
+                block, lr = blocks[i], learning_rates[i]
+                length, decay = lr * block.scale, lr * weight_decays[i]
+                block.weight.baddbmm_(directions[n], outer, beta=1 - decay, alpha=-length)
+                if scales is not None:
+                    block.weight.addcmul_(block.total, scales[n], value=-length)
+    if exchange.has_residual:
+        rectangles = [rectangle for block in blocks for rectangle in block.total]
+        torch._foreach_mul_(rectangles, config.momentum)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
 
-def _row_scales(block: Block, projection: Tensor, config: DionConfig) -> Tensor:
-    """The diagonal of S, (k, rows, 1), from whole rows of R, (k, rows, r)."""
-    captured = torch.linalg.vector_norm(projection, dim=2).double().square_()  # (k, rows)
-    residual = (block.row_squares - captured).clamp_(min=0)
-    norms = residual.add_(block.row_squares, alpha=FLOOR**2).sqrt_()
+def _store_right(
+    projection: Tensor,
+    stored: Tensor,
+    part: slice,
+    factors: Tensor,
+    is_new: Tensor,
+    row_scales: Tensor | None,
+) -> Tensor:
+    """Stores the columns `part` of the new Q; returns Q, or Q - S R, (n, k, rows, r).
+
+    Args:
+        projection: R, in whose place the result is computed, (n, k, rows, r).
+        stored: (n, k, rows, stored columns).
+        part: which columns of Q are stored.
+        factors: of the columns of R, which make Q of it, (n, c, 1, r).
+        is_new: whether a column of Q changes, (n, c, 1, r).
+        row_scales: S, (n, k, rows, 1), if weights move along the residual.
+    """
+    right = projection.mul_(factors) if row_scales is None else projection * factors
+    rounded = right[..., part].to(stored.dtype)
+    torch.where(is_new[..., part], rounded, stored, out=stored)
+    if row_scales is None:
+        return right
+    return torch.addcmul(right, projection, row_scales, value=-1, out=projection)
+
+
+def _row_scales(
+    blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig
+) -> list[Tensor]:
+    """The diagonals of S, (n, k, rows, 1), from whole rows of R, (n, k, rows, r), by batch."""
+    norms = [torch.linalg.vector_norm(rows, dim=3) for _, (rows, _) in batches]  # (n, k, rows)
+    captured = torch.cat([norm.view(-1) for norm in norms]).double().square_()
+    squares = torch.cat([blocks[i].row_squares.reshape(-1) for each, _ in batches for i in each])
+    residual = (squares - captured).clamp_(min=0).add_(squares, alpha=FLOOR**2).sqrt_()
     # A row whose norm is beyond float32's range, 1e-22 to 1e19, does not move along its residual.
-    norms.nan_to_num_(nan=math.inf, posinf=math.inf)
-    norms.masked_fill_(block.row_squares == 0, math.inf)
-    return (block.residual_row / (norms + config.eps)).float().unsqueeze(2)
+    residual.nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(squares == 0, math.inf)
+    scales = views_in(
+        (residual + config.eps).reciprocal_().float(), [(*norm.shape, 1) for norm in norms]
+    )
+    by_block = [each for scale in scales for each in scale]
+    lengths = [blocks[i].residual_row for each, _ in batches for i in each]
+    torch._foreach_mul_(by_block, lengths)
+    return scales
+
+
+def _kind(block: Block) -> tuple[int, int]:
+    """The same for the blocks that layers have at the same place of a weight."""
+    place = block.weight.storage_offset() - block.parameter.storage_offset()
+    return len(block.matrices), int(place)
+
+
+def update_bytes(numbers: Sequence[int]) -> int:
+    """Bytes that `dion_step` takes for R of so many numbers by weight, beside the exchange's.
+
+    Column norms are taken of a float64 copy, a batch at a time.
+    """
+    return 8 * max(min(sum(numbers), _BATCH_NUMBERS), *numbers, 0)
+
+
+def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:
+    """Makes one tensor (n, *shape) of those of one kind and shape at equal distances in memory.
+
+    On a CPU each is alone: it is still in the cache when it is used again.
+
+    Args:
+        rows: the tensors of each block; in a batch each of them is at equal distances.
+        kinds: of each block.
+    """
+    offsets = [[int(tensor.storage_offset()) for tensor in each] for each in rows]
+    runs: dict[Any, list[list[int]]] = {}
+    for i in sorted(range(len(rows)), key=lambda i: offsets[i]):
+        alike = [(t.untyped_storage().data_ptr(), t.shape, t.stride()) for t in rows[i]]
+        run = runs.setdefault(i if is_cpu(rows[i][0]) else (kinds[i], *alike), [[]])
+        distances = [
+            [after - before for before, after in zip(offsets[x], offsets[y], strict=True)]
+            for x, y in pairwise([*run[-1][:2], *run[-1][-1:], i])
+        ]
+        is_even = len(run[-1]) < 2 or distances[0] == distances[-1]
+        if is_even and (len(run[-1]) + 1) * rows[i][0].numel() <= _BATCH_NUMBERS:
+            run[-1].append(i)
+        else:
+            run.append([i])
+    members = [each for run in runs.values() for each in run]
+    return [Batch(each, _joined([rows[i] for i in each])) for each in members]
+
+
+def _joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    joined = []
+    for first, *_, last in ((*tensors, tensors[-1]) for tensors in zip(*rows, strict=True)):
+        distance = (last.storage_offset() - first.storage_offset()) // max(1, len(rows) - 1)
+        joined.append(first.as_strided((len(rows), *first.shape), (distance, *first.stride())))
+    return joined
+
+
+def views_in(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive parts of a 1-D buffer with given shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -240,12 +372,6 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def _clone_if(condition: bool, tensor: Tensor) -> Tensor:
     return tensor.clone() if condition else tensor
-
-
-def _repeated(factor: Tensor, count: int) -> Tensor:
-    """A view (count, ...) of the same factor for each of several rectangles."""
-    # For one rectangle, `expand` would cost another view.
-    return factor.unsqueeze(0) if count == 1 else factor.expand(count, -1, -1)
 
 
 def _narrow(tensor: Tensor, part: slice, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Makes the algorithm's blocks: views of parameters, their states and the buffers of a step."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dion.algorithm.config import DionConfig
 from megatron_dion.algorithm.counter_random import normal
 from megatron_dion.algorithm.exchange import Matrix
-from megatron_dion.algorithm.step import Block
+from megatron_dion.algorithm.step import Block, views_in
 from megatron_dion.sharding.blocks import Rectangle
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -96,6 +96,7 @@ class Binding:
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
                 state[tensor].update(self._first_state(index, tensor))
+        _join_memory([state[tensor] for tensor in distribution.tensors.values()], "right_factor")
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
         self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
@@ -154,7 +155,7 @@ class Binding:
         average(momenta, self._distribution.groups.replicas)
 
     def right_factors(self) -> Iterator[RightRows]:
-        """What this rank stores of Q, rectangle by rectangle, in the order of memory."""
+        """What this rank stores of Q, rectangle by rectangle, matrix by matrix."""
         for index, tensor in self._distribution.tensors.items():
             yield from self._right_rows(index, self._state[tensor]["right_factor"])
 
@@ -196,7 +197,7 @@ class Binding:
         }
         with exchange.allocated():  # views of its buffers can be made only then
             blocks = [
-                self._block(placement, next(stored[placement]), *views)
+                self._block(placement, next(stored[placement]), views)
                 for (placement, _), views in zip(
                     plan.rectangles, exchange.of_rectangles, strict=True
                 )
@@ -207,11 +208,11 @@ class Binding:
         self,
         placement: int,
         right: RightRows,
-        left: Tensor,
-        projection: Tensor,
-        row_squares: Tensor,
+        views: tuple[Tensor, Tensor, Tensor],
     ) -> Block:
-        """The block of one rectangle; its tensors do not have the dimension k yet."""
+        """The block of one rectangle."""
+        left, projection, row_squares = (each.unsqueeze(0) for each in views)
+        stored = right.values.unsqueeze(0)
         layout, rank, rectangle = self.layout, self._distribution.rank, right.rectangle
         tensor, matrix = self._distribution.tensors[placement], right.matrix
         is_whole = not layout.shares_rows(placement) and right.values.dtype == torch.float32
@@ -220,13 +221,13 @@ class Binding:
         is_duplicated = layout.placements[placement].weight.partition_dim is None
         is_copied = is_duplicated and layout.shares_rows(placement)
         return Block(
-            matrix=rectangle.matrix,
+            matrices=(rectangle.matrix,),
             parameter=tensor,
             weight=_rectangle_view(tensor, rectangle),
             total=momentum,
             momentum=momentum,
-            right_factor=right.values if is_whole else projection,
-            stored_right=right.values,
+            right_factor=stored if is_whole else projection,
+            stored_right=stored,
             stored_columns=right.columns,
             left_factor=left,
             projection=projection,
@@ -237,6 +238,16 @@ class Binding:
             counted=own_rows if right.is_first_of_row else slice(0, 0),
             is_copied=is_copied,
         )
+
+
+def _join_memory(states: Sequence[dict[str, Tensor]], name: str) -> None:
+    """Makes one piece of memory of a state of all tensors, where few calls can change it."""
+    tensors = [state[name] for state in states]
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1:
+        memory = torch.cat([tensor.flatten() for tensor in tensors])
+        views = views_in(memory, [tensor.shape for tensor in tensors])
+        for state, view in zip(states, views, strict=True):
+            state[name] = view
 
 
 def _by_gradient_sync(
@@ -257,27 +268,39 @@ _STACKED = (
 
 
 def _stacked(blocks: Sequence[Block]) -> list[Block]:
-    """Stacks the rectangles into which a fused weight cuts a matrix, where shapes are the same."""
+    """Stacks the rectangles into which a fused weight cuts a matrix, then those of its matrices."""
+    stacks = _stack_by(blocks, _STACKED, lambda b: (b.matrices, b.left_factor.data_ptr()))
+    return _stack_by(
+        stacks, (*_STACKED, "left_factor"), lambda block: (block.scale, block.residual_row)
+    )
+
+
+def _stack_by(
+    blocks: Sequence[Block], names: Sequence[str], kind: Callable[[Block], Any]
+) -> list[Block]:
+    """Stacks blocks of one rectangle, of the same parameter, kind and shapes."""
     groups: dict[Any, list[Block]] = defaultdict(list)
     for position, block in enumerate(blocks):
-        rows, columns = block.weight.shape
+        count, rows, _ = block.weight.shape
         is_all = block.multiplied == slice(0, rows) and block.counted == slice(0, rows)
-        key = (id(block.parameter), block.matrix, rows, columns, block.left_factor.data_ptr())
-        groups[key if is_all else position].append(block)
-    return [block for alike in groups.values() for block in _stack(alike)]
+        shapes = block.weight.shape, block.left_factor.shape, block.stored_right.shape
+        key = (id(block.parameter), kind(block), shapes)
+        groups[key if is_all and count == 1 else position].append(block)
+    stacks = [_stack(alike, names) if len(alike) > 1 else alike for alike in groups.values()]
+    return [block for stack in stacks for block in stack]
 
 
-def _stack(blocks: Sequence[Block]) -> list[Block]:
-    """One block (k, rows, columns), or one each if their distances in memory are not the same."""
-    tensors = {name: [getattr(block, name) for block in blocks] for name in _STACKED}
+def _stack(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:
+    """One block of k rectangles, or one each if they are not at equal distances in memory."""
+    tensors = {name: [getattr(block, name) for block in blocks] for name in names}
     distances = {name: _distances(alike) for name, alike in tensors.items()}
-    if any(len(different) > 1 for different in distances.values()):
-        return [stack for block in blocks for stack in _stack([block])]
+    if any(len(different) > 1 or min(different) < 0 for different in distances.values()):
+        return list(blocks)
     stack = copy(blocks[0])
+    stack.matrices = tuple(dict.fromkeys(k for block in blocks for k in block.matrices))
     joined: dict[int, Tensor] = {}  # what was one tensor stays one
     for name, (first, *_) in tensors.items():
-        distance = distances[name].pop() if distances[name] else first.numel()
-        size, stride = (len(blocks), *first.shape), (distance, *first.stride())
+        size, stride = (len(blocks), *first.shape[1:]), (*distances[name], *first.stride()[1:])
         view = joined.setdefault(id(first), first.as_strided(size, stride))  # (k, rows, columns)
         setattr(stack, name, view)
     return [stack]
@@ -305,7 +328,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 
 def _rectangle_view(tensor: Tensor, rectangle: Rectangle) -> Tensor:
-    """(rows, columns) view of a rectangle's elements in a rank's piece."""
+    """(1, rows, columns) view of a rectangle's elements in a rank's piece."""
     flat = tensor.detach().view(-1)
     part = flat[rectangle.offset : rectangle.offset + rectangle.numel]
-    return part.view(rectangle.rows, rectangle.columns)
+    return part.view(1, rectangle.rows, rectangle.columns)

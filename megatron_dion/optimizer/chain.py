@@ -1,5 +1,6 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
+import math
 from typing import Any
 
 import torch
@@ -68,6 +69,25 @@ class DionChainedOptimizer(ChainedOptimizer):
             found_inf |= optimizer._unscale_main_grads_and_check_for_nan()
         scaler.update(found_inf)
         return found_inf
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """As the base class; without a loss scaler a gradient that is not finite is an error.
+
+        The norm is known to the host of every rank, so all ranks raise, and no other number of the
+        gradients is waited for.
+
+        Raises:
+            FloatingPointError: names the parameters; nothing has changed.
+        """
+        norm: float = super().get_grad_norm()
+        if self.chained_optimizers[0].grad_scaler is None and not math.isfinite(norm):
+            here = {name for one in self._dions for name in one.optimizer.broken_gradients()}
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, here)
+            if names := sorted(set().union(*everywhere), key=in_order_of_layers):
+                raise FloatingPointError(f"gradient is not finite: {', '.join(names)}")
+        return norm
 
     def diagnose_next_step(self) -> None:
         """The next step is measured; all ranks must ask for it."""

@@ -86,7 +86,8 @@ class Dion(torch.optim.Optimizer):
         """Updates all parameters that have gradients.
 
         Raises:
-            FloatingPointError: a gradient is not finite; nothing has changed.
+            FloatingPointError: a gradient is not finite; nothing has changed. (Within Megatron,
+                `DionChainedOptimizer` sees to that.)
         """
         loss = None
         if closure is not None:
@@ -94,7 +95,8 @@ class Dion(torch.optim.Optimizer):
                 loss = closure()
         active = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if self._distribution is None:
-            self.check_gradients()
+            if names := self.broken_gradients():
+                raise FloatingPointError(f"gradient is not finite: {', '.join(names)}")
         elif len(active) < len(self._parameters()):
             raise RuntimeError("a piece of a distributed matrix has no gradient")
         binding = self._bind(active)
@@ -108,19 +110,14 @@ class Dion(torch.optim.Optimizer):
             group["step"] = number
         return loss
 
-    def check_gradients(self) -> None:
-        """Raises FloatingPointError, naming the parameters, if a gradient is not finite."""
+    def broken_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients are not finite; the one wait for the device."""
         parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
-        if not parameters:
-            return
         # A sum is one fast pass; it is not finite either where it overflows.
-        sums = torch.stack([gradient_of(parameter).sum() for parameter in parameters])
-        if sums.isfinite().all():
-            return
-        broken = [p for p in parameters if not gradient_of(p).isfinite().all()]
-        if broken:
-            names = ", ".join(self._name(parameter) for parameter in broken)
-            raise FloatingPointError(f"gradient is not finite: {names}")
+        sums = [gradient_of(parameter).sum() for parameter in parameters]
+        if not sums or torch.stack(sums).isfinite().all():
+            return []
+        return [self._name(p) for p in parameters if not gradient_of(p).isfinite().all()]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group has a learning rate and a weight decay of its own, no other options.
@@ -174,7 +171,8 @@ class Dion(torch.optim.Optimizer):
         with exchange.allocated():
             yield from dion_step(blocks, exchange, self.config, lrs, decays, self._is_measured)
             if self._is_measured:
-                of_matrices = {b.matrix: (b, lr) for b, lr in zip(blocks, lrs, strict=True)}
+                pairs = zip(blocks, lrs, strict=True)
+                of_matrices = {k: (block, lr) for block, lr in pairs for k in block.matrices}
                 matrices = binding.layout.matrices
                 self._diagnostics += [
                     self._diagnose(k, matrices[k], exchange, lr * block.scale)

@@ -80,18 +80,6 @@ class DionDistributedOptimizer(DistributedOptimizer):
             for parameter, shard in zip(model_group, shard_group, strict=True)
         }
 
-    @torch.no_grad()
-    def prepare_grads(self) -> bool:
-        """As the base class; without a loss scaler a non-finite gradient is an error.
-
-        Raises:
-            FloatingPointError: names the parameters; nothing has changed.
-        """
-        found_inf = super().prepare_grads()
-        if not self.is_stub_optimizer and not self.grad_scaler:
-            self._dion.check_gradients()
-        return found_inf
-
     def _unscale_main_grads_and_check_for_nan(self) -> bool:
         """As the base class; no replica may skip a step alone."""
         found_inf = super()._unscale_main_grads_and_check_for_nan()

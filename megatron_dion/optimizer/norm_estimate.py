@@ -37,16 +37,15 @@ def project(gradients: Iterable[Tensor], seed: int, purpose: str) -> Tensor:
         (DRAWS, WIDTH) float32, on the device of the gradients. The same seed and purpose give the
         same map for gradients of the same sizes.
     """
-    gradients = list(gradients)
+    gradients = [gradient.flatten().float() for gradient in gradients]
     device = gradients[0].device if gradients else None
     projected = torch.zeros(DRAWS, WIDTH, device=device)
-    for index, gradient in enumerate(gradients):
-        flat = gradient.flatten().float()
-        whole, rest = divmod(flat.numel(), WIDTH)
-        rows = torch.arange(whole + 1, device=flat.device)
-        factors = signs(seed, f"{purpose}/{index}", rows, DRAWS).T / DRAWS**0.5  # (DRAWS, rows)
-        projected.addmm_(factors[:, :whole], flat[: whole * WIDTH].view(whole, WIDTH))
-        projected[:, :rest].addr_(factors[:, whole], flat[whole * WIDTH :])
+    counts = [gradient.numel() // WIDTH + 1 for gradient in gradients]  # of rows
+    random = signs(seed, purpose, torch.arange(sum(counts), device=device), DRAWS) / DRAWS**0.5
+    for gradient, rows in zip(gradients, random.split(counts), strict=True):
+        whole = gradient.numel() // WIDTH * WIDTH
+        projected.addmm_(rows[:-1].T, gradient[:whole].view(-1, WIDTH))
+        projected[:, : gradient.numel() - whole].addr_(rows[-1], gradient[whole:])
     return projected
 
 

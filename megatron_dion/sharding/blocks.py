@@ -43,7 +43,7 @@ class Rectangle(NamedTuple):
 def rectangles(
     weight: Weight, tensor_parallel_rank: int, start: int, stop: int, first_matrix: int = 0
 ) -> tuple[Rectangle, ...]:
-    """Tiles elements start:stop of a rank's flattened parameter, in their order in memory.
+    """Tiles elements start:stop of a rank's flattened parameter, matrix by matrix.
 
     The index of the weight's first logical matrix is `first_matrix`.
     """
@@ -67,7 +67,7 @@ def rectangles(
                         cut=columns < weight.columns,
                     )
                 )
-    return tuple(tiles)
+    return tuple(sorted(tiles, key=lambda tile: tile.matrix))  # in the order of memory in each
 
 
 def boxes(

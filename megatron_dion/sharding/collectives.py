@@ -91,13 +91,6 @@ def ring_bytes(nbytes: int, ranks: int) -> int:
     return 2 * nbytes * (ranks - 1) // ranks
 
 
-def views_in(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of a 1-D buffer, one behind the other, with the given shapes."""
-    sizes = [shape.numel() for shape in shapes]
-    parts = buffer[: sum(sizes)].split(sizes) if sizes else ()
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
 def average(tensors: Sequence[Tensor], replicas: ProcessGroup | None) -> None:
     """Replaces tensors by their means over replicas. A collective call."""
     if size_of(replicas) == 1:

@@ -5,6 +5,7 @@ them. Each is started, then the step yields, then it waits. Only the orthonormal
 yield: all ranks must yield equally often, and a rank that owns no P waits for nothing there.
 """
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
+from megatron_dion.algorithm.orthonormalize import orthonormalize_bytes
+from megatron_dion.algorithm.step import update_bytes
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups, Setup, size_of
 from megatron_dion.sharding.left_factor import LeftFactorExchange
@@ -34,7 +37,8 @@ class ShardedExchange:
         replicas: number of replicas; by default the size of `groups.replicas`.
 
     Attributes:
-        nbytes: the most bytes that buffers and Gram matrices take at a time.
+        nbytes: the most bytes that buffers take at a time.
+        temporary_bytes: the most that the computations of a step take besides.
         of_rectangles: for each rectangle of the plan the rows of P of its columns, (columns, r),
             its rows of R, (rows, r), and the squared norms of its rows of B, (rows,).
     """
@@ -58,8 +62,12 @@ class ShardedExchange:
         self.sum_norms = self._norms.sum
         parts = (self._left, self._right, self._norms)
         self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
-        transit = self._left_transit.nbytes + self._left.gram_bytes, right_transit.nbytes
-        self.nbytes = self._memory.nbytes + max(transit)
+        self.nbytes = self._memory.nbytes + max(self._left_transit.nbytes, right_transit.nbytes)
+        numbers: Counter[int] = Counter()
+        for (placement, _), rows in zip(plan.rectangles, self._right.of_rectangles, strict=True):
+            numbers[placement] += rows.numel()
+        dividing = orthonormalize_bytes(self._left.batches)
+        self.temporary_bytes = max(dividing, update_bytes(list(numbers.values())))
         for buffers in (self._memory, self._left_transit, right_transit):
             buffers.free()
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all
+from megatron_dion.algorithm.step import copy_all, views_in
 from megatron_dion.sharding.buffers import Buffers
-from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes, views_in
+from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes
 from megatron_dion.sharding.plan import Hop, Tile
 
-_CACHE_NUMBERS = 1 << 18
-"""Numbers of P that a CPU orthonormalizes together, 1 MiB."""
+_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}
+"""Numbers of P that are orthonormalized together: 1 MiB, what a CPU's cache holds; 128 MiB."""
 
 
 class LeftFactorExchange:
@@ -107,11 +107,11 @@ class _Rows:
         return [self.view(tile) for tile in tiles]
 
     def batches(self) -> Iterator[Tensor]:
-        """All rows, (batch, rows, r), by shape; on a CPU at most what its cache holds."""
-        is_cpu = self.memory.device.type == "cpu"
+        """All rows, (batch, rows, r), by shape, some at a time."""
+        numbers = _NUMBERS.get(self.memory.device.type, _NUMBERS["cuda"])
         for shape, alike in groupby(self._views, key=lambda view: view.shape):
             views = list(alike)
-            most = max(1, _CACHE_NUMBERS // max(shape.numel(), 1)) if is_cpu else len(views)
+            most = max(1, numbers // max(shape.numel(), 1))
             for first in range(0, len(views), most):
                 count, start = len(views[first : first + most]), views[first].storage_offset()
                 yield self.memory[start : start + count * shape.numel()].view(count, *shape)

@@ -46,7 +46,9 @@ class NormExchange:
         place = dict(zip(cut[True], shared_cut.view(-1, 1), strict=True))
         place |= zip(cut[False], other_cut.view(-1, 1), strict=True)
         self.of_rectangles = [self._memory[:0]] * len(plan.rectangles)  # (rows,) each
-        for index, (placement, rectangle) in enumerate(rectangles):
+        # Rows of a matrix lie side by side.
+        order = sorted(enumerate(rectangles), key=lambda each: each[1][1].matrix)
+        for index, (placement, rectangle) in order:
             if rectangle.cut:
                 row = layout.local_row(placement, rectangle, plan.rank)
                 self.of_rectangles[index] = place[placement, row]

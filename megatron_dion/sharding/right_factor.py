@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.step import copy_all
+from megatron_dion.algorithm.step import copy_all, views_in
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import (
     TORCH_DTYPES,
@@ -18,7 +18,6 @@ from megatron_dion.sharding.collectives import (
     all_to_all,
     reduce_scatter,
     ring_bytes,
-    views_in,
 )
 
 
@@ -36,14 +35,20 @@ class RightFactorExchange:
         self._transit = transit
         self._wire = wire
         self._tensor_size = tensor_size = plan.layout.grid.tensor_parallel_size
-        shapes, partial = [], 0
-        for placement, rectangle in plan.rectangles:  # first those with partial sums
-            shapes.append(torch.Size((rectangle.rows, plan.layout.matrices[rectangle.matrix].rank)))
-            partial += shapes[-1].numel() if plan.layout.shares_rows(placement) else 0
-        # Padded at its start, the sum over tensor-parallel ranks has equal parts.
+        shapes, order, partial = [], [], 0
+        for index, (placement, rectangle) in enumerate(plan.rectangles):
+            shape = torch.Size((rectangle.rows, plan.layout.matrices[rectangle.matrix].rank))
+            is_shared = plan.layout.shares_rows(placement)
+            shapes.append(shape)
+            order.append((not is_shared, shape[1], shape[0], index))
+            partial += shape.numel() if is_shared else 0
+        order.sort()  # first those with partial sums, and of these equal shapes side by side
+        # Padded at its start, what tensor-parallel ranks sum is divisible into equal shares.
         padding = -partial % tensor_size if replicas > 1 else 0
         rows = memory.empty(padding + sum(shape.numel() for shape in shapes), torch.float32)
-        self.of_rectangles = views_in(rows[padding:], shapes)
+        views = views_in(rows[padding:], [shapes[index] for *_, index in order])
+        places = {index: view for (*_, index), view in zip(order, views, strict=True)}
+        self.of_rectangles = [places[index] for index in range(len(shapes))]
         self._partial, self._other = rows[: padding + partial], rows[padding + partial :]
         is_cast = wire != torch.float32
         largest = max(len(self._partial), len(self._other) if replicas > 1 else 0)
@@ -138,7 +143,8 @@ class _StoredColumns:
         copy_all(self._place, self._mine)
         yield from all_gather(self._received, self._sent, self._group)
         for views, places in zip(self._of_peers, self._places, strict=True):
-            copy_all(views, places)
+            if views is not self._mine:
+                copy_all(views, places)
 
 
 class _CutRows:

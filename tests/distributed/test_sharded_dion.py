@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_dion import DionConfig
+from megatron_dion.algorithm import orthonormalize, step
 from megatron_dion.sharding import exchange, left_factor, norms, right_factor
 from megatron_dion.sharding.matrices import compression_pays
 from tests.distributed.sharded import (
@@ -68,6 +69,22 @@ def test_more_columns_of_p_than_rows_on_a_rank(
     shapes = (Shape("alone", 72, 200, dim), Shape("narrow", 160, 12, dim))
     config = DionConfig(rank_fraction=fraction)
     compare(run(mesh, shapes, config, 10**9), reference(shapes, config), tolerance=1e-5)
+
+
+def train_as_on_a_gpu(*args: Any) -> Any:
+    with (
+        mock.patch.object(step, "is_cpu", return_value=False),
+        mock.patch.object(orthonormalize, "is_cpu", return_value=False),
+    ):
+        return train_shards(*args)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(1, 3)], ids=name_of)
+@RESIDUALS
+def test_the_calls_of_a_gpu_equal_the_reference(mesh: Mesh, residual: Any) -> None:
+    config = DionConfig(rank_fraction=0.3, residual=residual)
+    results = world(mesh.size).run(train_as_on_a_gpu, mesh, TRANSFORMER, config, 5000)
+    compare(results, reference(TRANSFORMER, config), tolerance=1e-5)
 
 
 def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dion import Dion
+from megatron_dion.algorithm import orthonormalize
+from megatron_dion.algorithm import step as dion_step
 from megatron_dion.algorithm.products import matmul_precision
 from tests.reference import orthonormal_columns
 from tests.unit.dion_cases import (
@@ -41,6 +43,16 @@ BFLOAT16_ROUNDING = 2.0**-8
 )
 def test_ten_steps_follow_the_reference(options: dict[str, Any]) -> None:
     comparison = Comparison([(SHAPES, {})], **options)
+    comparison.run(STEPS, after_step=comparison.assert_equal)
+
+
+@pytest.mark.parametrize("residual", ["none", "rows"])
+def test_the_calls_of_a_gpu_follow_the_reference(
+    residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (dion_step, orthonormalize):
+        monkeypatch.setattr(module, "is_cpu", lambda _: False)
+    comparison = Comparison([(SHAPES * 3, {})], residual=residual, weight_decay=0.5)
     comparison.run(STEPS, after_step=comparison.assert_equal)
 
 

@@ -75,10 +75,11 @@ def break_update(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
         weight_decays: Sequence[float],
     ) -> None:
         for block, lr, decay in zip(blocks, learning_rates, weight_decays, strict=True):
-            squares, read = exchange.column_squares[block.matrix], SimpleNamespace(**vars(config))
+            (matrix,) = block.matrices
+            squares, read = exchange.column_squares[matrix], SimpleNamespace(**vars(config))
             new = change(Update(block, squares, read, lr, decay))
             of_block: Any = SimpleNamespace(
-                column_squares={block.matrix: new.squares}, has_residual=exchange.has_residual
+                column_squares={matrix: new.squares}, has_residual=exchange.has_residual
             )
             unbroken([new.block], of_block, new.config, [new.lr], [new.decay])  # type: ignore[arg-type]
 

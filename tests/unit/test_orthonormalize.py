@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dion.algorithm import orthonormalize as module
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from tests.reference import orthonormal_columns
 
 SHAPES = [(1, 40, 4), (3, 24, 16), (2, 5, 5), (1, 7, 1), (1, 300, 200), (2, 129, 65)]
+
+
+@pytest.fixture(autouse=True, params=["calls of a CPU", "calls of a GPU"])
+def _calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "GPU" in request.param:
+        monkeypatch.setattr(module, "is_cpu", lambda _: False)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -72,6 +79,14 @@ def test_dependent_columns_are_zero_whatever_the_order_of_sums(n: int, r: int, r
     zero = torch.tensor([False] * rank + [True] * (r - rank))
     assert torch.equal(one.norm(dim=0) == 0, zero)
     torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
+
+
+def test_batches_of_the_same_rank_do_not_disturb_each_other() -> None:
+    batches = [draw(2, 40, 8), draw(1, 30, 5), draw(3, 24, 8), draw(1, 300, 300)]
+    alone = [orthonormal(p) for p in batches]
+    orthonormalize(batches, one_process)
+    for p, one in zip(batches, alone, strict=True):
+        torch.testing.assert_close(p, one, rtol=0, atol=1e-5)
 
 
 def test_dependent_columns_between_others() -> None:

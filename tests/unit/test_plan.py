@@ -58,7 +58,7 @@ def test_every_element_is_held_once_or_by_every_copy(layout: Layout) -> None:
     copies = [0] * len(layout.matrices)
     for plan in plans_of(layout).values():
         end = defaultdict(int)
-        for placement, r in plan.rectangles:
+        for placement, r in sorted(plan.rectangles, key=lambda each: each[1].offset):
             count[r.matrix][r.row_start : r.row_stop, r.column_start : r.column_stop] += 1
             weight = layout.placements[placement].weight
             is_copied = layout.shares_rows(placement) and weight.partition_dim is None

@@ -38,12 +38,13 @@ def memory(stage: Stage, update: Update) -> dict[str, float]:
     * `weights` and `gradients` (float32): of all parameters of the stage.
     * `masters`: float32 copies of a rank's own matrices; none where weights are fp32 already.
     * `momenta`: of matrices, with AdamW their second moments too.
-    * `right factors`, `exchange`: Dion's Q, and the buffers of its collectives.
+    * `right factors`, `exchange`, `temporaries`: Dion's Q, the buffers of its collectives, and what
+      a step of it takes besides.
     * `scalars`: masters and moments of all that is no matrix.
     * `activations ~`: an estimate (`activation_bytes`).
     """
     master = 0 if stage.run.weight_bytes == 4 else 4
-    kinds = ("momenta", "right factors", "exchange")
+    kinds = ("momenta", "right factors", "exchange", "temporaries")
     return {
         "weights": stage.run.weight_bytes * stage.numel,
         "gradients": 4 * stage.numel,

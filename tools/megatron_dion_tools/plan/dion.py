@@ -51,6 +51,7 @@ def dion(stage: Stage) -> Update:
             "momenta": TORCH_DTYPES[config.momentum_dtype].itemsize * elements,
             "right factors": TORCH_DTYPES[config.factor_dtype].itemsize * factors,
             "exchange": most["exchange"],
+            "temporaries": most["temporaries"],
         },
         # The gradient is checked and added to the momentum; of B two reads, and one change. Along
         # the residual, that change is a read for norms, a read and a change of W, and a scaling.
@@ -95,14 +96,15 @@ def busiest_ranks(layout: Layout) -> list[Rank]:
 
 
 def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Counter[str]:
-    """What a rank sends and computes, and the bytes of its exchange buffers."""
-    load: Counter[str] = Counter(exchange=0)
+    """What a rank sends and computes, and the bytes that a step takes beside weights and state."""
+    load: Counter[str] = Counter(exchange=0, temporaries=0)
     buffers = []
     for placements, replicas in sets:
         plan = make_plan(layout, rank, placements)
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
         load.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
+        load["temporaries"] = max(load["temporaries"], exchange.temporary_bytes)
         for _, rectangle in plan.rectangles:
             products = 6 if exchange.has_residual else 8  # three, or four, with m n r each
             load["products"] += products * rectangle.numel * layout.matrices[rectangle.matrix].rank

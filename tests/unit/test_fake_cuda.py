@@ -1,0 +1,111 @@
+"""What a step would ask of a GPU: launches, waits, copies and memory, on fake CUDA tensors."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_dion import Dion
+from megatron_dion.algorithm import step
+from megatron_dion.optimizer.norm_estimate import project
+from megatron_dion.sharding.layout import Placement, dion_bucket_size
+from megatron_dion.sharding.matrices import Part, Weight
+from megatron_dion_tools.plan import PRESETS, place
+from megatron_dion_tools.plan.stage import default_bucket_size
+from tests.fake_cuda import count, count_step, sharded, whole
+
+
+def _plain(**options: Any) -> Callable[[], Dion]:
+    return whole([(4096, 4096)] * 32, **options)
+
+
+def _llama(tensor: int, data: int, has_buckets: bool) -> Callable[..., Callable[[], Dion]]:
+    shape = PRESETS["8B"]
+    weights = shape.weights(range(shape.layers), tensor)
+    usual = default_bucket_size(data) if has_buckets else None
+    size = usual and dion_bucket_size(sum(w.rows * w.columns for w in weights), usual)
+    return _on_grid(place(weights, data, size), (tensor, 0), (data, 3))
+
+
+def _experts() -> Callable[..., Callable[[], Dion]]:
+    """Four layers, of which a rank has 32 experts each."""
+    parts = (Part("gate", 768), Part("up", 768))
+    weights: list[Weight] = []
+    for layer in range(4):
+        names = [f"layers.{layer}.experts.{expert}" for expert in range(32)]
+        weights += [Weight(f"{name}.fc1", 1536, 2048, parts=parts) for name in names]
+        weights += [Weight(f"{name}.fc2", 2048, 768) for name in names]
+    return _on_grid(place(weights, 8, None), (1, 0), (8, 3))
+
+
+def _on_grid(
+    placements: list[Placement], tensor: tuple[int, int], data: tuple[int, int]
+) -> Callable[..., Callable[[], Dion]]:
+    return lambda **options: sharded(placements, tensor, data, **options)
+
+
+CASES = {
+    "plain": lambda: _plain,
+    "8B TP2 DP8": lambda: _llama(2, 8, has_buckets=False),
+    "8B TP2 DP8, default buckets": lambda: _llama(2, 8, has_buckets=True),
+    "8B TP1 DP64": lambda: _llama(1, 64, has_buckets=False),
+    "experts, DP8": _experts,
+}
+
+
+STEPS: list[tuple[str, int, dict[str, Any]]] = [
+    ("plain", 376, {}),
+    ("plain", 459, {"residual": "rows"}),
+    ("8B TP2 DP8", 500, {}),
+    ("8B TP2 DP8", 600, {"residual": "rows"}),
+    ("8B TP2 DP8, default buckets", 492, {}),
+    ("8B TP2 DP8, default buckets", 592, {"residual": "rows"}),
+    ("8B TP1 DP64", 185, {}),
+    ("8B TP1 DP64", 226, {"residual": "rows"}),
+    ("8B TP1 DP64", 188, {"momentum_dtype": "bf16"}),
+    ("8B TP1 DP64", 201, {"factor_dtype": "bf16", "comm_dtype": "bf16"}),
+    ("8B TP1 DP64", 182, {"exchange_sets": 1, "rank_multiple_of": 16}),
+    ("8B TP1 DP64", 193, {"exchange_sets": 4, "fp32_matmul_prec": "highest"}),
+    ("8B TP2 DP8", 506, {"replicas": 2}),
+    ("8B TP2 DP8", 538, {"replicas": 2, "comm_dtype": "bf16"}),
+    ("experts, DP8", 222, {}),
+    ("experts, DP8", 288, {"residual": "rows"}),
+]
+
+
+@pytest.mark.parametrize(("case", "launches", "options"), STEPS)
+def test_a_step_does_not_wait_and_copies_nothing(
+    case: str, launches: int, options: dict[str, Any]
+) -> None:
+    counts = count_step(CASES[case]()(**options))
+    # A plain Dion looks for gradients that are not finite; within Megatron, their norm is known.
+    assert len(counts.waits) == (case == "plain"), counts.waits
+    assert (counts.copies, counts.host_tensors) == ([], [])
+    assert counts.launches <= launches, counts.lines.most_common(20)
+    assert counts.peak < 1.03 * counts.planned < 2 * counts.peak, (counts.peak, counts.planned)
+
+
+def test_the_norm_of_compressed_gradients_takes_two_calls_for_each() -> None:
+    counts = count(lambda: project([torch.empty(10**7, device="cuda") for _ in range(48)], 0, ""))
+    assert (counts.waits, counts.copies, counts.host_tensors) == ([], [], [])
+    assert counts.launches < 48 * 2 + 60, counts.lines.most_common(20)
+
+
+def _with_host_tensor(blocks: Any) -> None:
+    blocks[0].weight.add_(torch.ones(1).to("cuda"))
+
+
+def _with_wait(blocks: Any) -> None:
+    float(blocks[0].weight.sum())
+
+
+@pytest.mark.parametrize(
+    ("fault", "waits", "copies"), [(_with_host_tensor, 1, 1), (_with_wait, 2, 0)]
+)
+def test_faults_are_noticed(fault: Callable[..., None], waits: int, copies: int) -> None:
+    with mock.patch.object(step, "_load_right", fault):
+        counts = count_step(whole([(8, 8)]))
+    assert (len(counts.waits), len(counts.copies)) == (waits, copies)
+    assert bool(counts.host_tensors) == bool(copies)
