@@ -51,6 +51,7 @@ NEEDED = {
     "training/arguments.py": """
         parse_args(extra_args_provider,ignore_unknown_args) validate_args(args,defaults)
         use_layer_wise_distributed_optimizer""",
+    "training/global_vars.py": "build_tokenizer",
     "training/training.py": """
         pretrain() get_megatron_optimizer load_checkpoint train_step(optimizer) evaluate()
         training_log(loss_dict,learning_rate,iteration,grad_norm,skipped_iter)
