@@ -40,8 +40,8 @@ NEEDED = {
     "core/optimizer/optimizer.py": """
         prepare_grads() step_with_ready_grads() _unscale_main_grads_and_check_for_nan() found_inf
         _copy_model_grads_to_main_grads() get_\\w*grads_for_grad_norm() grad_stats_parallel_group
-        chained_optimizers load_state_dict() _step() _should_defer_mxfp8_param_sync()
-        sharded_state_dict(model_sharded_state_dict,is_loading)""",
+        get_grad_norm() chained_optimizers load_state_dict() _step()
+        _should_defer_mxfp8_param_sync() sharded_state_dict(model_sharded_state_dict,is_loading)""",
     "core/process_groups_config.py": """
         setup_process_groups_for_optimizer(pg_collection,model_chunks,use_gloo_process_groups)
         inter_dist_opt_group intra_dist_opt_group intra_dp_cp_group intra_expt_dp_group
@@ -51,6 +51,7 @@ NEEDED = {
     "training/arguments.py": """
         parse_args(extra_args_provider,ignore_unknown_args) validate_args(args,defaults)
         use_layer_wise_distributed_optimizer""",
+    "training/global_vars.py": "build_tokenizer",
     "training/training.py": """
         pretrain() get_megatron_optimizer load_checkpoint train_step(optimizer) evaluate()
         training_log(loss_dict,learning_rate,iteration,grad_norm,skipped_iter)
