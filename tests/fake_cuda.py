@@ -207,15 +207,24 @@ def sharded(
     placements: Sequence[Placement],
     tensor: tuple[int, int],
     data: tuple[int, int],
+    replicas: int = 1,
     **options: Any,
 ) -> Callable[[], Dion]:
-    """Dion on one rank of a grid; `tensor` and `data` are size and rank of its groups."""
+    """Dion on one rank of a grid.
+
+    Args:
+        placements: of the weights.
+        tensor: size and rank of the tensor-parallel group.
+        data: of the data-parallel group.
+        replicas: number of replicas with gradients of their own.
+        **options: of Dion.
+    """
 
     def build() -> Dion:
         pieces = {i: p.piece(data[1], data[0]) for i, p in enumerate(placements)}
         sizes = {i: stop - start for i, (start, stop) in pieces.items() if stop > start}
         tensors = dict(zip(sizes, _with_gradients([(n,) for n in sizes.values()]), strict=True))
-        groups: Any = [Group(*g) if g[0] > 1 else None for g in (tensor, data)]
+        groups: Any = [Group(*g) if g[0] > 1 else None for g in (tensor, data, (replicas, 0))]
         dion = Dion(list(tensors.values()), weight_decay=0.1, **options)
         dion.distribute(Distribution(placements, tensors, torch.device("cuda:0"), Groups(*groups)))
         return dion

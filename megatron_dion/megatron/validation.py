@@ -32,7 +32,7 @@ _REFUSED_WITH_DION = {
     "expert_tensor_parallel_num_weight_shards": "its shards are not in Dion's plan",
     "experimental_attention_variant": "its projections are not split into matrices yet",
     "freeze_all_layers": "there would be nothing to train",
-    "optimizer_cuda_graph": "Dion's exchange cannot be captured",
+    "optimizer_cuda_graph": "the host reads learning rates and the gradients' norm in each step",
     "inprocess_restart": "let the launcher start the run again, with --load",
     "non_persistent_ckpt_type": "use --save-interval, with --async-save if it takes long",
     "ckpt_convert_format": "Dion's state has one format, torch_dist",

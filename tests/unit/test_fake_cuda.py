@@ -68,6 +68,8 @@ STEPS: list[tuple[str, int, dict[str, Any]]] = [
     ("8B TP1 DP64", 201, {"factor_dtype": "bf16", "comm_dtype": "bf16"}),
     ("8B TP1 DP64", 182, {"exchange_sets": 1, "rank_multiple_of": 16}),
     ("8B TP1 DP64", 193, {"exchange_sets": 4, "fp32_matmul_prec": "highest"}),
+    ("8B TP2 DP8", 506, {"replicas": 2}),
+    ("8B TP2 DP8", 538, {"replicas": 2, "comm_dtype": "bf16"}),
     ("experts, DP8", 222, {}),
     ("experts, DP8", 288, {"residual": "rows"}),
 ]
