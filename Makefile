@@ -10,7 +10,7 @@ SOURCES := megatron_dion benchmarks docs examples studies tools tests setup.py p
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all docs convergence test-te test-gpu lint format clean
+.PHONY: help setup train test test-all docs convergence test-versions test-te test-gpu lint format clean
 
 help:
 	@echo 'make setup   install everything into $(VENV) (once; again only when the requirements change)'
@@ -22,10 +22,11 @@ help:
 	@echo 'make convergence   train all cases in tests/convergence and check their curves'
 	@echo 'make test-te   build Transformer Engine into $(TE_VENV) (once, 25 minutes of processor time)'
 	@echo '               and run the tests that need it; no GPU is needed'
+	@echo "make test-versions  run a short suite on each supported megatron-core; VERSIONS='0.18.2' on one"
 	@echo 'make test-gpu  run the tests that need a GPU, in the Python that is active'
 	@echo 'make lint    check style and types'
 	@echo 'make format  rewrite the code in the project style'
-	@echo 'make clean   remove $(VENV), $(TE_VENV), data/ and caches; runs/ is kept'
+	@echo 'make clean   remove $(VENV) and $(VENV)-*, data/ and caches; runs/ is kept'
 
 setup: $(INSTALLED)
 
@@ -59,6 +60,24 @@ docs: setup
 convergence: setup
 	$(PYTHON_IN_VENV) -m megatron_dion_tools convergence check
 
+# Environments on top of $(VENV), whose packages they see behind a megatron-core of their own.
+VERSIONS ?= 0.18.2 0.19.0 0.19.2
+ENVIRONMENTS := $(VERSIONS:%=.venv-%/.installed)
+BRIDGE := 0.6.2
+
+test-versions: $(ENVIRONMENTS)
+	@for version in $(VERSIONS); do echo "megatron-core $$version" && \
+	  .venv-$$version/bin/python -m pytest -m versions tests/unit tests/distributed || exit 1; done
+
+.venv-%/.installed: $(INSTALLED)
+	$(PYTHON_IN_VENV) -m venv --without-pip --clear .venv-$*
+	$(PYTHON_IN_VENV) -m pip --disable-pip-version-check --python .venv-$*/bin/python install \
+	  --quiet --no-deps megatron-core==$* megatron-bridge==$(BRIDGE)
+	@echo "import site; site.addsitedir('$$($(PYTHON_IN_VENV) -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@touch $@
+
 test-te:
 	@tools/build_transformer_engine.sh $(TE_VENV)
 	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
@@ -79,4 +98,4 @@ format: setup
 	$(PYTHON_IN_VENV) -m ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* data build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,11 +1,12 @@
 """What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,13 +19,25 @@ from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
+from megatron_dion.megatron.flags import as_flag
 from megatron_dion.optimizer.chain import DionChainedOptimizer
-from megatron_dion.optimizer.checkpoint import Loading, Source
+from megatron_dion.optimizer.checkpoint import MODEL_ONLY, Loading, Source, megatron_keys
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.record import Record
 
-_RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
-_MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
+# What decides a group's learning rate or weight decay beside what Megatron's scheduler compares.
+_RATES = (
+    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    *("decoupled_weight_decay", "apply_wd_to_qk_layernorm"),
+)
+# What changes the function that a model computes, and not the shape of a weight.
+_FUNCTION = (
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "window_size"),
+    *("normalization", "swiglu", "squared_relu"),
+)
+_MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
 _SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
 _ERRORS_OF_LOADING = (
@@ -105,8 +118,8 @@ class Facts(NamedTuple):
     optimizer: str  # the value of --optimizer
     record: Record | None  # of Dion
     has_state: bool  # whether the optimizer's state was saved
-    sharding: str | None  # how Megatron's optimizers keep their state in it
-    learning_rates: tuple[float, float] | None  # highest and lowest of the schedule
+    args: argparse.Namespace  # of the run that saved it
+    keys: dict[str, str]  # of the state of Megatron's optimizers
     hashes: hashes.Hashes | None  # of its files
 
 
@@ -125,14 +138,20 @@ class Loader:
         """As Megatron's, after checks whose errors are raised on all ranks."""
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
+        self._check_vocabulary(facts.args)
+        if changed := self._differences(facts.args, _FUNCTION):
+            self._say(f"changed since it was saved: {changed}")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
             if args.no_load_optim:
                 self._say("--no-load-optim: all optimizer state begins anew")
             else:
                 optimizer = self._prepare(optimizer, facts)
-        with explained(self._folder):
+        # distrib_optimizer.py:2092 copies into fp32 weights, which are the model's parameters.
+        with explained(self._folder), torch.no_grad():
             result = stock(model, optimizer, *others, **options)
+        if isinstance(optimizer, Loading) and optimizer.lacks_scalars:
+            self._say("state of scalar parameters begins anew: some of it was another optimizer's")
         self._say("loaded")
         return result
 
@@ -141,14 +160,18 @@ class Loader:
 
     def _read_facts(self) -> Facts:
         try:
-            common = Contents(self._folder).common
-            scheduler = common.get("opt_param_scheduler")
+            contents = Contents(self._folder)
+            common = contents.common
+            args = common.get("args") or argparse.Namespace()
+            record = Record.of_state(common.get("optimizer", {}))
+            takes_state = self._args.switch_optimizer and record is None
+            tensors = contents.tensors if takes_state else {}
             return Facts(
-                optimizer=str(getattr(common.get("args"), "optimizer", "unknown")),
-                record=Record.of_state(common.get("optimizer", {})),
+                optimizer=str(getattr(args, "optimizer", "unknown")),
+                record=record,
                 has_state="optimizer" in common,
-                sharding=(common.get("content_metadata") or {}).get("distrib_optim_sharding_type"),
-                learning_rates=scheduler and (scheduler.get("max_lr"), scheduler.get("min_lr")),
+                args=args,
+                keys=megatron_keys({key: one.properties.dtype for key, one in tensors.items()}),
                 hashes=hashes.read_manifest(self._folder),
             )
         except CheckpointError as error:
@@ -180,27 +203,42 @@ class Loader:
         """
         if not facts.has_state:
             raise CheckpointError(
-                f"{self._folder} was saved without optimizer state (--no-save-optim): {_MODEL_ONLY}"
+                f"{self._folder} was saved without optimizer state (--no-save-optim): {MODEL_ONLY}"
             )
-        self._check_learning_rates(facts)
+        self._check_rates(facts.args)
         here = optimizer.record if isinstance(optimizer, DionChainedOptimizer) else None
         if here is None and facts.record is None:
             return optimizer  # Megatron's own affair
         if here is not None and facts.record is not None:
             return Loading(optimizer, self._go_on(here, facts.record))
-        keeps_scalars = here is not None and here.scalar_optimizer == facts.optimizer
         with in_one_line("--switch-optimizer"):
-            return Loading(optimizer, self._switch(facts, keeps_scalars))
+            return Loading(optimizer, self._switch(facts, here))
 
-    def _check_learning_rates(self, facts: Facts) -> None:
-        """Megatron would take those of the command line in spite of the flag."""
-        here, saved = (self._args.lr, self._args.min_lr), facts.learning_rates
-        if self._args.use_checkpoint_opt_param_scheduler and saved and saved != here:
+    def _differences(self, saved: argparse.Namespace, names: Sequence[str]) -> str:
+        here = vars(self._args)
+        both = ((name, getattr(saved, name, here.get(name)), here.get(name)) for name in names)
+        return "; ".join(f"{as_flag(n, a)} (saved), {b} (here)" for n, a, b in both if a != b)
+
+    def _check_rates(self, saved: argparse.Namespace) -> None:
+        """Groups have those of the command line, whatever the scheduler takes."""
+        flags = self._differences(saved, _RATES)
+        if flags and not self._args.override_opt_param_scheduler:
             raise CheckpointError(
-                f"--use-checkpoint-opt-param-scheduler: {self._folder} has --lr {saved[0]} --min-lr"
-                f" {saved[1]}, the command line {here[0]} and {here[1]}: use the saved values, or"
-                " --override-opt-param-scheduler"
+                f"{self._folder}: {flags}: use the saved values, or --override-opt-param-scheduler"
             )
+        if flags:
+            self._say(f"changed since it was saved: {flags}")
+
+    def _check_vocabulary(self, saved: argparse.Namespace) -> None:
+        """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
+        line = self._differences(saved, ["padded_vocab_size"])
+        if line and not self._args.padded_vocab_size_is_given:
+            raise CheckpointError(
+                f"{self._folder}: {line}: add --padded-vocab-size with the saved number, or with"
+                " the other, where rows may be lost or begin untrained"
+            )
+        if line:
+            self._say(f"{line}: the rows that only one of them has are lost, or begin untrained")
 
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
@@ -222,28 +260,33 @@ class Loader:
             self._say(f"changed since it was saved: {free}")
         return Source(saved.rules, right_factors=not reinit, scalars=not scalars)
 
-    def _switch(self, facts: Facts, keeps_scalars: bool) -> Source:
+    def _switch(self, facts: Facts, dion: Record | None) -> Source:
         """What a run takes from a checkpoint of the other optimizer."""
         here, saved = self._args.optimizer, "dion" if facts.record else facts.optimizer
         if not self._args.switch_optimizer:
             raise CheckpointError(
                 f"{self._folder} was saved with --optimizer {saved}, and this run has --optimizer"
-                f" {here}: {_SWITCH}; {_MODEL_ONLY}"
+                f" {here}: {_SWITCH}; {MODEL_ONLY}"
             )
-        is_other = {here, saved} != {"adam", "dion"}
-        if is_other or (facts.record is None and facts.sharding not in _RESHARDABLE):
+        if here != "adam" if dion is None else saved not in ("adam", *_MUON):
             raise CheckpointError(
-                f"--switch-optimizer takes reshardable state of adam, and that of {self._folder} is"
-                f" {saved}'s ({facts.sharding}): save it again with"
-                f" --dist-ckpt-optim-fully-reshardable; {_MODEL_ONLY}"
+                "--switch-optimizer goes from adam or muon to dion, and from dion to adam, not from"
+                f" {saved} to {here}: {MODEL_ONLY}"
             )
+        momentum = 0.0
+        if dion is not None and saved in _MUON:
+            # Muon's momentum is a mean of gradients, Dion's a sum that has decayed once more.
+            momentum = dion.config.momentum / (1 - facts.args.muon_momentum)
+            saved = getattr(facts.args, "muon_scalar_optimizer", "adam")
+        keeps_scalars = dion is not None and dion.scalar_optimizer == saved
+        momenta = ", momenta" if momentum else ""
         scalars = ", and the state of scalar parameters," if keeps_scalars else ""
         self._say(
-            f"from --optimizer {saved} to --optimizer {here}: master weights{scalars} are kept, all"
-            " other optimizer state begins anew"
+            f"from --optimizer {facts.optimizer} to --optimizer {here}: master weights{momenta}"
+            f"{scalars} are kept, all other optimizer state begins anew"
         )
         rules = facts.record.rules if facts.record else None
-        return Source(rules, momentum=False, right_factors=False, scalars=keeps_scalars)
+        return Source(rules, momentum, False, keeps_scalars, facts.keys if dion else None)
 
 
 def explained(folder: Path | None) -> AbstractContextManager[None]:

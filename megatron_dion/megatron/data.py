@@ -1,7 +1,11 @@
 """Batches, loss and datasets of GPT pretraining, for every parallelism that Megatron has."""
 
+import argparse
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,10 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_dion.checkpointing.agreement import on_first_rank
+from megatron_dion.checkpointing.hashes import hash_file
+from megatron_dion.megatron.data_checks import data_prefixes
+from megatron_dion.megatron.errors import say
 from megatron_dion.megatron.recorder import LOSS_NAME
 
 # Settings of a dataset that are arguments of the same name.
@@ -21,6 +29,23 @@ _DATASET_ARGUMENTS = (
     *("mmap_bin_files", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
     *("object_storage_cache_path", "mid_level_dataset_surplus", "allow_ambiguous_pad_tokens"),
 )
+
+
+@dataclass
+class _DatasetConfig(GPTDatasetConfig):
+    """A config by which Megatron finds cached indices again if they are of the same data."""
+
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    """Of the index of each dataset, by prefix: lengths and order of its documents."""
+
+
+class HashedGPTDataset(GPTDataset):
+    """Its name is in those of cached indices."""
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        """What is in the names of cached indices; Megatron's has the path of the data only."""
+        return [*GPTDataset._key_config_attributes(), "data_sha256"]
 
 
 def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -64,7 +89,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
     """Build the training, validation and test set on the ranks that read them."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = _DatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -72,11 +97,24 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> An
         path_to_cache=args.data_cache_path,
         tokenizer=get_tokenizer(),
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        data_sha256=on_first_rank(lambda: _hash_data(args)),
         **{name: getattr(args, name) for name in _DATASET_ARGUMENTS},
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else HashedGPTDataset
     reads = partial(_reads_data, vp_stage)
     return BlendedMegatronDatasetBuilder(kind, num_samples, reads, config).build()
+
+
+def _hash_data(args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of the index of each dataset; says where there are cached indices of other data."""
+    hashes = {prefix: hash_file(Path(f"{prefix}.idx")) for prefix in data_prefixes(args)}
+    name = HashedGPTDataset.__name__
+    for prefix, sha256 in hashes.items():
+        folder = Path(args.data_cache_path or f"{prefix}/cache/{name}_indices")
+        described = [path.read_text() for path in folder.glob(f"*-{name}-*-description.txt")]
+        if any(json.dumps(prefix) in text and sha256 not in text for text in described):
+            say(f"{prefix} has changed since indices of it went into {folder}: they are built anew")
+    return hashes
 
 
 # Megatron then calls the provider on every rank, and the builder decides which ranks read.

@@ -1,21 +1,36 @@
 """What is checked of data and tokenizer before pretrain_gpt.py trains on them."""
 
 import argparse
+import hashlib
 import json
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dion.checkpointing.hashes import hash_file
-from megatron_dion.megatron.errors import in_one_line, refuse
+from megatron_dion.checkpointing import errors
+from megatron_dion.megatron.errors import ConfigurationError, in_one_line, refuse
+from megatron_dion.megatron.flags import as_flag
 
 # Of each dataset; more would delay the start of a run.
 _TOKENS_CHECKED = 2**27
 
+# Megatron goes on without these packages, to an error that does not name them.
+_PACKAGES = {
+    "HuggingFaceTokenizer": "transformers",
+    "GPT2BPETokenizer": "transformers",
+    "TikTokenizer": "tiktoken",
+}
+
+# Tokenizers of which one differs from another make other tokens of this text.
+_SAMPLE = "The CAFÉ  of Zürich's 12,345\n\tdef f(x): return x != 0.5  # Ωμέγα 漢字 🙂 <s> </s>\n"
+
 
 def check_data(args: argparse.Namespace) -> None:
-    """There are data, their files are whole, and the tokenizer is the one that made them."""
+    """There are data, their files are whole, and --split leaves no set without documents."""
     prefixes = data_prefixes(args)
     refuse(
         f"--mock-data does not go with the data {', '.join(prefixes)}: leave out one of them",
@@ -30,18 +45,29 @@ def check_data(args: argparse.Namespace) -> None:
     )
     for prefix in prefixes:
         data = open_data(prefix)
-        check_tokenizer(args, prefix)
         if args.split is not None:
             check_split(args.split, prefix, len(data))
+    if args.multiple_validation_sets:
+        # After the training Megatron would take batches of a test set for sets.
+        refuse(
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets,"
+            " and no --test-data-path",
+            when=not args.full_validation or len(blends := _blends(args)) == 1 or blends[2],
+        )
 
 
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """The paths of all datasets of the run, without their suffixes."""
+def _blends(args: argparse.Namespace) -> list[Any]:
+    """Paths and weights of all datasets: one blend that is split, or one of each split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     with in_one_line("--data-args-path, --per-split-data-args-path"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [one for one in blend_per_split or [blend] if one]
+    return blend_per_split or [blend]
+
+
+def data_prefixes(args: argparse.Namespace) -> list[str]:
+    """The paths of all datasets of the run, without their suffixes."""
+    blends = [one for one in _blends(args) if one]
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
@@ -60,23 +86,41 @@ def open_data(prefix: str) -> Any:
     return data
 
 
-def check_tokenizer(args: argparse.Namespace, prefix: str) -> None:
-    """Compare the tokenizer with PREFIX.json, in which `megatron-dion data` describes the data."""
-    notes = Path(f"{prefix}.json")
-    if not notes.is_file():
-        return
-    with in_one_line(f"{notes} does not describe the data"):
-        noted = json.loads(notes.read_text())
-        assert isinstance(noted, dict), "it is no JSON object"
-    model, hash_of_model = Path(args.tokenizer_model or ""), noted.get("tokenizer_model_sha256")
-    is_other_type = noted.get("tokenizer_type", args.tokenizer_type) != args.tokenizer_type
-    is_other_model = hash_of_model and model.is_file() and hash_file(model) != hash_of_model
+def load_tokenizer(build: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """A tokenizer of Megatron's, or a line that says what is wrong with its flags or files."""
+    kind, package = args.tokenizer_type, _PACKAGES.get(args.tokenizer_type)
     refuse(
-        f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model} is not "
-        f"the tokenizer that made the data {prefix}, see {notes}: use that one, or make the data "
-        "again",
-        when=is_other_type or is_other_model,
+        f"--tokenizer-type {kind} is not for text: use another, such as HuggingFaceTokenizer",
+        when=kind in ("SFTTokenizer", "MultimodalTokenizer", "NullMultimodalTokenizer"),
     )
+    refuse(
+        f"--tokenizer-type {kind} needs the package {package}: pip install {package}",
+        when=package and not find_spec(package),
+    )
+    source = args.tokenizer_model or args.vocab_file
+    # Each library has exceptions of its own.
+    with errors.in_one_line(ConfigurationError, f"cannot load {kind} from {source}", Exception):
+        tokenizer = build(args)
+        if args.vocab_file and args.vocab_file.endswith(".json"):
+            # Hugging Face prefers files of its own, without a word, also for GPT2BPETokenizer.
+            words = json.loads(Path(args.vocab_file).read_text(encoding="utf-8"))
+            is_used = all(tokenizer.inv_vocab.get(id) == word for word, id in words.items())
+            assert is_used, "--vocab-file is not used: give a HuggingFaceTokenizer's folder instead"
+    return tokenizer
+
+
+def has_end_token(tokenizer: Any) -> bool:
+    """Whether a tokenizer of Megatron's has a token for the end of a document."""
+    return tokenizer.eod is not None and 0 <= tokenizer.eod < tokenizer.vocab_size
+
+
+def identity_of(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer of Megatron's does, wherever and in which files it is."""
+    facts = [tokenizer.vocab_size, tokenizer.eod]
+    with suppress(Exception):  # of those that know numbers only, or not all characters
+        facts.append(sorted(tokenizer.inv_vocab.items()))
+        facts.append(list(tokenizer.tokenize(_SAMPLE)))
+    return hashlib.sha256(ascii(facts).encode()).hexdigest()
 
 
 def check_split(split: str, prefix: str, sequences: int) -> None:
@@ -98,19 +142,36 @@ def check_split(split: str, prefix: str, sequences: int) -> None:
         )
 
 
-def check_token_ids(args: argparse.Namespace, vocabulary: int) -> None:
-    """The tokens of the data are less than `vocabulary`, at least the first 2^27 of each dataset.
+def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
+    """The tokenizer is the one that made the data: PREFIX.json names it, and all tokens are its.
 
-    Tensor-parallel embeddings take any other token for a vector of zeros, without a word.
+    `megatron-dion data` writes PREFIX.json. Of the tokens, the first 2^27 of each dataset are
+    looked at: tensor-parallel embeddings take one that is too large for a vector of zeros.
     """
     if args.mock_data or args.rank != 0:  # one rank reads for all
         return
+    names = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+    flags = [as_flag(name, True) for name in names if getattr(args, name)]
+    flag = f"--tokenizer-type {args.tokenizer_type}"
+    refuse(
+        f"{', '.join(flags)}: {flag} {args.tokenizer_model} has no end token, leave it out",
+        when=flags and not has_end_token(tokenizer),
+    )
+    identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
     for prefix in data_prefixes(args):
+        notes = Path(f"{prefix}.json")
+        with in_one_line(f"{notes} does not describe the data"):
+            noted = json.loads(notes.read_text()) if notes.is_file() else {}
+            assert isinstance(noted, dict), "it is no JSON object"
+        refuse(
+            f"{flag} --tokenizer-model {args.tokenizer_model} is not the tokenizer that made the "
+            f"data {prefix}, see {notes}: use that one, or make the data again",
+            when=noted.get("tokenizer", identity) != identity,
+        )
         tokens = np.memmap(f"{prefix}.bin", dtype=open_data(prefix).index.dtype, mode="r")
         largest = int(tokens[:_TOKENS_CHECKED].max())
         refuse(
-            f"the data {prefix} hold the token {largest}, and the vocabulary of "
-            f"--tokenizer-type {args.tokenizer_type} has only {vocabulary}: use the tokenizer "
-            "that made the data",
+            f"the data {prefix} hold the token {largest}, and the vocabulary of {flag} has only "
+            f"{vocabulary}: use the tokenizer that made the data",
             when=largest >= vocabulary,
         )

@@ -60,8 +60,8 @@ class RunOptions:
     """Folder for config.json, routing.tsv, metrics.jsonl and starts.jsonl."""
 
     switch_optimizer: bool = False
-    """Load a checkpoint of --optimizer adam with dion, or the reverse: master weights are kept, the
-    optimizer's state begins anew."""
+    """Load a checkpoint of --optimizer adam or muon with dion, or of dion with adam: master weights
+    are kept, momenta of muon too; the other state begins anew."""
 
     no_checkpoint_hashes: bool = False
     """Neither write nor compare the SHA-256 of checkpoint files."""
@@ -164,5 +164,7 @@ def as_flag(name: str, value: object) -> str:
     """An argument as it stands on the command line."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, tuple | frozenset):
-        value = " ".join(sorted(value))
+        value = sorted(value)
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
     return flag if value is True else f"{flag} {value}"

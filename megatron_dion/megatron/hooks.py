@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.megatron import checkpoints, patches, validation
+from megatron_dion.megatron.data_checks import load_tokenizer
 from megatron_dion.megatron.errors import in_one_line, refuse, say
 from megatron_dion.megatron.flags import (
     ParserHook,
@@ -23,7 +24,7 @@ from megatron_dion.megatron.flags import (
 )
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
-from megatron_dion.megatron.run_directory import replace_file, write_config
+from megatron_dion.megatron.run_directory import CONFIG, replace_file, write_config
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.routing import tag_matrices, weight_of
@@ -52,6 +53,8 @@ class TrainingHooks:
         patches.wrap("parse_args", self._parse)
         patches.wrap("load_args_from_checkpoint", self._load_args)
         patches.wrap("validate_args", self._validate)
+        if self._script_is_ours:
+            patches.wrap("build_tokenizer", load_tokenizer)
         patches.wrap("pretrain", self._pretrain)
         patches.wrap("get_megatron_optimizer", self._build)
         patches.wrap("_compute_per_buffer_param_layout", self._lay_out)
@@ -76,6 +79,8 @@ class TrainingHooks:
         args: argparse.Namespace = stock(extend, ignore_unknown_args)
         refuse("--yaml-cfg is not supported: give flags on the command line", when=args.yaml_cfg)
         args.device = self._device
+        # A tokenizer will give the vocabulary a padding where the command line does not.
+        args.padded_vocab_size_is_given = args.padded_vocab_size is not None
         return args
 
     def _choose_checkpoint(self, args: argparse.Namespace) -> None:
@@ -146,7 +151,8 @@ class TrainingHooks:
         if args.rank == 0:
             device = "CPU (no GPU is used)" if args.device == "cpu" else "CUDA"
             say(f"{args.world_size} processes on {device}")
-            if args.run_dir is not None:
+            # An evaluation says nothing new about the run that trained.
+            if args.run_dir and not (args.skip_train and (Path(args.run_dir) / CONFIG).exists()):
                 write_config(Path(args.run_dir), args, self._defaults)
 
     def _tag(self, model_chunks: Any) -> Any:
@@ -186,8 +192,19 @@ def validate_as_megatron(
     args: argparse.Namespace, validate: Callable[[], argparse.Namespace]
 ) -> argparse.Namespace:
     """Megatron's validation of a run, with its objections in one line."""
+    is_async = args.async_save
+    # Its process asks CUDA for a device, dies without one, and the run waits for it for ever.
+    refuse(
+        "--use-persistent-ckpt-worker needs a GPU: leave out --async-save",
+        when=is_async and args.use_persistent_ckpt_worker and args.device == "cpu",
+    )
     with in_one_line("megatron refuses these arguments"):
         args = validate()
+    refuse(
+        "Megatron ignores --async-save without --use-persistent-ckpt-worker: add it, or leave both"
+        " out",
+        when=is_async and not args.async_save,
+    )
     if args.optimizer == "dion":
         validation.restore_distributed_optimizer(args)
     if args.fp8_param_gather:

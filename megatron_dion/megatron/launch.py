@@ -1,20 +1,17 @@
 """The two ways into training: a command line for pretrain_gpt.py, `install()` for other scripts."""
 
 import argparse
-import importlib.util
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dion.error_line import exit_interrupted
-from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
+from megatron_dion.megatron import capabilities
+from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse, say
 from megatron_dion.platforms import cpu, describe_single_process, resolve_device
 
-TESTED_MEGATRON_CORE = "0.19.2"
 _installed = False
 
 
@@ -39,7 +36,8 @@ def train(argv: Sequence[str]) -> None:
     device = prepare(argv)
 
     # Only now: importing megatron binds names of torch.cuda.
-    from megatron_dion.megatron.pretrain import pretrain_gpt
+    with capabilities.importing("pretrain_gpt.py, unlike a script of yours (docs/switching.md),"):
+        from megatron_dion.megatron.pretrain import pretrain_gpt
 
     pretrain_gpt(argv, device)
 
@@ -71,24 +69,11 @@ def install() -> None:
     device = prepare(sys.argv[1:])
 
     # Only now: importing megatron binds names of torch.cuda.
-    from megatron_dion.megatron.hooks import TrainingHooks
+    with capabilities.importing("Dion"):
+        from megatron_dion.megatron.hooks import TrainingHooks
 
     TrainingHooks(device, script_is_ours=False).install()
     _installed = True
-
-
-def check_megatron_version() -> None:
-    """Refuse another version of megatron-core, such as that of a checkout beside the script."""
-    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
-    fix = f"pip install megatron-core=={TESTED_MEGATRON_CORE}"
-    refuse(f"megatron-core is not installed: {fix}", when=spec is None)
-    folder = Path(str(spec and spec.origin)).parent
-    numbers = re.findall(r"(?:MAJOR|MINOR|PATCH) = (\d+)", (folder / "package_info.py").read_text())
-    version = ".".join(numbers)
-    refuse(
-        f"{folder} is megatron-core {version}, tested is {TESTED_MEGATRON_CORE}: {fix}",
-        when=version != TESTED_MEGATRON_CORE,
-    )
 
 
 def prepare(argv: Sequence[str]) -> str:
@@ -96,7 +81,9 @@ def prepare(argv: Sequence[str]) -> str:
 
     Returns the device of `--device`. The full parser reports a value that is no device.
     """
-    check_megatron_version()
+    version, is_tested = capabilities.check_megatron()
+    if not is_tested:
+        say(f"megatron-core {version} is not tested ({', '.join(capabilities.TESTED)} are)")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="auto")
     requested = parser.parse_known_args(argv)[0].device
@@ -106,5 +93,6 @@ def prepare(argv: Sequence[str]) -> str:
         when=device == "cuda" and not torch.cuda.is_available(),
     )
     if device == "cpu":
-        cpu.install(hide_gpus=requested == "cpu")
+        with capabilities.importing("training on CPU"):
+            cpu.install(hide_gpus=requested == "cpu")
     return device

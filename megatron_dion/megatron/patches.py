@@ -13,7 +13,7 @@ import megatron.training
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.training import arguments, checkpointing, training
+from megatron.training import arguments, checkpointing, global_vars, training
 
 Stock = Callable[..., Any]
 
@@ -22,6 +22,8 @@ _OWNERS = {
     "parse_args": arguments,
     # Reads the arguments of the checkpoint that the tracker names, before validation.
     "load_args_from_checkpoint": checkpointing,
+    # Raises whatever a tokenizer's library raises, and nobody catches it (global_vars.py:200).
+    "build_tokenizer": global_vars,
     # Makes another optimizer of each whose name it does not know (arguments.py:1670).
     "validate_args": arguments,
     # Has hooks on a model's config, and none on a model provider.

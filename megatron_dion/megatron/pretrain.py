@@ -15,7 +15,7 @@ from megatron.training.global_vars import get_tokenizer
 
 from megatron_dion.megatron import validation
 from megatron_dion.megatron.data import datasets_provider, forward_step
-from megatron_dion.megatron.data_checks import check_token_ids
+from megatron_dion.megatron.data_checks import check_tokenizer
 from megatron_dion.megatron.errors import in_one_line
 from megatron_dion.megatron.flags import dion_options, extend_parser
 from megatron_dion.megatron.hooks import TrainingHooks, validate_as_megatron
@@ -30,7 +30,7 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
     with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
         with in_one_line(_REFUSED):
             args = arguments.parse_and_validate_args()
-        check_token_ids(args, get_tokenizer().vocab_size)
+        check_tokenizer(args, get_tokenizer())
         with in_one_line(_REFUSED):
             model = gpt_config_from_args(args)
         config = pretrain_cfg_container_from_args(args, model)

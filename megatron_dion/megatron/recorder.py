@@ -1,8 +1,10 @@
-"""Writes metrics.jsonl and starts.jsonl, and measures Dion's steps for them and for TensorBoard."""
+"""Writes metrics.jsonl, whose series TensorBoard and W&B get too, and starts.jsonl."""
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import count, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,12 +14,12 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.patches import Stock
-from megatron_dion.megatron.run_directory import Record, append, drop_later
+from megatron_dion.megatron.run_directory import Record, append, set_aside
 from megatron_dion.megatron.stopwatch import Stopwatch
-from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind, to_record
+from megatron_dion.optimizer.diagnostics import FIGURES, KIND, Snapshot, by_kind, to_record
 
-# Megatron's name for the loss of a language model.
-LOSS_NAME = "lm loss"
+# Megatron's name for the loss of a language model, and ours in metrics.jsonl.
+LOSS_NAME, LOSS = "lm loss", "lm_loss"
 
 _PARALLELISM = ("tensor_model", "pipeline_model", "context", "expert_model", "data")
 
@@ -26,36 +28,49 @@ class Recorder:
     """Stands around the functions of megatron's training loop, on the rank that knows the loss."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+        self._metrics, self._starts = run_dir / "metrics.jsonl", run_dir / "starts.jsonl"
         self._optimizer: Any = None
         self._step_time = Stopwatch()
         self._optimizer_time = Stopwatch()
         self._evaluated: tuple[str, int] = ("", 0)  # the kind of data, and the iteration
-        self._validated = -1  # the iteration of the last validation
-        self._has_begun = False
+        self._losses: Iterator[str] = repeat(LOSS)  # names of those that are evaluated next
+        self._validated: dict[str, int] = {}  # the iteration of the last validation by loss
+        set_aside(self._metrics, math.inf)  # a line that is cut off
         patches.wrap("train_step", self._time_step)
         patches.wrap("training_log", self._record_iteration)
         patches.wrap("evaluate_and_print_results", self._note_evaluation)
         patches.wrap("evaluate", self._record_evaluation)
 
     def append(self, record: Record) -> None:
-        """Add a line to metrics.jsonl, after the first step or evaluation has begun."""
-        append(self._run_dir / "metrics.jsonl", record)
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard and W&B."""
+        append(self._metrics, record)
+        kind, iteration = record["kind"], record["iteration"]
+        if kind != "train" or iteration % get_args().tensorboard_log_interval == 0:
+            items = [(name, value) for name, value in record.items() if name != "iteration"]
+            numbers = {f"{kind}/{n}": float(v) for n, v in items if isinstance(v, int | float)}
+            _write(numbers, iteration)
 
     def _time_step(self, stock: Stock, *args: Any, **options: Any) -> Any:
-        self._begin()
+        start = None
         if self._optimizer is None:
+            start = _start()
             self._optimizer = _call(stock, args, options)["optimizer"]
             self._optimizer.step = self._optimizer_time.running()(self._optimizer.step)
         with self._step_time.running():
-            return stock(*args, **options)
+            result = stock(*args, **options)
+        if start is not None:  # only now is an iteration done again
+            set_aside(self._metrics, start["iteration"])
+            # An earlier start from the same iteration has left nothing.
+            set_aside(self._starts, start["iteration"] - 1)
+            append(self._starts, start)
+        return result
 
     def _record_iteration(self, stock: Stock, *args: Any, **options: Any) -> Any:
         logged = _call(stock, args, options)
         record = {
             "kind": "train",
             "iteration": logged["iteration"],
-            "lm_loss": _number(logged["loss_dict"].get(LOSS_NAME)),
+            LOSS: _number(logged["loss_dict"].get(LOSS_NAME)),
             "grad_norm": _number(logged["grad_norm"]),
             "lr": logged["learning_rate"],
             "tokens": _tokens_so_far(),
@@ -68,40 +83,34 @@ class Recorder:
         return stock(*args, **options)
 
     def _note_evaluation(self, stock: Stock, *args: Any, **options: Any) -> Any:
-        self._begin()
-        call = _call(stock, args, options)
+        call, run = _call(stock, args, options), get_args()
         kind = "test" if "test set" in call["prefix"] else "validation"
         self._evaluated = kind, call["iteration"]
+        if run.multiple_validation_sets:  # named as Megatron's own curves
+            self._losses = (f"{LOSS}-{name}" for name in run.validation_set_names or count())
         return stock(*args, **options)
 
     def _record_evaluation(self, stock: Stock, *args: Any, **options: Any) -> Any:
         losses, *others = stock(*args, **options)
-        kind, iteration = self._evaluated
+        (kind, iteration), name = self._evaluated, next(self._losses)
         # Megatron evaluates once more after training, on other samples: the first one counts.
-        is_repeated = kind == "validation" and iteration == self._validated
+        is_repeated = kind == "validation" and iteration == self._validated.get(name)
         if LOSS_NAME in (losses or ()) and not is_repeated:
-            loss = _number(losses[LOSS_NAME])
-            self.append({"kind": kind, "iteration": iteration, "lm_loss": loss})
-            self._validated = iteration
+            self.append({"kind": kind, "iteration": iteration, name: _number(losses[LOSS_NAME])})
+            self._validated[name] = iteration
         return losses, *others
 
-    def _begin(self) -> None:
-        """Begin the files, once Megatron has loaded a checkpoint and nothing has been done yet."""
-        if self._has_begun:
-            return
-        self._has_begun = True
-        args = get_args()
-        drop_later(self._run_dir / "metrics.jsonl", args.iteration)
-        sizes = [f"{name}_parallel_size" for name in _PARALLELISM]
-        start = {
-            "iteration": args.iteration,
-            "tokens": _tokens_so_far(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{name: getattr(args, name) for name in ("world_size", *sizes)},
-        }
-        # An earlier start from the same iteration has left nothing, so it is dropped as well.
-        drop_later(self._run_dir / "starts.jsonl", args.iteration - 1)
-        append(self._run_dir / "starts.jsonl", start)
+
+def _start() -> Record:
+    """What starts.jsonl says of this start of the run, once a checkpoint has been loaded."""
+    args = get_args()
+    sizes = [f"{name}_parallel_size" for name in _PARALLELISM]
+    return {
+        "iteration": args.iteration,
+        "tokens": _tokens_so_far(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: getattr(args, name) for name in ("world_size", *sizes)},
+    }
 
 
 def _call(function: Stock, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -143,15 +152,19 @@ def log_diagnostics(interval: int, record: Callable[[Record], None] | None) -> N
 
 
 def _write_curves(snapshot: Snapshot) -> None:
-    """To TensorBoard and W&B through Megatron's writers, where the run has them."""
     curves = {  # TensorBoard makes a section of what stands before a tag's first slash
-        f"dion-{figure}/{kind}/{statistic.__name__}": statistic(values)
+        f"{KIND}-{figure}/{kind}/{statistic.__name__}": statistic(values)
         for figure in FIGURES
         for kind, values in by_kind(snapshot.matrices, figure).items()
         for statistic in (min, median, max)
     }
+    _write(curves, snapshot.iteration)
+
+
+def _write(series: dict[str, float], iteration: int) -> None:
+    """To TensorBoard and W&B through Megatron's writers, where the run has them."""
     if (tensorboard := get_tensorboard_writer()) is not None:
-        for tag, value in curves.items():
-            tensorboard.add_scalar(tag, value, snapshot.iteration)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log(curves, snapshot.iteration)
+        for tag, value in series.items():
+            tensorboard.add_scalar(tag, value, iteration)
+    if (wandb := get_wandb_writer()) is not None and series:
+        wandb.log(series, iteration)

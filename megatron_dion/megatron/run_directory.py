@@ -12,6 +12,8 @@ from typing import Any
 
 import megatron_dion
 
+CONFIG = "config.json"
+
 Record = dict[str, Any]
 
 
@@ -28,7 +30,7 @@ def write_config(run_dir: Path, args: argparse.Namespace, defaults: Record) -> N
         "arguments": vars(args),
         "defaults": defaults,
     }
-    replace_file(run_dir / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    replace_file(run_dir / CONFIG, json.dumps(config, indent=2, default=str) + "\n")
 
 
 def git_revision(folder: Path) -> str | None:
@@ -50,13 +52,19 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def drop_later(path: Path, iterations_done: int) -> None:
-    """Drop what a run wrote after these iterations, which it will do again.
+def set_aside(path: Path, iterations_done: float) -> None:
+    """Move what a run wrote after these iterations, which it does again, to NAME.replaced.jsonl.
 
-    The file is metrics.jsonl, or starts.jsonl: JSON objects, each of them with an iteration.
+    The file is metrics.jsonl, or starts.jsonl: JSON objects, each of them with an iteration. Of
+    its content, only a last line that a killed process left unfinished is lost.
     """
-    earlier = [one for one in read_metrics(path) if one["iteration"] <= iterations_done]
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in earlier))
+    kept: list[Record] = []
+    for record in read_metrics(path):
+        if record["iteration"] > iterations_done:
+            append(path.with_suffix(".replaced.jsonl"), record)
+        else:
+            kept.append(record)
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def append(path: Path, record: Record) -> None:
@@ -66,8 +74,8 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read a metrics file, without the last line if a killed process left it unfinished."""
+    """Read a metrics file in the order of iterations, without a last line that is unfinished."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return sorted(records, key=lambda record: record["iteration"])  # an evaluation may come late

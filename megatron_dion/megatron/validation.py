@@ -14,7 +14,7 @@ from megatron_dion.megatron.flags import as_flag, given_dion_flags
 from megatron_dion.optimizer.options import DionOptions
 
 # Arguments that must not be given with --optimizer dion, and why, or what to do instead.
-_REFUSED_WITH_DION = {
+REFUSED_WITH_DION = {
     "use_torch_fsdp2": "Dion shards with --use-distributed-optimizer",
     "use_megatron_fsdp": "Dion shards with --use-distributed-optimizer",
     "optimizer_cpu_offload": "Dion's state stays on the device",
@@ -38,10 +38,17 @@ _REFUSED_WITH_DION = {
     "ckpt_convert_format": "Dion's state has one format, torch_dist",
 }
 
+# Arguments that Megatron 0.19.2 parses and never reads, and what to do instead.
+_WITHOUT_EFFECT = {
+    "rampup_batch_size": "use --step-batch-size-schedule",
+    "apply_residual_connection_post_layernorm": "leave it out",
+}
+
 # Ways of reading data that pretrain_gpt.py does not know, and would ignore in silence.
 _UNSUPPORTED_DATA = (
     *("sft", "fim_data", "hybrid_context_parallel"),
     *("dataloader_inter_document_masking", "dataloader_fast_cache_load"),
+    *("dataloader_defer_npy_index_mmap", "per_dataset_sequences_path"),
 )
 
 
@@ -71,9 +78,24 @@ def check_dion_surroundings(args: argparse.Namespace) -> None:
         return
     is_sharded = args.use_distributed_optimizer
     refuse("--optimizer dion needs --use-distributed-optimizer", when=not is_sharded)
-    for name, advice in _REFUSED_WITH_DION.items():
-        flag = as_flag(name, getattr(args, name))
-        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=getattr(args, name))
+    for name, advice in REFUSED_WITH_DION.items():
+        value = getattr(args, name, None)  # a release may lack the flag
+        flag = as_flag(name, value)
+        refuse(f"--optimizer dion does not go with {flag}: {advice}", when=value)
+
+
+def check_ignored(args: argparse.Namespace) -> None:
+    """What Megatron would ignore, or apply to a part of a weight as if it were the whole."""
+    for name, advice in _WITHOUT_EFFECT.items():
+        value = getattr(args, name, None)
+        refuse(f"Megatron ignores {as_flag(name, value)}: {advice}", when=value)
+    # MC/transformer/attention.py:2002 scales rows of master weights, of which a rank has a piece.
+    is_sharded = args.use_distributed_optimizer and args.optimizer in ("dion", "adam", "sgd")
+    refuse(
+        f"--qk-clip does not go with --optimizer {args.optimizer} --use-distributed-optimizer:"
+        " Megatron takes a rank's piece of a master weight for the whole; use --qk-layernorm",
+        when=args.qk_clip and is_sharded,
+    )
 
 
 def check_latent_attention(args: argparse.Namespace) -> None:
@@ -114,6 +136,8 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
+    is_never = args.save and args.save_interval is None
+    refuse(f"--save {args.save} needs --save-interval ITERATIONS", when=is_never)
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
         refuse(f"{flag} is not supported: leave it out", when=getattr(args, name) != accepted)
@@ -133,7 +157,7 @@ def check_data_mode(args: argparse.Namespace) -> None:
     """Flags of other training scripts, which this one would ignore."""
     for name in _UNSUPPORTED_DATA:
         line = f"{as_flag(name, True)} is not supported by pretrain_gpt.py: leave it out"
-        refuse(line, when=getattr(args, name))
+        refuse(line, when=getattr(args, name, None))
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -141,8 +165,14 @@ def check_packages(args: argparse.Namespace) -> None:
     for flag, value, package in (
         ("--save", args.save, "psutil"),
         ("--tensorboard-dir", args.tensorboard_dir, "tensorboard"),
+        ("--wandb-project", args.wandb_project, "wandb"),
     ):
         refuse(f"{flag} needs the package {package}", when=value and not find_spec(package))
+    has_names = args.wandb_exp_name and (args.save or args.wandb_save_dir)
+    refuse(
+        "--wandb-project needs --wandb-exp-name, and --wandb-save-dir or --save",
+        when=args.wandb_project and not has_names,
+    )
 
 
 # What holds for a run without Dion in a script that is not ours.
@@ -150,7 +180,7 @@ OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_surroundings, check_latent_attention, check_fp8),
+    *(check_dion_surroundings, check_ignored, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 

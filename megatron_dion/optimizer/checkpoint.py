@@ -7,7 +7,9 @@ optimizer holds, with its place in a whole tensor: saving moves nothing between 
 any topology loads the boxes that it holds.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
@@ -17,10 +19,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_dion.checkpointing.agreement import gather
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import DION_PREFIX, MOMENTUM, PREFIX, RIGHT_FACTOR, WEIGHT
 from megatron_dion.optimizer.routing import routes_by_rules, tensor_parallel_group
@@ -31,15 +35,33 @@ from megatron_dion.sharding.matrices import Weight
 Shape = tuple[int, ...]
 
 MASTER = "param"  # Megatron's name for master weights (MC/optimizer/distrib_optimizer.py:1113)
+MODEL_ONLY = "--no-load-optim or --finetune takes the model's weights only"
+
+# State of Megatron's optimizers, and how those that are not distributed call it.
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+_KINDS = {"fp32_param": MASTER, "momentum_buffer": MOMENTUM}
 
 
 class Source(NamedTuple):
     """Which optimizer state of a checkpoint a run loads, beside the master weights."""
 
     rules: RoutingRules | None  # by which the checkpoint has logical matrices; None if it has none
-    momentum: bool = True
+    momentum: float = 1.0  # what it is multiplied by
     right_factors: bool = True
     scalars: bool = True  # the state of the parameters that Dion does not update
+    keys: Mapping[str, str] | None = None  # of Megatron's optimizers, where they differ from ours
+
+
+def megatron_keys(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
+    """The keys of a checkpoint of Megatron's optimizers by those that its distributed one has.
+
+    Args:
+        dtypes: of all tensors of the checkpoint. Weights in float32 are their own master weights.
+    """
+    states = {key: match for key in dtypes if (match := _STATE.fullmatch(key))}
+    models = (key for key, dtype in dtypes.items() if dtype == torch.float32 and key not in states)
+    keys = {f"{PREFIX}.{MASTER}.{key}": key for key in models}
+    return keys | {f"{PREFIX}.{_KINDS.get(m[1], m[1])}.{m[2]}": key for key, m in states.items()}
 
 
 class Loading:
@@ -51,6 +73,7 @@ class Loading:
 
     def __init__(self, optimizer: Any, source: Source) -> None:
         self._optimizer, self._source = optimizer, source
+        self.lacks_scalars = False  # the checkpoint has not all state of scalar parameters: no use
         members = getattr(optimizer, "chained_optimizers", [optimizer])
         if not all(isinstance(member, DistributedOptimizer) for member in members):
             raise ValueError("it needs --use-distributed-optimizer")
@@ -64,15 +87,45 @@ class Loading:
     def sharded_state_dict(self, model_state: dict[str, Any], **_: Any) -> dict[str, Any]:
         """The tensors that the source names, as the checkpoint has them."""
         self._tensors = sharded_state(self._members, self._source, model_state)
-        return {"state": dict(self._tensors)}
+        if (keys := self._source.keys) is None:
+            return {"state": dict(self._tensors)}
+        lacking = {t.key for t in self._tensors.values() if t.key not in keys}
+        kinds = {key.split(".")[2] for key in gather(sorted(lacking))}
+        if MASTER in kinds:
+            raise RuntimeError(
+                "its master weights are for one topology: save it again with"
+                f" --dist-ckpt-optim-fully-reshardable; {MODEL_ONLY}"
+            )
+        if not kinds <= {MOMENTUM} and self._source.scalars:
+            self._source, self.lacks_scalars = self._source._replace(scalars=False), True
+            return self.sharded_state_dict(model_state)
+        self._tensors = {n: t for n, t in self._tensors.items() if t.key not in lacking}
+        # Not into the master weights: in float32 they are the model's weights.
+        beside = ((n, t, t.data.clone()) for n, t in self._tensors.items())
+        return {"state": {n: replace(t, key=keys[t.key], data=data) for n, t, data in beside}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copies what was loaded to where it belongs; state that begins anew has seen no step."""
+        """Copies what was loaded to where it belongs; state that begins anew has seen no step.
+
+        The model's weights are those of the checkpoint already.
+
+        Raises:
+            RuntimeError: on all ranks; master weights of another optimizer are not of this model.
+        """
+        weights = [] if self._source.keys is None else list(self._weights())
         for name, tensor in self._tensors.items():
             tensor.data.copy_(state_dict["state"][name])
+            if f".{MOMENTUM}." in tensor.key:
+                tensor.data.mul_(self._source.momentum)
+        differing = [p for p, weight, master in weights if not _is_rounded(master, weight)]
+        if names := gather([self._name_of(parameter) for parameter in differing]):
+            raise RuntimeError(
+                "master weights in it are not the weights of the model beside them:"
+                f" {', '.join([*dict.fromkeys(names)][:3])}; {MODEL_ONLY}"
+            )
         steps = saved_steps(state_dict)
-        steps["dion"] *= self._source.momentum
+        steps["dion"] *= bool(self._source.momentum)
         steps["scalar"] *= self._source.scalars
         for member in self._members:
             is_dion = isinstance(member, DionDistributedOptimizer)
@@ -82,6 +135,25 @@ class Loading:
         if scaler and "grad_scaler" in state_dict:
             scaler.load_state_dict(state_dict["grad_scaler"])
         _make_model_weights(self._members)
+
+    def _weights(self) -> Iterator[tuple[Parameter, Tensor, Tensor]]:
+        """Of each parameter, what the model has of this rank's piece of the master weight, too."""
+        for member in self._members:
+            for parameter, start, kind, flat in flat_states(member):
+                # Those in FP8 are rounded by scales that the piece does not tell.
+                if kind == MASTER and not is_float8tensor(parameter):
+                    piece = parameter.detach().view(-1)[start : start + flat.numel()]
+                    yield parameter, piece.clone(), flat
+
+    def _name_of(self, parameter: Parameter) -> str:
+        chunks = chain.from_iterable(member.model_chunks for member in self._members)
+        routes = chain.from_iterable(routes_by_rules(chunk, RoutingRules()) for chunk in chunks)
+        return next(route.parameter for one, route in routes if one is parameter)
+
+
+def _is_rounded(master: Tensor, weight: Tensor) -> bool:
+    """Whether a weight in bfloat16, float16 or float32 is a master weight, rounded."""
+    return torch.allclose(weight.float(), master.float(), rtol=2**-7, atol=2**-24)
 
 
 def saved_steps(state_dict: dict[str, Any]) -> dict[str, int]:
@@ -126,13 +198,13 @@ def _states_of(
     if source.rules is not None:
         routes = (routes_by_rules(chunk, source.rules) for chunk in optimizer.model_chunks)
         weights = {p: r.weight for p, r in chain.from_iterable(routes) if r.weight is not None}
-    kinds = [MASTER]
+    kinds = {MASTER}
     if not isinstance(optimizer, DionDistributedOptimizer):
         if source.scalars:
             _allocate_state(optimizer)
-            kinds += optimizer.optimizer_state_keys
+            kinds.update(*optimizer.optimizer.state.values())
     else:
-        kinds += [MOMENTUM] if source.momentum else []
+        kinds |= {MOMENTUM} if source.momentum else set()
         yield from _right_factors(optimizer) if source.right_factors else ()
     instance = optimizer.distributed_optimizer_instance_id  # the first one's copy is saved
     for parameter, start, kind, flat in flat_states(optimizer):

@@ -1,9 +1,11 @@
 """Megatron's distributed optimizer, with Dion on the shards of its buffers."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,7 +41,11 @@ class DionDistributedOptimizer(DistributedOptimizer):
         recenter_interval: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # 0.18 asserts that the optimizer is an Adam (distrib_optimizer.py:665); later releases take
+        # any with an init_state_fn.
+        accepted = (distrib_optimizer.Adam, Dion)
+        with mock.patch.object(distrib_optimizer, "Adam", accepted):
+            super().__init__(*args, **kwargs)
         self._replicas = replicas
         self._recenter_interval = recenter_interval
         self.exchanged_bytes_per_step = 0
@@ -93,7 +99,14 @@ class DionDistributedOptimizer(DistributedOptimizer):
     def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[Tensor]:
         """Tensors with the norm of the gradients; with replicas, a projection of their mean."""
         gradients = super().get_grads_for_grad_norm(grad_norm_group)
-        if self._replicas is None or grad_norm_group is not None or self.is_stub_optimizer:
+        return gradients if grad_norm_group is not None else self._mean_over_replicas(gradients)
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        """The same by its name in megatron-core 0.18."""
+        return self._mean_over_replicas(super().get_main_grads_for_grad_norm())
+
+    def _mean_over_replicas(self, gradients: list[Tensor]) -> list[Tensor]:
+        if self._replicas is None or self.is_stub_optimizer:
             return gradients
         seed, step = self._dion.config.seed, self._dion.number_of_steps
         return [projected_mean(gradients, self._replicas, self._gradient_scale, seed, step)]

@@ -28,7 +28,7 @@ from megatron_dion.optimizer.routing import DION, RoutingTable, gather_routes, w
 # Data-parallel group, model-parallel group and DDP's buffers, of dense layers and of experts.
 _NAMES = {
     False: ("intra_dp_cp_group", "mp_group", "buffers"),
-    True: ("intra_expt_dp_group", "expt_tp_pp_with_egtp_remat_group", "expert_parallel_buffers"),
+    True: ("intra_expt_dp_group", "expt_tp_pp_group", "expert_parallel_buffers"),
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.distributed.param_and_grad_buffer import _param_uses_quantized_storage
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.transformer.fsdp_dtensor_checkpoint import (
     get_ep_layer_offset,
     get_global_unique_param_name,
@@ -97,7 +97,7 @@ def tag_matrices(
             is_dion = route.weight is not None
             setattr(parameter, _BUFFER_TAG, is_dion)
             setattr(parameter, ROUTE_TAG, route)
-            if _param_uses_quantized_storage(parameter):
+            if _is_quantized(parameter):
                 other = in_fp8.setdefault(_is_of_experts(parameter), route)
                 if is_dion != (other.weight is not None):  # DDP asserts it
                     raise ValueError(
@@ -121,7 +121,7 @@ def routes_by_rules(
             continue
         name, is_grouped = _name_of(chunk, parameter)
         is_dion, reason = rules.decide(name, parameter)
-        if _param_uses_quantized_storage(parameter):
+        if _is_quantized(parameter):
             reason += ", kept in FP8"
         size = tensor_parallel_group(parameter).size()
         is_cut = size > 1 and getattr(parameter, "tensor_model_parallel", False)
@@ -188,3 +188,9 @@ def _name_of(chunk: MegatronModule, parameter: Parameter) -> tuple[str, bool]:
 def _is_of_experts(parameter: Parameter) -> bool:
     """Whether the groups of expert parallelism hold it (Megatron's own mark)."""
     return not getattr(parameter, "allreduce", True)
+
+
+def _is_quantized(parameter: Parameter) -> bool:
+    """Whether Megatron's DDP puts a parameter into a buffer of bytes."""
+    buffers = param_and_grad_buffer
+    return buffers.is_float8tensor(parameter) or buffers.is_nvfp4tensor(parameter)

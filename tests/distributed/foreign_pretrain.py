@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.training import get_args, get_tokenizer, inprocess_restart, pretrain
 from megatron.training.argument_utils import (
     core_transformer_config_from_args,
-    gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args
@@ -97,12 +96,16 @@ if __name__ == "__main__":
     args = parse_and_validate_args(
         extra_args_provider=add_script_args, args_defaults={"tokenizer_type": "NullTokenizer"}
     )
-    by_config = args.model_by == "config"
+    model = None
+    if args.model_by == "config":  # which megatron-core 0.18 does not know
+        from megatron.training.argument_utils import gpt_config_from_args
+
+        model = gpt_config_from_args(args)
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args) if by_config else None),
+        pretrain_cfg_container_from_args(args, model),
         datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        None if by_config else model_provider,
+        **({} if model else {"model_provider": model_provider}),
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
         store=store,
     )

@@ -1,5 +1,6 @@
 """A run that stops and goes on is the same run, on the same topology and on any other."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,18 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
-from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, OVERLAP, PP2, TP2, TRAINING, losses
-from tests.worlds import world
+from tests.distributed.tiny_gpt import (
+    DION,
+    INSTANCES,
+    MODEL,
+    OVERLAP,
+    PP2,
+    TP2,
+    TRAINING,
+    losses,
+    save_in_background,
+)
+from tests.worlds import train, world
 
 # Every expert sees every token: a choice between experts would turn rounding into other routes.
 EXPERTS = (
@@ -48,9 +59,9 @@ def load(folder: Path) -> list[str]:
     return ["--load", str(folder), "--ckpt-step", str(HALF)]
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the last checkpoint: the model's and the optimizer's."""
-    contents = Contents(folder_of(folder, END))
+def tensors(folder: Path, iteration: int = END) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: the model's and the optimizer's."""
+    contents = Contents(folder_of(folder, iteration))
     return contents.read(*(key for key in contents.tensors if "rng_state" not in key))
 
 
@@ -90,7 +101,7 @@ def test_any_topology_goes_on_and_saves_the_same(
         ),
         ("tp2-pp2", "--fp16 --initial-loss-scale 4096 --num-layers 4"),
         ("compressed", ""),
-        pytest.param("tp2-dp2", "--bf16 --hidden-dropout 0.1 --async-save", marks=SLOW),
+        pytest.param("tp2-dp2", "--bf16 --hidden-dropout 0.1", marks=SLOW),
         pytest.param("dp3", "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1", marks=SLOW),
         pytest.param("instances", "--ckpt-fully-parallel-load", marks=SLOW),
         pytest.param("tp2-dp2", "--ckpt-assume-constant-structure", marks=SLOW),
@@ -104,6 +115,27 @@ def test_resume_on_the_same_topology_is_exact(tmp_path: Path, topology: str, fla
     run(topology, resumed, *argv, *load(whole))
     assert losses(resumed / "run") == losses(whole / "run")[HALF:]
     assert_equal(tensors(resumed), tensors(whole))
+
+
+def train_saving_in_background(argv: Sequence[str]) -> None:
+    """On a rank."""
+    save_in_background()
+    train([*argv, "--async-save"])
+
+
+def test_saves_in_the_background_are_of_their_iterations(tmp_path: Path) -> None:
+    """One after each step: those of the run that waits for each, and no two the same."""
+    argv = [*COMMON, "--num-layers", "2", "--train-iters", str(END), "--save-interval", "1"]
+    folders = tmp_path / "one", tmp_path / "other"
+    world(1).fork(train_saving_in_background, [*argv, "--save", str(folders[0])])
+    world(1).train(*argv, "--save", str(folders[1]))
+    before: dict[str, Tensor] = {}
+    for iteration in range(1, END + 1):
+        found, expected = (tensors(folder, iteration) for folder in folders)
+        assert_equal(found, expected)
+        # But for weights at the start of the warm-up, all has changed.
+        assert not [key for key in before if torch.equal(found[key], before[key])]
+        before = found
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

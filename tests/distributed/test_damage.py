@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.checkpointing.folders import TRACKER, complete_iterations, folder_of
-from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, save_in_background
 from tests.unit.test_command_line import exit_of_rank
 from tests.unit.test_inspect_checkpoint import inspect
 from tests.worlds import world
@@ -116,6 +116,7 @@ def run_with_small_files(limit: int, argv: list[str]) -> tuple[object, str]:
     """On a rank: as on a disk that is full when a file has `limit` bytes; rank 1 only."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save_in_background()
     return exit_of_rank(argv)
 
 
@@ -181,6 +182,7 @@ def train_watching_the_marker(argv: list[str]) -> list[list[str]]:
         save_config(config, folder)
 
     serialization.save_config = watched
+    save_in_background()
     code, said = exit_of_rank(argv)
     assert code == 0, said
     return seen

@@ -72,28 +72,40 @@ def test_a_skipped_step_measures_nothing(tmp_path: Path) -> None:
     assert [s.iteration for s in read_diagnostics(records)] == sorted(set(range(1, 9)) - skipped)
 
 
-def train_with_wandb(argv: list[str]) -> list[tuple[int, list[str]]]:
-    """On a rank: trains; iterations and tags of which W&B was told."""
+def train_with_wandb(argv: list[str]) -> list[tuple[int, dict[str, float]]]:
+    """On a rank: trains; iterations and series of which W&B was told."""
     from megatron_dion.megatron import recorder
 
-    told: list[tuple[int, list[str]]] = []
-    wandb = SimpleNamespace(log=lambda values, step: told.append((step, sorted(values))))
+    told: list[tuple[int, dict[str, float]]] = []
+    wandb = SimpleNamespace(log=lambda values, step: told.append((step, values)))
     recorder.get_wandb_writer = lambda: wandb
     train([*MODEL, *TRAINING, *DION, *argv])
     return told
 
 
-def test_tensorboard_and_wandb_have_the_kinds_of_matrices(tmp_path: Path) -> None:
+def test_tensorboard_and_wandb_have_the_series_of_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    folder, log = tmp_path / "run", "--tensorboard-log-interval 2 --eval-interval 4 --eval-iters 1"
     flags = f"--train-iters 4 --num-layers 2 --dion-log-interval 2 --tensorboard-dir {tmp_path}"
-    [told] = world(1).fork(train_with_wandb, flags.split())
+    [told] = world(1).fork(train_with_wandb, f"{flags} {log} --run-dir {folder}".split())
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("dion-")]
-    kind = "decoder.layers.*.self_attention.linear_qkv.weight[query]"
-    assert f"dion-captured/{kind}/median" in tags
+    ours = [tag for tag in events.Tags()["scalars"] if "/" in tag]
+    written = {(e.step, tag): e.value for tag in ours for e in events.Scalars(tag)}
+    in_wandb = {(step, tag): value for step, values in told for tag, value in values.items()}
+    assert written == pytest.approx(in_wandb)
+
+    diagnosed = {tag: value for tag, value in written.items() if tag[1].startswith("dion-")}
     # query, key, value, projection, gate, up, down
-    assert len(tags) == 7 * len(FIGURES) * 3
-    assert [event.step for event in events.Scalars(tags[0])] == [2, 4]
-    assert told == [(2, sorted(tags)), (4, sorted(tags))]
+    assert len(diagnosed) == 2 * 7 * len(FIGURES) * 3
+    kind = "decoder.layers.*.self_attention.linear_qkv.weight[query]"
+    assert (2, f"dion-captured/{kind}/median") in diagnosed
+    expected = {
+        (record["iteration"], f"{record['kind']}/{name}"): float(value)
+        for record in read_metrics(folder / "metrics.jsonl")
+        for name, value in record.items()
+        if name not in ("kind", "iteration", "fields", "matrices") and record["iteration"] % 2 == 0
+    }
+    assert {(4, "train/optimizer_seconds"), (4, "validation/lm_loss")} <= expected.keys()
+    assert written == pytest.approx(diagnosed | expected)

@@ -12,7 +12,18 @@ import pytest
 from megatron_dion.checkpointing.hashes import MANIFEST
 from megatron_dion.megatron.run_directory import read_metrics
 from megatron_dion.optimizer.diagnostics import read_diagnostics
-from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, losses, pretrain
+from tests.distributed.tiny_gpt import (
+    DION,
+    INSTANCES,
+    MODEL,
+    OVERLAP,
+    PP2,
+    TP2,
+    TRAINING,
+    losses,
+    pretrain,
+    records_of,
+)
 from tests.worlds import train, world
 
 SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
@@ -20,6 +31,8 @@ SCRIPT = Path(__file__).with_name("foreign_pretrain.py")
 FLAGS = [flag for flag in [*MODEL, *TRAINING] if flag not in ("--tokenizer-type", "NullTokenizer")]
 RUN = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 4".split()
 RANKS = 4
+# megatron-core 0.18 has no config of a model that a script could give.
+ON_EVERY_RELEASE = [*FLAGS, *DION, "--model-by", "provider", "--train-iters", "6"]
 
 # What `--device cpu` stands for, in a script that nobody helps.
 STOCK_ON_CPU = (
@@ -97,6 +110,7 @@ def test_a_loss_of_another_name_is_left_out(tmp_path: Path) -> None:
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
+@pytest.mark.versions
 def test_runs_without_dion_are_left_alone(tmp_path: Path) -> None:
     seen = {}
     on_cpu = ["--device", "cpu"]
@@ -104,6 +118,7 @@ def test_runs_without_dion_are_left_alone(tmp_path: Path) -> None:
     for name, run, flags in (("stock", run_stock, alone), ("ours", run_script, FLAGS)):
         lines, saved = tmp_path / f"{name}.txt", tmp_path / name
         flags = [*flags, *RUN, "--optimizer", "adam", "--use-distributed-optimizer"]
+        flags += ["--model-by", "provider"]
         flags += ["--save", str(saved), "--load", str(saved), "--save-interval", "4"]
         world(RANKS).fork(run, [*flags, "--losses-file", str(lines)])
         files = {str(path.relative_to(saved)) for path in saved.rglob("*")}
@@ -113,6 +128,7 @@ def test_runs_without_dion_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     flags = [*FLAGS, *RUN, *DION, "--model-by", "provider"]
@@ -124,6 +140,56 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     world(RANKS).fork(run_script, [*flags, "--run-dir", str(tmp_path / "whole")])
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (saved / "iter_0000004" / MANIFEST).exists()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the script in one process, with a checkpoint of its third iteration."""
+    folder = tmp_path_factory.mktemp("alone")
+    saving = ["--save", str(folder), "--save-interval", "3", "--run-dir", str(folder / "run")]
+    world(1).fork(run_script, [*ON_EVERY_RELEASE, *saving])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("ranks", "grid"),
+    [
+        (2, ""),
+        (4, f"{TP2} {OVERLAP}"),
+        (4, f"{PP2} {OVERLAP}"),
+        (4, f"{INSTANCES} --tensor-model-parallel-size 2"),
+    ],
+)
+def test_the_script_goes_on_the_same_on_every_grid(
+    alone: Path, tmp_path: Path, ranks: int, grid: str
+) -> None:
+    loading = ["--load", str(alone), "--ckpt-step", "3", "--run-dir", str(tmp_path)]
+    world(ranks).fork(run_script, [*ON_EVERY_RELEASE, *grid.split(), *loading])
+    differences = [
+        abs(a - b) for a, b in zip(losses(tmp_path), losses(alone / "run")[3:], strict=True)
+    ]
+    assert max(differences) < 2e-5
+    assert (tmp_path / "routing.tsv").read_text() == (alone / "run/routing.tsv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.versions
+def test_compressed_sync_and_adamw_in_a_script(alone: Path, tmp_path: Path) -> None:
+    """The norm that compressed sync estimates is that of all gradients; states can be switched."""
+    norms = []
+    for name, more in (("whole", ""), ("compressed", "--dion-compressed-sync")):
+        flags = [*ON_EVERY_RELEASE, *INSTANCES.split(), *more.split()]
+        world(2).fork(run_script, [*flags, "--run-dir", str(tmp_path / name)])
+        norms.append(records_of(tmp_path / name)[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)
+    assert norms[1] != norms[0]
+    switch = ["--load", str(alone), "--ckpt-step", "3", "--switch-optimizer", "--optimizer", "adam"]
+    adam = tmp_path / "adam"
+    world(2).fork(run_script, [*ON_EVERY_RELEASE, *switch, "--run-dir", str(adam)])
+    assert losses(adam)[0] == pytest.approx(losses(alone / "run")[3], abs=2e-5)
+    assert losses(adam)[1:] != losses(alone / "run")[4:]
 
 
 def train_on_all_mock_documents(flags: Sequence[str]) -> None:

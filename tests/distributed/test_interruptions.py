@@ -15,7 +15,17 @@ import pytest
 
 from megatron_dion.checkpointing import folders
 from tests.distributed.recording import save_start
-from tests.distributed.tiny_gpt import DION, INSTANCES, MODEL, OVERLAP, PP2, TP2, TRAINING, losses
+from tests.distributed.tiny_gpt import (
+    DION,
+    INSTANCES,
+    MODEL,
+    OVERLAP,
+    PP2,
+    TP2,
+    TRAINING,
+    losses,
+    save_in_background,
+)
 from tests.unit.test_command_line import exit_of_rank
 from tests.worlds import RankError, train, world
 
@@ -98,6 +108,7 @@ def train_until_killed(
             if (kind, kinds[kind]) == moment and int(os.environ["RANK"]) == victim:
                 os.killpg(0, signal.SIGKILL)
 
+    save_in_background()
     sys.addaudithook(count)
     train(argv)
     return kinds

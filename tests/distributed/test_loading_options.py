@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
+from megatron_dion.megatron.run_directory import read_metrics
 from tests.distributed.tiny_gpt import DION, MODEL, TP2, TRAINING, losses, records_of
 from tests.unit.test_command_line import exit_of_rank
 from tests.worlds import in_host, world
@@ -114,6 +116,87 @@ def test_switched_runs_go_on_and_learn(adam: Path, dion: Path, tmp_path: Path, t
     assert found[-1]["lm_loss"] < before[3]
 
 
+@pytest.mark.parametrize(
+    ("saving", "there"),
+    [("--dist-ckpt-optim-fully-reshardable", "dp2"), pytest.param("", "tp2-dp2", marks=SLOW)],
+)
+def test_muon_to_dion_keeps_masters_and_momenta(tmp_path: Path, saving: str, there: str) -> None:
+    """Of a weight that Dion does not split, and of what both leave to Adam."""
+    muon, saved = tmp_path / "muon", tmp_path / "dion"
+    flags = f"--optimizer muon --use-distributed-optimizer {saving}".split()
+    run("tp2-dp2", *flags, *save(muon))
+    argv = [*DION, "--switch-optimizer", "--dion-momentum", "0.8", *load(muon)]
+    said = run(there, *argv, *RESAVE, str(saved))
+    assert "dion: master weights, momenta, and the state of scalar parameters, are kept" in said
+    contents = Contents(folder_of(muon, 4))
+    for kind, weights in (
+        ("fp32_param", {"decoder.layers.{}.mlp.linear_fc2.weight": "dion.weight"}),
+        ("momentum_buffer", {"decoder.layers.{}.mlp.linear_fc2.weight": "dion.momentum"}),
+        ("exp_avg", {"output_layer.weight": "exp_avg"}),
+    ):
+        [(name, found)] = weights.items()
+        [key] = (k for k in contents.tensors if f"{kind}.{name.replace('.{}', '')}" in k)
+        expected = contents.read(key)[key].reshape(-1, *state(saved, found)[name.format(0)].shape)
+        assert expected.any()
+        for layer, tensor in enumerate(expected):
+            # 1 / (1 - 0.9) of a mean of gradients is their sum, of which Dion keeps 0.8.
+            scale = 8.0 if kind == "momentum_buffer" else 1.0
+            torch.testing.assert_close(state(saved, found)[name.format(layer)], tensor * scale)
+    run(there, *argv, "--run-dir", str(tmp_path))
+    assert losses(tmp_path)[0] == pytest.approx(losses(muon / "run")[4], abs=5e-3)
+    assert losses(tmp_path)[-1] < losses(muon / "run")[3]
+
+
+@pytest.mark.parametrize("dtype", ["--bf16", "--no-gradient-accumulation-fusion"])
+def test_wrong_masters_are_refused(tmp_path: Path, dtype: str) -> None:
+    """Megatron 0.19.2 writes them at wrong offsets behind a bucket that is padded."""
+    common = [dtype if word == "--bf16" else word for word in COMMON]
+    buckets = "--overlap-grad-reduce --ddp-bucket-size 3000".split()
+    run_argv(1, [*common, *ADAM, *buckets, *save(tmp_path), "--train-iters", "4"])
+    said = run_argv(1, [*common, *DION, "--switch-optimizer", *load(tmp_path)], 2)
+    assert "master weights in it are not the weights of the model beside them: decoder." in said
+
+
+def test_fp32_adam_goes_on_from_the_default_format(tmp_path: Path) -> None:
+    """Megatron 0.19.2 by itself ends with an error of autograd."""
+    common = [word for word in COMMON if word not in ("--bf16", "--override-opt-param-scheduler")]
+    run_argv(1, [*common, *ADAM[:-1], *save(tmp_path)])
+    run_argv(1, [*common, *ADAM[:-1], *load(tmp_path, tmp_path / "resumed")])
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "run")[4:]
+
+
+def test_vocabulary_of_another_padding(dion: Path, tmp_path: Path) -> None:
+    at = COMMON.index("--padded-vocab-size")
+    other = [*COMMON[:at], *COMMON[at + 2 :], "--make-vocab-size-divisible-by", "48"]
+    argv = [*DION, *load(dion, tmp_path)]
+    named = "--padded-vocab-size 256 (saved), 288 (here)"
+    assert f"{named}: add --padded-vocab-size with" in run_argv(2, [*other, *argv], 2)
+    argv += ["--padded-vocab-size", "288", "--rotary-base", "20000"]
+    said = run_argv(2, [*other, *argv])
+    assert f"{named}: the rows" in said
+    assert "changed since it was saved: --rotary-base 10000 (saved), 20000 (here)" in said
+    assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=0.2)
+
+
+def test_evaluating_loses_nothing(dion: Path, tmp_path: Path) -> None:
+    """Nor does a run that trains nothing; what an iteration replaces is set aside."""
+    folder = tmp_path / "run"
+    shutil.copytree(dion / "run", folder)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    run("dp2", *DION, *load(dion, folder), *"--skip-train --eval-iters 1".split())
+    assert [line["iteration"] for line in records_of(folder, "validation")] == [4]
+    after = {path.name: path.read_text() for path in folder.iterdir()}
+    assert after["metrics.jsonl"].startswith(before.pop("metrics.jsonl"))
+    assert after.items() >= before.items()
+    run("dp2", *DION, *load(dion, folder), *"--train-iters 4".split())
+    assert len(records_of(folder)) == 8
+    run("dp2", *DION, *load(dion, folder), *"--train-iters 6".split())
+    assert [line["iteration"] for line in records_of(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [one["iteration"] for one in read_metrics(folder / "metrics.replaced.jsonl")] == [
+        *(5, 6, 7, 8)
+    ]
+
+
 def test_other_factors_have_to_be_asked_for(dion: Path, tmp_path: Path) -> None:
     named = "--dion-rank-fraction 0.25 (saved), 0.5 (here)"
     argv = [*DION, "--dion-rank-fraction", "0.5", *load(dion, tmp_path)]
@@ -144,6 +227,7 @@ def test_other_scalar_optimizer(dion: Path, tmp_path: Path) -> None:
 
 
 LION = "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1"
+RATES = ("--lr", "--decoupled-lr", "--dion-scalar-lr-mult", "--apply-wd")
 SCHEDULE = "--use-checkpoint-opt-param-scheduler"
 OTHER = "saved with --optimizer {}, and this run has --optimizer {}: --switch-optimizer"
 # The optimizer, more flags, the checkpoint's optimizer, and what the error says.
@@ -152,8 +236,12 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (ADAM, "", "dion", OTHER.format("dion", "adam")),
     (DION, "--dion-exclude *_proj.*", "dion", "--dion-exclude none (saved), *_proj.* (here)"),
     (DION, LION, "dion", "--dion-scalar-optimizer adam (saved), lion (here)"),
-    (DION, "--lr 1e-3", "dion", "for learning rate do not match"),
-    (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "has --lr 0.004"),
+    (DION, "--lr 1e-3", "dion", "--lr 0.004 (saved), 0.001 (here): use the saved values, or --ov"),
+    (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "--lr 0.004 (saved), 0.001 (here)"),
+    (DION, "--decoupled-lr 1e-3", "dion", "--decoupled-lr None (saved), 0.001 (here)"),
+    (DION, "--dion-scalar-lr-mult 2", "dion", "--dion-scalar-lr-mult 1.0 (saved), 2.0 (here)"),
+    (DION, f"--apply-wd-to-qk-layernorm {SCHEDULE}", "dion", "--apply-wd-to-qk-layernorm"),
+    (ADAM, "--decoupled-lr 1e-3", "adam", "--decoupled-lr None (saved), 0.001 (here)"),
 ]
 
 
@@ -162,7 +250,7 @@ def test_refused(
     adam: Path, dion: Path, optimizer: Any, flags: str, saved: str, reason: str
 ) -> None:
     argv = [*COMMON, *optimizer, *flags.split(), *load(dion if saved == "dion" else adam)]
-    if "--lr" in flags:  # Megatron would go on with the rate of the command line
+    if flags.startswith(RATES):  # Megatron would go on with those of the command line
         argv.remove("--override-opt-param-scheduler")
     assert reason in run_argv(2, argv, 2)
 

@@ -35,6 +35,24 @@ def pretrain(size: int, *flags: str) -> None:
     world(size).train(*MODEL, *TRAINING, *flags)
 
 
+def save_in_background() -> None:
+    """On a rank: `--async-save` has an effect, by a process of each save.
+
+    Megatron turns it off without a process for all saves, which asks CUDA for a device.
+    """
+    from megatron.training import arguments
+
+    stock = arguments.validate_args
+
+    def validate(args: Any, defaults: Any) -> Any:
+        wanted = args.async_save
+        args = stock(args, defaults)
+        args.async_save = wanted
+        return args
+
+    arguments.validate_args = validate
+
+
 def records_of(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind of a run's metrics."""
     return [one for one in read_metrics(run_dir / "metrics.jsonl") if one["kind"] == kind]

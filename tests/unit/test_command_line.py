@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dion.megatron import launch
-from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
+from tests.distributed.tiny_gpt import DION, MODEL, TRAINING, losses, records_of
+from tests.unit.test_validation import write_data
 from tests.worlds import world
 
 RUN = [*MODEL, *TRAINING, "--train-iters", "3"]
@@ -109,3 +110,43 @@ def test_what_a_run_says(tmp_path: Path) -> None:
         assert found
         size = sum(path.stat().st_size for path in folder.glob("*.distcp")) / 1e6
         assert float(found[1]) == pytest.approx(size, rel=0.1)
+
+
+def train_on(data: str, run_dir: Path) -> str:
+    """What one process says that trains on data files."""
+    argv = [word for word in RUN if word != "--mock-data"]
+    argv += [*DION, *data.split(), "--num-layers", "1", "--run-dir", str(run_dir)]
+    [(code, said)] = world(1).fork(exit_of_rank, argv)
+    assert code == 0, said[-3000:]
+    return said
+
+
+def test_cached_indices_of_other_data_are_made_anew(tmp_path: Path) -> None:
+    """Megatron by itself would train on the first documents only."""
+    documents = [[(7 * i + j) % 240 for j in range(40)] for i in range(60)]
+    prefix = write_data(tmp_path / "data", documents[:20])
+    data = f"--data-path {prefix} --split 1,0,0"
+    assert "built anew" not in train_on(data, tmp_path / "one")
+    write_data(tmp_path / "data", documents)
+    assert f"[dion] {prefix} has changed" in train_on(data, tmp_path / "other")
+    write_data(tmp_path / "new", documents)
+    train_on(data.replace("data --", "new --"), tmp_path / "new-run")
+    one, other, new = (losses(tmp_path / name) for name in ("one", "other", "new-run"))
+    assert one != other == new
+
+
+def test_several_validation_sets_are_recorded_by_name(tmp_path: Path) -> None:
+    for name, step in (("train", 7), ("wiki", 1), ("code", 0)):
+        write_data(tmp_path / name, [[step * i % 240 for i in range(40)]] * 30)
+    train = f"--train-data-path {tmp_path / 'train'}"
+    valid = f"--valid-data-path {tmp_path / 'wiki'} {tmp_path / 'code'} --eval-interval 2"
+    flags = f"{train} {valid} --full-validation --multiple-validation-sets"
+    for number, (names, found) in enumerate([("", "01"), ("wiki code", ("wiki", "code"))]):
+        folder = tmp_path / str(number)
+        train_on(f"{flags} --validation-set-names {names}" if names else flags, folder)
+        lines = records_of(folder, "validation")
+        keys = [f"lm_loss-{name}" for name in found]
+        assert [(line["iteration"], *line.keys() & {*keys}) for line in lines] == [
+            (iteration, key) for iteration in (2, 3) for key in keys
+        ]
+        assert lines[0][keys[0]] != lines[1][keys[1]]

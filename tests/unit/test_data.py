@@ -1,12 +1,14 @@
 """The steps from a text corpus to Megatron's datasets."""
 
+import base64
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from megatron_dion.megatron import data_checks
 from megatron_dion_tools import cli
 from megatron_dion_tools.data import corpus
 from megatron_dion_tools.data.files import make_once, read_documents, sha256_of_file
 from megatron_dion_tools.errors import ToolError
+from tests.distributed.tiny_gpt import DION, MODEL, TP2, TRAINING
+from tests.worlds import RankError, train, world
 
 # --- Files that are made once
 
@@ -69,7 +74,8 @@ def test_documents_come_in_order_from_text_and_json_lines(tmp_path: Path) -> Non
     text.write_text("first\n\nstill first\n")
     lines.write_text('{"text": "second", "name": "x"}\n\n{"text": "third"}\n')
     documents = list(read_documents([text, lines], "text"))
-    assert documents == ["first\n\nstill first\n", "second", "third"]
+    places = [f"{text}:1", f"{lines}:1", f"{lines}:3"]
+    assert documents == [*zip(places, ["first\n\nstill first\n", "second", "third"], strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,8 @@ def test_documents_come_in_order_from_text_and_json_lines(tmp_path: Path) -> Non
         (b'["text"]\n', r"input\.jsonl:1: .*no object of JSON"),
         (b'{"text": 3}\n', r"input\.jsonl:1: .*no object of JSON"),
         (b'{"text": "\xff"}\n', r"input\.jsonl:1: .*can't decode"),
+        (b'{"text": "good"}\n{"text": "\\ud800"}\n', r"input\.jsonl:2: .*surrogates not allowed"),
+        (b'{"text": ' + b"[" * 200_000, r"input\.jsonl:1: .*recursion"),
         (b'\n{"text": ""}\n', r"there is no text in it"),
     ],
 )
@@ -175,11 +183,19 @@ VOCAB_SIZE, EOD = 300, 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 40 documents, and its tokenizer."""
+    """A corpus of 40 documents, its tokenizer, and one that knows no end of a document."""
     folder = tmp_path_factory.mktemp("data")
     lines = [json.dumps({"text": text, "title": text[:10]}) + "\n" for text in TEXTS]
     (folder / "corpus.jsonl").write_text("".join(lines))
     train_tokenizer(folder / "corpus.jsonl", folder / "tokenizer")
+    (folder / "vocab.json").write_text('{"word": 5}')
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(folder / "endless"),
+        vocab_size=60,
+        eos_id=-1,
+        minloglevel=2,
+    )
     return folder
 
 
@@ -252,9 +268,8 @@ def test_dataset_holds_the_documents_and_its_description_the_facts(
     shares = np.unique(ids, return_counts=True)[1] / ids.size
     entropy = facts.pop("unigram_entropy_nats")
     assert math.isclose(entropy, -np.sum(shares * np.log(shares)))
-    assert {key: facts[key] for key in facts if key not in ("recipe", "files")} == {
-        "tokenizer_type": "SentencePieceTokenizer",
-        "tokenizer_model_sha256": sha256_of_file(folder / "tokenizer.model"),
+    assert facts["tokenizer"] == facts["recipe"]["tokenizer"]
+    assert {key: facts[key] for key in facts if key not in ("recipe", "files", "tokenizer")} == {
         "vocab_size": VOCAB_SIZE,
         "tokens": ids.size,
         "documents": len(TEXTS),
@@ -277,20 +292,140 @@ def test_another_key_is_read_and_empty_documents_are_left_out(folder: Path, tmp_
     assert len(read_dataset(tmp_path / "data_title_document")) == 1
 
 
+NULL = "--tokenizer-type NullTokenizer --vocab-size 9"
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
         ('{"text": "good"}\nbad\n', "", r"bad\.jsonl:2: not a document"),
-        ('{"text": "a"}\n', "--tokenizer-type NullTokenizer --vocab-size 9", "refuses 'a'"),
+        (
+            '\n{"text": "a"}\n',
+            NULL,
+            "l:2: .*refuses 'a'",
+        ),
+        (
+            '{"text": "8 9"}\n',
+            NULL,
+            "l:1: token 9 is not",
+        ),
+        ('{"text": "8 -1"}\n', NULL, "l:1: token -1 is"),
         ("{}", "--tokenizer-model absent", "cannot load SentencePieceTokenizer from absent: "),
+        (
+            "{}",
+            "--tokenizer-model {folder}/endless.model",
+            r"eod: .*endless\.model has no end",
+        ),
+        ("{}", "--vocab-file {folder}/vocab.json", "--vocab-file is not used: give"),
         ("{}", "--tokenizer-type NoSuch", "cannot load NoSuch from "),
+        ("{}", "--tokenizer-type SFTTokenizer", "SFTTokenizer is not for text: use another"),
+        ("{}", "--tokenizer-type TikTokenizer", "TikTokenizer needs the package tiktoken: pip"),
     ],
 )
 def test_mistakes_leave_nothing(
-    folder: Path, tmp_path: Path, content: str, flags: str, message: str
+    folder: Path,
+    tmp_path: Path,
+    content: str,
+    flags: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(data_checks, "find_spec", lambda _: None)
     source = tmp_path / "bad.jsonl"
     source.write_text(content)
+    flags = f"{sentencepiece_flags(folder)} {flags.format(folder=folder)}"
     with pytest.raises(ToolError, match=message):
-        tokenize(source, tmp_path / "data", f"{sentencepiece_flags(folder)} {flags}")
+        tokenize(source, tmp_path / "data", flags)
     assert list(tmp_path.iterdir()) == [source]
+
+
+# Flags of a run of two iterations; with the data and the tokenizer they are whole.
+RUN = [*MODEL[: MODEL.index("--mock-data")], *TRAINING, *DION, "--train-iters", "2"]
+RUN += ["--make-vocab-size-divisible-by", "8", "--split", "1,0,0"]
+
+
+def save_hugging_face_tokenizer(folder: Path, vocab_size: int, **tokens: str) -> None:
+    """A byte-level tokenizer of Hugging Face's, as its library saves it."""
+    tokenizers, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytelevel = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer = bytelevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(
+        TEXTS,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["</s>"],
+            initial_alphabet=bytelevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+    saved.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def with_store(store: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """On a rank: call a function where Hugging Face's library has this store and no network."""
+    os.environ |= {"HF_HOME": str(store), "HF_HUB_OFFLINE": "1"}
+    return function(*args)
+
+
+def tokenize_all(calls: Sequence[tuple[Path, Path, str]]) -> list[Any]:
+    """Whether each call wrote its dataset, or what it was refused with."""
+    said = []
+    for call in calls:
+        try:
+            said.append(tokenize(*call))
+        except ToolError as error:
+            said.append(str(error))
+    return said
+
+
+def test_hugging_face_tokenizers_by_folder_and_by_name(folder: Path, tmp_path: Path) -> None:
+    """A tokenizer is the same one in another folder or in the library's store, by its name."""
+    one, moved, other, bare = (tmp_path / name for name in ("one", "moved", "other", "bare"))
+    save_hugging_face_tokenizer(one, 288, eos_token="</s>")
+    save_hugging_face_tokenizer(other, 287, eos_token="</s>")
+    save_hugging_face_tokenizer(bare, 288)
+    shutil.copytree(one, moved)
+    stored = tmp_path / "hub" / "models--some--one"
+    shutil.copytree(one, stored / "snapshots" / ("0" * 40))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0" * 40)
+
+    flags = "--append-eod --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+    names = (one, moved, "some/one", other, one, "some/other", bare)
+    source, data = folder / "corpus.jsonl", tmp_path / "data"
+    calls = [(source, data, f"{flags} {name}") for name in names]
+    [said] = world(1).fork(with_store, tmp_path, tokenize_all, calls)
+    assert said[:5] == [True, False, False, True, True]
+    assert "cannot load HuggingFaceTokenizer from some/other: " in said[5]
+    assert "bare has no end token" in said[6]
+    assert not any("\n" in line for line in said[5:])
+
+    run = [*RUN, "--data-path", f"{data}_text_document", *flags.split()[1:]]
+    save = ["--save", str(tmp_path / "saved"), "--save-interval", "2"]
+    world(1).fork(with_store, tmp_path, train, [*run, str(moved), *save])
+    more = f"--load {tmp_path / 'saved'} --train-iters 3 --override-opt-param-scheduler".split()
+    world(2).fork(with_store, tmp_path, train, [*run, "some/one", *more, *TP2.split()])
+    with pytest.raises(RankError, match="other is not the tokenizer that made the data"):
+        world(1).fork(with_store, tmp_path, train, [*run, str(other), *more])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["TikTokenizer", "NullTokenizer"])
+def test_other_tokenizers_train(folder: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "NullTokenizer":
+        source, flags = tmp_path / "numbers.jsonl", "--vocab-size 99"
+        source.write_text("".join(f'{{"text": "{i} 7 {i + 1} 9 4"}}\n' for i in range(90)))
+    else:
+        pytest.importorskip("tiktoken")
+        codes = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+        words = [{"rank": i, "token_bytes": b, "token_str": ""} for i, b in enumerate(codes)]
+        (tmp_path / "words.json").write_text(json.dumps(words))
+        source = folder / "corpus.jsonl"
+        flags = f"--tokenizer-model {tmp_path / 'words.json'} --vocab-size 1256"
+    flags += f" --tokenizer-type {kind}"
+    tokenize(source, tmp_path / "data", f"{flags} --append-eod")
+    data = str(tmp_path / "data_text_document")
+    world(1).train(*RUN, "--data-path", data, *flags.split())

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from megatron_dion.megatron import launch
+from megatron_dion.megatron import capabilities
 from megatron_dion_tools import cli
 from megatron_dion_tools.doctor import checks, examination, report
 from megatron_dion_tools.doctor.checks import FAILED, OK, WARNING, Finding
@@ -33,11 +33,32 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(checks, "count_gpus", lambda: number)
 
 
-def test_other_megatron_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.megatron().verdict == OK
-    monkeypatch.setattr(launch, "TESTED_MEGATRON_CORE", "9.9.9")
-    assert checks.megatron().fix == "pip install megatron-core==9.9.9"
-    assert checks.megatron().verdict == FAILED
+    monkeypatch.setattr(capabilities, "TESTED", ())
+    assert checks.megatron().verdict == WARNING
+    monkeypatch.setattr(capabilities, "NEEDED", {"core/no_such_file.py": "name"})
+    assert (checks.megatron().verdict, checks.megatron().fix) == (FAILED, capabilities.FIX)
+
+
+@pytest.mark.parametrize(
+    ("installed", "number", "verdict", "said"),
+    [
+        ({"apex", "amp_C", "flash_attn"}, 8, OK, "apex, flash_attn; not installed: fused_weight"),
+        ({"apex"}, 0, FAILED, "apex is not NVIDIA's"),
+        ({"apex", "transformer_engine"}, 8, WARNING, "apex is not NVIDIA's"),
+        (set(), 0, OK, "none is used"),
+    ],
+)
+def test_kernels(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], number: int, verdict: str, said: str
+) -> None:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name if name in installed else None
+    )
+    pretend_gpus(monkeypatch, number)
+    assert checks.kernels().verdict == verdict
+    assert said in checks.kernels().text
 
 
 def broken(name: str) -> ModuleType:

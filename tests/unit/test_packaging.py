@@ -76,11 +76,11 @@ def test_wheel_works_away_from_the_checkout(archives: Path, tmp_path: Path) -> N
     [packages] = (tmp_path / "venv").glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(f"{tmp_path / 'packages'}\n")
     pip = f"{sys.executable} -m pip --disable-pip-version-check --python {python}"
-    [block] = [
+    install, train = (
         b for b in blocks_of("docs/quickstart.md") if b.module == "tests/unit/test_packaging.py"
-    ]
-    assert block.code.startswith("pip install dist/")
-    run("bash", "-c", block.code.replace("pip", pip, 1), cwd=archives)
+    )
+    assert install.code.startswith("pip install dist/")
+    run("bash", "-c", install.code.replace("pip", pip, 1), cwd=archives)
 
     command = str(python.with_name("megatron-dion"))
     assert "--expect-gpus" in run(command, "doctor", "--help", cwd=tmp_path)
@@ -88,6 +88,9 @@ def test_wheel_works_away_from_the_checkout(archives: Path, tmp_path: Path) -> N
     for package in PACKAGES:
         code = f"import {package}; print({package}.__file__)"
         assert Path(run(str(python), "-c", code, cwd=tmp_path)).is_relative_to(tmp_path)
+    assert train.code.startswith("torchrun ")
+    code = train.code.replace("torchrun", f"{python} -m torch.distributed.run", 1)
+    assert "iteration       10/      10" in run("bash", "-c", code, cwd=tmp_path)
     [wheel] = archives.glob("dist/*.whl")
     run(*shlex.split(pip), "install", f"{wheel}[{','.join(EXTRAS)}]")
     run(*shlex.split(pip), "check")

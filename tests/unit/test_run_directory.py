@@ -1,5 +1,6 @@
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 
 from megatron_dion.megatron.run_directory import (
     append,
-    drop_later,
     git_revision,
     read_metrics,
+    set_aside,
     write_config,
 )
 from megatron_dion.megatron.stopwatch import Stopwatch
@@ -22,16 +23,20 @@ def record(iteration: int, kind: str = "train") -> dict[str, Any]:
     return {"kind": kind, "iteration": iteration, "lm_loss": 1 / 3, "tokens": 100 * iteration}
 
 
-def test_resuming_drops_what_will_be_done_again(tmp_path: Path) -> None:
+def test_what_is_done_again_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    drop_later(path, 0)
+    set_aside(path, 0)
     for kind, iteration in (("train", 1), ("train", 2), ("train", 3), ("validation", 2)):
         append(path, record(iteration, kind))
     with path.open("a") as file:
         file.write('{"kind": "tra')  # a killed process left it
-    drop_later(path, 2)
-    append(path, record(3))
-    assert read_metrics(path) == [record(1), record(2), record(2, "validation"), record(3)]
+    set_aside(path, math.inf)
+    append(path, record(1, "test"))  # an evaluation of an earlier checkpoint
+    set_aside(path, 2)
+    append(path, record(3, "again"))
+    of_one, of_two = [record(1), record(1, "test")], [record(2), record(2, "validation")]
+    assert read_metrics(path) == [*of_one, *of_two, record(3, "again")]
+    assert read_metrics(tmp_path / "metrics.replaced.jsonl") == [record(3)]
 
 
 def test_config_says_how_the_run_was_started(

@@ -1,19 +1,23 @@
 """What is refused before training, by the line that says so; and what is not."""
 
-import hashlib
+import importlib.util
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_dion.megatron import launch
+from megatron_dion.megatron import capabilities, validation
+from megatron_dion.megatron.data_checks import identity_of
 from megatron_dion.megatron.errors import ConfigurationError
 from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
 from tests.worlds import world
@@ -33,12 +37,18 @@ MISTAKES = [
     ("--fp8-emulation", "--fp8-emulation was removed: "),
     ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with --optimizer"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+    ("--qk-clip", "--qk-clip does not go with --optimizer dion --use-distributed-optimizer: "),
+    ("--qk-clip --optimizer adam", "--qk-clip does not go with --optimizer adam --use-dist"),
+    ("--rampup-batch-size 3 3 99", "ignores --rampup-batch-size 3 3 99: use --step-batch-size-s"),
+    ("--apply-residual-connection-post-layernorm", "ignores --apply-residual-connection-post-l"),
+    ("--async-save --save x --save-interval 2", "ignores --async-save without --use-persistent-"),
+    ("--async-save --use-persistent-ckpt-worker", "--use-persistent-ckpt-worker needs a GPU"),
     ("--moe-shared-expert-glu-interleave-size 8", "--moe-shared-expert-glu-interleave-size 8"),
     ("--experimental-attention-variant dsa", "--experimental-attention-variant dsa"),
     ("--non-persistent-ckpt-type global", "--non-persistent-ckpt-type global"),
     ("--ckpt-format torch", "--ckpt-format torch is not supported"),
     ("--no-ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save writes checkpoints"),
-    ("--save x", "save_interval is not None"),
+    ("--save x", "--save x needs --save-interval"),
     ("--dion-recenter-interval 5", "--dion-recenter-interval 5 needs --dion-compressed-sync"),
     ("--dion-recenter-interval 0", "--dion-recenter-interval must be at least 1, not 0"),
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
@@ -54,6 +64,7 @@ MISTAKES = [
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
     ("--tensor-model-parallel-size 3", "not divisible by"),
     ("--sft", "--sft is not supported by pretrain_gpt.py"),
+    ("--per-dataset-sequences-path x", "--per-dataset-sequences-path"),
 ]
 
 RIGHT = [
@@ -147,6 +158,14 @@ def test_flags_reach_dion() -> None:
     assert not found["use_layer_wise_distributed_optimizer"]
 
 
+@pytest.mark.parametrize("missing", ["package wandb", "--wandb-exp-name, and --wandb-save-dir"])
+def test_curves_have_somewhere_to_go(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr(validation, "find_spec", lambda name: missing != f"package {name}")
+    names = dict.fromkeys(("save", "tensorboard_dir", "wandb_exp_name", "wandb_save_dir"), "")
+    with pytest.raises(ConfigurationError, match=f"--wandb-project needs .*{missing}"):
+        validation.check_packages(Namespace(**names, wandb_project="x"))
+
+
 # --- data
 
 
@@ -169,18 +188,20 @@ def prefix(tmp_path: Path) -> str:
 
 def data_refusal(flags: Sequence[str]) -> str | None:
     """On a rank: what is said of a run's data."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import arguments
 
-    from megatron_dion.megatron.data_checks import check_data, check_token_ids
+    from megatron_dion.megatron.data_checks import check_data, check_tokenizer
     from megatron_dion.megatron.flags import extend_parser
 
     sys.argv = ["pretrain_gpt.py", *flags]
     args = arguments.parse_args(lambda parser: extend_parser(parser, "cpu"))
     args.rank = 0
-    return refusal_of(check_data, args) or refusal_of(check_token_ids, args, 250)
+    return refusal_of(check_data, args) or refusal_of(check_tokenizer, args, build_tokenizer(args))
 
 
-def said_of(flags: str, tokenizer: str = "--tokenizer-type NullTokenizer") -> Any:
+def said_of(flags: str) -> Any:
+    tokenizer = "--tokenizer-type NullTokenizer --vocab-size 250"
     [line] = world(1).fork(data_refusal, [*tokenizer.split(), *flags.split()])
     return line
 
@@ -199,6 +220,12 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
         ("--mock-data --data-path a", "--mock-data does not go with the data a:"),
         ("--data-path {} --split 90,10,0", "--split 90,10,0 gives the validation set none of the"),
         ("--data-path {} --split 1,98,1", "--split 1,98,1 gives the"),
+        ("--data-path {} --multiple-validation-sets", "-sets needs --full-validation, "),
+        (
+            "--train-data-path {0} --valid-data-path {0} {0} --test-data-path {0}"
+            " --multiple-validation-sets --full-validation",
+            "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets",
+        ),
     ],
 )
 def test_runs_without_data_are_refused(prefix: str, flags: str, named: str) -> None:
@@ -231,38 +258,89 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     assert "hold the token 250" in said_of(f"--data-path {prefix}")
 
 
-def test_tokenizer_is_compared_with_what_was_noted(prefix: str, tmp_path: Path) -> None:
-    model = tmp_path / "tokenizer.model"
-    model.write_bytes(b"pieces")
-    right = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {model}"
-    notes = {
-        "tokenizer_type": "SentencePieceTokenizer",
-        "tokenizer_model_sha256": hashlib.sha256(b"pieces").hexdigest(),
-    }
-    Path(prefix + ".json").write_text(json.dumps(notes))
-    data = f"--data-path {prefix}"
-    assert said_of(data, right) is None
-    assert "--tokenizer-type NullTokenizer --tokenizer-model None is not" in said_of(data)
-    model.write_bytes(b"other pieces")
-    assert f"--tokenizer-model {model} is not the tokenizer" in said_of(data, right)
-    Path(prefix + ".json").write_text("[")
+def a_tokenizer(**others: Any) -> Any:
+    """One that splits into letters, of which it knows two."""
+    facts = {"vocab_size": 250, "eod": 249, "inv_vocab": {0: "a", 1: "b"}, "tokenize": list}
+    return Namespace(**facts | others)
+
+
+def test_tokenizer_is_known_by_what_it_does() -> None:
+    same = identity_of(a_tokenizer())
+    assert identity_of(a_tokenizer(path="elsewhere", pad=7)) == same
+    others = {"eod": 3, "vocab_size": 251, "inv_vocab": {0: "b", 1: "a"}, "tokenize": set}
+    found = {identity_of(a_tokenizer(**{name: value})) for name, value in others.items()}
+    assert len(found - {same}) == len(others)
+
+
+def test_tokenizer_is_compared_with_what_was_noted(prefix: str) -> None:
+    null = Namespace(vocab_size=250, eod=249)
+    data, notes = f"--data-path {prefix}", Path(prefix + ".json")
+    notes.write_text(json.dumps({"tokenizer": identity_of(null)}))
+    assert said_of(data) is None
+    assert f"is not the tokenizer that made the data {prefix}" in said_of(
+        f"{data} --vocab-size 251"
+    )
+    said = said_of(f"{data} --null-tokenizer-eod-id -1 --eod-mask-loss")
+    assert "--eod-mask-loss: --tokenizer-type NullTokenizer None has no end token" in said
+    notes.write_text("[")
     assert f"{prefix}.json does not describe the data" in said_of(data)
 
 
 # --- what must be true before megatron is imported
 
 
-def test_another_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout of Megatron-LM beside a script, say, whatever is installed."""
-    launch.check_megatron_version()
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("file", "old", "new", "lacks"),
+    [
+        ("core/optimizer/optimizer.py", "def _step(", "def _do_step(", "_step"),
+        ("training/training.py", "model, optimizer, ", "model, optim, ", "train_step(optimizer)"),
+        ("core/process_groups_config.py", "expt_tp_pp_group", "expt_group", "expt_tp_pp_group"),
+    ],
+)
+def test_megatron_core_is_judged_by_its_names(
+    tmp_path: Path, file: str, old: str, new: str, lacks: str
+) -> None:
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None
+    installed = Path(str(spec.origin)).parents[1]
+    assert list(capabilities.missing(installed)) == []
+    for one in capabilities.NEEDED:
+        (tmp_path / one).parent.mkdir(parents=True, exist_ok=True)
+        text = (installed / one).read_text()
+        (tmp_path / one).write_text(text.replace(old, new) if one == file else text)
+    assert list(capabilities.missing(tmp_path)) == [f"{lacks} in megatron/{file}"]
+
+
+def test_a_checkout_beside_a_script_is_found_and_not_imported(tmp_path: Path) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
-    (core / "__init__.py").write_text("raise ImportError('must not be imported')")
-    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 0\n")
-    code = "from megatron_dion.megatron import launch; launch.check_megatron_version()"
+    (core / "__init__.py").write_text("raise SystemExit('must not be imported')")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 17\nPATCH = 1\n")
+    code = "from megatron_dion.megatron import launch; launch.prepare([])"
     command = [sys.executable, "-c", code]
     paths = [str(tmp_path), *sys.path]
     found = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": os.pathsep.join(paths)}
     )
-    assert f"{core} is megatron-core 0.18.0, tested is 0.19.2: pip install" in found.stderr
+    said = f"megatron-core 0.17.1 in {tmp_path}/megatron has no is_managed_by_layer_wise_optimizer"
+    assert said in found.stderr
+
+
+def replaced_names() -> list[str]:
+    """On a rank: what is rebound or overridden of megatron's; nobody would miss an old name."""
+    from megatron_dion.megatron.patches import _OWNERS
+    from megatron_dion.optimizer.chain import DionChainedOptimizer
+    from megatron_dion.optimizer.distributed import DionDistributedOptimizer
+
+    classes = (DionChainedOptimizer, DionDistributedOptimizer)
+    methods = {n: c for c in classes for n, value in vars(c).items() if isfunction(value)}
+    overridden = {n for n, c in methods.items() if n != "__init__" and hasattr(c.__base__, n)}
+    return sorted({*_OWNERS, *overridden})
+
+
+def test_what_is_replaced_is_looked_for() -> None:
+    [names] = world(1).fork(replaced_names)
+    assert "_step" in names
+    needed = [w.partition("(")[0] for text in capabilities.NEEDED.values() for w in text.split()]
+    assert [n for n in names if not any(re.fullmatch(pattern, n) for pattern in needed)] == []

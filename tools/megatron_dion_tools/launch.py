@@ -97,8 +97,8 @@ def check(flags: Sequence[str], gpus: int, capabilities: Sequence[float] = CAPAB
 
 def _objection(flags: Sequence[str], gpus: int, capability: float) -> str:
     """The line that a run would end with on GPUs of a compute capability, if any."""
+    from megatron_dion.megatron.capabilities import importing
     from megatron_dion.megatron.errors import ConfigurationError
-    from megatron_dion.megatron.pretrain import check_arguments
 
     major = int(capability)
     properties = mock.Mock(return_value=SimpleNamespace(major=major))
@@ -106,6 +106,8 @@ def _objection(flags: Sequence[str], gpus: int, capability: float) -> str:
     gpu = {"get_device_properties": properties, "get_device_capability": pair}
     with mock.patch.multiple("torch.cuda", **gpu):
         try:
+            with importing("pretrain_gpt.py"):
+                from megatron_dion.megatron.pretrain import check_arguments
             check_arguments(flags, "cuda", gpus)
         except ConfigurationError as error:
             return str(error)

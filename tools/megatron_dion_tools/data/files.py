@@ -61,8 +61,10 @@ def _is_current(manifest: Path, recipe: Mapping[str, Any]) -> bool:
         return False  # a file is missing, or the manifest is damaged
 
 
-def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
+def read_documents(paths: Sequence[Path], key: str) -> Iterator[tuple[str, str]]:
     """Yield the documents of text and JSON-lines files, in order, but for empty ones.
+
+    Each comes behind its place, `FILE:LINE`.
 
     A `.txt` file is one document. Every other file has one JSON object per line, or a blank line,
     and `key` is that of the text in each object.
@@ -75,13 +77,15 @@ def read_documents(paths: Sequence[Path], key: str) -> Iterator[str]:
         is_text = path.suffix == ".txt"
         with path.open("rb") as file:
             for number, content in enumerate([file.read()] if is_text else file, start=1):
+                place = f"{path}:{number}"
                 try:
                     text = content.decode() if is_text else _text_of_line(content, key)
-                except ValueError as error:
-                    raise ToolError(f"{path}:{number}: not a document ({error})") from error
+                    text.encode()  # JSON may hold halves of characters, which are no text
+                except (ValueError, RecursionError) as error:
+                    raise ToolError(f"{place}: not a document ({error})") from error
                 if text:
                     has_text = True
-                    yield text
+                    yield place, text
     if not has_text:
         raise ToolError(f"--input {' '.join(map(str, paths))}: there is no text in it")
 

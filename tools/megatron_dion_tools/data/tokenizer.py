@@ -84,7 +84,7 @@ def train(args: argparse.Namespace) -> bytes:
 
     documents = read_documents(args.input, args.json_key)
     # SentencePiece learns no piece across the end of a line.
-    lines = [line for text in documents for line in text.splitlines() if line]
+    lines = [line for _, text in documents for line in text.splitlines() if line]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -15,12 +15,20 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dion.megatron import launch
+from megatron_dion.megatron import capabilities
 from megatron_dion.megatron.errors import ConfigurationError
 
 OK, WARNING, FAILED = VERDICTS = ("ok", "warning", "failed")  # the worst is last
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
+# Packages with kernels that Megatron's training can use, and what happens without them.
+INSTEAD = {
+    "apex": "norms and Adam are Transformer Engine's, or torch's",
+    "fused_weight_gradient_mlp_cuda": "local layers need --no-gradient-accumulation-fusion",
+    "flash_attn": "Transformer Engine's attention is cuDNN's, or unfused",
+    "deep_ep": "no --moe-token-dispatcher-type flex",
+    "nvidia_resiliency_ext": "--async-save needs --async-strategy mcore",
+}
 
 
 class Finding(NamedTuple):
@@ -71,13 +79,15 @@ def pytorch() -> Finding:
 
 
 def megatron() -> Finding:
-    """Megatron-core must be the tested version."""
+    """Megatron-core must have all that Dion needs."""
     try:
-        launch.check_megatron_version()
+        version, is_tested = capabilities.check_megatron()
     except ConfigurationError as error:
         what, _, fix = str(error).rpartition(": ")
         return Finding(FAILED, what, fix)
-    return Finding(OK, f"megatron-core {launch.TESTED_MEGATRON_CORE}")
+    if is_tested:
+        return Finding(OK, f"megatron-core {version}")
+    return Finding(WARNING, f"megatron-core {version}, which is not tested", capabilities.FIX)
 
 
 def transformer_engine() -> Finding:
@@ -85,7 +95,9 @@ def transformer_engine() -> Finding:
     if importlib.util.find_spec("transformer_engine") is None:
         if count_gpus():
             fix = "use NVIDIA's PyTorch container, or see docs/fp8.md"
-            return Finding(WARNING, "not installed: Megatron's local layers, no FP8", fix)
+            return Finding(
+                WARNING, "not installed: Megatron's local layers, no FP8, no grouped GEMM", fix
+            )
         return Finding(OK, "not installed, and not needed on CPU")
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -96,6 +108,20 @@ def transformer_engine() -> Finding:
         text = "without a CUDA device megatron-core takes layers and an Adam that need one"
         return Finding(WARNING, text, "to train on CPU, use an environment without it")
     return Finding(OK, "installed")
+
+
+def kernels() -> Finding:
+    """Beside Transformer Engine, Megatron takes kernels from what it can import, without a word."""
+    there = {name for name in INSTEAD if importlib.util.find_spec(name)}
+    if "apex" in there and importlib.util.find_spec("amp_C") is None:
+        text = "apex is not NVIDIA's, or has no CUDA kernels: Megatron's local layers fail by it"
+        has_other_layers = importlib.util.find_spec("transformer_engine") is not None
+        return Finding(WARNING if has_other_layers else FAILED, text, "pip uninstall apex")
+    if not count_gpus():
+        return Finding(OK, "none is used on CPU")
+    missing = [f"{name} ({instead})" for name, instead in INSTEAD.items() if name not in there]
+    text = f"{', '.join(sorted(there)) or 'none'}; not installed: {', '.join(missing) or 'none'}"
+    return Finding(OK, text)
 
 
 def limits() -> Finding:

@@ -40,6 +40,7 @@ def _examine_rank(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "torch": checks.pytorch,
         "megatron": checks.megatron,
         "transformer-engine": checks.transformer_engine,
+        "other kernels": checks.kernels,
         "limits": checks.limits,
     }
     if environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine would find the same

@@ -1,6 +1,7 @@
 """Does once, before ranks are forked, what would take every rank more than a second."""
 
 import argparse
+import contextlib
 import functools
 import gc
 
@@ -18,7 +19,8 @@ def preload() -> None:
     import megatron.training.arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
 
-    from megatron_dion.megatron import pretrain  # noqa: F401  (what trainings import)
+    with contextlib.suppress(ImportError):  # megatron-core 0.18 lacks a function that it needs
+        from megatron_dion.megatron import pretrain  # noqa: F401  (what trainings import)
 
     # Megatron's parser reads its help texts from source files each time that it is built.
     read_docstrings = ArgumentGroupFactory._get_field_docstrings

@@ -1,17 +1,17 @@
-"""Line charts by matplotlib, as pictures that stand in a page."""
+"""Line charts by matplotlib, as pictures that stand in a page or in a file."""
 
 import base64
 import io
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-Point = tuple[float, float]
 
 _STYLE: dict[Any, Any] = {
     "axes.formatter.limits": (-4, 5),
@@ -25,6 +25,7 @@ _STYLE: dict[Any, Any] = {
 }
 _LOGARITHMIC = 20.0
 """The ratio of the largest to the smallest value from which an axis is logarithmic."""
+_LONGEST_NAME = 24
 
 
 @dataclass(frozen=True)
@@ -32,72 +33,88 @@ class Curve:
     """A curve of a chart.
 
     Attributes:
-        name: For the legend, which has the last value too.
-        points: x and y, in the order of x; where y is not finite, the curve has a gap.
-        is_faint: Whether the curve is pale, behind its mean.
-        has_dots: Whether its points are marked, because they are few.
+        name: For the legend; without a name the curve is pale, behind its mean.
+        points: y by x, in the order of x; where y is not finite, the curve has a gap.
+        color: The number of its colour; curves of one run share it.
+        marker: Matplotlib's name of the marks at its points; such a curve is dashed.
+        marked: Places on the x axis that get a vertical line.
     """
 
     name: str
-    points: Sequence[Point]
-    is_faint: bool = False
-    has_dots: bool = False
+    points: Mapping[Any, float]
+    color: int
+    marker: str = ""
+    marked: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over iterations.
+    """Curves over iterations, or over another x.
 
     Attributes:
         title: What the curves show.
         unit: Of their values.
         curves: The curves; those without points are left out.
+        x: The name of the x axis.
         from_zero: Whether the axis of values begins at zero.
+        top: Where the axis of values ends, if the largest value does not say it.
     """
 
     title: str
     unit: str
     curves: Sequence[Curve]
+    x: str = "iteration"
     from_zero: bool = False
+    top: float | None = None
 
-    def picture(self, marked: Sequence[int]) -> str | None:
-        """Return the address of an SVG that has its content in it; None without a finite value.
+    def picture(self) -> str:
+        """Return the address of an SVG that has its content in it."""
+        svg = draw([self], format="svg", transparent=True)
+        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
-        Args:
-            marked: Iterations that get a vertical line.
-        """
-        svg = self.svg(marked)
-        return svg and f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-    def svg(self, marked: Sequence[int]) -> str | None:
-        """Return the picture as SVG; None without a finite value."""
-        values = [y for curve in self.curves for _, y in curve.points if math.isfinite(y)]
+    def plot(self, axes: Axes) -> None:
+        """Draw the curves."""
+        axes.set(title=self.title, xlabel=self.x, ylabel=self.unit)
+        values = [y for curve in self.curves for y in curve.points.values() if math.isfinite(y)]
         if not values:
-            return None
-        with matplotlib.rc_context(_STYLE | {"svg.hashsalt": self.title}):
-            figure = Figure(figsize=(5, 3.4), layout="constrained")
-            axes = figure.add_subplot(title=self.title, xlabel="iteration", ylabel=self.unit)
-            for curve in (curve for curve in self.curves if curve.points):
-                axes.plot(
-                    *zip(*curve.points, strict=True),
-                    label=f"{curve.name} {short(curve.points[-1][1])}",
-                    alpha=0.4 if curve.is_faint else 1,
-                    marker="o" if curve.has_dots or len(curve.points) == 1 else "",
-                    markersize=3.5,
-                )
-            for number, iteration in enumerate(marked):
-                label = "_" if number else "resumed"  # matplotlib leaves out what begins with _
-                axes.axvline(iteration, color="grey", linestyle=":", label=label)
-            if self.from_zero:
-                axes.set_ylim(bottom=0)
-            elif 0 < _LOGARITHMIC * min(values) < max(values):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-            axes.legend(fontsize="small")
-            file = io.StringIO()
-            figure.savefig(file, format="svg")
-        return file.getvalue()
+            axes.set_title(f"{self.title}: no finite value was recorded")
+            return
+        for curve in (curve for curve in self.curves if curve.points):
+            name = curve.name or "_"  # which the legend leaves out
+            axes.plot(
+                list(curve.points),
+                list(curve.points.values()),
+                label=name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME:]}",
+                color=f"C{curve.color}",
+                alpha=1 if curve.name else 0.25,
+                linestyle="--" if curve.marker else "-",
+                marker=curve.marker or ("o" if len(curve.points) == 1 else ""),
+                markersize=3.5,
+            )
+            for x in curve.marked:
+                axes.axvline(x, color=f"C{curve.color}", linestyle=":", label="_")
+        if self.from_zero:
+            axes.set_ylim(0, 1.05 * max(values) or None)
+        elif self.top is not None:
+            axes.set_ylim(min(values) - 0.04 * (self.top - min(values)), self.top)
+        elif 0 < _LOGARITHMIC * min(values) < max(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.legend(fontsize="small", loc="best")
+
+
+def draw(charts: Sequence[Chart], caption: str = "", **options: Any) -> bytes:
+    """Return a file of charts side by side, above a caption; the options are matplotlib's."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": charts[0].title}):
+        figure = Figure(figsize=(4.2 * len(charts), 3), layout="constrained")
+        for number, chart in enumerate(charts, start=1):
+            chart.plot(figure.add_subplot(1, len(charts), number))
+        lines = (textwrap.fill(line, 64 * len(charts)) for line in caption.splitlines())
+        figure.text(0.01, -0.02, "\n".join(lines), va="top")
+        file = io.BytesIO()
+        figure.savefig(file, **options)
+    return file.getvalue()
 
 
 def short(value: str | float | None) -> str:

@@ -1,206 +1,168 @@
-"""Makes the page about a run: computes what `templates/report.html` shows."""
+"""Makes the page about runs: computes what `templates/report.html` shows."""
 
 import json
 import math
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
-from itertools import pairwise
-from statistics import fmean, median
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from statistics import median
 from typing import Any
 
 import jinja2
-import numpy as np
+from matplotlib.colors import to_hex
 
 from megatron_dion.megatron.run_directory import Record
-from megatron_dion.optimizer.diagnostics import Snapshot, by_kind
+from megatron_dion.optimizer.diagnostics import FIGURES, Snapshot, by_kind
 from megatron_dion.optimizer.rules import without_numbers
-from megatron_dion_tools.report.charts import Chart, Curve, Point, short
-from megatron_dion_tools.report.folder import Route, RunFolder
+from megatron_dion_tools.convergence.curves import LOSS
+from megatron_dion_tools.report import summary
+from megatron_dion_tools.report.charts import Chart, Curve, draw, short
+from megatron_dion_tools.report.folder import Route, RunFolder, mean
 
 Row = Sequence[str | float | None]
 
-_FINAL_ITERATIONS = 10
-"""Iterations over which the training loss at the end is averaged."""
-_LONGEST_MEAN = 50
-_PARALLELISM = {
-    "TP": "tensor_model",
-    "PP": "pipeline_model",
-    "CP": "context",
-    "EP": "expert_model",
-    "DP": "data",
-}
-_DIAGNOSTICS = {
-    "captured": ("Captured share", "‖R‖ / ‖B‖"),
-    "update_norm": ("Update", "Frobenius norm"),
-    "momentum_norm": ("Momentum", "Frobenius norm"),
-}
+_MARKERS = "osD^v<>"
+_UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
+_FEWEST_UNITS = 5
+_TITLES = ("Captured share", "Norm of updates", "Norm of momenta")  # of the charts of FIGURES
 
 
-def render(run: RunFolder) -> str:
-    """The page, which needs no other file and no network."""
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("megatron_dion_tools.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    templates.filters["short"] = short
+class Report:
+    """What is shown of runs; all but the first are compared with the first.
+
+    Attributes:
+        runs: The runs.
+        names: Their names: those of the folders, or their paths where two folders have one name.
+        title: What the report is about.
+        answers: For each run, whether it converged, how fast, and compared with the first.
+        charts: The curves of all runs.
+    """
+
+    def __init__(self, runs: Sequence[RunFolder]) -> None:
+        self.runs = runs
+        names = [run.path.resolve().name for run in runs]
+        self.names = names if len({*names}) == len(names) else [str(run.path) for run in runs]
+        first, *others = self.names
+        self.title = f"{len(runs)} runs, compared with {first}" if others else f"Run {first}"
+        self.answers = [summary.verdict(run) for run in runs]
+        for number, run in enumerate(runs[1:], start=1):
+            self.answers[number] += summary.comparison(run, runs[0], first)
+        self.charts = list(_charts(runs, self.names))
+
+    def page(self) -> str:
+        """Return HTML that needs no other file and no network."""
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("megatron_dion_tools.report"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        templates.filters["short"] = short
+        facts = [dict(summary.facts(run)) for run in self.runs]
+        return templates.get_template("report.html").render(
+            report=self,
+            colors=[to_hex(f"C{number}") for number, _ in enumerate(self.runs)],
+            notes=[list(summary.notes(run)) for run in self.runs],
+            facts=[
+                (name, *(some.get(name, "–") for some in facts))
+                for name in dict.fromkeys(name for some in facts for name in some)
+            ],
+            differing=list(_differing(self.runs)),
+            details=[_details(run) for run in self.runs],
+        )
+
+    def png(self) -> bytes:
+        """Return a picture of the losses, with the answers below it."""
+        lines = [f"{name}: {answer}" for name, answer in zip(self.names, self.answers, strict=True)]
+        options = {"format": "png", "bbox_inches": "tight", "dpi": 150}
+        return draw(self.charts[:2], "\n".join(lines), **options)
+
+
+def _charts(runs: Sequence[RunFolder], names: Sequence[str]) -> Iterator[Chart]:
+    """What the models learn, and how fast; the colour of a curve is the number of its run."""
+
+    def overlay(value: Callable[[RunFolder], dict[int, float]]) -> Iterator[Curve]:
+        for number, run in enumerate(runs):
+            yield Curve("", value(run), number)
+            yield Curve(names[number], mean(value(run)), number, marked=run.resumed_after)
+
+    losses = [*overlay(lambda run: run.curve(LOSS))]
+    for number, run in enumerate(runs):
+        for (of_set, curve), marker in zip(run.validation.items(), cycle(_MARKERS), strict=False):
+            name = "_" if number else f"validation{of_set}"  # once in the legend
+            losses.append(Curve(name, curve, number, marker))
+    longest = max((seconds for run in runs for seconds in run.elapsed.values()), default=0)
+    unit = next((u for u, length in _UNITS.items() if longest >= _FEWEST_UNITS * length), "seconds")
+
+    def by_time(curve: Curve) -> Curve:
+        times = {i: s / _UNITS[unit] for i, s in runs[curve.color].elapsed.items()}
+        points = {times[i]: y for i, y in curve.points.items() if i in times}
+        return replace(curve, points=points, marked=[times[i] for i in curve.marked])
+
+    chart = Chart("Loss", f"{LOSS}, nats per token", losses, top=_top(runs))
+    yield chart
+    timed = [by_time(curve) for curve in losses]
+    yield replace(chart, title="Loss by time", curves=timed, x=f"{unit} of iterations")
+    norms = [*overlay(lambda run: run.curve("grad_norm"))]
+    yield Chart("Gradient norm", "grad_norm, before clipping", norms)
+    rates = [Curve(names[number], run.curve("lr"), number) for number, run in enumerate(runs)]
+    yield Chart("Learning rate", "lr", rates, from_zero=True)
+    yield Chart("Speed", "tokens per second", [*overlay(lambda run: run.speeds)], from_zero=True)
+    step = "optimizer_seconds"
+    steps = [*overlay(lambda run: {r["iteration"]: r[step] for r, _ in run.settled})]
+    yield Chart("Optimizer’s step", step, steps, from_zero=True)
+
+
+def _top(runs: Sequence[RunFolder]) -> float | None:
+    """A loss below which all that follows the first tenth of a run is, unless the run diverges.
+
+    The first losses would hide how the last ones differ, and so would those of a run that diverges
+    beside others.
+    """
+    late = [[*run.loss.values()][len(run.loss) // 10 :] for run in runs if run.loss]
+    ends = [[*curve.values()][-1] for run in runs for curve in run.validation.values()]
+    firsts = [losses[0] for losses in late] + [*filter(math.isfinite, ends)]
+    return max(*firsts, min(map(max, late))) if late else None
+
+
+def _differing(runs: Sequence[RunFolder]) -> Iterator[Row]:
+    """The flags that are not the same in all runs; `--run-dir` only names the run."""
+    arguments = [run.config["arguments"] for run in runs]
+    flags = [run.config.get("defaults") or run.config["arguments"] for run in runs]
+    for name in dict.fromkeys(name for some in flags for name in some if name != "run_dir"):
+        values = [_text(some[name]) if name in some else "–" for some in arguments]
+        if len({*values}) > 1:
+            yield name, *values
+
+
+def _details(run: RunFolder) -> dict[str, Any]:
+    """What is said of a run alone."""
     last = run.diagnostics[-1] if run.diagnostics else Snapshot(0, ())
     arguments, defaults = run.config["arguments"], run.config.get("defaults", {})
     changed = {k: v for k, v in arguments.items() if k in defaults and v != defaults[k]}
-    others = {k: v for k, v in arguments.items() if k not in changed}
-    return templates.get_template("report.html").render(
-        run=run,
-        name=run.path.resolve().name,
-        verdict=_verdict(run),
-        notes=list(_notes(run)),
-        facts=dict(_facts(run)),
-        curves=list(_curves(run)),
-        optimizers=_optimizers(run.routes),
-        kinds=_kinds(run.routes),
-        routes=[_route(route) for route in run.routes],
-        diagnostics=list(_diagnostics(run)),
-        last=last,
-        matrices=[
-            (m.name, _size(m.rows, m.columns), m.rank, m.captured, m.update_norm, m.momentum_norm)
+    return {
+        "kinds": _kinds(run.routes),
+        "diagnostics": list(_diagnostics(run)),
+        "last": last.iteration,
+        "matrices": [
+            (m.name, _size(m.rows, m.columns), m.rank, *(getattr(m, name) for name in FIGURES))
             for m in last.matrices
         ],
-        starts=list(_starts(run)),
-        changed_arguments=_arguments(changed, defaults),
-        other_arguments=_arguments(others, defaults),
-        command_line=shlex.join(run.config["command_line"]),
-    )
-
-
-def _verdict(run: RunFolder) -> str:
-    planned = run.config["arguments"]["train_iters"]
-    if not run.training:
-        return "No iteration was recorded: the run has not begun, or it failed before. See its log."
-    last = run.training[-1]["iteration"]
-    if planned and last < planned:
-        return f"Unfinished: iteration {last:,} of {planned:,}. It is running, or it was stopped."
-    return f"Finished: iteration {last:,}" + (f" of {planned:,}." if planned else ".")
-
-
-def _notes(run: RunFolder) -> Iterator[str]:
-    """What the reader has to know before looking at curves."""
-    if run.is_cut:
-        yield "The last line of metrics.jsonl is cut off: the run was killed, or it is writing."
-    losses = _points(run.training, "lm_loss")
-    if broken := [int(iteration) for iteration, loss in losses if not math.isfinite(loss)]:
-        yield f"The training loss is not finite in {_iterations(broken)}."
-    if skipped := [record["iteration"] for record in run.training if record.get("skipped")]:
-        yield f"The step was skipped in {_iterations(skipped)}: gradients were not finite."
-    if run.training and (first := run.training[0]["iteration"]) > 1:
-        yield f"Curves begin at iteration {first:,}: earlier ones are in another run directory."
-    for iteration in run.resumed_after:
-        yield f"The run was resumed after iteration {iteration:,}."
-
-
-def _iterations(numbers: Sequence[int]) -> str:
-    more = len(numbers) - 1
-    return f"iteration {numbers[0]:,}" + (f" and {more:,} more" if more else "")
-
-
-def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
-    """The numbers that readers ask for first."""
-    args = run.config["arguments"]
-    is_dion = args["optimizer"] == "dion"
-    rank = f", rank fraction {args['dion_rank_fraction']:g}" if is_dion else ""
-    yield "optimizer", f"{args['optimizer']}{rank}"
-    if losses := [loss for _, loss in _points(run.training, "lm_loss")][-_FINAL_ITERATIONS:]:
-        yield f"training loss, mean of {len(losses)}", short(fmean(losses))
-    if validation := _points(run.records, "lm_loss", kind="validation"):
-        yield "validation loss", short(validation[-1][1])
-    if run.training:
-        seconds = sum(record["iteration_seconds"] for record in run.training)
-        step = sum(record["optimizer_seconds"] for record in run.training)
-        yield "tokens", short(run.training[-1]["tokens"])
-        if speeds := _speeds(run):
-            yield "tokens/s, median", short(median(speed for _, speed in speeds))
-        time = timedelta(seconds=round(seconds))
-        yield "time, in optimizer", f"{time}, {step / seconds:.1%}"
-        yield "sent per step", f"{short(run.training[-1]['optimizer_bytes'] / 1e6)} MB"
-
-
-def _points(records: Iterable[Record], name: str, kind: str = "train") -> list[Point]:
-    """A quantity over iterations, in records of one kind that have it."""
-    values = ((r["iteration"], r.get(name)) for r in records if r["kind"] == kind)
-    return [(iteration, value) for iteration, value in values if value is not None]
-
-
-def _with_mean(name: str, points: Sequence[Point]) -> list[Curve]:
-    """A curve, and in front of it, if it is long, its moving mean."""
-    window = min(len(points) // 20, _LONGEST_MEAN)
-    if window < 2:
-        return [Curve(name, points)]
-    iterations, values = np.array(points).T
-    means = np.convolve(values, np.full(window, 1 / window), "valid")
-    centres = iterations[window - 1 :] - (window - 1) / 2
-    mean = list(zip(centres.tolist(), means.tolist(), strict=True))
-    return [Curve(name, points, is_faint=True), Curve(f"mean of {window}", mean)]
-
-
-def _curves(run: RunFolder) -> Iterator[Chart]:
-    """What the model learns, and how fast."""
-    losses = _with_mean("training", _points(run.training, "lm_loss"))
-    validation = _points(run.records, "lm_loss", kind="validation")
-    losses.append(Curve("validation", validation, has_dots=True))
-    yield Chart("Loss", "nats per token", losses)
-    norms = _with_mean("norm", _points(run.training, "grad_norm"))
-    yield Chart("Gradient norm", "before clipping", norms)
-    rates = [Curve("rate", _points(run.training, "lr"))]
-    yield Chart("Learning rate", "", rates, from_zero=True)
-    speeds = _with_mean("rate", _speeds(run))
-    yield Chart("Tokens per second", "all ranks", speeds, from_zero=True)
-    records = [record for record, _ in _settled(run)]
-    iteration = Curve("iteration", _points(records, "iteration_seconds"))
-    step = Curve("optimizer’s step", _points(records, "optimizer_seconds"))
-    yield Chart("Time", "seconds", [iteration, step])
-
-
-def _settled(run: RunFolder) -> list[tuple[Record, int]]:
-    """Iterations with their tokens, but for the first of each start, which sets things up."""
-    starts = {start["iteration"] for start in run.starts}
-    return [
-        (record, record["tokens"] - before["tokens"])
-        for before, record in pairwise(run.training)
-        if before["iteration"] not in starts
-    ]
-
-
-def _speeds(run: RunFolder) -> list[Point]:
-    """Tokens per second over iterations."""
-    return [(r["iteration"], tokens / r["iteration_seconds"]) for r, tokens in _settled(run)]
-
-
-def _optimizers(routes: Sequence[Route]) -> list[Row]:
-    """For each optimizer: parameters, logical matrices, elements and their share."""
-    rows: list[Row] = []
-    for optimizer in dict.fromkeys(route.optimizer for route in routes):
-        some = [route for route in routes if route.optimizer == optimizer]
-        parameters = len({route.parameter for route in some})
-        matrices = sum(route.rank > 0 for route in some)
-        numel = sum(route.numel for route in some)
-        share = numel / sum(route.numel for route in routes)
-        rows.append((optimizer, parameters, matrices or None, numel, f"{share:.1%}"))
-    return rows
-
-
-def _route(route: Route) -> Row:
-    """Name, size, rank, optimizer, reason."""
-    return route.name, _size(*route.size), route.rank or None, route.optimizer, route.reason
+        "starts": [_start(start) for start in run.starts],
+        "arguments": [(name, _text(v), _text(defaults[name])) for name, v in changed.items()],
+        "command_line": shlex.join(run.config["command_line"]),
+    }
 
 
 def _kinds(routes: Sequence[Route]) -> list[Row]:
-    """The same for each kind of matrix or parameter, and how many there are, and their elements."""
+    """Matrices and parameters by kind: name, size, rank, optimizer, reason, number, elements."""
     groups: defaultdict[Row, list[int]] = defaultdict(list)
-    for route in routes:
-        kind = route._replace(name=without_numbers(route.name))
-        groups[_route(kind)].append(route.numel)
+    for name, size, optimizer, reason, rank in routes:
+        kind = (without_numbers(name), _size(*size), rank or None, optimizer, reason)
+        groups[kind].append(math.prod(size))
     return [(*kind, len(numels), sum(numels)) for kind, numels in groups.items()]
 
 
@@ -210,33 +172,23 @@ def _size(*lengths: int) -> str:
 
 def _diagnostics(run: RunFolder) -> Iterator[Chart]:
     """Each figure over iterations: the median over all matrices of a kind."""
-    for figure, (title, unit) in _DIAGNOSTICS.items():
-        medians: defaultdict[str, list[Point]] = defaultdict(list)
+    for figure, title in zip(FIGURES, _TITLES, strict=True):
+        medians: defaultdict[str, dict[int, float]] = defaultdict(dict)
         for snapshot in run.diagnostics:
             for kind, values in by_kind(snapshot.matrices, figure).items():
-                medians[_short_name(kind)].append((snapshot.iteration, median(values)))
-        yield Chart(title, unit, [Curve(kind, points) for kind, points in medians.items()])
+                medians[_short_name(kind)][snapshot.iteration] = median(values)
+        curves = [Curve(kind, medians[kind], number) for number, kind in enumerate(medians)]
+        yield Chart(title, figure, curves)
 
 
 def _short_name(kind: str) -> str:
     return kind.removeprefix("decoder.layers.*.").replace(".weight", "").replace("self_", "")
 
 
-def _starts(run: RunFolder) -> Iterator[Row]:
-    """For each start: iteration, tokens, time, ranks."""
-    for start in run.starts:
-        time = start["time"].replace("T", " ").replace("+00:00", " UTC")
-        sizes = {name: start[f"{long}_parallel_size"] for name, long in _PARALLELISM.items()}
-        divided = " × ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
-        ranks = ": ".join(filter(None, [str(start["world_size"]), divided]))
-        yield start["iteration"], short(start["tokens"]), time, ranks
-
-
-def _arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Row]:
-    """Name, value and default."""
-    return [
-        (n, _text(v), _text(defaults[n]) if n in defaults else "–") for n, v in arguments.items()
-    ]
+def _start(start: Record) -> Row:
+    """Iteration, tokens, time, ranks."""
+    time = start["time"].replace("T", " ").replace("+00:00", " UTC")
+    return start["iteration"], short(start["tokens"]), time, summary.ranks(start)
 
 
 def _text(value: Any) -> str:
