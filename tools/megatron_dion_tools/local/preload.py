@@ -16,6 +16,7 @@ def preload() -> None:
 
     cpu.install(hide_gpus=True)
 
+    import megatron.core.tokenizers.text.text_tokenizer  # and transformers, where it is installed
     import megatron.training.arguments
     from megatron.training.argument_utils import ArgumentGroupFactory
 
