@@ -181,7 +181,9 @@ def _silent_collectives() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patches = [mock.patch.object(dist, name, _nothing) for name in names]
-        patches.append(mock.patch.object(torch.UntypedStorage, "data_ptr", return_value=0))
+        patches.append(
+            mock.patch.object(torch.UntypedStorage, "data_ptr", lambda self: self._cdata)
+        )
         for patch in patches:
             patch.start()
         try:

@@ -22,8 +22,8 @@ _SHIFT = 6 * 2.0**-24
 _LEAST_BLOCK = 64
 _LEAST_GPU_BLOCK = 256
 _GPU_BLOCKS = 4
-_GPU_NUMBERS = 1 << 24
-"""Numbers of Gram matrices that a GPU factors together, 64 MiB."""
+GRAM_NUMBERS = 1 << 24
+"""Numbers of Gram matrices that are factored together, 64 MiB."""
 
 
 Reduce = Callable[[Tensor, Any], None]
@@ -93,7 +93,7 @@ def orthonormalize_bytes(batches: Sequence[Tensor]) -> int:
     """Bytes that `orthonormalize` takes beside P: all Gram matrices, and what divides a group."""
     groups = _groups(batches)
     grams = [4 * sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
-    products = [4 * max(p.numel() for p in group) for group in groups]
+    products = [4 * max(p.numel() + p.shape[2] ** 2 for p in group) for group in groups]
     return sum(grams) + max((3 * g + p for g, p in zip(grams, products, strict=True)), default=0)
 
 
@@ -120,7 +120,7 @@ def _groups(batches: Sequence[Tensor]) -> list[list[Tensor]]:
     for p in sorted(batches, key=lambda p: p.shape[2]):
         last = groups[-1] if groups else []
         numbers = (sum(map(len, last)) + len(p)) * p.shape[2] ** 2
-        is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= _GPU_NUMBERS
+        is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= GRAM_NUMBERS
         if is_alike and not is_cpu(p):
             last.append(p)
         else:

@@ -23,9 +23,10 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -314,12 +315,15 @@ def _kind(block: Block) -> tuple[int, int]:
     return len(block.matrices), int(place)
 
 
-def update_bytes(numbers: Sequence[int]) -> int:
-    """Bytes that `dion_step` takes for R of so many numbers by weight, beside the exchange's.
+def step_bytes(right: Sequence[int], fused: Sequence[int]) -> int:
+    """Bytes that `dion_step` takes beside those of the exchange and of P.
 
-    Column norms are taken of a float64 copy, a batch at a time.
+    Args:
+        right: numbers of R by weight; column norms are taken of a float64 copy, by batch.
+        fused: numbers of each matrix of which a fused weight interleaves the rows; a copy of B is
+            what B^T Q is computed from.
     """
-    return 8 * max(min(sum(numbers), _BATCH_NUMBERS), *numbers, 0)
+    return max(8 * max(min(sum(right), _BATCH_NUMBERS), *right, 0), 4 * max(fused, default=0))
 
 
 def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:
@@ -331,18 +335,20 @@ def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[B
         rows: the tensors of each block; in a batch each of them is at equal distances.
         kinds: of each block.
     """
+    if rows and is_cpu(rows[0][0]):
+        return [Batch([i], [t.unsqueeze(0) for t in each]) for i, each in enumerate(rows)]
     offsets = [[int(tensor.storage_offset()) for tensor in each] for each in rows]
-    runs: dict[Any, list[list[int]]] = {}
+    runs: dict[Any, list[list[int]]] = defaultdict(list)
+    steps: dict[int, list[int]] = {}  # by the first member of a run, its distances
     for i in sorted(range(len(rows)), key=lambda i: offsets[i]):
         alike = [(t.untyped_storage().data_ptr(), t.shape, t.stride()) for t in rows[i]]
-        run = runs.setdefault(i if is_cpu(rows[i][0]) else (kinds[i], *alike), [[]])
-        distances = [
-            [after - before for before, after in zip(offsets[x], offsets[y], strict=True)]
-            for x, y in pairwise([*run[-1][:2], *run[-1][-1:], i])
-        ]
-        is_even = len(run[-1]) < 2 or distances[0] == distances[-1]
-        if is_even and (len(run[-1]) + 1) * rows[i][0].numel() <= _BATCH_NUMBERS:
-            run[-1].append(i)
+        run = runs[(kinds[i], *alike)]
+        last = run[-1] if run else []
+        before = offsets[last[-1]] if last else offsets[i]
+        step = [here - there for here, there in zip(offsets[i], before, strict=True)]
+        is_even = last and min(step) > 0 and steps.setdefault(last[0], step) == step
+        if is_even and (len(last) + 1) * rows[i][0].numel() <= _BATCH_NUMBERS:
+            last.append(i)
         else:
             run.append([i])
     members = [each for run in runs.values() for each in run]

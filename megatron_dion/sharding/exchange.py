@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_dion.algorithm.exchange import Steps
 from megatron_dion.algorithm.orthonormalize import orthonormalize_bytes
-from megatron_dion.algorithm.step import update_bytes
+from megatron_dion.algorithm.step import step_bytes
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups, Setup, size_of
 from megatron_dion.sharding.left_factor import LeftFactorExchange
@@ -63,11 +63,16 @@ class ShardedExchange:
         parts = (self._left, self._right, self._norms)
         self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
         self.nbytes = self._memory.nbytes + max(self._left_transit.nbytes, right_transit.nbytes)
-        numbers: Counter[int] = Counter()
-        for (placement, _), rows in zip(plan.rectangles, self._right.of_rectangles, strict=True):
-            numbers[placement] += rows.numel()
+        right, matrices, pieces = Counter[int](), Counter[Any](), Counter[Any]()
+        for (placement, rectangle), rows in zip(
+            plan.rectangles, self._right.of_rectangles, strict=True
+        ):
+            right[placement] += rows.numel()
+            matrices[placement, rectangle.matrix] += rectangle.numel
+            pieces[placement, rectangle.matrix] += 1
+        fused = [numbers for key, numbers in matrices.items() if pieces[key] > 1]
         dividing = orthonormalize_bytes(self._left.batches)
-        self.temporary_bytes = max(dividing, update_bytes(list(numbers.values())))
+        self.temporary_bytes = max(dividing, step_bytes(list(right.values()), fused))
         for buffers in (self._memory, self._left_transit, right_transit):
             buffers.free()
 

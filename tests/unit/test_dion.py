@@ -46,10 +46,12 @@ def test_ten_steps_follow_the_reference(options: dict[str, Any]) -> None:
     comparison.run(STEPS, after_step=comparison.assert_equal)
 
 
+@pytest.mark.parametrize("batch", [100, 1 << 25])
 @pytest.mark.parametrize("residual", ["none", "rows"])
 def test_the_calls_of_a_gpu_follow_the_reference(
-    residual: str, monkeypatch: pytest.MonkeyPatch
+    residual: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dion_step, "_BATCH_NUMBERS", batch)  # less than R of one matrix, and more
     for module in (dion_step, orthonormalize):
         monkeypatch.setattr(module, "is_cpu", lambda _: False)
     comparison = Comparison([(SHAPES * 3, {})], residual=residual, weight_decay=0.5)
