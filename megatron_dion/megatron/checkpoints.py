@@ -30,6 +30,7 @@ _RATES = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("decoupled_weight_decay", "apply_wd_to_qk_layernorm"),
+    *("use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
 # What changes the function that a model computes, and not the shape of a weight.
 _FUNCTION = (

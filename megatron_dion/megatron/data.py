@@ -111,8 +111,9 @@ def _hash_data(args: argparse.Namespace) -> dict[str, str]:
     name = HashedGPTDataset.__name__
     for prefix, sha256 in hashes.items():
         folder = Path(args.data_cache_path or f"{prefix}/cache/{name}_indices")
-        described = [path.read_text() for path in folder.glob(f"*-{name}-*-description.txt")]
-        if any(json.dumps(prefix) in text and sha256 not in text for text in described):
+        texts = (path.read_text() for path in folder.glob(f"*-{name}-*-description.txt"))
+        described = [text for text in texts if json.dumps(prefix) in text]
+        if described and not any(sha256 in text for text in described):
             say(f"{prefix} has changed since indices of it went into {folder}: they are built anew")
     return hashes
 

@@ -64,7 +64,9 @@ def set_aside(path: Path, iterations_done: float) -> None:
             append(path.with_suffix(".replaced.jsonl"), record)
         else:
             kept.append(record)
-    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if path.exists() and path.read_text() != text:  # another run may be writing to it
+        replace_file(path, text)
 
 
 def append(path: Path, record: Record) -> None:

@@ -101,7 +101,11 @@ class Loading:
             return self.sharded_state_dict(model_state)
         self._tensors = {n: t for n, t in self._tensors.items() if t.key not in lacking}
         # Not into the master weights: in float32 they are the model's weights.
-        beside = ((n, t, t.data.clone()) for n, t in self._tensors.items())
+        is_master = f".{MASTER}."
+        beside = (
+            (name, one, one.data.clone() if is_master in one.key else one.data)
+            for name, one in self._tensors.items()
+        )
         return {"state": {n: replace(t, key=keys[t.key], data=data) for n, t, data in beside}}
 
     @torch.no_grad()
@@ -152,7 +156,7 @@ class Loading:
 
 
 def _is_rounded(master: Tensor, weight: Tensor) -> bool:
-    """Whether a weight in bfloat16, float16 or float32 is a master weight, rounded."""
+    """Whether a weight is a master weight, rounded; also where a run in bf16 saved both."""
     return torch.allclose(weight.float(), master.float(), rtol=2**-7, atol=2**-24)
 
 

@@ -129,6 +129,7 @@ def test_cached_indices_of_other_data_are_made_anew(tmp_path: Path) -> None:
     assert "built anew" not in train_on(data, tmp_path / "one")
     write_data(tmp_path / "data", documents)
     assert f"[dion] {prefix} has changed" in train_on(data, tmp_path / "other")
+    assert "has changed" not in train_on(data, tmp_path / "again")
     write_data(tmp_path / "new", documents)
     train_on(data.replace("data --", "new --"), tmp_path / "new-run")
     one, other, new = (losses(tmp_path / name) for name in ("one", "other", "new-run"))

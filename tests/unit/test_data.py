@@ -1,10 +1,10 @@
 """The steps from a text corpus to Megatron's datasets."""
 
 import base64
+import importlib
 import io
 import json
 import math
-import os
 import shutil
 import subprocess
 import tarfile
@@ -366,7 +366,8 @@ def save_hugging_face_tokenizer(folder: Path, vocab_size: int, **tokens: str) ->
 
 def with_store(store: Path, function: Callable[..., Any], *args: Any) -> Any:
     """On a rank: call a function where Hugging Face's library has this store and no network."""
-    os.environ |= {"HF_HOME": str(store), "HF_HUB_OFFLINE": "1"}
+    constants = importlib.import_module("huggingface_hub.constants")  # read the environment once
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(store / "hub"), True
     return function(*args)
 
 
