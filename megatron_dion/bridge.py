@@ -7,7 +7,7 @@ from typing import Any
 from megatron.bridge.training.config import OptimizerConfig
 from megatron.core.utils import get_model_config
 
-from megatron_dion.megatron.capabilities import check_megatron
+from megatron_dion.megatron.capabilities import begin_with_megatron
 from megatron_dion.megatron.validation import REFUSED_WITH_DION
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
@@ -28,9 +28,7 @@ class DionOptimizerConfig(OptimizerConfig):
             ValueError: a config asks for something that does not go with Dion.
         """
         for part in (self, model_chunks[0].ddp_config, get_model_config(model_chunks[0])):
-            for name, advice in REFUSED_WITH_DION.items():
-                if value := getattr(part, name, None):
-                    raise ValueError(f"Dion does not go with {name}={value}: {advice}")
+            _refuse(part)
         return get_megatron_dion_optimizer(self, model_chunks, self.dion, **options)
 
 
@@ -40,8 +38,13 @@ def use_dion(config: Any, dion: DionOptions) -> None:
     Args:
         config: Bridge's `ConfigContainer`, before it is given to `pretrain`.
         dion: What the run chooses about Dion.
+
+    Raises:
+        ConfigurationError: megatron-core lacks something.
+        ValueError: the container asks for something that does not go with Dion.
     """
-    check_megatron()
+    begin_with_megatron()
+    _refuse(config)
     old = config.optimizer
     same = {one.name: getattr(old, one.name) for one in fields(old) if one.init}
     config.optimizer = DionOptimizerConfig(**same, dion=dion)
@@ -51,3 +54,11 @@ def use_dion(config: Any, dion: DionOptions) -> None:
         config.model.register_pre_wrap_hook(tag)
     else:  # a config of the model, not a provider
         config.model.pre_wrap_hooks.append(tag)
+
+
+def _refuse(part: Any) -> None:
+    for name, advice in REFUSED_WITH_DION.items():
+        value = getattr(part, name, None)
+        value = getattr(value, "enabled", value)  # `inprocess_restart` is a config of its own
+        if value:
+            raise ValueError(f"Dion does not go with {name}={value}: {advice}")

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dion.error_line import exit_interrupted
 from megatron_dion.megatron import capabilities
-from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse, say
+from megatron_dion.megatron.errors import ONE_LINE_ERRORS, exit_with, refuse
 from megatron_dion.platforms import cpu, describe_single_process, resolve_device
 
 _installed = False
@@ -81,9 +81,7 @@ def prepare(argv: Sequence[str]) -> str:
 
     Returns the device of `--device`. The full parser reports a value that is no device.
     """
-    version, is_tested = capabilities.check_megatron()
-    if not is_tested:
-        say(f"megatron-core {version} is not tested ({', '.join(capabilities.TESTED)} are)")
+    capabilities.begin_with_megatron()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="auto")
     requested = parser.parse_known_args(argv)[0].device

@@ -36,6 +36,8 @@ REFUSED_WITH_DION = {
     "inprocess_restart": "let the launcher start the run again, with --load",
     "non_persistent_ckpt_type": "use --save-interval, with --async-save if it takes long",
     "ckpt_convert_format": "Dion's state has one format, torch_dist",
+    # MC/transformer/attention.py:2002 scales rows of master weights.
+    "qk_clip": "Megatron takes a rank's piece of a master weight for the whole; use --qk-layernorm",
 }
 
 # Arguments that Megatron 0.19.2 parses and never reads, and what to do instead.
@@ -89,12 +91,10 @@ def check_ignored(args: argparse.Namespace) -> None:
     for name, advice in _WITHOUT_EFFECT.items():
         value = getattr(args, name, None)
         refuse(f"Megatron ignores {as_flag(name, value)}: {advice}", when=value)
-    # MC/transformer/attention.py:2002 scales rows of master weights, of which a rank has a piece.
-    is_sharded = args.use_distributed_optimizer and args.optimizer in ("dion", "adam", "sgd")
     refuse(
-        f"--qk-clip does not go with --optimizer {args.optimizer} --use-distributed-optimizer:"
-        " Megatron takes a rank's piece of a master weight for the whole; use --qk-layernorm",
-        when=args.qk_clip and is_sharded,
+        f"--optimizer {args.optimizer} --use-distributed-optimizer does not go with --qk-clip:"
+        f" {REFUSED_WITH_DION['qk_clip']}",
+        when=args.qk_clip and args.use_distributed_optimizer and args.optimizer in ("adam", "sgd"),
     )
 
 

@@ -51,8 +51,11 @@ def class_named(name: str) -> type:
     return type(name, (), {})
 
 
-def train_with_bridge(cpu_offload: bool) -> tuple[str, list[float]]:
-    """On a rank: the class of the optimizer, and the losses of some steps with one batch."""
+def train_with_bridge(asked: str) -> tuple[str, list[float]]:
+    """On a rank: the class of the optimizer, and the losses of some steps with one batch.
+
+    One thing more may be asked for.
+    """
     sys.meta_path.insert(0, StandIns())
     made = runpy.run_path(str(ROOT / "tests/documentation/small_model.py"))
     bridge, optim = map(importlib.import_module, AS_THEY_ARE)
@@ -63,9 +66,12 @@ def train_with_bridge(cpu_offload: bool) -> tuple[str, list[float]]:
     from megatron_dion.optimizer.options import DionOptions
 
     optimizer_config = bridge.OptimizerConfig(lr=4e-3, min_lr=4e-3, weight_decay=0.1)
-    optimizer_config.optimizer_cpu_offload = cpu_offload
+    optimizer_config.optimizer_cpu_offload = asked == "optimizer_cpu_offload"
+    made["transformer_config"].qk_clip = asked == "qk_clip"
+    restart = bridge.InProcessRestartConfig(enabled=asked == "inprocess_restart")
     ddp, model = bridge.DistributedDataParallelConfig(), SimpleNamespace(pre_wrap_hooks=[])
     config = SimpleNamespace(optimizer=optimizer_config, ddp=ddp, model=model)
+    config.inprocess_restart = restart
     use_dion(config, DionOptions(DionConfig(rank_fraction=0.25, seed=1)))
     config.optimizer.finalize()
     ddp.finalize()
@@ -92,8 +98,9 @@ def train_with_bridge(cpu_offload: bool) -> tuple[str, list[float]]:
 @pytest.mark.versions
 @pytest.mark.skipif(not has_bridge(), reason="Megatron-Bridge is not installed")
 def test_bridge_builds_dion_and_refuses_what_does_not_go_with_it() -> None:
-    [(kind, losses)] = world(1).fork(train_with_bridge, False)
+    [(kind, losses)] = world(1).fork(train_with_bridge, "")
     assert kind == "DionChainedOptimizer"
     assert losses[-1] < losses[0] - 0.2
-    with pytest.raises(RankError, match="Dion does not go with optimizer_cpu_offload=True: Dion's"):
-        world(1).fork(train_with_bridge, True)
+    for asked in ("optimizer_cpu_offload", "inprocess_restart", "qk_clip"):
+        with pytest.raises(RankError, match=f"Dion does not go with {asked}=True: "):
+            world(1).fork(train_with_bridge, asked)

@@ -33,6 +33,9 @@ def install() -> None:
 
     from megatron_dion.megatron import validation
 
+    copying: tuple[str, Any] = ("copy_tensor_to_quantized_param", copy_into)
+    if hasattr(param_and_grad_buffer, "copy_tensors_to_quantized_params"):  # from 0.20 on
+        copying = ("copy_tensors_to_quantized_params", copy_all_into)
     for owner, name, value in (
         (TransformerLayer, "__init__", _with_weights_in_fp8(TransformerLayer.__init__)),
         # Of experts in FP8, Megatron asks for a version (transformer_config.py:2296).
@@ -42,7 +45,7 @@ def install() -> None:
         (param_and_grad_buffer, "is_mxfp8tensor", is_mxfp8),
         (param_and_grad_buffer, "modify_underlying_storage", move_to),
         (param_and_grad_buffer, "post_all_gather_processing", show_values),
-        (param_and_grad_buffer, "copy_tensor_to_quantized_param", copy_into),
+        (param_and_grad_buffer, *copying),
         (distrib_optimizer, "is_float8tensor", is_fp8),
         (distrib_optimizer, "quantize_param_shard", quantize_pieces),
         (distrib_optimizer, "dequantize_fp8_tensor", values_of),
@@ -184,6 +187,11 @@ def show_values(parameters: Sequence[Parameter]) -> None:
 def copy_into(parameter: Parameter, source: Tensor) -> None:
     fp8_of(parameter).take(source.view(parameter.shape))
     show_values([parameter])
+
+
+def copy_all_into(parameters: Sequence[Parameter], sources: Sequence[Tensor]) -> None:
+    for parameter, source in zip(parameters, sources, strict=True):
+        copy_into(parameter, source)
 
 
 def values_of(parameter: Parameter) -> Tensor:

@@ -4,19 +4,20 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from inspect import isfunction
+from inspect import isclass, isfunction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_dion.megatron import capabilities, validation
+from megatron_dion.megatron import capabilities, launch, validation
 from megatron_dion.megatron.data_checks import identity_of
 from megatron_dion.megatron.errors import ConfigurationError
 from tests.distributed.tiny_gpt import DION, MODEL, TRAINING
@@ -37,8 +38,8 @@ MISTAKES = [
     ("--fp8-emulation", "--fp8-emulation was removed: "),
     ("--optimizer adam --dion-momentum 0.9", "--dion-momentum 0.9 has no effect with --optimizer"),
     ("--use-torch-fsdp2", "--use-torch-fsdp2"),
-    ("--qk-clip", "--qk-clip does not go with --optimizer dion --use-distributed-optimizer: "),
-    ("--qk-clip --optimizer adam", "--qk-clip does not go with --optimizer adam --use-dist"),
+    ("--qk-clip", "--optimizer dion does not go with --qk-clip: Megatron takes a rank's piece"),
+    ("--qk-clip --optimizer adam", "--use-distributed-optimizer does not go with --qk-clip: "),
     ("--rampup-batch-size 3 3 99", "ignores --rampup-batch-size 3 3 99: use --step-batch-size-s"),
     ("--apply-residual-connection-post-layernorm", "ignores --apply-residual-connection-post-l"),
     ("--async-save --save x --save-interval 2", "ignores --async-save without --use-persistent-"),
@@ -289,27 +290,71 @@ def test_tokenizer_is_compared_with_what_was_noted(prefix: str) -> None:
 # --- what must be true before megatron is imported
 
 
+CHAIN = ("core/optimizer/optimizer.py", "class ChainedOptimizer(")
+OF_CHAIN = (
+    *("get_grad_norm", "prepare_grads", "step_with_ready_grads", "load_state_dict"),
+    *("sharded_state_dict", "_step"),
+)
+STEP = ("training/training.py", "def train_step(")
+GROUPS = ("core/process_groups_config.py", "")
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize(
-    ("file", "old", "new", "lacks"),
+    ("place", "old", "new", "lacks"),
     [
-        ("core/optimizer/optimizer.py", "def _step(", "def _do_step(", "_step"),
-        ("training/training.py", "model, optimizer, ", "model, optim, ", "train_step(optimizer)"),
-        ("core/process_groups_config.py", "expt_tp_pp_group", "expt_group", "expt_tp_pp_group"),
+        *((CHAIN, f"def {one}(", f"def do_{one}(", f"ChainedOptimizer.{one}") for one in OF_CHAIN),
+        (STEP, " optimizer, ", " optim: 'optimizer', ", "train_step"),
+        (STEP, " optimizer, ", "\n # one (global) step (see docs):\n optimizer, ", None),
+        (STEP, "def train_step(", "def train_step[T](", None),
+        (GROUPS, "expt_tp_pp_group", "expt_group", "expt_tp_pp_group"),
     ],
 )
 def test_megatron_core_is_judged_by_its_names(
-    tmp_path: Path, file: str, old: str, new: str, lacks: str
+    tmp_path: Path, place: tuple[str, str], old: str, new: str, lacks: str | None
 ) -> None:
+    """A name that only another class, an annotation or a comment has is missing."""
     spec = importlib.util.find_spec("megatron.core")
     assert spec is not None
     installed = Path(str(spec.origin)).parents[1]
     assert list(capabilities.missing(installed)) == []
     for one in capabilities.NEEDED:
         (tmp_path / one).parent.mkdir(parents=True, exist_ok=True)
-        text = (installed / one).read_text()
-        (tmp_path / one).write_text(text.replace(old, new) if one == file else text)
-    assert list(capabilities.missing(tmp_path)) == [f"{lacks} in megatron/{file}"]
+        shutil.copy(installed / one, tmp_path / one)
+    file, start = place
+    text = (installed / file).read_text()
+    at = text.index(start)
+    assert old in text[at:]
+    text = text[:at] + text[at:].replace(old, new, -1 if place == GROUPS else 1)
+    (tmp_path / file).write_text(f"{text}\n# {old}\n")
+    said = {re.sub(r"\(.*\)", "", one) for one in capabilities.missing(tmp_path)}
+    assert said == ({f"{lacks} in megatron/{file}"} if lacks else set())
+
+
+def test_an_untested_version_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(capabilities, "TESTED", ())
+    monkeypatch.setattr(launch.cpu, "install", lambda hide_gpus: None)
+    assert launch.prepare(["--device", "cpu"]) == "cpu"
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[dion\] megatron-core [\d.]+ is not tested \(.*\)", line)
+
+
+def train_without(name: str) -> str | None:
+    """On a rank: what our own script says where Megatron's `argument_utils` lacks a function."""
+    from megatron.training import argument_utils
+
+    delattr(argument_utils, name)
+    sys.modules.pop("megatron_dion.megatron.pretrain", None)
+    return refusal_of(launch.train, ["--device", "cpu"])
+
+
+def test_our_script_says_which_import_fails() -> None:
+    [said] = world(1).fork(train_without, "gpt_config_from_args")
+    assert said.startswith("pretrain_gpt.py, unlike a script of yours (docs/switching.md), needs")
+    assert "another megatron-core (pip" in said
+    assert "cannot import name 'gpt_config_from_args'" in said
 
 
 def test_a_checkout_beside_a_script_is_found_and_not_imported(tmp_path: Path) -> None:
@@ -333,14 +378,19 @@ def replaced_names() -> list[str]:
     from megatron_dion.optimizer.chain import DionChainedOptimizer
     from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 
-    classes = (DionChainedOptimizer, DionDistributedOptimizer)
-    methods = {n: c for c in classes for n, value in vars(c).items() if isfunction(value)}
-    overridden = {n for n, c in methods.items() if n != "__init__" and hasattr(c.__base__, n)}
-    return sorted({*_OWNERS, *overridden})
+    rebound = {f"{o.__name__}.{n}" if isclass(o) else n for n, o in _OWNERS.items()}
+    overridden = {
+        f"{next(base for base in one.__mro__[1:] if n in vars(base)).__name__}.{n}"
+        for one in (DionChainedOptimizer, DionDistributedOptimizer)
+        for n, value in vars(one).items()
+        if isfunction(value) and n != "__init__" and hasattr(one.__base__, n)
+    }
+    return sorted(rebound | overridden)
 
 
 def test_what_is_replaced_is_looked_for() -> None:
     [names] = world(1).fork(replaced_names)
-    assert "_step" in names
-    needed = [w.partition("(")[0] for text in capabilities.NEEDED.values() for w in text.split()]
-    assert [n for n in names if not any(re.fullmatch(pattern, n) for pattern in needed)] == []
+    assert "ChainedOptimizer._step" in names
+    entries = (entry for text in capabilities.NEEDED.values() for entry in text.split())
+    needed = {name for entry in entries for name in entry.partition("(")[0].split("|")}
+    assert set(names) - needed == set()
