@@ -414,11 +414,13 @@ def test_hugging_face_tokenizers_by_folder_and_by_name(folder: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["TikTokenizer", "NullTokenizer"])
+@pytest.mark.parametrize("kind", ["TikTokenizer", "GPTSentencePieceTokenizer", "NullTokenizer"])
 def test_other_tokenizers_train(folder: Path, tmp_path: Path, kind: str) -> None:
     if kind == "NullTokenizer":
         source, flags = tmp_path / "numbers.jsonl", "--vocab-size 99"
         source.write_text("".join(f'{{"text": "{i} 7 {i + 1} 9 4"}}\n' for i in range(90)))
+    elif kind == "GPTSentencePieceTokenizer":
+        source, flags = folder / "corpus.jsonl", f"--tokenizer-model {folder / 'tokenizer.model'}"
     else:
         pytest.importorskip("tiktoken")
         codes = [base64.b64encode(bytes([i])).decode() for i in range(256)]
