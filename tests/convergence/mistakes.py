@@ -25,7 +25,7 @@ def freeze_one_matrix() -> None:
     update = step._update
 
     def wrong(blocks: Any, *arguments: Any) -> None:
-        weights = [block.weight for block in blocks if block.matrix == 0]
+        weights = [block.weight for block in blocks if 0 in block.matrices]
         before = [weight.clone() for weight in weights]
         update(blocks, *arguments)
         for weight, old in zip(weights, before, strict=True):
