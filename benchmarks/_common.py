@@ -1,6 +1,7 @@
 """What the benchmarks share: flags, ranks, interleaved measurements, tables and JSON."""
 
 import argparse
+import atexit
 import gc
 import json
 import os
@@ -148,6 +149,7 @@ def in_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any] |
         if has_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if has_gpu else "gloo")
+        atexit.register(dist.destroy_process_group)  # or gloo aborts some processes at their exit
     results: list[Any] = [None] * size
     dist.all_gather_object(results, function(*args))
     return results

@@ -34,7 +34,12 @@ def pretrain_gpt(argv: Sequence[str], device: str) -> None:
         with in_one_line(_REFUSED):
             model = gpt_config_from_args(args)
         config = pretrain_cfg_container_from_args(args, model)
-        training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+        try:
+            training.pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+        except SystemExit as ending:  # of --exit-interval and its like
+            if ending.code:
+                raise
+    # Without this call gloo's threads abort some processes at their exit.
     torch.distributed.destroy_process_group()
 
 

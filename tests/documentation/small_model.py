@@ -1,5 +1,6 @@
 """What comes before a script of docs/switching.md: a process group and a small model."""
 
+import atexit
 import os
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
 torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+# Without this call gloo's threads abort some processes at their exit.
+atexit.register(torch.distributed.destroy_process_group)
 parallel_state.initialize_model_parallel()
 tensor_parallel.model_parallel_cuda_manual_seed(1)
 transformer_config = TransformerConfig(
