@@ -1,6 +1,7 @@
 """What a step would ask of a GPU: launches, waits, copies and memory, on fake CUDA tensors."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,8 +15,10 @@ from megatron_dion.optimizer.norm_estimate import project
 from megatron_dion.sharding.layout import Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Part, Weight
 from megatron_dion_tools.plan import PRESETS, place
-from megatron_dion_tools.plan.stage import default_bucket_size
-from tests.fake_cuda import count, count_step, sharded, whole
+from megatron_dion_tools.plan.stage import Optimizer, Run, Stage, default_bucket_size
+from megatron_dion_tools.plan.topology import Topology
+from megatron_dion_tools.plan.updates import adamw, muon, muon_matrices
+from tests.fake_cuda import count, count_step, sharded, whole, with_gradients
 
 
 def _plain(**options: Any) -> Callable[[], Dion]:
@@ -99,8 +102,29 @@ def test_a_step_does_not_wait_and_copies_nothing(
     # A plain Dion looks for gradients that are not finite; within Megatron, their norm is known.
     assert len(counts.waits) == (case == "plain"), counts.waits
     assert (counts.copies, counts.host_tensors) == ([], [])
+    assert launches / 1.15 < counts.modelled < 1.15 * launches, counts.modelled
     assert counts.launches == launches, counts.lines.most_common(20)
     assert counts.peak / 1.03 < counts.planned < 1.3 * counts.peak, (counts.peak, counts.planned)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_planned_launches_of_other_optimizers(kind: str) -> None:
+    stage = Stage(Run(PRESETS["8B"], Topology(), Optimizer(kind)), 0)
+    if kind == "muon":
+        muon_module = pytest.importorskip("emerging_optimizers.orthogonalized_optimizers.muon")
+        shapes = [shape for weight in stage.weights for shape in muon_matrices(weight, False)]
+        make, planned = muon_module.Muon, muon(stage)
+    else:
+        shapes = [(weight.rows, weight.columns) for weight in stage.weights]
+        make, planned = partial(torch.optim.AdamW, fused=True), adamw(stage)
+
+    def take(steps: int) -> None:
+        optimizer = make(with_gradients(shapes))
+        for _ in range(steps):
+            optimizer.step()
+
+    launches = count(lambda: take(2)).launches - count(lambda: take(1)).launches
+    assert launches / 1.15 < planned.launches < 1.15 * launches, launches
 
 
 def test_the_norm_of_compressed_gradients_takes_two_calls_for_each() -> None:
