@@ -12,10 +12,7 @@ from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.routing import tag_matrices, weight_of
-from megatron_dion.sharding.layout import dion_bucket_size
-
-_USUAL = 40_000_000
-"""Megatron's least bucket, in elements."""
+from megatron_dion.sharding.layout import LEAST_BUCKET, dion_bucket_size
 
 
 @dataclass
@@ -59,8 +56,8 @@ def use_dion(config: Any, dion: DionOptions) -> None:
         tagged, ddp = tag_matrices(model_chunks, rules=dion.rules), config.ddp
         if ddp.overlap_grad_reduce and ddp.bucket_size is None:  # DDP, made next, reads it
             matrices = (p for chunk in tagged for p in chunk.parameters() if weight_of(p))
-            size = dion_bucket_size(sum(each.numel() for each in matrices), _USUAL)
-            ddp.bucket_size = size if size > _USUAL else None
+            size = dion_bucket_size(sum(each.numel() for each in matrices), LEAST_BUCKET)
+            ddp.bucket_size = size if size > LEAST_BUCKET else None
         return tagged
 
     if hasattr(config.model, "register_pre_wrap_hook"):

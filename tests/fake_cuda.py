@@ -150,9 +150,8 @@ def _foreach_launches(name: str, args: Any) -> int:
     if not is_fast:
         return len(lists[0])
     chunks = sum(-(-t.numel() // 65536) for t in lists[0])
-    most = {1: 110, 2: 64, 3: 48, 4: 36}[
-        len(lists)
-    ]  # tensors of a kernel; it has 320 chunks at most
+    # Tensors of a kernel; it has 320 chunks at most.
+    most = {1: 110, 2: 64, 3: 48, 4: 36}[len(lists)]
     return max(-(-chunks // 320), -(-len(lists[0]) // most))
 
 

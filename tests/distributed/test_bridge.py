@@ -73,7 +73,7 @@ def train_with_bridge(asked: str) -> tuple[str, list[float]]:
     ddp, model = bridge.DistributedDataParallelConfig(), SimpleNamespace(pre_wrap_hooks=[])
     config = SimpleNamespace(optimizer=optimizer_config, ddp=ddp, model=model)
     config.inprocess_restart = restart
-    ddp.overlap_grad_reduce, ours._USUAL = True, 1
+    ddp.overlap_grad_reduce, ours.LEAST_BUCKET = True, 1
     ours.use_dion(config, DionOptions(DionConfig(rank_fraction=0.25, seed=1)))
     config.optimizer.finalize()
     ddp.finalize()

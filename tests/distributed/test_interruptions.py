@@ -120,8 +120,7 @@ def start_run(
     ranks, micro, grid = TOPOLOGIES[topology]
     saved = folder / "checkpoints"
     # Compressed instances take the paper's update: all topologies do.
-    grid += " --dion-residual none"
-    argv = [*RUN, *f"--clip-grad 0 --save-interval 2 {grid} {flags}".split()]
+    argv = [*RUN, *f"--clip-grad 0 --dion-residual none --save-interval 2 {grid} {flags}".split()]
     argv += ["--micro-batch-size", str(micro), "--run-dir", str(folder)]
     argv += ["--load", str(saved), "--save", str(saved)]
     argv += ["--pretrained-checkpoint", str(folder.parent / "start")]
