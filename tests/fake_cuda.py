@@ -128,7 +128,20 @@ def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
     if name == "linalg_solve_triangular":  # cuBLAS one by one, where matrices are few and large
         batch = max(x.shape[:-2].numel() for x in inputs)
         return batch if batch <= 8 and inputs[0].shape[-1] >= 64 else 1
-    return 1
+    if "mm" in name:
+        return 1
+    return max((_halves(x.shape, x.stride(), x.itemsize) for x in inputs), default=1)
+
+
+def _halves(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Parts of less than 2 GiB, of which TensorIterator makes a kernel each."""
+    spans = [itemsize * (n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    if sum(spans) < 2**31:
+        return 1
+    dim = spans.index(max(spans))
+    half = shape[dim] // 2
+    parts = [(*shape[:dim], n, *shape[dim + 1 :]) for n in (half, shape[dim] - half)]
+    return sum(_halves(part, strides, itemsize) for part in parts)
 
 
 def _foreach_launches(name: str, args: Any) -> int:

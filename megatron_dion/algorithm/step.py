@@ -126,16 +126,15 @@ def dion_step(
     _load_right(blocks)
     yield from exchange.gather_right()
     exchange.clear_left()
-    operands = [(b.total, b.right_factor, b.left_factor, b.projection) for b in blocks]
-    batches = _batches(operands, blocks)
-    _project_left(blocks, batches, config)
+    operands = _operands(blocks)
+    _project_left(blocks, operands, config)
     sections = yield from exchange.sum_left()
     orthonormalize(sections, exchange.reduce_rows)
     yield from exchange.spread_left()
-    _project_right(blocks, batches, config)
+    _project_right(blocks, operands, config)
     yield from exchange.sum_right()
     exchange.clear_norms()
-    _measure(blocks, batches, exchange, is_measured)
+    _measure(blocks, operands, exchange, is_measured)
     yield from exchange.sum_norms()
     _update(blocks, exchange, config, learning_rates, weight_decays)
 
@@ -163,22 +162,30 @@ def _load_right(blocks: Sequence[Block]) -> None:
             block.right_factor[..., block.stored_columns].copy_(block.stored_right)
 
 
-def _project_left(blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig) -> None:
-    with matmul_precision(config.fp32_matmul_prec):
-        for members, (total, right, left, _) in batches:
-            rows = blocks[members[0]].multiplied
-            _add_products(left, _narrow(total, rows, dim=2), _narrow(right, rows, dim=2))
+def _operands(blocks: Sequence[Block]) -> list[Batch]:
+    """`total`, `right_factor`, `left_factor`, `projection`: (n, k, ...), on a CPU (k, ...)."""
+    each = [(b.total, b.right_factor, b.left_factor, b.projection) for b in blocks]
+    if blocks and is_cpu(blocks[0].total):
+        return [Batch([i], list(tensors)) for i, tensors in enumerate(each)]
+    return _batches(each, blocks)
 
 
-def _project_right(blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig) -> None:
+def _project_left(blocks: Sequence[Block], operands: Sequence[Batch], config: DionConfig) -> None:
     with matmul_precision(config.fp32_matmul_prec):
-        for members, (total, _, left, projection) in batches:
+        for members, (total, right, left, _) in operands:
             rows = blocks[members[0]].multiplied
-            part = _narrow(projection, rows, dim=2)  # (n, k, rows, r)
+            _add_products(left, _narrow(total, rows, dim=-2), _narrow(right, rows, dim=-2))
+
+
+def _project_right(blocks: Sequence[Block], operands: Sequence[Batch], config: DionConfig) -> None:
+    with matmul_precision(config.fp32_matmul_prec):
+        for members, (total, _, left, projection) in operands:
+            rows = blocks[members[0]].multiplied
+            part = _narrow(projection, rows, dim=-2)
             if part is not projection:
                 projection.zero_()
-            lefts = left.expand(-1, total.shape[1], -1, -1)  # (n, k, columns, r)
-            for each in _in_few(_narrow(total, rows, dim=2), lefts, part):
+            lefts = left.expand(*total.shape[:-2], -1, -1)
+            for each in _in_few(_narrow(total, rows, dim=-2), lefts, part):
                 torch.bmm(each[0], each[1], out=each[2])
 
 
@@ -186,15 +193,15 @@ def _add_products(left: Tensor, total: Tensor, right: Tensor) -> None:
     """Adds total^T right to left, of which a matrix of k rectangles has one.
 
     Args:
-        left: (n, c, columns, r).
+        left: (n, c, columns, r), without n on a CPU, as the others.
         total: (n, k, rows, columns).
         right: (n, k, rows, r).
     """
-    if left.shape[1] == total.shape[1]:
+    if left.shape[-3] == total.shape[-3]:
         for into, rows, factors in _in_few(left, total, right):
             into.baddbmm_(rows.mT, factors)
     elif is_cpu(total):
-        left[0, 0].addbmm_(total[0].mT, right[0])
+        left[0].addbmm_(total.mT, right)
     else:
         count = batch_size(len(total), total[0].numel())
         for into, rows, factors in zip(
@@ -204,13 +211,15 @@ def _add_products(left: Tensor, total: Tensor, right: Tensor) -> None:
 
 
 def _in_few(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Parts (n, ...) or (k, ...) of tensors (n, k, ...), whichever are fewer."""
+    """Parts (n, ...) or (k, ...) of tensors (n, k, ...), whichever are fewer; one of (k, ...)."""
+    if tensors[0].dim() == 3:
+        return [tensors]
     dim = int(tensors[0].shape[0] > tensors[0].shape[1])
     return zip(*(tensor.unbind(dim) for tensor in tensors), strict=True)
 
 
 def _measure(
-    blocks: Sequence[Block], batches: Sequence[Batch], exchange: Exchange, is_measured: bool
+    blocks: Sequence[Block], operands: Sequence[Batch], exchange: Exchange, is_measured: bool
 ) -> None:
     """Squared norms of this process's part of the columns of R, the rows of B and, if asked for, B.
 
@@ -228,11 +237,12 @@ def _measure(
             squares[matrix] = squares[matrix] + square if matrix in squares else square
     copy_all([exchange.column_squares[k] for k in squares], list(squares.values()))
     if exchange.has_residual and blocks:
-        row_norms: list[Tensor] = []
-        for members, (total, *_) in batches:
-            rows = _narrow(total, blocks[members[0]].multiplied, dim=2)
-            row_norms += torch.linalg.vector_norm(rows, dim=3)  # (k, rows) each
-        order = [blocks[i] for members, _ in batches for i in members]
+        row_norms: list[Tensor] = []  # (k, rows) each
+        for members, (total, *_) in operands:
+            rows = _narrow(total, blocks[members[0]].multiplied, dim=-2)
+            norms = torch.linalg.vector_norm(rows, dim=-1)
+            row_norms += [norms] if norms.dim() == 2 else norms
+        order = [blocks[i] for members, _ in operands for i in members]
         row_squares = [block.multiplied_rows(block.row_squares) for block in order]
         copy_all(row_squares, row_norms)
         torch._foreach_mul_(row_squares, row_squares)
@@ -241,8 +251,8 @@ def _measure(
             total = block.multiplied_rows(block.total)
             by_matrix = total.flatten(0, 1) if len(block.matrices) == 1 else total
             parts = by_matrix.view(len(block.matrices), -1, total.shape[2])
-            norms = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.float64)
-            for matrix, norm in zip(block.matrices, norms, strict=True):
+            of_parts = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.float64)
+            for matrix, norm in zip(block.matrices, of_parts, strict=True):
                 exchange.totals[matrix] += norm.square()
 
 
@@ -285,7 +295,7 @@ def _update(
                 if scales is not None:
                     block.weight.addcmul_(block.total, scales[n], value=-length)
     if exchange.has_residual:
-        for _, (total,) in _batches([(block.total,) for block in blocks], blocks):
+        for _, (total, *_) in _operands(blocks):
             total.mul_(config.momentum)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])

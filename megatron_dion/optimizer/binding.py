@@ -93,9 +93,16 @@ class Binding:
         self._state = state
         self._keeps_float32 = config.momentum_dtype == "fp32"
         self.layout = Layout(distribution.placements, distribution.grid, config)
-        for index, tensor in distribution.tensors.items():
-            if not state[tensor]:
-                state[tensor].update(self._first_state(index, tensor))
+        new = {index: each for index, each in distribution.tensors.items() if not state[each]}
+        momenta = torch.zeros(
+            sum(tensor.numel() for tensor in new.values()),
+            dtype=TORCH_DTYPES[config.momentum_dtype],
+            device=distribution.device,
+        )
+        views = views_in(momenta, [tensor.shape for tensor in new.values()])
+        for (index, tensor), momentum in zip(new.items(), views, strict=True):
+            right_factor = self._first_right_factor(index, tensor)
+            state[tensor].update(momentum=momentum, right_factor=right_factor)
         _join_memory(state, "momentum")
         _join_memory(state, "right_factor")
         compressed, dense = _by_gradient_sync(distribution, config)
@@ -173,8 +180,8 @@ class Binding:
             is_first = rectangle.column_start == first_column
             yield RightRows(matrix, rectangle, columns, values, is_first)
 
-    def _first_state(self, placement: int, tensor: Tensor) -> dict[str, Tensor]:
-        """Zero momentum, and what this rank stores of the first Q, columns of about unit norm."""
+    def _first_right_factor(self, placement: int, tensor: Tensor) -> Tensor:
+        """What this rank stores of the first Q, columns of about unit norm."""
         config, rank = self.layout.config, self._distribution.rank
         factors = []
         for rectangle in self.layout.rectangles(placement, rank):
@@ -184,10 +191,7 @@ class Binding:
             stored = self.layout.tensor_slice(placement, matrix.rank, rank)
             factors.append(values[:, stored] / matrix.rows**0.5)
         right = factors[0] if tensor.dim() == 2 else torch.cat([f.flatten() for f in factors])
-        return {
-            "momentum": torch.zeros_like(tensor, dtype=TORCH_DTYPES[config.momentum_dtype]),
-            "right_factor": right.to(TORCH_DTYPES[config.factor_dtype]).contiguous(),
-        }
+        return right.to(TORCH_DTYPES[config.factor_dtype]).contiguous()
 
     def _step_set(self, placements: Sequence[int], groups: Groups) -> StepSet:
         plan = make_plan(self.layout, self._distribution.rank, placements)

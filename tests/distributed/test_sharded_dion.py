@@ -84,8 +84,9 @@ def train_as_on_a_gpu(*args: Any) -> Any:
 @RESIDUALS
 def test_the_calls_of_a_gpu_equal_the_reference(mesh: Mesh, residual: Any) -> None:
     config = DionConfig(rank_fraction=0.3, residual=residual)
-    results = world(mesh.size).run(train_as_on_a_gpu, mesh, TRANSFORMER, config, 5000)
-    compare(results, reference(TRANSFORMER, config), tolerance=1e-5)
+    layers = tuple(replace(s, name=f"{s.name}.{layer}") for layer in range(3) for s in TRANSFORMER)
+    results = world(mesh.size).run(train_as_on_a_gpu, mesh, layers, config, 5000)
+    compare(results, reference(layers, config), tolerance=1e-5)
 
 
 def rank_one(shapes: tuple[Shape, ...], step: int) -> dict[str, Tensor]:
