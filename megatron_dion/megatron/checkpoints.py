@@ -23,24 +23,46 @@ from megatron_dion.megatron.flags import as_flag
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MODEL_ONLY, Loading, Source, megatron_keys
 from megatron_dion.optimizer.options import DionOptions
-from megatron_dion.optimizer.record import Record
+from megatron_dion.optimizer.record import Record, changes
 
 # What decides a group's learning rate or weight decay beside what Megatron's scheduler compares.
 _RATES = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-    *("decoupled_weight_decay", "apply_wd_to_qk_layernorm"),
-    *("use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
+    *("apply_wd_to_qk_layernorm", "use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
-# What changes the function that a model computes, and not the shape of a weight.
+# What changes what a model computes, or learns, and neither the shape of a weight that it has nor
+# how many layers there are, at which Megatron looks. Weights that only the saved model had are lost.
 _FUNCTION = (
-    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "window_size"),
-    *("normalization", "swiglu", "squared_relu"),
+    *("vocab_size", "untie_embeddings_and_output_weights", "position_embedding_type"),
+    *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "rope_type"),
+    *("no_rope_freq", "mscale", "mscale_all_dim", "mrope_section"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
+    *("yarn_correction_range_round_to_int", "relative_attention_num_buckets"),
+    *("relative_attention_max_distance", "window_size", "window_attn_skip_freq", "softmax_type"),
+    *("softmax_scale", "qk_layernorm", "qk_l2_norm", "add_qkv_bias", "add_bias_linear"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
+    *("swiglu", "squared_relu", "openai_gelu", "quick_geglu", "glu_linear_offset"),
+    *("activation_func_clamp_value", "mup_embedding_mult", "mup_output_mult"),
+    *("mup_attn_scale_power", "hidden_dropout", "attention_dropout"),
+    *("moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    *("moe_router_topk", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
+    *("moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_apply_probs_on_input"),
+    *("moe_router_force_load_balancing", "moe_router_load_balancing_type", "moe_input_jitter_eps"),
+    *("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_aux_loss_coeff"),
+    *("moe_z_loss_coeff", "mtp_num_layers", "mtp_loss_scaling_factor", "mtp_use_repeated_layer"),
 )
+_FLAGS = {  # that have another name than their argument
+    "layernorm_epsilon": "--norm-epsilon",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+}
 _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
 _SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
+_OVERRIDE = "use the saved values, or --override-opt-param-scheduler"
 _ERRORS_OF_LOADING = (
     *(AssertionError, KeyError, OSError, RuntimeError),
     *(CheckpointException, CheckpointingException),
@@ -142,6 +164,8 @@ class Loader:
         self._check_vocabulary(facts.args)
         if changed := self._differences(facts.args, _FUNCTION):
             self._say(f"changed since it was saved: {changed}")
+        if self._differences(facts.args, ["tokenizer_sha256"]):
+            self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
             if args.no_load_optim:
@@ -216,17 +240,15 @@ class Loader:
             return Loading(optimizer, self._switch(facts, here))
 
     def _differences(self, saved: argparse.Namespace, names: Sequence[str]) -> str:
-        here = vars(self._args)
-        both = ((name, getattr(saved, name, here.get(name)), here.get(name)) for name in names)
-        return "; ".join(f"{as_flag(n, a)} (saved), {b} (here)" for n, a, b in both if a != b)
+        runs = [vars(args) for args in (saved, self._args)]
+        flags = {name: _FLAGS.get(name, as_flag(name, True)) for name in names}
+        return changes(*({flags[n]: run[n] for n in names if n in run} for run in runs))
 
     def _check_rates(self, saved: argparse.Namespace) -> None:
         """Groups have those of the command line, whatever the scheduler takes."""
         flags = self._differences(saved, _RATES)
         if flags and not self._args.override_opt_param_scheduler:
-            raise CheckpointError(
-                f"{self._folder}: {flags}: use the saved values, or --override-opt-param-scheduler"
-            )
+            raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:
             self._say(f"changed since it was saved: {flags}")
 
@@ -244,11 +266,12 @@ class Loader:
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
         reinit, switch = self._reinit_factors, self._args.switch_optimizer
-        factors, routes, scalars, free = saved.differences(here).values()
+        factors, routes, scalars, rates, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
             (factors, reinit, f"use the saved values, or {_REINIT}"),
             (scalars, switch, f"use the saved one, or {_SWITCH}"),
+            (rates, self._args.override_opt_param_scheduler, _OVERRIDE),
         ):
             if text and not is_allowed:
                 raise CheckpointError(f"{self._folder}: {text}: {advice}")
@@ -257,8 +280,8 @@ class Loader:
             self._say(f"right factors begin anew, momenta are kept: {cause}")
         if scalars:
             self._say(f"state of scalar parameters begins anew: {scalars}")
-        if free:
-            self._say(f"changed since it was saved: {free}")
+        if changed := "; ".join(filter(None, (rates, free))):
+            self._say(f"changed since it was saved: {changed}")
         return Source(saved.rules, right_factors=not reinit, scalars=not scalars)
 
     def _switch(self, facts: Facts, dion: Record | None) -> Source:
@@ -287,7 +310,8 @@ class Loader:
             f"{scalars} are kept, all other optimizer state begins anew"
         )
         rules = facts.record.rules if facts.record else None
-        return Source(rules, momentum, False, keeps_scalars, facts.keys if dion else None)
+        dtype = getattr(facts.args, "params_dtype", torch.float32)
+        return Source(rules, momentum, False, keeps_scalars, facts.keys if dion else None, dtype)
 
 
 def explained(folder: Path | None) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -60,9 +61,17 @@ def _blends(args: argparse.Namespace) -> list[Any]:
     """Paths and weights of all datasets: one blend that is split, or one of each split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    with in_one_line("--data-args-path, --per-split-data-args-path"):
+    with in_one_line("--data-path, --data-args-path, --per-split-data-args-path"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return blend_per_split or [blend]
+    blends = blend_per_split or [blend]
+    for prefixes, weights in filter(None, blends):
+        for prefix, weight in zip(prefixes, weights or ()):
+            refuse(
+                f"the weight {weight:g} of the data {prefix} (--data-path WEIGHT PREFIX ...) must be"
+                " positive and finite: correct it, or leave out both",
+                when=not 0 < weight < math.inf,
+            )
+    return blends
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -147,8 +156,13 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
 
     `megatron-dion data` writes PREFIX.json. Of the tokens, the first 2^27 of each dataset are
     looked at: tensor-parallel embeddings take one that is too large for a vector of zeros.
+    Checkpoints keep what identifies the tokenizer.
     """
-    if args.mock_data or args.rank != 0:  # one rank reads for all
+    if args.rank != 0:  # one rank reads for all
+        return
+    identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
+    args.tokenizer_sha256 = identity
+    if args.mock_data:
         return
     names = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
     flags = [as_flag(name, True) for name in names if getattr(args, name)]
@@ -157,7 +171,6 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
         f"{', '.join(flags)}: {flag} {args.tokenizer_model} has no end token, leave it out",
         when=flags and not has_end_token(tokenizer),
     )
-    identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
     for prefix in data_prefixes(args):
         notes = Path(f"{prefix}.json")
         with in_one_line(f"{notes} does not describe the data"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import megatron_dion
 
-CONFIG = "config.json"
+CONFIG, METRICS, STARTS = "config.json", "metrics.jsonl", "starts.jsonl"
 
 Record = dict[str, Any]
 
@@ -76,8 +76,18 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read a metrics file in the order of iterations, without a last line that is unfinished."""
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """Read a metrics file in the order of iterations, without a last line that is unfinished.
+
+    Raises:
+        ValueError: A line is damaged; the message names it.
+    """
+    records = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged: mend it, or take it out") from error
+        records.append(record)
     return sorted(records, key=lambda record: record["iteration"])  # an evaluation may come late

@@ -98,6 +98,16 @@ def check_ignored(args: argparse.Namespace) -> None:
     )
 
 
+def check_muon(args: argparse.Namespace) -> None:
+    """Megatron's layer-wise optimizers have no loss scale, which training reads, without bf16."""
+    is_layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
+    is_stock = args.optimizer not in ("adam", "sgd", "dion")
+    refuse(
+        f"--optimizer {args.optimizer} --use-distributed-optimizer needs --bf16",
+        when=is_stock and is_layer_wise and not args.bf16,
+    )
+
+
 def check_latent_attention(args: argparse.Namespace) -> None:
     """Megatron's plain-torch multi-latent attention loses gradients with tensor parallelism.
 
@@ -132,6 +142,9 @@ def check_schedule(args: argparse.Namespace) -> None:
         when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
     refuse("--eval-interval must be at least 1 (see --eval-iters)", when=not args.eval_interval)
+    refuse(
+        f"--log-interval must be at least 1, not {args.log_interval}", when=args.log_interval < 1
+    )
 
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
@@ -144,6 +157,21 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
     refuse(
         "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out",
         when=args.no_checkpoint_hashes and args.verify_integrity,
+    )
+
+
+def check_async_saving(args: argparse.Namespace) -> None:
+    """What an asynchronous save is made by has to be asked for, and to run on this device."""
+    has_worker = args.use_persistent_ckpt_worker
+    refuse(
+        "Megatron ignores --async-save without --use-persistent-ckpt-worker: add it, or leave both"
+        " out",
+        when=args.async_save and not has_worker,
+    )
+    # Its process asks CUDA for a device, dies without one, and the run waits for it for ever.
+    refuse(
+        "--use-persistent-ckpt-worker needs a GPU: leave out --async-save",
+        when=args.async_save and has_worker and args.device == "cpu",
     )
 
 
@@ -180,8 +208,8 @@ OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_surroundings, check_ignored, check_latent_attention, check_fp8),
-    *(check_schedule, check_checkpoint_flags, check_packages),
+    *(check_dion_surroundings, check_ignored, check_muon, check_latent_attention, check_fp8),
+    *(check_schedule, check_checkpoint_flags, check_async_saving, check_packages),
 )
 
 # What pretrain_gpt.py adds, since another script may read its data in another way.

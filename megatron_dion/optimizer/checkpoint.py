@@ -50,6 +50,7 @@ class Source(NamedTuple):
     right_factors: bool = True
     scalars: bool = True  # the state of the parameters that Dion does not update
     keys: Mapping[str, str] | None = None  # of Megatron's optimizers, where they differ from ours
+    dtype: torch.dtype = torch.float32  # of the model's weights in the checkpoint
 
 
 def megatron_keys(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
@@ -122,7 +123,8 @@ class Loading:
             tensor.data.copy_(state_dict["state"][name])
             if f".{MOMENTUM}." in tensor.key:
                 tensor.data.mul_(self._source.momentum)
-        differing = [p for p, weight, master in weights if not _is_rounded(master, weight)]
+        saved = self._source.dtype
+        differing = [p for p, weight, master in weights if not _is_rounded(master, weight, saved)]
         if names := gather([self._name_of(parameter) for parameter in differing]):
             raise RuntimeError(
                 "master weights in it are not the weights of the model beside them:"
@@ -155,9 +157,15 @@ class Loading:
         return next(route.parameter for one, route in routes if one is parameter)
 
 
-def _is_rounded(master: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is a master weight, rounded; also where a run in bf16 saved both."""
-    return torch.allclose(weight.float(), master.float(), rtol=2**-7, atol=2**-24)
+def _is_rounded(master: Tensor, weight: Tensor, saved: torch.dtype = torch.float32) -> bool:
+    """Whether a weight is a master weight, rounded to the type that a checkpoint has, and to its own.
+
+    To the nearest number, within half a unit of the last place; float32 rounds nothing.
+    """
+    types = [torch.finfo(one) for one in {weight.dtype, saved} - {torch.float32}]
+    relative = sum(one.eps / 2 for one in types)
+    absolute = sum(one.tiny * one.eps / 2 for one in types)
+    return torch.allclose(weight.float(), master.float(), rtol=relative, atol=absolute)
 
 
 def saved_steps(state_dict: dict[str, Any]) -> dict[str, int]:
