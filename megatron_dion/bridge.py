@@ -1,7 +1,6 @@
 """Dion in Megatron-Bridge, by the hook that its optimizer configs have: `provide`."""
 
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 from megatron.bridge.training.config import OptimizerConfig
@@ -12,7 +11,8 @@ from megatron_dion.megatron.validation import REFUSED_WITH_DION
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.options import DionOptions
-from megatron_dion.optimizer.routing import tag_matrices
+from megatron_dion.optimizer.routing import tag_matrices, weight_of
+from megatron_dion.sharding.layout import LEAST_BUCKET, dion_bucket_size
 
 
 @dataclass
@@ -35,6 +35,8 @@ class DionOptimizerConfig(OptimizerConfig):
 def use_dion(config: Any, dion: DionOptions) -> None:
     """Let a run of Bridge train with Dion; the scalar optimizer keeps what its config says.
 
+    With `overlap_grad_reduce`, a `bucket_size` that is None becomes one that cuts few matrices.
+
     Args:
         config: Bridge's `ConfigContainer`, before it is given to `pretrain`.
         dion: What the run chooses about Dion.
@@ -49,7 +51,15 @@ def use_dion(config: Any, dion: DionOptions) -> None:
     same = {one.name: getattr(old, one.name) for one in fields(old) if one.init}
     config.optimizer = DionOptimizerConfig(**same, dion=dion)
     config.optimizer.use_distributed_optimizer = config.ddp.use_distributed_optimizer = True
-    tag = partial(tag_matrices, rules=dion.rules)
+
+    def tag(model_chunks: Any) -> Any:
+        tagged, ddp = tag_matrices(model_chunks, rules=dion.rules), config.ddp
+        if ddp.overlap_grad_reduce and ddp.bucket_size is None:  # DDP, made next, reads it
+            matrices = (p for chunk in tagged for p in chunk.parameters() if weight_of(p))
+            size = dion_bucket_size(sum(each.numel() for each in matrices), LEAST_BUCKET)
+            ddp.bucket_size = size if size > LEAST_BUCKET else None
+        return tagged
+
     if hasattr(config.model, "register_pre_wrap_hook"):
         config.model.register_pre_wrap_hook(tag)
     else:  # a config of the model, not a provider

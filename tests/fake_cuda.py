@@ -28,6 +28,7 @@ from megatron_dion import Dion
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.sharding.collectives import Groups
 from megatron_dion.sharding.layout import Placement
+from megatron_dion_tools.plan.dion import launches
 
 _PACKAGE = str(Path(megatron_dion.__file__).parent)
 _NO_KERNEL = set(
@@ -52,6 +53,7 @@ class Counts:
         host_tensors: where an operator gets a tensor of the host, or makes one.
         peak: bytes of temporaries that live at a time; buffers of the exchange are not counted.
         planned: what the exchange says of these bytes.
+        modelled: what the planner's formula says of the launches.
         lines: launches by line of the package.
     """
 
@@ -61,6 +63,7 @@ class Counts:
     host_tensors: list[str] = field(default_factory=list)
     peak: int = 0
     planned: int = 0
+    modelled: float = 0.0
     lines: Counter[str] = field(default_factory=Counter)
 
 
@@ -117,7 +120,7 @@ class _Counting(TorchDispatchMode):
 
 
 def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
-    if name.startswith("_foreach_"):
+    if name.startswith(("_foreach_", "_fused_")):
         return _foreach_launches(name, args)
     if name.startswith("addbmm"):  # a loop over the batch
         return int(args[1].shape[0])
@@ -130,6 +133,7 @@ def _launches(name: str, args: Any, inputs: Sequence[Tensor]) -> int:
 def _foreach_launches(name: str, args: Any) -> int:
     """By ATen's rule for its fast path; the slow one is a kernel for each tensor."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    lists = lists[:4]  # a fifth, of a fused optimizer, counts steps
     first = lists[0][0]
     is_fast = all(
         torch.ops.aten.is_non_overlapping_and_dense(t) and t.device == first.device
@@ -146,7 +150,8 @@ def _foreach_launches(name: str, args: Any) -> int:
     if not is_fast:
         return len(lists[0])
     chunks = sum(-(-t.numel() // 65536) for t in lists[0])
-    most = {1: 110, 2: 64, 3: 48}[len(lists)]  # tensors of a kernel; it has 320 chunks at most
+    # Tensors of a kernel; it has 320 chunks at most.
+    most = {1: 110, 2: 64, 3: 48, 4: 36}[len(lists)]
     return max(-(-chunks // 320), -(-len(lists[0]) // most))
 
 
@@ -193,7 +198,8 @@ def _silent_collectives() -> Iterator[None]:
                 patch.stop()
 
 
-def _with_gradients(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+def with_gradients(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    """Parameters of fake CUDA memory, to be made within a call that is counted."""
     parameters = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -202,7 +208,7 @@ def _with_gradients(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Paramete
 
 def whole(shapes: Sequence[tuple[int, int]], **options: Any) -> Callable[[], Dion]:
     """Plain Dion of whole matrices."""
-    return lambda: Dion(_with_gradients(shapes), weight_decay=0.1, **options)
+    return lambda: Dion(with_gradients(shapes), weight_decay=0.1, **options)
 
 
 def sharded(
@@ -225,7 +231,7 @@ def sharded(
     def build() -> Dion:
         pieces = {i: p.piece(data[1], data[0]) for i, p in enumerate(placements)}
         sizes = {i: stop - start for i, (start, stop) in pieces.items() if stop > start}
-        tensors = dict(zip(sizes, _with_gradients([(n,) for n in sizes.values()]), strict=True))
+        tensors = dict(zip(sizes, with_gradients([(n,) for n in sizes.values()]), strict=True))
         groups: Any = [Group(*g) if g[0] > 1 else None for g in (tensor, data, (replicas, 0))]
         dion = Dion(list(tensors.values()), weight_decay=0.1, **options)
         dion.distribute(Distribution(placements, tensors, torch.device("cuda:0"), Groups(*groups)))
@@ -247,7 +253,9 @@ def count_step(build: Callable[[], Dion]) -> Counts:
     counts = Counts()
     with FakeTensorMode(), _silent_collectives(), torch.no_grad():
         dion = build()
-        counts.planned = max(each.exchange.temporary_bytes for each in dion.bind().sets)
+        sets = dion.bind().sets
+        counts.planned = max(each.exchange.temporary_bytes for each in sets)
+        counts.modelled = sum(launches(each.plan, each.exchange.has_residual) for each in sets)
         with _Counting(counts):
             dion.step()
     return counts

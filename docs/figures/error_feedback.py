@@ -28,8 +28,13 @@ def _travel() -> Tensor:
     """The diagonal of the weight after each of Dion's steps (steps, directions)."""
     gradient = torch.diag(torch.tensor(SIZES))
     weight = torch.nn.Parameter(torch.zeros_like(gradient))
-    hyperparameters = {"scale_mode": "dion", "rank_fraction": RANK / len(SIZES)}
-    optimizer = Dion([("weight", weight)], lr=1.0, **hyperparameters)
+    optimizer = Dion(
+        [("weight", weight)],
+        lr=1.0,
+        scale_mode="dion",
+        rank_fraction=RANK / len(SIZES),
+        residual="none",
+    )
     rows = []
     for _ in range(STEPS):
         weight.grad = gradient.clone()

@@ -41,7 +41,7 @@ def draw() -> Figure:
 def _update(gradient: Tensor, fraction: float) -> Tensor:
     """The change of a weight in the last of some steps with one and the same gradient."""
     weight = torch.nn.Parameter(torch.zeros_like(gradient))
-    optimizer = Dion([("weight", weight)], lr=1.0, rank_fraction=fraction)
+    optimizer = Dion([("weight", weight)], lr=1.0, rank_fraction=fraction, residual="none")
     for _ in range(STEPS):
         before = weight.detach().clone()
         weight.grad = gradient.clone()

@@ -7,9 +7,9 @@ from megatron_dion import Dion
 
 SIZE, STEPS = 128, 30
 UPDATES = (
-    ("Dion, 1/4", {"rank_fraction": 0.25}, "#d95f02"),
-    ("Dion, 1/4, with the residual", {"rank_fraction": 0.25, "residual": "rows"}, "#1b9e77"),
-    ("Dion, 1/16, with the residual", {"rank_fraction": 0.0625, "residual": "rows"}, "#7570b3"),
+    ("Dion, 1/4", {"rank_fraction": 0.25, "residual": "none"}, "#d95f02"),
+    ("Dion, 1/4, with the residual", {"rank_fraction": 0.25}, "#1b9e77"),
+    ("Dion, 1/16, with the residual", {"rank_fraction": 0.0625}, "#7570b3"),
 )
 
 

@@ -63,7 +63,7 @@ class DionConfig:
     momentum: float = checked(0.95, lambda x: 0 <= x < 1, "in [0, 1)")
     """Coefficient mu of momentum and error feedback."""
 
-    residual: Literal["none", "rows"] = "none"
+    residual: Literal["rows", "none"] = "rows"
     """How a weight moves along what P does not capture of B: none, with error feedback, is the
     paper's Dion; with rows, every row of the residual moves by the same length."""
 

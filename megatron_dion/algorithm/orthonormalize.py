@@ -23,7 +23,7 @@ _LEAST_BLOCK = 64
 _LEAST_GPU_BLOCK = 256
 _GPU_BLOCKS = 4
 GRAM_NUMBERS = 1 << 24
-"""Numbers of Gram matrices that are factored together, 64 MiB."""
+"""Numbers of Gram matrices that there are at a time, 64 MiB, unless one is larger."""
 
 
 Reduce = Callable[[Tensor, Any], None]
@@ -51,9 +51,14 @@ def orthonormalize(batches: Sequence[Tensor], reduce: Reduce) -> None:
     if not batches:
         return
     _scale(batches, reduce)
-    groups = _groups(batches)
+    for groups in _calls(batches):
+        _orthonormalize(groups, reduce)
+
+
+def _orthonormalize(groups: Sequence[Sequence[Tensor]], reduce: Reduce) -> None:
+    """As `orthonormalize`, of P whose largest entry is one, all in one go."""
     sizes = [sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
-    packed = torch.zeros(sum(sizes), device=batches[0].device)
+    packed = torch.zeros(sum(sizes), device=groups[0][0].device)
     grams = [
         memory.view(-1, group[0].shape[2], group[0].shape[2])
         for group, memory in zip(groups, packed.split(sizes), strict=True)
@@ -90,11 +95,14 @@ def orthonormalize_flops(rows: int, rank: int) -> int:
 
 
 def orthonormalize_bytes(batches: Sequence[Tensor]) -> int:
-    """Bytes that `orthonormalize` takes beside P: all Gram matrices, and what divides a group."""
-    groups = _groups(batches)
-    grams = [4 * sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
-    products = [4 * max(p.numel() + p.shape[2] ** 2 for p in group) for group in groups]
-    return sum(grams) + max((3 * g + p for g, p in zip(grams, products, strict=True)), default=0)
+    """Bytes that `orthonormalize` takes beside P: Gram matrices, and what divides a group."""
+    most = 0
+    for groups in _calls(batches):
+        grams = [4 * sum(map(len, group)) * group[0].shape[2] ** 2 for group in groups]
+        products = [4 * max(p.numel() + p.shape[2] ** 2 for p in group) for group in groups]
+        dividing = max(3 * g + p for g, p in zip(grams, products, strict=True))
+        most = max(most, sum(grams) + dividing)
+    return most
 
 
 def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
@@ -111,21 +119,28 @@ def _scale(batches: Sequence[Tensor], reduce: Reduce) -> None:
         p /= scale.view(-1, 1, 1)
 
 
-def _groups(batches: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Batches whose Gram matrices are factored together: on a GPU those of the same r.
+def _calls(batches: Sequence[Tensor]) -> list[list[list[Tensor]]]:
+    """Parts of batches, whose Gram matrices are there at a time, in groups.
 
-    Ranks that share matrices have their Gram matrices in the same order, whatever the groups.
+    Gram matrices of a group are factored together: on a GPU those of the same r. Ranks that share
+    matrices have them in the same order and begin a call at the same one, whatever the batches.
     """
-    groups: list[list[Tensor]] = []
-    for p in sorted(batches, key=lambda p: p.shape[2]):
-        last = groups[-1] if groups else []
-        numbers = (sum(map(len, last)) + len(p)) * p.shape[2] ** 2
-        is_alike = last and last[0].shape[2] == p.shape[2] and numbers <= GRAM_NUMBERS
-        if is_alike and not is_cpu(p):
-            last.append(p)
-        else:
-            groups.append([p])
-    return groups
+    calls: list[list[list[Tensor]]] = []
+    left = 0  # numbers for which the call has room
+    for batch in sorted(batches, key=lambda p: -p.shape[2]):
+        size, rest = batch.shape[2] ** 2, batch
+        while len(rest):
+            if not calls or left < size:
+                calls.append([])
+                left = GRAM_NUMBERS
+            p, rest = rest.tensor_split([max(1, left // size)])
+            left -= len(p) * size
+            groups = calls[-1]
+            if groups and groups[-1][0].shape[2] == p.shape[2] and not is_cpu(p):
+                groups[-1].append(p)
+            else:
+                groups.append([p])
+    return calls
 
 
 def _by_batch(group: Sequence[Tensor], values: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -315,15 +315,23 @@ def _kind(block: Block) -> tuple[int, int]:
     return len(block.matrices), int(place)
 
 
-def step_bytes(right: Sequence[int], fused: Sequence[int]) -> int:
+def step_bytes(right: Mapping[tuple[int, Any], int], fused: Iterable[int]) -> int:
     """Bytes that `dion_step` takes beside those of the exchange and of P.
 
     Args:
-        right: numbers of R by weight; column norms are taken of a float64 copy, by batch.
+        right: numbers of R by weight and shape of a rectangle; column norms are taken of a float64
+            copy, by batch.
         fused: numbers of each matrix of which a fused weight interleaves the rows; a copy of B is
             what B^T Q is computed from.
     """
-    return max(8 * max(min(sum(right), _BATCH_NUMBERS), *right, 0), 4 * max(fused, default=0))
+    blocks = defaultdict[Any, list[int]](list)
+    for (_, shape), numbers in right.items():
+        blocks[shape].append(numbers)
+    batches = [
+        min(sum(alike), max(1, _BATCH_NUMBERS // max(alike)) * max(alike))
+        for alike in blocks.values()
+    ]
+    return max(8 * max(batches, default=0), 4 * max(fused, default=0))
 
 
 def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:

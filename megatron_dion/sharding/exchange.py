@@ -1,8 +1,9 @@
 """Carries out a plan with torch.distributed: the collectives of a step and their buffers.
 
-The number of collectives of a step does not depend on the number of matrices; docs/design.md lists
-them. Each is started, then the step yields, then it waits. Only the orthonormalization does not
-yield: all ranks must yield equally often, and a rank that owns no P waits for nothing there.
+docs/design.md lists the collectives of a step; only sums of Gram matrices, of which 64 MiB are
+there at a time, grow in number with the matrices. Each is started, then the step yields, then it
+waits. Only the orthonormalization does not yield: all ranks must yield equally often, and a rank
+that owns no P waits for nothing there.
 """
 
 from collections import Counter
@@ -63,16 +64,16 @@ class ShardedExchange:
         parts = (self._left, self._right, self._norms)
         self.of_rectangles = list(zip(*(part.of_rectangles for part in parts), strict=True))
         self.nbytes = self._memory.nbytes + max(self._left_transit.nbytes, right_transit.nbytes)
-        right, matrices, pieces = Counter[int](), Counter[Any](), Counter[Any]()
+        right, matrices, pieces = (Counter[Any]() for _ in range(3))
         for (placement, rectangle), rows in zip(
             plan.rectangles, self._right.of_rectangles, strict=True
         ):
-            right[placement] += rows.numel()
+            right[placement, rows.shape] += rows.numel()
             matrices[placement, rectangle.matrix] += rectangle.numel
             pieces[placement, rectangle.matrix] += 1
         fused = [numbers for key, numbers in matrices.items() if pieces[key] > 1]
         dividing = orthonormalize_bytes(self._left.batches)
-        self.temporary_bytes = max(dividing, step_bytes(list(right.values()), fused))
+        self.temporary_bytes = max(dividing, step_bytes(right, fused))
         for buffers in (self._memory, self._left_transit, right_transit):
             buffers.free()
 

@@ -33,6 +33,10 @@ class Placement:
         return range((self.start + first) // shard, (end - 1) // shard + 1)
 
 
+LEAST_BUCKET = 40_000_000
+"""Elements of Megatron's smallest bucket where the user gives no size."""
+
+
 def dion_bucket_size(elements: int, usual: int) -> int:
     """Elements of a gradient bucket of Dion's: eight cut few matrices, and most of it overlaps."""
     return max(usual, -(-elements // 8))

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dion.algorithm.exchange import Steps
-from megatron_dion.algorithm.orthonormalize import GRAM_NUMBERS
 from megatron_dion.algorithm.step import copy_all, views_in
 from megatron_dion.sharding.buffers import Buffers
 from megatron_dion.sharding.collectives import Setup, all_reduce, all_to_all, ring_bytes
@@ -112,7 +111,7 @@ class _Rows:
         numbers = _NUMBERS.get(self.memory.device.type, _NUMBERS["cuda"])
         for shape, alike in groupby(self._views, key=lambda view: view.shape):
             views = list(alike)
-            most = max(1, min(numbers // max(shape.numel(), 1), GRAM_NUMBERS // shape[1] ** 2))
+            most = max(1, numbers // max(shape.numel(), 1))
             for first in range(0, len(views), most):
                 count, start = len(views[first : first + most]), views[first].storage_offset()
                 yield self.memory[start : start + count * shape.numel()].view(count, *shape)

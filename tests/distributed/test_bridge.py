@@ -62,8 +62,9 @@ def train_with_bridge(asked: str) -> tuple[str, list[float]]:
     from megatron.core.distributed import DistributedDataParallel
 
     from megatron_dion import DionConfig
-    from megatron_dion.bridge import use_dion
+    from megatron_dion import bridge as ours
     from megatron_dion.optimizer.options import DionOptions
+    from megatron_dion.optimizer.routing import weight_of
 
     optimizer_config = bridge.OptimizerConfig(lr=4e-3, min_lr=4e-3, weight_decay=0.1)
     optimizer_config.optimizer_cpu_offload = asked == "optimizer_cpu_offload"
@@ -72,11 +73,14 @@ def train_with_bridge(asked: str) -> tuple[str, list[float]]:
     ddp, model = bridge.DistributedDataParallelConfig(), SimpleNamespace(pre_wrap_hooks=[])
     config = SimpleNamespace(optimizer=optimizer_config, ddp=ddp, model=model)
     config.inprocess_restart = restart
-    use_dion(config, DionOptions(DionConfig(rank_fraction=0.25, seed=1)))
+    ddp.overlap_grad_reduce, ours.LEAST_BUCKET = True, 1
+    ours.use_dion(config, DionOptions(DionConfig(rank_fraction=0.25, seed=1)))
     config.optimizer.finalize()
     ddp.finalize()
     [hook] = model.pre_wrap_hooks
     chunk = DistributedDataParallel(made["transformer_config"], ddp, *hook([made["model"]]))
+    matrices = sum(p.numel() for p in chunk.parameters() if weight_of(p))
+    assert ddp.bucket_size == -(-matrices // 8)
     schedule = bridge.SchedulerConfig(lr_decay_iters=9, lr_warmup_iters=0)
     schedule.lr_decay_steps, schedule.lr_warmup_steps, schedule.wd_incr_steps = 9, 0, 9
     schedule.start_weight_decay = schedule.end_weight_decay = 0.1

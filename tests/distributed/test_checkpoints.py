@@ -27,7 +27,11 @@ EXPERTS = (
     "--num-layers 4 --num-experts 4 --moe-router-topk 4 --moe-router-load-balancing-type none"
     " --moe-token-dispatcher-type alltoall --moe-ffn-hidden-size 24 --clip-grad 0"
 ).split()
-COMMON = [*MODEL, *TRAINING, *DION, *"--seq-length 16 --max-position-embeddings 16".split()]
+# Compressed instances take the paper's update: all grids do.
+COMMON = [
+    *MODEL, *TRAINING, *DION,
+    *"--seq-length 16 --max-position-embeddings 16 --dion-residual none".split(),
+]  # fmt: skip
 
 EP2 = "--expert-model-parallel-size 2"
 # Ranks, samples of a rank at a time, flags.

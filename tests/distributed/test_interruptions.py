@@ -119,7 +119,8 @@ def start_run(
 ) -> list[Counter[str]]:
     ranks, micro, grid = TOPOLOGIES[topology]
     saved = folder / "checkpoints"
-    argv = [*RUN, *f"--clip-grad 0 --save-interval 2 {grid} {flags}".split()]
+    # Compressed instances take the paper's update: all topologies do.
+    argv = [*RUN, *f"--clip-grad 0 --dion-residual none --save-interval 2 {grid} {flags}".split()]
     argv += ["--micro-batch-size", str(micro), "--run-dir", str(folder)]
     argv += ["--load", str(saved), "--save", str(saved)]
     argv += ["--pretrained-checkpoint", str(folder.parent / "start")]

@@ -23,9 +23,8 @@ from tests.worlds import train, world
 SHAPE = GptShape(4, 72, 200, 4, 2, kv_channels=18, vocab=250, vocab_multiple=8, sequence=32)
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-BF16 = DionConfig(momentum_dtype="bf16", factor_dtype="bf16", comm_dtype="bf16", residual="rows")
+BF16 = DionConfig(momentum_dtype="bf16", factor_dtype="bf16", comm_dtype="bf16")
 BF16_FLAGS = "--dion-momentum-dtype bf16 --dion-factor-dtype bf16 --dion-comm-dtype bf16"
-ROWS = "--dion-residual rows"
 
 ADAM = "--optimizer adam --use-distributed-optimizer"
 MUON = "--optimizer muon --muon-tp-mode duplicated --use-distributed-optimizer"
@@ -58,7 +57,7 @@ CASES: dict[str, Case] = {
         {"bucket_size": 20000},
     ),
     "dion-tp2-dp2-bf16": (
-        f"{' '.join(DION)} {TP2} {BF16_FLAGS} {ROWS}",
+        f"{' '.join(DION)} {TP2} {BF16_FLAGS}",
         Topology(tp=2, dp=2),
         Optimizer("dion", BF16),
         {},

@@ -67,7 +67,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "full-rank": ("--dion-rank-fraction 1", {"rank_fraction": 1.0}),
     "rank1": ("--dion-rank-fraction 0.01", {"rank_fraction": 0.01}),
     "lion": ("--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1", {}),
-    "rows": ("--dion-residual rows", {"residual": "rows"}),
+    "paper": ("--dion-residual none", {"residual": "none"}),
 }
 # The first P of an output projection has a condition number of 7e5: two passes leave 7.5e-5.
 REFERENCE_TOLERANCE = {"full-rank": {"linear_proj": 1.5e-4}}
@@ -107,7 +107,7 @@ CASES = {
     "ep2-tp2-etp2": Case("experts", 4, f"{TP2} {EP2} --expert-tensor-parallel-size 2", 6),
     "heads-tp2-pp2": Case("gated", 4, f"{TP2} {PP2}", 6, option="heads"),
     "bf16-tp2-pp2": Case("dense", 4, f"{TP2} {PP2} {OVERLAP}", 6, "bf16"),
-    "overlap-rows-tp2-pp2-dp2": Case("dense", 8, f"{TP2} {PP2} {OVERLAP}", 6, option="rows"),
+    "overlap-paper-tp2-pp2-dp2": Case("dense", 8, f"{TP2} {PP2} {OVERLAP}", 6, option="paper"),
 }
 SLOW_CASES = {
     "dp4": Case("dense", 4, OVERLAP, 3),
@@ -126,7 +126,7 @@ SLOW_CASES = {
     },
 }
 SLOW_CASES |= {
-    f"rows-{name}": case._replace(option="rows")
+    f"paper-{name}": case._replace(option="paper")
     for name, case in (CASES | SLOW_CASES).items()
     if not case.option
 }

@@ -9,18 +9,16 @@ import pytest
 import torch
 
 from benchmarks._models import Topology, dion_on_pieces, gpt
-from benchmarks.gpu import host_waits, orthonormalize_errors, same_bits
+from benchmarks.gpu import host_waits, orthonormalize_errors, same_bits, sync_debug_mode
 from megatron_dion import DionConfig
 from megatron_dion.algorithm.orthonormalize import orthonormalize
 from megatron_dion.algorithm.products import matmul_precision
 from tests.distributed import sharded
 from tests.gpu.run import on_ranks
-from tests.unit.dion_cases import TOLERANCES, Comparison, assert_bitwise_equal, draw
+from tests.unit.dion_cases import OF_TF32, TOLERANCES, Comparison, assert_bitwise_equal, draw
 
 SHAPES = [(1, 7), (6, 1), (20, 6), (200, 136), (96, 160), (64, 256)]
 RESIDUALS = pytest.mark.parametrize("residual", ["none", "rows"])
-# Rounding the operands to 10 bits, on a CPU, leaves a tenth of these.
-OF_TF32 = {"weight": 2e-4, "momentum": 2e-3, "right_factor": 2e-2}
 
 
 @pytest.mark.parametrize(("batch", "rows", "rank"), [(3, 40, 8), (2, 300, 200), (1, 1500, 640)])
@@ -88,13 +86,10 @@ def test_the_host_never_waits_in_a_step_within_megatron(cuda: str, residual: Any
     dion = dion_on_pieces(shape, Topology(), config, device=cuda)
     dion.step()  # allocates the state, and makes the views of a step
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with sync_debug_mode("error"):
         dion.step()
         with pytest.raises(RuntimeError, match="synchronizing"):
             dion.param_groups[0]["params"][0].sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2), (2, 2)])

@@ -81,12 +81,26 @@ def test_dependent_columns_are_zero_whatever_the_order_of_sums(n: int, r: int, r
     torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
 
 
-def test_batches_of_the_same_rank_do_not_disturb_each_other() -> None:
+@pytest.mark.parametrize("numbers", [1, 130, module.GRAM_NUMBERS])
+def test_batches_of_the_same_rank_do_not_disturb_each_other(
+    monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    monkeypatch.setattr(module, "GRAM_NUMBERS", numbers)
     batches = [draw(2, 40, 8), draw(1, 30, 5), draw(3, 24, 8), draw(1, 300, 300)]
     alone = [orthonormal(p) for p in batches]
     orthonormalize(batches, one_process)
     for p, one in zip(batches, alone, strict=True):
         torch.testing.assert_close(p, one, rtol=0, atol=1e-5)
+
+
+def test_ranks_reduce_the_same_matrices_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rows of them make other batches."""
+    monkeypatch.setattr(module, "GRAM_NUMBERS", 130)
+    reduced: list[list[int]] = [[], []]
+    for sizes, (first, second) in zip(reduced, [(2, 3), (4, 1)], strict=True):
+        batches = [draw(first, 30, 8), draw(second, 29, 8), draw(3, 40, 5), draw(1, 40, 12)]
+        orthonormalize(batches, lambda tensor, _, sizes=sizes: sizes.append(len(tensor)))
+    assert reduced[0] == reduced[1] == [9, 144, 144, 128, 128, 128, 128, 114, 114, 25, 25]
 
 
 def test_dependent_columns_between_others() -> None:

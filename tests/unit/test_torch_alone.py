@@ -50,18 +50,25 @@ def test_every_part_of_the_benchmark_runs(environment: dict[str, str], tmp_path:
 
 
 def test_a_part_that_raises_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> Iterator[Any]:
         yield "begun", [{"a": 1}]
         raise RuntimeError("out of memory\nmore")
 
-    monkeypatch.setattr(benchmarks.gpu, "PARTS", (broken, benchmarks.gpu.first_steps))
+    def wrong(*_: Any) -> Iterator[Any]:
+        yield "bits", [{"right": "True"}, {"right": "False"}]
+
+    monkeypatch.setattr(benchmarks.gpu, "PARTS", (broken, benchmarks.gpu.first_steps, wrong))
     output = tmp_path / "gpu.json"
     assert benchmarks.gpu.main(["--tiny", "--device", "cpu", "--output", str(output)]) == 1
     tables = json.loads(output.read_text())["tables"]
-    assert list(tables) == ["1 begun", "1 failed", "2 first steps"]
+    assert list(tables) == ["1 begun", "1 failed", "2 first steps", "3 bits"]
     assert tables["1 failed"] == [{"error": "RuntimeError: out of memory"}]
+    assert capsys.readouterr().out.splitlines()[-1] == "wrong: 1 failed; 3 bits"
+    monkeypatch.setattr(benchmarks.gpu, "SECONDS", 0)
+    assert benchmarks.gpu.main(["--tiny", "--device", "cpu", "--output", str(output)]) == 0
+    assert list(json.loads(output.read_text())["tables"]) == ["1 skipped", "2 skipped", "3 skipped"]
 
 
 @pytest.mark.parametrize("flags", ["", "--device cuda --tiny"])

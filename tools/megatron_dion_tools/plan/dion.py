@@ -4,15 +4,15 @@ from collections import Counter
 
 import torch
 
-from megatron_dion.algorithm.orthonormalize import orthonormalize_flops
+from megatron_dion.algorithm.orthonormalize import GRAM_NUMBERS, orthonormalize_flops
 from megatron_dion.algorithm.step import IN_FLIGHT
 from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Rank
 from megatron_dion.sharding.matrices import compression_pays
-from megatron_dion.sharding.plan import make_plan, sets_of
+from megatron_dion.sharding.plan import Plan, make_plan, sets_of
 from megatron_dion_tools.plan.stage import Stage, numel_of, place
-from megatron_dion_tools.plan.updates import Collective, Update
+from megatron_dion_tools.plan.updates import LAUNCH_NUMBERS, Collective, Update
 
 _PLANNED = 16
 """A grid with no more ranks is planned rank by rank; of a larger one only the busiest ranks are."""
@@ -59,6 +59,7 @@ def dion(stage: Stage) -> Update:
         products=most["products"],
         float32_products=most["float32 products"],
         factorizations=most["factorizations"],
+        launches=most["launches"],
         collectives=[
             Collective(
                 "dion",
@@ -104,6 +105,7 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
         exchange = ShardedExchange(plan, Groups(), torch.device("meta"), replicas)
         load.update(exchange.bytes_sent())
         buffers.append(exchange.nbytes)
+        load["launches"] += round(launches(plan, exchange.has_residual))
         load["temporaries"] = max(load["temporaries"], exchange.temporary_bytes)
         for _, rectangle in plan.rectangles:
             products = 6 if exchange.has_residual else 8  # three, or four, with m n r each
@@ -115,3 +117,30 @@ def _load(layout: Layout, rank: Rank, sets: list[tuple[list[int], int]]) -> Coun
             load["float32 products"] -= orthonormalize_flops(0, r)
     load["exchange"] = sum(sorted(buffers)[-IN_FLIGHT:])
     return load
+
+
+def launches(plan: Plan, has_residual: bool) -> float:
+    """About how many kernels the step of a plan starts, by what a count finds of each kind."""
+    config, matrices = plan.layout.config, plan.layout.matrices
+    pieces = Counter((p, rectangle.matrix) for p, rectangle in plan.rectangles)
+    # The rectangles of a matrix are one block, and so are equal matrices of a weight.
+    blocks = {
+        (p, each.rows, each.columns, each.matrix if pieces[p, each.matrix] > 1 else None)
+        for p, each in plan.rectangles
+    }
+    shapes = {(rows, columns) for _, rows, columns, _ in blocks}
+    is_shared = plan.layout.grid.tensor_parallel_size > 1
+    rounded = (config.momentum_dtype, config.factor_dtype, config.comm_dtype)
+    of_block = 5 + has_residual + is_shared + sum(dtype != "fp32" for dtype in rounded)
+    elements = sum(rectangle.numel for _, rectangle in plan.rectangles)
+    passes = len(shapes) * 7 + elements / LAUNCH_NUMBERS
+    by_rank, by_shape = Counter[int](), Counter[tuple[int, int]]()
+    for tile in plan.owner_hop.sums:
+        r = matrices[tile.matrix].rank
+        by_rank[r] += 1
+        by_shape[tile.stop - tile.start, r] += 1
+    orthonormalizing = 10 + 35 * sum(-(-n * r**2 // GRAM_NUMBERS) for r, n in by_rank.items())
+    for (rows, r), n in by_shape.items():
+        calls = -(-n * r * max(r, rows // 2) // GRAM_NUMBERS)  # P of one has up to twice as many
+        orthonormalizing += calls * (3 + 4 * min(4, -(-r // 256)))
+    return passes * (1 + has_residual) + len(blocks) * of_block + orthonormalizing

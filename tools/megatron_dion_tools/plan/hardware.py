@@ -20,6 +20,7 @@ class Hardware:
     network: float
     ranks_per_node: int = 8
     latency: float = 30e-6
+    launch: float = 5e-6
     product_share: float = 0.6
     factorization_share: float = 0.1
     bandwidth_share: float = 0.8

@@ -17,7 +17,8 @@ in the type of its weights, Muon's in bf16, Dion's with B, M and W in TF32 or wh
 --dion-fp32-matmul-prec says, those that orthonormalize in float32), factorizations
 {factorization_share:.0%} of its float32 rate, memory {bandwidth_share:.0%}, links {link_share:.0%},
 a collective {latency:.0e} s besides. Both links work at a time. A step is the sum of its parts,
-each on the rank where it takes longest; nothing of Dion's exchange is hidden. Gradients are reduced
+each on the rank where it takes longest; nothing of Dion's exchange is hidden. The host takes
+{launch:.0e} s to start a kernel, and the step is no shorter than all of that. Gradients are reduced
 behind a micro batch's backward pass and weights gathered behind its forward pass; what takes longer
 is exposed. The pipeline is 1F1B."""
 
@@ -33,7 +34,9 @@ class Prediction:
         memory: bytes by kind, of the rank that needs most.
         collectives: of the stage that sends most in each.
         operations: of the optimizer, on the rank with most.
-        step: seconds of the optimizer's step by part, in the stage where it is longest.
+        launches: kernels that the optimizer starts, in the stage with most, about.
+        step: seconds of the optimizer's step by part, in the stage where it is longest; `starting`
+            is by how much it takes longer to start its kernels.
         seconds: of an iteration.
     """
 
@@ -41,6 +44,7 @@ class Prediction:
     memory: dict[str, float]
     collectives: list[Collective]
     operations: float
+    launches: float
     step: dict[str, float]
     seconds: float
 
@@ -70,7 +74,7 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         ValueError: Megatron could not divide the model in this way, in words that name flags.
     """
     rate = (machine.half if run.weight_bytes == 2 else machine.single) * machine.product_share
-    memories, operations, steps, slots, exposed = [], [], [], [], []
+    memories, operations, launches, steps, slots, exposed = [], [], [], [], [], []
     most_sent: dict[tuple[str, str], Collective] = {}
     for stage in _distinct_stages(run):
         update = _UPDATES[run.optimizer.kind](stage)
@@ -84,7 +88,10 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         forward, backward = model_work(stage)
         memories.append(memory(stage, update))
         operations.append(update.products + update.float32_products + update.factorizations)
-        steps.append({**_computing(stage, update, machine), "exchange": waits["step"]})
+        launches.append(update.launches)
+        step = {**_computing(stage, update, machine), "exchange": waits["step"]}
+        starting = max(update.launches * machine.launch - _total(step), 0.0)
+        steps.append({**step, "starting": starting})
         slots.append((forward + backward) / rate + waits["layer"] / run.micro_batches)
         exposed.append(
             max(waits["backward"] - backward / rate, 0) + max(waits["forward"] - forward / rate, 0)
@@ -97,6 +104,7 @@ def predict(run: Run, machine: Hardware) -> Prediction:
         memory=max(memories, key=_total),
         collectives=list(most_sent.values()),
         operations=max(operations),
+        launches=max(launches),
         step=step,
         seconds=seconds,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_dion.algorithm.config import DionConfig
-from megatron_dion.sharding.layout import Placement, dion_bucket_size
+from megatron_dion.sharding.layout import LEAST_BUCKET, Placement, dion_bucket_size
 from megatron_dion.sharding.matrices import Weight
 from megatron_dion_tools.plan.models import GptShape
 from megatron_dion_tools.plan.topology import Topology
@@ -138,7 +138,7 @@ def default_bucket_size(data_parallel_size: int, pipeline_stage: int = 0) -> int
     the first (MC/distributed/distributed_data_parallel.py:68, :105). The data-parallel size is that
     of all instances together, with context-parallel ranks.
     """
-    return max(40_000_000, 1_000_000 * data_parallel_size) if pipeline_stage == 0 else None
+    return max(LEAST_BUCKET, 1_000_000 * data_parallel_size) if pipeline_stage == 0 else None
 
 
 def place(

@@ -41,6 +41,7 @@ def overview(predictions: Sequence[Prediction], limit: float) -> str:
                 "step's network": quantity(one.sent(True, "step"), "sent"),
                 "step's node": quantity(one.sent(False, "step"), "sent"),
                 "operations": quantity(one.operations, "FLOP"),
+                "launches": f"{one.launches:.0f}",
                 **{part: quantity(seconds, "s") for part, seconds in one.step.items()},
                 "step": quantity(one.step_seconds, "s"),
                 "iteration": quantity(one.seconds, "s"),

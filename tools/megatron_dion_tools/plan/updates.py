@@ -14,6 +14,11 @@ ADAMW_BYTES = 46
 Gradient (norm, clipping, update) 4 + 8 + 4, moments 16, master 8, model's weight 6.
 """
 
+LAUNCH_NUMBERS = 320 * 65536
+"""Numbers of float32 that a kernel over many tensors changes at most."""
+_MUON_LAUNCHES = 25
+"""Of a matrix: three products in each of five iterations, and what is before and after them."""
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -53,6 +58,7 @@ class Update:
         products: operations of products in the optimizer's precision, 2 m n k each.
         float32_products: operations of products that are float32 in any case.
         factorizations: operations of Cholesky factorizations.
+        launches: kernels that are started, about.
         collectives: what is sent within the step, besides Megatron's own.
     """
 
@@ -62,13 +68,15 @@ class Update:
     products: float = 0.0
     float32_products: float = 0.0
     factorizations: float = 0.0
+    launches: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
 
 
 def adamw(stage: Stage) -> Update:
     """AdamW over the distributed optimizer."""
     elements = stage.matrices / stage.group.size
-    return Update(elements, {"momenta": 8 * elements}, ADAMW_BYTES * elements)
+    launches = 1 + -(-elements // LAUNCH_NUMBERS)
+    return Update(elements, {"momenta": 8 * elements}, ADAMW_BYTES * elements, launches=launches)
 
 
 def muon(stage: Stage) -> Update:
@@ -83,10 +91,13 @@ def muon(stage: Stage) -> Update:
     turns = [*range(ranks), *reversed(range(ranks))]
     elements: defaultdict[int, int] = defaultdict(int)
     products: defaultdict[int, int] = defaultdict(int)
+    launches: defaultdict[int, int] = defaultdict(int)
     for number, weight in enumerate(sorted(stage.weights, key=numel_of)):
         owner = turns[number % len(turns)]
         elements[owner] += numel_of(weight)
-        products[owner] += sum(newton_schulz(*s) for s in _muon_matrices(weight, is_gathered))
+        matrices = list(muon_matrices(weight, is_gathered))
+        products[owner] += sum(newton_schulz(*each) for each in matrices)
+        launches[owner] += _MUON_LAUNCHES * len(matrices)
     most = max(elements.values())
     gathered = 4 * (tensor.size - 1) * most * is_gathered
     calls = -(-len(stage.weights) // ranks)
@@ -96,6 +107,7 @@ def muon(stage: Stage) -> Update:
         # Momentum, Nesterov's combination, input and output of the iteration, decay and update.
         bytes_passed=62 * most,
         products=max(products.values()),
+        launches=max(launches.values()),
         collectives=[Collective("muon gathers", tensor, gathered, calls)],
     )
 
@@ -106,7 +118,7 @@ def newton_schulz(rows: int, columns: int, steps: int = 5) -> int:
     return steps * (4 * small**2 * large + 2 * small**3)
 
 
-def _muon_matrices(weight: Weight, is_gathered: bool) -> Iterator[tuple[int, int]]:
+def muon_matrices(weight: Weight, is_gathered: bool) -> Iterator[tuple[int, int]]:
     """What Megatron's Muon takes for matrices: query, key, value, and any other weight whole."""
     rows, columns = weight.rows, weight.columns
     if is_gathered:
