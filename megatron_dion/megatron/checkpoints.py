@@ -1,14 +1,17 @@
 """What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import errors, folders, hashes
@@ -19,7 +22,6 @@ from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
-from megatron_dion.megatron.flags import as_flag
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MODEL_ONLY, Loading, Source, megatron_keys
 from megatron_dion.optimizer.options import DionOptions
@@ -31,34 +33,14 @@ _RATES = (
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("apply_wd_to_qk_layernorm", "use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
-# What changes what a model computes, or learns, and neither the shape of a weight that it has nor
-# how many layers there are, at which Megatron looks. Weights that only the saved model had are lost.
-_FUNCTION = (
+# What else makes a model what it is, beside the fields of Megatron's configuration of one.
+_MODEL = (
     *("vocab_size", "untie_embeddings_and_output_weights", "position_embedding_type"),
-    *("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "rope_type"),
-    *("no_rope_freq", "mscale", "mscale_all_dim", "mrope_section"),
-    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
-    *("yarn_correction_range_round_to_int", "relative_attention_num_buckets"),
-    *("relative_attention_max_distance", "window_size", "window_attn_skip_freq", "softmax_type"),
-    *("softmax_scale", "qk_layernorm", "qk_l2_norm", "add_qkv_bias", "add_bias_linear"),
-    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
-    *("swiglu", "squared_relu", "openai_gelu", "quick_geglu", "glu_linear_offset"),
-    *("activation_func_clamp_value", "mup_embedding_mult", "mup_output_mult"),
-    *("mup_attn_scale_power", "hidden_dropout", "attention_dropout"),
-    *("moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    *("moe_router_topk", "moe_router_num_groups", "moe_router_group_topk"),
-    *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
-    *("moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_apply_probs_on_input"),
-    *("moe_router_force_load_balancing", "moe_router_load_balancing_type", "moe_input_jitter_eps"),
-    *("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_aux_loss_coeff"),
-    *("moe_z_loss_coeff", "mtp_num_layers", "mtp_loss_scaling_factor", "mtp_use_repeated_layer"),
+    *("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    *("rope_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_correction_range_round_to_int", "relative_attention_num_buckets"),
+    *("relative_attention_max_distance", "swiglu", "squared_relu", "openai_gelu", "quick_geglu"),
 )
-_FLAGS = {  # that have another name than their argument
-    "layernorm_epsilon": "--norm-epsilon",
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-}
 _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
 _SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
@@ -162,9 +144,9 @@ class Loader:
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         self._check_vocabulary(facts.args)
-        if changed := self._differences(facts.args, _FUNCTION):
-            self._say(f"changed since it was saved: {changed}")
-        if self._differences(facts.args, ["tokenizer_sha256"]):
+        if changed := _differences(facts.args, self._args, _names_of_model(), False):
+            self._say(f"the model has changed since it was saved: {changed}")
+        if _differences(facts.args, self._args, ["tokenizer_sha256"]):
             self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
@@ -239,14 +221,9 @@ class Loader:
         with in_one_line("--switch-optimizer"):
             return Loading(optimizer, self._switch(facts, here))
 
-    def _differences(self, saved: argparse.Namespace, names: Sequence[str]) -> str:
-        runs = [vars(args) for args in (saved, self._args)]
-        flags = {name: _FLAGS.get(name, as_flag(name, True)) for name in names}
-        return changes(*({flags[n]: run[n] for n in names if n in run} for run in runs))
-
     def _check_rates(self, saved: argparse.Namespace) -> None:
         """Groups have those of the command line, whatever the scheduler takes."""
-        flags = self._differences(saved, _RATES)
+        flags = _differences(saved, self._args, _RATES)
         if flags and not self._args.override_opt_param_scheduler:
             raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:
@@ -254,7 +231,7 @@ class Loader:
 
     def _check_vocabulary(self, saved: argparse.Namespace) -> None:
         """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
-        line = self._differences(saved, ["padded_vocab_size"])
+        line = _differences(saved, self._args, ["padded_vocab_size"])
         if line and not self._args.padded_vocab_size_is_given:
             raise CheckpointError(
                 f"{self._folder}: {line}: add --padded-vocab-size with the saved number, or with"
@@ -310,8 +287,27 @@ class Loader:
             f"{scalars} are kept, all other optimizer state begins anew"
         )
         rules = facts.record.rules if facts.record else None
-        dtype = getattr(facts.args, "params_dtype", torch.float32)
-        return Source(rules, momentum, False, keeps_scalars, facts.keys if dion else None, dtype)
+        if dion is None:
+            return Source(rules, momentum, False, keeps_scalars)
+        has_scales = any(vars(facts.args).get(f"fp{bits}_param_gather") for bits in (4, 8))
+        dtype = None if has_scales else facts.args.params_dtype
+        return Source(rules, momentum, False, keeps_scalars, facts.keys, dtype)
+
+
+def _differences(
+    saved: argparse.Namespace, here: argparse.Namespace, names: Iterable[str], is_flag: bool = True
+) -> str:
+    """A line of `changes`, of the arguments that both runs have."""
+    keys = {name: f"--{name.replace('_', '-')}" if is_flag else name for name in names}
+    runs = vars(saved), vars(here)
+    return changes(*({key: run[name] for name, key in keys.items() if name in run} for run in runs))
+
+
+def _names_of_model() -> list[str]:
+    """Arguments that make a model what it is, on every topology."""
+    of_model, of_topology = fields(MLATransformerConfig), fields(ModelParallelConfig)
+    names = {one.name for one in of_model} - {one.name for one in of_topology}
+    return [*_MODEL, *sorted(name for name in names if "pipeline" not in name)]
 
 
 def explained(folder: Path | None) -> AbstractContextManager[None]:

@@ -65,10 +65,10 @@ def _blends(args: argparse.Namespace) -> list[Any]:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     blends = blend_per_split or [blend]
     for prefixes, weights in filter(None, blends):
-        for prefix, weight in zip(prefixes, weights or ()):
+        for prefix, weight in zip(prefixes, weights or [1] * len(prefixes), strict=True):
             refuse(
-                f"the weight {weight:g} of the data {prefix} (--data-path WEIGHT PREFIX ...) must be"
-                " positive and finite: correct it, or leave out both",
+                f"--data-path {weight:g} {prefix}: the weight must be positive and finite: correct"
+                " it, or leave out both",
                 when=not 0 < weight < math.inf,
             )
     return blends
@@ -158,11 +158,9 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
     looked at: tensor-parallel embeddings take one that is too large for a vector of zeros.
     Checkpoints keep what identifies the tokenizer.
     """
-    if args.rank != 0:  # one rank reads for all
-        return
     identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
     args.tokenizer_sha256 = identity
-    if args.mock_data:
+    if args.mock_data or args.rank != 0:  # one rank reads for all
         return
     names = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
     flags = [as_flag(name, True) for name in names if getattr(args, name)]

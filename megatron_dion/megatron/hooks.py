@@ -32,6 +32,7 @@ from megatron_dion.megatron.run_directory import (
     replace_file,
     write_config,
 )
+from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.routing import tag_matrices, weight_of
@@ -54,7 +55,6 @@ class TrainingHooks:
         self._args_of_choice: argparse.Namespace | None = None
         self._options = DionOptions()
         self._defaults: dict[str, Any] = {}
-        self._routing = ""
 
     def install(self) -> None:
         """Stand between a script and the functions of megatron.training that it will call."""
@@ -179,14 +179,15 @@ class TrainingHooks:
 
     def _set_up(self, stock: Stock, *others: Any, **options: Any) -> Any:
         """As megatron.training.training's; a refused checkpoint leaves an earlier run's files."""
-        result, args = stock(*others, **options), get_args()
+        model, optimizer, *more = stock(*others, **options)
+        args = get_args()
         folder = Path(args.run_dir) if args.run_dir and args.rank == 0 else None
         # An evaluation says nothing new about the run that trained.
         if folder and not (args.skip_train and (folder / CONFIG).exists()):
             write_config(folder, args, self._defaults)
-            if self._routing:
-                replace_file(folder / "routing.tsv", self._routing)
-        return result
+            if isinstance(optimizer, DionChainedOptimizer):
+                replace_file(folder / "routing.tsv", optimizer.routing_table.to_tsv())
+        return model, optimizer, *more
 
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
@@ -203,7 +204,6 @@ class TrainingHooks:
             self._options.rules.check_patterns(route.parameter for route in table.routes)
         if args.rank == 0:
             say(table.summary())
-        self._routing = table.to_tsv()
         return optimizer
 
 
@@ -211,8 +211,19 @@ def validate_as_megatron(
     args: argparse.Namespace, validate: Callable[[], argparse.Namespace]
 ) -> argparse.Namespace:
     """Megatron's validation of a run, with its objections in one line."""
+    is_async = args.async_save
+    # Its process asks CUDA for a device, dies without one, and the run waits for it for ever.
+    refuse(
+        "--use-persistent-ckpt-worker needs a GPU: leave out --async-save",
+        when=is_async and args.use_persistent_ckpt_worker and args.device == "cpu",
+    )
     with in_one_line("megatron refuses these arguments"):
         args = validate()
+    refuse(
+        "Megatron ignores --async-save without --use-persistent-ckpt-worker: add it, or leave both"
+        " out",
+        when=is_async and not args.async_save,
+    )
     if args.optimizer == "dion":
         validation.restore_distributed_optimizer(args)
     if args.fp8_param_gather:

@@ -88,6 +88,6 @@ def read_metrics(path: Path) -> list[Record]:
             record = json.loads(line)
             record["iteration"]
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is damaged: mend it, or take it out") from error
+            raise ValueError(f"{path}:{number} is damaged: mend or remove the line") from error
         records.append(record)
     return sorted(records, key=lambda record: record["iteration"])  # an evaluation may come late

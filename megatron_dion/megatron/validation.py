@@ -142,14 +142,14 @@ def check_schedule(args: argparse.Namespace) -> None:
         when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
     refuse("--eval-interval must be at least 1 (see --eval-iters)", when=not args.eval_interval)
-    refuse(
-        f"--log-interval must be at least 1, not {args.log_interval}", when=args.log_interval < 1
-    )
+    for name in ("log_interval", "tensorboard_log_interval"):
+        flag = as_flag(name, value := getattr(args, name))
+        refuse(f"{flag}: it must be at least 1", when=value < 1)
 
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
-    is_never = args.save and args.save_interval is None
+    is_never = args.save and (args.save_interval or 0) < 1
     refuse(f"--save {args.save} needs --save-interval ITERATIONS", when=is_never)
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
@@ -157,21 +157,6 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
     refuse(
         "--no-checkpoint-hashes contradicts --verify-integrity: leave one of them out",
         when=args.no_checkpoint_hashes and args.verify_integrity,
-    )
-
-
-def check_async_saving(args: argparse.Namespace) -> None:
-    """What an asynchronous save is made by has to be asked for, and to run on this device."""
-    has_worker = args.use_persistent_ckpt_worker
-    refuse(
-        "Megatron ignores --async-save without --use-persistent-ckpt-worker: add it, or leave both"
-        " out",
-        when=args.async_save and not has_worker,
-    )
-    # Its process asks CUDA for a device, dies without one, and the run waits for it for ever.
-    refuse(
-        "--use-persistent-ckpt-worker needs a GPU: leave out --async-save",
-        when=args.async_save and has_worker and args.device == "cpu",
     )
 
 
@@ -209,7 +194,7 @@ OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
     *(check_dion_surroundings, check_ignored, check_muon, check_latent_attention, check_fp8),
-    *(check_schedule, check_checkpoint_flags, check_async_saving, check_packages),
+    *(check_schedule, check_checkpoint_flags, check_packages),
 )
 
 # What pretrain_gpt.py adds, since another script may read its data in another way.

@@ -1,6 +1,7 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
 import math
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_dion.optimizer.checkpoint import Loading, Source, sharded_state
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.routing import RoutingTable, routes_by_rules
+from megatron_dion.optimizer.routing import Route, RoutingTable, routes_by_rules
 from megatron_dion.optimizer.rules import in_order_of_layers
 
 
@@ -76,11 +77,9 @@ class DionChainedOptimizer(ChainedOptimizer):
     def get_grad_norm(self) -> float:
         """As the base class; without a loss scaler a norm that is not finite is an error.
 
-        Of any parameter's gradient, Dion's or not, or because the sum overflows: a step would ruin
-        weights that no later step mends. `--no-check-for-nan-in-loss-and-grad` turns off Megatron's
-        own check, which takes a pass over all gradients in each step. This one stays, since it takes
-        none: the norm is known to the host of every rank, so all ranks raise. A finite
-        `grad_norm_skip_threshold` still skips the step where the norm is infinite.
+        The host of every rank knows the norm, so all ranks raise, without a pass over gradients
+        that are finite. `--no-check-for-nan-in-loss-and-grad` turns off Megatron's own check only.
+        A step that `grad_norm_skip_threshold` skips is no error.
 
         Raises:
             FloatingPointError: names the parameters; nothing has changed.
@@ -91,11 +90,8 @@ class DionChainedOptimizer(ChainedOptimizer):
         if math.isfinite(norm) or is_skipped or has_scaler:
             return norm
         routes = (routes_by_rules(chunk, self.record.rules) for chunk in self.model_chunks)
-        broken = [
-            route.parameter
-            for parameter, route in chain.from_iterable(routes)
-            if not parameter.main_grad.isfinite().all()
-        ]
+        parameters: Iterable[tuple[Any, Route]] = chain.from_iterable(routes)
+        broken = [r.parameter for p, r in parameters if not p.main_grad.isfinite().all()]
         names = sorted(set(gather(broken)), key=in_order_of_layers)
         named = ", ".join(names) or f"the norm of all together is {norm}"
         raise FloatingPointError(f"gradient is not finite: {named}")

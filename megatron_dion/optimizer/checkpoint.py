@@ -50,7 +50,7 @@ class Source(NamedTuple):
     right_factors: bool = True
     scalars: bool = True  # the state of the parameters that Dion does not update
     keys: Mapping[str, str] | None = None  # of Megatron's optimizers, where they differ from ours
-    dtype: torch.dtype = torch.float32  # of the model's weights in the checkpoint
+    dtype: torch.dtype | None = None  # to which the checkpoint's model was rounded; None: unknown
 
 
 def megatron_keys(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
@@ -118,13 +118,13 @@ class Loading:
         Raises:
             RuntimeError: on all ranks; master weights of another optimizer are not of this model.
         """
-        weights = [] if self._source.keys is None else list(self._weights())
+        saved = self._source.dtype
+        weights = [] if saved is None else list(self._weights())
         for name, tensor in self._tensors.items():
             tensor.data.copy_(state_dict["state"][name])
             if f".{MOMENTUM}." in tensor.key:
                 tensor.data.mul_(self._source.momentum)
-        saved = self._source.dtype
-        differing = [p for p, weight, master in weights if not _is_rounded(master, weight, saved)]
+        differing = [p for p, w, master in weights if saved and not is_rounded(master, w, saved)]
         if names := gather([self._name_of(parameter) for parameter in differing]):
             raise RuntimeError(
                 "master weights in it are not the weights of the model beside them:"
@@ -157,14 +157,14 @@ class Loading:
         return next(route.parameter for one, route in routes if one is parameter)
 
 
-def _is_rounded(master: Tensor, weight: Tensor, saved: torch.dtype = torch.float32) -> bool:
-    """Whether a weight is a master weight, rounded to the type that a checkpoint has, and to its own.
+def is_rounded(master: Tensor, weight: Tensor, saved: torch.dtype) -> bool:
+    """Whether a weight is a master weight, rounded to the type in the checkpoint and to its own.
 
-    To the nearest number, within half a unit of the last place; float32 rounds nothing.
+    To the nearest number of each type, which one of a tie is open; float32 rounds nothing.
     """
-    types = [torch.finfo(one) for one in {weight.dtype, saved} - {torch.float32}]
-    relative = sum(one.eps / 2 for one in types)
-    absolute = sum(one.tiny * one.eps / 2 for one in types)
+    types = [torch.finfo(dtype) for dtype in {saved, weight.dtype} - {torch.float32}]
+    relative = prod(1 + one.eps / 2 for one in types) - 1
+    absolute = sum(one.smallest_normal * one.eps / 2 for one in types)
     return torch.allclose(weight.float(), master.float(), rtol=relative, atol=absolute)
 
 

@@ -42,8 +42,6 @@ def save_in_background() -> None:
     """
     from megatron.training import arguments
 
-    from megatron_dion.megatron import validation
-
     stock = arguments.validate_args
 
     def validate(args: Any, defaults: Any) -> Any:
@@ -53,8 +51,6 @@ def save_in_background() -> None:
         return args
 
     arguments.validate_args = validate
-    checks = validation.OF_ALL_SCRIPTS
-    validation.OF_ALL_SCRIPTS = tuple(c for c in checks if c is not validation.check_async_saving)
 
 
 def records_of(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
