@@ -59,7 +59,7 @@ def set_aside(path: Path, iterations_done: float) -> None:
     its content, only a last line that a killed process left unfinished is lost.
     """
     kept: list[Record] = []
-    for record in read_metrics(path):
+    for record in _read(path):
         if record["iteration"] > iterations_done:
             append(path.with_suffix(".replaced.jsonl"), record)
         else:
@@ -81,6 +81,11 @@ def read_metrics(path: Path) -> list[Record]:
     Raises:
         ValueError: A line is damaged; the message names it.
     """
+    # An evaluation may come late.
+    return sorted(_read(path), key=lambda record: record["iteration"])
+
+
+def _read(path: Path) -> list[Record]:
     records = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -90,4 +95,4 @@ def read_metrics(path: Path) -> list[Record]:
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path}:{number} is damaged: mend or remove the line") from error
         records.append(record)
-    return sorted(records, key=lambda record: record["iteration"])  # an evaluation may come late
+    return records
