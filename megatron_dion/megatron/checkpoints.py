@@ -27,7 +27,11 @@ from megatron_dion.optimizer.checkpoint import MODEL_ONLY, Loading, Source, mega
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.record import Record, changes
 
-# What decides a group's learning rate or weight decay beside what Megatron's scheduler compares.
+# What decides a group's learning rate or weight decay: in a checkpoint's schedule, and beside it.
+_SCHEDULE = (
+    *("lr_decay_style", "lr_decay_iters", "lr_decay_samples", "weight_decay"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "train_iters", "train_samples"),
+)
 _RATES = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
@@ -222,8 +226,9 @@ class Loader:
             return Loading(optimizer, self._switch(facts, here))
 
     def _check_rates(self, saved: argparse.Namespace) -> None:
-        """Groups have those of the command line, whatever the scheduler takes."""
-        flags = _differences(saved, self._args, _RATES)
+        """Groups have the rates of the command line, whatever the scheduler takes."""
+        schedule = () if self._args.use_checkpoint_opt_param_scheduler else _SCHEDULE
+        flags = _differences(saved, self._args, (*_RATES, *schedule))
         if flags and not self._args.override_opt_param_scheduler:
             raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:
@@ -307,6 +312,7 @@ def _names_of_model() -> list[str]:
     """Arguments that make a model what it is, on every topology."""
     of_model, of_topology = fields(MLATransformerConfig), fields(ModelParallelConfig)
     names = {one.name for one in of_model} - {one.name for one in of_topology}
+    names.discard("num_query_groups")  # which training.py:554 changes during a run
     return [*_MODEL, *sorted(name for name in names if "pipeline" not in name)]
 
 

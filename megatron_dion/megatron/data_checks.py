@@ -55,6 +55,11 @@ def check_data(args: argparse.Namespace) -> None:
             " and no --test-data-path",
             when=not args.full_validation or len(blends := _blends(args)) == 1 or blends[2],
         )
+        names, sets = args.validation_set_names, len(blends[1][0])
+        refuse(
+            f"{as_flag('validation_set_names', names)}: the {sets} sets need a name each",
+            when=names and not len(names) == len({*names}) == sets,
+        )
 
 
 def _blends(args: argparse.Namespace) -> list[Any]:

@@ -234,6 +234,11 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
             " --multiple-validation-sets --full-validation",
             "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets",
         ),
+        (
+            "--train-data-path {0} --valid-data-path {0} {0} --multiple-validation-sets"
+            " --full-validation --validation-set-names a a",
+            "--validation-set-names a a: the 2 sets need a name each",
+        ),
     ],
 )
 def test_runs_without_data_are_refused(prefix: str, flags: str, named: str) -> None:
