@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import megatron_dion
 from megatron_dion import Dion
+from megatron_dion.algorithm.step import views_in
 from megatron_dion.optimizer.binding import Distribution
 from megatron_dion.sharding.collectives import Groups
 from megatron_dion.sharding.layout import Placement
@@ -198,11 +199,20 @@ def _silent_collectives() -> Iterator[None]:
                 patch.stop()
 
 
-def with_gradients(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-    """Parameters of fake CUDA memory, to be made within a call that is counted."""
+def with_gradients(
+    shapes: Sequence[tuple[int, ...]], in_one_buffer: bool = False
+) -> list[torch.nn.Parameter]:
+    """Parameters of fake CUDA memory, to be made within a call that is counted.
+
+    Their gradients may be views of one tensor, as Megatron's are.
+    """
     parameters = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    if in_one_buffer:
+        buffer = torch.empty(sum(map(torch.numel, gradients)), device="cuda")
+        gradients = views_in(buffer, shapes)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     return parameters
 
 
@@ -231,7 +241,9 @@ def sharded(
     def build() -> Dion:
         pieces = {i: p.piece(data[1], data[0]) for i, p in enumerate(placements)}
         sizes = {i: stop - start for i, (start, stop) in pieces.items() if stop > start}
-        tensors = dict(zip(sizes, with_gradients([(n,) for n in sizes.values()]), strict=True))
+        tensors = dict(
+            zip(sizes, with_gradients([(n,) for n in sizes.values()], True), strict=True)
+        )
         groups: Any = [Group(*g) if g[0] > 1 else None for g in (tensor, data, (replicas, 0))]
         dion = Dion(list(tensors.values()), weight_decay=0.1, **options)
         dion.distribute(Distribution(placements, tensors, torch.device("cuda:0"), Groups(*groups)))

@@ -23,7 +23,7 @@ sum over those that share rows; an `Exchange` carries out these sums across proc
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 _BATCH_NUMBERS = 1 << 25
-"""Numbers of a batch of several blocks, at most, 128 MiB."""
+"""Numbers that are copied together, of several blocks; 128 MiB."""
 
 IN_FLIGHT = 2
 """Steps under way at a time in `interleave`."""
@@ -126,14 +126,16 @@ def dion_step(
     _load_right(blocks)
     yield from exchange.gather_right()
     exchange.clear_left()
-    _project_left(blocks, config)
+    operands = [(b.total, b.right_factor, b.left_factor, b.projection) for b in blocks]
+    batches = _batches(operands, blocks)
+    _project_left(blocks, batches, config)
     sections = yield from exchange.sum_left()
     orthonormalize(sections, exchange.reduce_rows)
     yield from exchange.spread_left()
-    _project_right(blocks, config)
+    _project_right(blocks, batches, config)
     yield from exchange.sum_right()
     exchange.clear_norms()
-    _measure(blocks, exchange, is_measured)
+    _measure(blocks, batches, exchange, is_measured)
     yield from exchange.sum_norms()
     _update(blocks, exchange, config, learning_rates, weight_decays)
 
@@ -161,35 +163,55 @@ def _load_right(blocks: Sequence[Block]) -> None:
             block.right_factor[..., block.stored_columns].copy_(block.stored_right)
 
 
-def _project_left(blocks: Sequence[Block], config: DionConfig) -> None:
+def _project_left(blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig) -> None:
     with matmul_precision(config.fp32_matmul_prec):
-        for block in blocks:
-            total = block.multiplied_rows(block.total)
-            right = block.multiplied_rows(block.right_factor)
-            _add_products(block.left_factor, total.mT, right)
+        for members, (total, right, left, _) in batches:
+            rows = blocks[members[0]].multiplied
+            _add_products(left, _narrow(total, rows, dim=2), _narrow(right, rows, dim=2))
 
 
-def _project_right(blocks: Sequence[Block], config: DionConfig) -> None:
+def _project_right(blocks: Sequence[Block], batches: Sequence[Batch], config: DionConfig) -> None:
     with matmul_precision(config.fp32_matmul_prec):
-        for block in blocks:
-            projection = block.multiplied_rows(block.projection)  # (k, rows, r)
-            if projection is not block.projection:
-                block.projection.zero_()
-            total = block.multiplied_rows(block.total)
-            torch.bmm(total, block.left_factor.expand(len(total), -1, -1), out=projection)
+        for members, (total, _, left, projection) in batches:
+            rows = blocks[members[0]].multiplied
+            part = _narrow(projection, rows, dim=2)  # (n, k, rows, r)
+            if part is not projection:
+                projection.zero_()
+            lefts = left.expand(-1, total.shape[1], -1, -1)  # (n, k, columns, r)
+            for each in _in_few(_narrow(total, rows, dim=2), lefts, part):
+                torch.bmm(each[0], each[1], out=each[2])
 
 
 def _add_products(left: Tensor, total: Tensor, right: Tensor) -> None:
-    """Adds total (k, columns, rows) times right (k, rows, r) to left: to one, or to each of k."""
-    if len(left) == len(total):
-        left.baddbmm_(total, right)
+    """Adds total^T right to left, of which a matrix of k rectangles has one.
+
+    Args:
+        left: (n, c, columns, r).
+        total: (n, k, rows, columns).
+        right: (n, k, rows, r).
+    """
+    if left.shape[1] == total.shape[1]:
+        for into, rows, factors in _in_few(left, total, right):
+            into.baddbmm_(rows.mT, factors)
     elif is_cpu(total):
-        left[0].addbmm_(total, right)
+        left[0, 0].addbmm_(total[0].mT, right[0])
     else:
-        left[0].addmm_(total.mT.flatten(0, 1).T, right.flatten(0, 1))
+        count = batch_size(len(total), total[0].numel())
+        for into, rows, factors in zip(
+            *(t.split(count) for t in (left, total, right)), strict=True
+        ):
+            into.squeeze(1).baddbmm_(rows.flatten(1, 2).mT, factors.flatten(1, 2))
 
 
-def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> None:
+def _in_few(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Parts (n, ...) or (k, ...) of tensors (n, k, ...), whichever are fewer."""
+    dim = int(tensors[0].shape[0] > tensors[0].shape[1])
+    return zip(*(tensor.unbind(dim) for tensor in tensors), strict=True)
+
+
+def _measure(
+    blocks: Sequence[Block], batches: Sequence[Batch], exchange: Exchange, is_measured: bool
+) -> None:
     """Squared norms of this process's part of the columns of R, the rows of B and, if asked for, B.
 
     Those of R are float64: the order of a sum, which differs between topologies, does not show
@@ -198,20 +220,25 @@ def _measure(blocks: Sequence[Block], exchange: Exchange, is_measured: bool) -> 
     counted = [block for block in blocks if block.counted.stop > block.counted.start]
     squares: dict[int, Tensor] = {}  # by matrix
     rows_of = [(_narrow(block.projection, block.counted, dim=1),) for block in counted]
-    for members, (rows,) in _batches(rows_of, [_kind(block) for block in counted]):
+    for members, (rows,) in _batches(rows_of, counted, _BATCH_NUMBERS):
         is_one = len(counted[members[0]].matrices) == 1
         sums = rows.double().square_().sum(dim=(1, 2) if is_one else 2)  # (n, c r)
         matrices = [k for i in members for k in counted[i].matrices]
         for matrix, square in zip(matrices, sums.view(-1, rows.shape[3]), strict=True):
             squares[matrix] = squares[matrix] + square if matrix in squares else square
     copy_all([exchange.column_squares[k] for k in squares], list(squares.values()))
-    totals = [block.multiplied_rows(block.total) for block in blocks]
     if exchange.has_residual and blocks:
-        row_squares = [block.multiplied_rows(block.row_squares) for block in blocks]
-        copy_all(row_squares, [torch.linalg.vector_norm(total, dim=2) for total in totals])
+        row_norms: list[Tensor] = []
+        for members, (total, *_) in batches:
+            rows = _narrow(total, blocks[members[0]].multiplied, dim=2)
+            row_norms += torch.linalg.vector_norm(rows, dim=3)  # (k, rows) each
+        order = [blocks[i] for members, _ in batches for i in members]
+        row_squares = [block.multiplied_rows(block.row_squares) for block in order]
+        copy_all(row_squares, row_norms)
         torch._foreach_mul_(row_squares, row_squares)
     if is_measured:
-        for block, total in zip(blocks, totals, strict=True):
+        for block in blocks:
+            total = block.multiplied_rows(block.total)
             by_matrix = total.flatten(0, 1) if len(block.matrices) == 1 else total
             parts = by_matrix.view(len(block.matrices), -1, total.shape[2])
             norms = torch.linalg.vector_norm(parts, dim=(1, 2), dtype=torch.float64)
@@ -233,7 +260,7 @@ def _update(
     projections = [_clone_if(b.is_copied, b.projection) for b in blocks]  # (k, rows, r)
     lefts = [_clone_if(b.is_copied, b.left_factor) for b in blocks]  # (c, columns, r)
     rows = [(right, b.stored_right) for right, b in zip(projections, blocks, strict=True)]
-    batches = _batches(rows, [_kind(block) for block in blocks])
+    batches = _batches(rows, blocks, _BATCH_NUMBERS)
     order = [i for members, _ in batches for i in members]
     norms = torch.cat([exchange.column_squares[k] for i in order for k in blocks[i].matrices])
     norms.sqrt_()
@@ -258,8 +285,8 @@ def _update(
                 if scales is not None:
                     block.weight.addcmul_(block.total, scales[n], value=-length)
     if exchange.has_residual:
-        rectangles = [rectangle for block in blocks for rectangle in block.total]
-        torch._foreach_mul_(rectangles, config.momentum)
+        for _, (total,) in _batches([(block.total,) for block in blocks], blocks):
+            total.mul_(config.momentum)
     rounded = [block for block in blocks if block.momentum is not block.total]
     copy_all([block.momentum for block in rounded], [block.total for block in rounded])
 
@@ -309,10 +336,11 @@ def _row_scales(
     return scales
 
 
-def _kind(block: Block) -> tuple[int, int]:
+def _kind(block: Block) -> tuple[Any, ...]:
     """The same for the blocks that layers have at the same place of a weight."""
     place = block.weight.storage_offset() - block.parameter.storage_offset()
-    return len(block.matrices), int(place)
+    rows = (block.multiplied, block.counted)
+    return len(block.matrices), int(place), *((part.start, part.stop) for part in rows)
 
 
 def step_bytes(right: Mapping[tuple[int, Any], int], fused: Iterable[int]) -> int:
@@ -322,26 +350,32 @@ def step_bytes(right: Mapping[tuple[int, Any], int], fused: Iterable[int]) -> in
         right: numbers of R by weight and shape of a rectangle; column norms are taken of a float64
             copy, by batch.
         fused: numbers of each matrix of which a fused weight interleaves the rows; a copy of B is
-            what B^T Q is computed from.
+            what B^T Q is computed from, of several matrices at a time.
     """
     blocks = defaultdict[Any, list[int]](list)
     for (_, shape), numbers in right.items():
         blocks[shape].append(numbers)
-    batches = [
-        min(sum(alike), max(1, _BATCH_NUMBERS // max(alike)) * max(alike))
-        for alike in blocks.values()
-    ]
-    return max(8 * max(batches, default=0), 4 * max(fused, default=0))
+    copies = [(8, len(alike), max(alike)) for alike in blocks.values()]
+    copies += [(4, count, numbers) for numbers, count in Counter(fused).items()]
+    return max((size * batch_size(n, each) * each for size, n, each in copies), default=0)
 
 
-def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[Batch]:
+def batch_size(count: int, numbers: int) -> int:
+    """How many of `count` blocks of so many numbers each are copied together."""
+    return min(count, max(1, _BATCH_NUMBERS // numbers))
+
+
+def _batches(
+    rows: Sequence[tuple[Tensor, ...]], blocks: Sequence[Block], limit: float = math.inf
+) -> list[Batch]:
     """Makes one tensor (n, *shape) of those of one kind and shape at equal distances in memory.
 
     On a CPU each is alone: it is still in the cache when it is used again.
 
     Args:
         rows: the tensors of each block; in a batch each of them is at equal distances.
-        kinds: of each block.
+        blocks: the blocks.
+        limit: numbers of a batch of several blocks, at most, in the first tensor of each.
     """
     if rows and is_cpu(rows[0][0]):
         return [Batch([i], [t.unsqueeze(0) for t in each]) for i, each in enumerate(rows)]
@@ -350,12 +384,12 @@ def _batches(rows: Sequence[tuple[Tensor, ...]], kinds: Sequence[Any]) -> list[B
     steps: dict[int, list[int]] = {}  # by the first member of a run, its distances
     for i in sorted(range(len(rows)), key=lambda i: offsets[i]):
         alike = [(t.untyped_storage().data_ptr(), t.shape, t.stride()) for t in rows[i]]
-        run = runs[(kinds[i], *alike)]
+        run = runs[(_kind(blocks[i]), *alike)]
         last = run[-1] if run else []
         before = offsets[last[-1]] if last else offsets[i]
         step = [here - there for here, there in zip(offsets[i], before, strict=True)]
         is_even = last and min(step) > 0 and steps.setdefault(last[0], step) == step
-        if is_even and (len(last) + 1) * rows[i][0].numel() <= _BATCH_NUMBERS:
+        if is_even and (len(last) + 1) * rows[i][0].numel() <= limit:
             last.append(i)
         else:
             run.append([i])

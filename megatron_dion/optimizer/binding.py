@@ -96,7 +96,8 @@ class Binding:
         for index, tensor in distribution.tensors.items():
             if not state[tensor]:
                 state[tensor].update(self._first_state(index, tensor))
-        _join_memory([state[tensor] for tensor in distribution.tensors.values()], "right_factor")
+        _join_memory(state, "momentum")
+        _join_memory(state, "right_factor")
         compressed, dense = _by_gradient_sync(distribution, config)
         self._dense = [distribution.tensors[i] for i in dense if i in distribution.tensors]
         self._drifting = [distribution.tensors[i] for i in compressed if i in distribution.tensors]
@@ -240,14 +241,15 @@ class Binding:
         )
 
 
-def _join_memory(states: Sequence[dict[str, Tensor]], name: str) -> None:
+def _join_memory(state: State, name: str) -> None:
     """Makes one piece of memory of a state of all tensors, where few calls can change it."""
-    tensors = [state[name] for state in states]
+    states = [each for each in state.values() if each]
+    tensors = [each[name] for each in states]
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1:
         memory = torch.cat([tensor.flatten() for tensor in tensors])
         views = views_in(memory, [tensor.shape for tensor in tensors])
-        for state, view in zip(states, views, strict=True):
-            state[name] = view
+        for each, view in zip(states, views, strict=True):
+            each[name] = view
 
 
 def _by_gradient_sync(

@@ -67,30 +67,30 @@ CASES = {
 
 BF16 = {"comm_dtype": "bf16", "momentum_dtype": "bf16", "factor_dtype": "bf16"}
 STEPS: list[tuple[str, int, dict[str, Any]]] = [
-    ("plain", 377, {"residual": "none"}),
-    ("plain", 460, {}),
-    ("8B", 3266, {}),
-    ("8B TP2 DP8", 504, {"residual": "none"}),
-    ("8B TP2 DP8", 608, {}),
-    ("8B TP2 DP8, default buckets", 493, {"residual": "none"}),
-    ("8B TP2 DP8, default buckets", 593, {}),
-    ("8B TP2 DP8, default buckets", 501, {"rank_fraction": 1 / 16}),
-    ("8B TP2 DP8, default buckets", 738, BF16),
+    ("plain", 315, {"residual": "none"}),
+    ("plain", 342, {}),
+    ("8B", 2353, {}),
+    ("8B TP2 DP8", 484, {"residual": "none"}),
+    ("8B TP2 DP8", 566, {}),
+    ("8B TP2 DP8, default buckets", 399, {"residual": "none"}),
+    ("8B TP2 DP8, default buckets", 442, {}),
+    ("8B TP2 DP8, default buckets", 350, {"rank_fraction": 1 / 16}),
+    ("8B TP2 DP8, default buckets", 587, BF16),
     ("8B TP1 DP64", 185, {"residual": "none"}),
     ("8B TP1 DP64", 226, {}),
     ("8B TP1 DP64", 212, {"rank_fraction": 1 / 32}),
-    ("8B TP2 DP8", 1576, {"rank_fraction": 1.0}),
+    ("8B TP2 DP8", 1534, {"rank_fraction": 1.0}),
     ("8B TP1 DP64", 229, {"momentum_dtype": "bf16"}),
     ("8B TP1 DP64", 230, {"comm_dtype": "bf16"}),
     ("8B TP1 DP64", 226, {"fp32_matmul_prec": "medium"}),
     ("8B TP1 DP64", 242, {"factor_dtype": "bf16", "comm_dtype": "bf16"}),
     ("8B TP1 DP64", 223, {"exchange_sets": 1, "rank_multiple_of": 16}),
     ("8B TP1 DP64", 232, {"exchange_sets": 4, "fp32_matmul_prec": "highest"}),
-    ("8B TP2 DP8", 510, {"replicas": 2}),
-    ("8B TP2 DP8", 542, {"replicas": 2, "comm_dtype": "bf16"}),
-    ("experts, DP8", 222, {"residual": "none"}),
-    ("experts, DP8", 288, {}),
-    ("experts, DP8", 236, {"replicas": 2, "rank_fraction": 0.5}),  # gradients are averaged
+    ("8B TP2 DP8", 490, {"replicas": 2}),
+    ("8B TP2 DP8", 522, {"replicas": 2, "comm_dtype": "bf16"}),
+    ("experts, DP8", 182, {"residual": "none"}),
+    ("experts, DP8", 224, {}),
+    ("experts, DP8", 196, {"replicas": 2, "rank_fraction": 0.5}),  # gradients are averaged
 ]
 
 
@@ -102,7 +102,7 @@ def test_a_step_does_not_wait_and_copies_nothing(
     # A plain Dion looks for gradients that are not finite; within Megatron, their norm is known.
     assert len(counts.waits) == (case == "plain"), counts.waits
     assert (counts.copies, counts.host_tensors) == ([], [])
-    assert launches / 1.15 < counts.modelled < 1.15 * launches, counts.modelled
+    assert launches / 1.1 < counts.modelled < 1.1 * launches, counts.modelled
     assert counts.launches == launches, counts.lines.most_common(20)
     assert counts.peak / 1.03 < counts.planned < 1.3 * counts.peak, (counts.peak, counts.planned)
 

@@ -1,11 +1,12 @@
 """Dion's part in a step, from the plans by which training itself works."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 
 from megatron_dion.algorithm.orthonormalize import GRAM_NUMBERS, orthonormalize_flops
-from megatron_dion.algorithm.step import IN_FLIGHT
+from megatron_dion.algorithm.step import IN_FLIGHT, batch_size
 from megatron_dion.sharding.collectives import TORCH_DTYPES, Groups
 from megatron_dion.sharding.exchange import ShardedExchange
 from megatron_dion.sharding.layout import Grid, Layout, Rank
@@ -123,17 +124,22 @@ def launches(plan: Plan, has_residual: bool) -> float:
     """About how many kernels the step of a plan starts, by what a count finds of each kind."""
     config, matrices = plan.layout.config, plan.layout.matrices
     pieces = Counter((p, rectangle.matrix) for p, rectangle in plan.rectangles)
-    # The rectangles of a matrix are one block, and so are equal matrices of a weight.
-    blocks = {
-        (p, each.rows, each.columns, each.matrix if pieces[p, each.matrix] > 1 else None)
-        for p, each in plan.rectangles
-    }
-    shapes = {(rows, columns) for _, rows, columns, _ in blocks}
+    blocks: Counter[tuple[Any, ...]] = Counter()  # numbers of R, by what is computed together
+    for p, each in plan.rectangles:
+        # The rectangles of a matrix are one block, and so are equal matrices of a weight.
+        matrix = each.matrix if pieces[p, each.matrix] > 1 else None
+        rank = matrices[each.matrix].rank
+        blocks[p, matrix, each.rows, each.columns, rank] += each.rows * rank
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for (_, matrix, *shape), numbers in blocks.items():
+        alike[matrix is None, *shape].append(numbers)
+    batches = sum(-(-len(n) // batch_size(len(n), max(n))) for n in alike.values())
     is_shared = plan.layout.grid.tensor_parallel_size > 1
     rounded = (config.momentum_dtype, config.factor_dtype, config.comm_dtype)
-    of_block = 5 + has_residual + is_shared + sum(dtype != "fp32" for dtype in rounded)
-    elements = sum(rectangle.numel for _, rectangle in plan.rectangles)
-    passes = len(shapes) * 7 + elements / LAUNCH_NUMBERS
+    of_block = 2 + is_shared + sum(dtype != "fp32" for dtype in rounded)
+    passes = sum(rectangle.numel for _, rectangle in plan.rectangles) / LAUNCH_NUMBERS
+    if blocks:
+        passes += 12 + 9 * batches + has_residual * (15 + 4 * batches)
     by_rank, by_shape = Counter[int](), Counter[tuple[int, int]]()
     for tile in plan.owner_hop.sums:
         r = matrices[tile.matrix].rank
@@ -143,4 +149,4 @@ def launches(plan: Plan, has_residual: bool) -> float:
     for (rows, r), n in by_shape.items():
         calls = -(-n * r * max(r, rows // 2) // GRAM_NUMBERS)  # P of one has up to twice as many
         orthonormalizing += calls * (3 + 4 * min(4, -(-r // 256)))
-    return passes * (1 + has_residual) + len(blocks) * of_block + orthonormalizing
+    return passes + len(blocks) * of_block + orthonormalizing
