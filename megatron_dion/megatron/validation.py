@@ -101,10 +101,10 @@ def check_ignored(args: argparse.Namespace) -> None:
 def check_muon(args: argparse.Namespace) -> None:
     """Megatron's layer-wise optimizers have no loss scale, which training reads, without bf16."""
     is_layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
-    is_stock = args.optimizer not in ("adam", "sgd", "dion")
+    is_emerging = args.optimizer not in ("adam", "sgd", "dion")
     refuse(
-        f"--optimizer {args.optimizer} --use-distributed-optimizer needs --bf16",
-        when=is_stock and is_layer_wise and not args.bf16,
+        f"--optimizer {args.optimizer} with --use-distributed-optimizer or --fp16: give it --bf16",
+        when=is_emerging and (is_layer_wise or args.fp16) and not args.bf16,
     )
 
 

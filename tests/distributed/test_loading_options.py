@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dion import DionConfig
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
 from megatron_dion.megatron.run_directory import read_metrics
+from megatron_dion.optimizer.record import Record
+from megatron_dion.optimizer.rules import RoutingRules
 from tests.distributed.tiny_gpt import DION, MODEL, TP2, TRAINING, losses, records_of
 from tests.unit.test_command_line import exit_of_rank
 from tests.worlds import in_host, world
@@ -169,6 +173,23 @@ def test_masters_are_known_by_their_rounding() -> None:
     ties = (bits + 0x8000).int().view(torch.float32)
     [found] = world(1).fork(roundings, torch.cat([masters, ties, -ties]))
     assert all(found), found
+
+
+def rounded_to(saved: Sequence[dict[str, Any]]) -> list[torch.dtype | None]:
+    """On a rank: how the weights of AdamW's checkpoints are rounded that these arguments wrote."""
+    from megatron_dion.megatron.checkpoints import Choice, Facts, Loader
+
+    here = Namespace(optimizer="dion", switch_optimizer=True)
+    loader = Loader(Choice(Path(), 4), here, False)
+    record = Record(DionConfig(), RoutingRules(), "adam")
+    facts = (Facts("adam", None, True, Namespace(**args), {}, None) for args in saved)
+    return [loader._switch(one, record).dtype for one in facts]
+
+
+def test_masters_of_weights_with_scales_are_not_compared() -> None:
+    bf16: dict[str, Any] = {"params_dtype": torch.bfloat16}
+    [found] = world(1).fork(rounded_to, [bf16, bf16 | {"fp8_param_gather": True}])
+    assert found == [torch.bfloat16, None]
 
 
 @pytest.mark.parametrize("dtype", ["--bf16", "--no-gradient-accumulation-fusion"])

@@ -64,7 +64,7 @@ MISTAKES = [
     ("--eval-interval 0", "--eval-interval must be at least 1"),
     ("--log-interval 0", "--log-interval 0: it must be at least 1"),
     ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it must be at least 1"),
-    ("--optimizer muon", "--optimizer muon --use-distributed-optimizer needs --bf16"),
+    ("--optimizer muon", "--optimizer muon with --use-distributed-optimizer or --fp16: give it"),
     ("--dump-param-to-param-group-map x", "--dump-param-to-param-group-map x: its groups are"),
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
     ("--tensor-model-parallel-size 3", "not divisible by"),
