@@ -227,8 +227,13 @@ class Loader:
 
     def _check_rates(self, saved: argparse.Namespace) -> None:
         """Groups have the rates of the command line, whatever the scheduler takes."""
-        schedule = () if self._args.use_checkpoint_opt_param_scheduler else _SCHEDULE
-        flags = _differences(saved, self._args, (*_RATES, *schedule))
+        here = self._args
+        names: tuple[str, ...] = _RATES
+        # Megatron's scheduler counts samples, and compares those of other batches itself.
+        has_batch = vars(saved).get("global_batch_size") == here.global_batch_size
+        if has_batch and not here.use_checkpoint_opt_param_scheduler:
+            names += _SCHEDULE
+        flags = _differences(saved, here, names)
         if flags and not self._args.override_opt_param_scheduler:
             raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:

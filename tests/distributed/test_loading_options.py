@@ -294,6 +294,7 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (DION, "--decoupled-lr 1e-3", "dion", "--decoupled-lr None (saved), 0.001 (here)"),
     (DION, "--decoupled-min-lr 1e-5", "dion", "--decoupled-min-lr None (saved), 1e-05 (here)"),
     (DION, "--weight-decay 0.2", "dion", "--weight-decay 0.1 (saved), 0.2 (here): use the saved"),
+    (DION, "--lr-decay-iters 40 --global-batch-size 6", "dion", "for warmup iterations do not ma"),
     (DION, "--lr-decay-iters 9", "dion", "--lr-decay-iters 20 (saved), 9 (here): use the saved"),
     (DION, "--dion-extra-scale-factor 2", "dion", "1.0 (saved), 2.0 (here): use the saved values"),
     (DION, "--dion-scalar-lr-mult 2", "dion", "--dion-scalar-lr-mult 1.0 (saved), 2.0 (here)"),
