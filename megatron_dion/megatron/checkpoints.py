@@ -230,11 +230,11 @@ class Loader:
         here = self._args
         names: tuple[str, ...] = _RATES
         # Megatron's scheduler counts samples, and compares those of other batches itself.
-        has_batch = vars(saved).get("global_batch_size") == here.global_batch_size
-        if has_batch and not here.use_checkpoint_opt_param_scheduler:
+        is_same_batch = vars(saved).get("global_batch_size") == here.global_batch_size
+        if is_same_batch and not here.use_checkpoint_opt_param_scheduler:
             names += _SCHEDULE
         flags = _differences(saved, here, names)
-        if flags and not self._args.override_opt_param_scheduler:
+        if flags and not here.override_opt_param_scheduler:
             raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:
             self._say(f"changed since it was saved: {flags}")
