@@ -64,8 +64,8 @@ NEEDED = {
         use_layer_wise_distributed_optimizer""",
     "training/global_vars.py": "build_tokenizer",
     "training/training.py": """
-        pretrain() get_megatron_optimizer load_checkpoint train_step(optimizer) evaluate()
-        training_log(loss_dict,learning_rate,iteration,grad_norm,skipped_iter)
+        pretrain() setup_model_and_optimizer() get_megatron_optimizer load_checkpoint evaluate()
+        train_step(optimizer) training_log(loss_dict,learning_rate,iteration,grad_norm,skipped_iter)
         evaluate_and_print_results(prefix,iteration)""",
     "training/checkpointing.py": "read_metadata() load_args_from_checkpoint() dist_checkpointing",
 }

@@ -1,14 +1,17 @@
 """What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dion.checkpointing import errors, folders, hashes
@@ -19,28 +22,33 @@ from megatron_dion.checkpointing.folders import Choice
 from megatron_dion.checkpointing.saving import Saver
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.errors import in_one_line, say
-from megatron_dion.megatron.flags import as_flag
 from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.checkpoint import MODEL_ONLY, Loading, Source, megatron_keys
 from megatron_dion.optimizer.options import DionOptions
-from megatron_dion.optimizer.record import Record
+from megatron_dion.optimizer.record import Record, changes
 
-# What decides a group's learning rate or weight decay beside what Megatron's scheduler compares.
+# What decides a group's learning rate or weight decay: in a checkpoint's schedule, and beside it.
+_SCHEDULE = (
+    *("lr_decay_style", "lr_decay_iters", "lr_decay_samples", "weight_decay"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "train_iters", "train_samples"),
+)
 _RATES = (
     *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-    *("decoupled_weight_decay", "apply_wd_to_qk_layernorm"),
-    *("use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
+    *("apply_wd_to_qk_layernorm", "use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
-# What changes the function that a model computes, and not the shape of a weight.
-_FUNCTION = (
-    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "window_size"),
-    *("normalization", "swiglu", "squared_relu"),
+# What else makes a model what it is, beside the fields of Megatron's configuration of one.
+_MODEL = (
+    *("vocab_size", "untie_embeddings_and_output_weights", "position_embedding_type"),
+    *("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    *("rope_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_correction_range_round_to_int", "relative_attention_num_buckets"),
+    *("relative_attention_max_distance", "swiglu", "squared_relu", "openai_gelu", "quick_geglu"),
 )
 _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
 _SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
+_OVERRIDE = "use the saved values, or --override-opt-param-scheduler"
 _ERRORS_OF_LOADING = (
     *(AssertionError, KeyError, OSError, RuntimeError),
     *(CheckpointException, CheckpointingException),
@@ -140,8 +148,10 @@ class Loader:
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         self._check_vocabulary(facts.args)
-        if changed := self._differences(facts.args, _FUNCTION):
-            self._say(f"changed since it was saved: {changed}")
+        if changed := _differences(facts.args, self._args, _names_of_model(), False):
+            self._say(f"the model has changed since it was saved: {changed}")
+        if _differences(facts.args, self._args, ["tokenizer_sha256"]):
+            self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
             if args.no_load_optim:
@@ -215,24 +225,23 @@ class Loader:
         with in_one_line("--switch-optimizer"):
             return Loading(optimizer, self._switch(facts, here))
 
-    def _differences(self, saved: argparse.Namespace, names: Sequence[str]) -> str:
-        here = vars(self._args)
-        both = ((name, getattr(saved, name, here.get(name)), here.get(name)) for name in names)
-        return "; ".join(f"{as_flag(n, a)} (saved), {b} (here)" for n, a, b in both if a != b)
-
     def _check_rates(self, saved: argparse.Namespace) -> None:
-        """Groups have those of the command line, whatever the scheduler takes."""
-        flags = self._differences(saved, _RATES)
-        if flags and not self._args.override_opt_param_scheduler:
-            raise CheckpointError(
-                f"{self._folder}: {flags}: use the saved values, or --override-opt-param-scheduler"
-            )
+        """Groups have the rates of the command line, whatever the scheduler takes."""
+        here = self._args
+        names: tuple[str, ...] = _RATES
+        # Megatron's scheduler counts samples, and compares those of other batches itself.
+        is_same_batch = vars(saved).get("global_batch_size") == here.global_batch_size
+        if is_same_batch and not here.use_checkpoint_opt_param_scheduler:
+            names += _SCHEDULE
+        flags = _differences(saved, here, names)
+        if flags and not here.override_opt_param_scheduler:
+            raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
         if flags:
             self._say(f"changed since it was saved: {flags}")
 
     def _check_vocabulary(self, saved: argparse.Namespace) -> None:
         """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
-        line = self._differences(saved, ["padded_vocab_size"])
+        line = _differences(saved, self._args, ["padded_vocab_size"])
         if line and not self._args.padded_vocab_size_is_given:
             raise CheckpointError(
                 f"{self._folder}: {line}: add --padded-vocab-size with the saved number, or with"
@@ -244,11 +253,12 @@ class Loader:
     def _go_on(self, here: Record, saved: Record) -> Source:
         """What a run of Dion takes from a checkpoint of Dion's."""
         reinit, switch = self._reinit_factors, self._args.switch_optimizer
-        factors, routes, scalars, free = saved.differences(here).values()
+        factors, routes, scalars, rates, free = saved.differences(here).values()
         for text, is_allowed, advice in (
             (routes, False, "with other routes the state has another owner; use the saved values"),
             (factors, reinit, f"use the saved values, or {_REINIT}"),
             (scalars, switch, f"use the saved one, or {_SWITCH}"),
+            (rates, self._args.override_opt_param_scheduler, _OVERRIDE),
         ):
             if text and not is_allowed:
                 raise CheckpointError(f"{self._folder}: {text}: {advice}")
@@ -257,8 +267,8 @@ class Loader:
             self._say(f"right factors begin anew, momenta are kept: {cause}")
         if scalars:
             self._say(f"state of scalar parameters begins anew: {scalars}")
-        if free:
-            self._say(f"changed since it was saved: {free}")
+        if changed := "; ".join(filter(None, (rates, free))):
+            self._say(f"changed since it was saved: {changed}")
         return Source(saved.rules, right_factors=not reinit, scalars=not scalars)
 
     def _switch(self, facts: Facts, dion: Record | None) -> Source:
@@ -287,7 +297,28 @@ class Loader:
             f"{scalars} are kept, all other optimizer state begins anew"
         )
         rules = facts.record.rules if facts.record else None
-        return Source(rules, momentum, False, keeps_scalars, facts.keys if dion else None)
+        if dion is None:
+            return Source(rules, momentum, False, keeps_scalars)
+        has_scales = any(vars(facts.args).get(f"fp{bits}_param_gather") for bits in (4, 8))
+        dtype = None if has_scales else facts.args.params_dtype
+        return Source(rules, momentum, False, keeps_scalars, facts.keys, dtype)
+
+
+def _differences(
+    saved: argparse.Namespace, here: argparse.Namespace, names: Iterable[str], is_flag: bool = True
+) -> str:
+    """A line of `changes`, of the arguments that both runs have."""
+    keys = {name: f"--{name.replace('_', '-')}" if is_flag else name for name in names}
+    runs = vars(saved), vars(here)
+    return changes(*({key: run[name] for name, key in keys.items() if name in run} for run in runs))
+
+
+def _names_of_model() -> list[str]:
+    """Arguments that make a model what it is, on every topology."""
+    of_model, of_topology = fields(MLATransformerConfig), fields(ModelParallelConfig)
+    names = {one.name for one in of_model} - {one.name for one in of_topology}
+    names.discard("num_query_groups")  # which training.py:554 changes during a run
+    return [*_MODEL, *sorted(name for name in names if "pipeline" not in name)]
 
 
 def explained(folder: Path | None) -> AbstractContextManager[None]:

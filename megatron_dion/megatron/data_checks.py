@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -54,15 +55,28 @@ def check_data(args: argparse.Namespace) -> None:
             " and no --test-data-path",
             when=not args.full_validation or len(blends := _blends(args)) == 1 or blends[2],
         )
+        names, sets = args.validation_set_names, len(blends[1][0])
+        refuse(
+            f"{as_flag('validation_set_names', names)}: the {sets} sets need a name each",
+            when=names and not len(names) == len({*names}) == sets,
+        )
 
 
 def _blends(args: argparse.Namespace) -> list[Any]:
     """Paths and weights of all datasets: one blend that is split, or one of each split."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    with in_one_line("--data-args-path, --per-split-data-args-path"):
+    with in_one_line("--data-path, --data-args-path, --per-split-data-args-path"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return blend_per_split or [blend]
+    blends = blend_per_split or [blend]
+    for prefixes, weights in filter(None, blends):
+        for prefix, weight in zip(prefixes, weights or [1] * len(prefixes), strict=True):
+            refuse(
+                f"--data-path {weight:g} {prefix}: the weight must be positive and finite: correct"
+                " it, or leave out both",
+                when=not 0 < weight < math.inf,
+            )
+    return blends
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
@@ -147,7 +161,10 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
 
     `megatron-dion data` writes PREFIX.json. Of the tokens, the first 2^27 of each dataset are
     looked at: tensor-parallel embeddings take one that is too large for a vector of zeros.
+    Checkpoints keep what identifies the tokenizer.
     """
+    identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
+    args.tokenizer_sha256 = identity
     if args.mock_data or args.rank != 0:  # one rank reads for all
         return
     names = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -157,7 +174,6 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
         f"{', '.join(flags)}: {flag} {args.tokenizer_model} has no end token, leave it out",
         when=flags and not has_end_token(tokenizer),
     )
-    identity, vocabulary = identity_of(tokenizer), tokenizer.vocab_size
     for prefix in data_prefixes(args):
         notes = Path(f"{prefix}.json")
         with in_one_line(f"{notes} does not describe the data"):

@@ -24,7 +24,15 @@ from megatron_dion.megatron.flags import (
 )
 from megatron_dion.megatron.patches import Stock
 from megatron_dion.megatron.recorder import Recorder, log_diagnostics
-from megatron_dion.megatron.run_directory import CONFIG, replace_file, write_config
+from megatron_dion.megatron.run_directory import (
+    CONFIG,
+    METRICS,
+    STARTS,
+    read_metrics,
+    replace_file,
+    write_config,
+)
+from megatron_dion.optimizer.chain import DionChainedOptimizer
 from megatron_dion.optimizer.factory import get_megatron_dion_optimizer
 from megatron_dion.optimizer.options import DionOptions
 from megatron_dion.optimizer.routing import tag_matrices, weight_of
@@ -56,6 +64,7 @@ class TrainingHooks:
         if self._script_is_ours:
             patches.wrap("build_tokenizer", load_tokenizer)
         patches.wrap("pretrain", self._pretrain)
+        patches.wrap("setup_model_and_optimizer", self._set_up)
         patches.wrap("get_megatron_optimizer", self._build)
         patches.wrap("_compute_per_buffer_param_layout", self._lay_out)
         patches.use_packaged_dataset_helpers()
@@ -148,12 +157,12 @@ class TrainingHooks:
             with in_one_line(f"{flag} {folder} cannot be made"):
                 Path(folder).mkdir(parents=True, exist_ok=True)
             refuse(f"{flag} {folder} cannot be written to", when=not os.access(folder, os.W_OK))
+            for name in (METRICS, STARTS) if flag == "--run-dir" else ():
+                with in_one_line(flag):
+                    read_metrics(Path(folder) / name)
         if args.rank == 0:
             device = "CPU (no GPU is used)" if args.device == "cpu" else "CUDA"
             say(f"{args.world_size} processes on {device}")
-            # An evaluation says nothing new about the run that trained.
-            if args.run_dir and not (args.skip_train and (Path(args.run_dir) / CONFIG).exists()):
-                write_config(Path(args.run_dir), args, self._defaults)
 
     def _tag(self, model_chunks: Any) -> Any:
         """Marks the matrices of a model, before mixed precision and DDP wrap it."""
@@ -167,6 +176,18 @@ class TrainingHooks:
             size = dion_bucket_size(sum(parameter.numel() for parameter in params), size)
             say(f"gradients of Dion's matrices: --ddp-bucket-size {size}, which cuts few of them")
         return stock(params, size, *rest)
+
+    def _set_up(self, stock: Stock, *others: Any, **options: Any) -> Any:
+        """As megatron.training.training's; a refused checkpoint leaves an earlier run's files."""
+        model, optimizer, *more = stock(*others, **options)
+        args = get_args()
+        folder = Path(args.run_dir) if args.run_dir and args.rank == 0 else None
+        # An evaluation says nothing new about the run that trained.
+        if folder and not (args.skip_train and (folder / CONFIG).exists()):
+            write_config(folder, args, self._defaults)
+            if isinstance(optimizer, DionChainedOptimizer):
+                replace_file(folder / "routing.tsv", optimizer.routing_table.to_tsv())
+        return model, optimizer, *more
 
     def _build(self, stock: Stock, config: Any, model_chunks: Any, **others: Any) -> Any:
         """As megatron.training.training.get_megatron_optimizer."""
@@ -183,8 +204,6 @@ class TrainingHooks:
             self._options.rules.check_patterns(route.parameter for route in table.routes)
         if args.rank == 0:
             say(table.summary())
-            if args.run_dir is not None:
-                replace_file(Path(args.run_dir) / "routing.tsv", table.to_tsv())
         return optimizer
 
 

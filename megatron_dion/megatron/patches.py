@@ -30,6 +30,8 @@ _OWNERS = {
     "pretrain": training,
     # Takes one size of buckets for all buffers (training.py:1850).
     "_compute_per_buffer_param_layout": DistributedOptimizer,
+    # Loads, and has no hook after it (training.py:1228).
+    "setup_model_and_optimizer": training,
     # Knows a closed set of optimizers; training.py:2132 calls it by name.
     "get_megatron_optimizer": training,
     # Has no hook before and after (training.py:3856).

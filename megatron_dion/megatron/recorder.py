@@ -14,7 +14,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 
 from megatron_dion.megatron import patches
 from megatron_dion.megatron.patches import Stock
-from megatron_dion.megatron.run_directory import Record, append, set_aside
+from megatron_dion.megatron.run_directory import METRICS, STARTS, Record, append, set_aside
 from megatron_dion.megatron.stopwatch import Stopwatch
 from megatron_dion.optimizer.diagnostics import FIGURES, KIND, Snapshot, by_kind, to_record
 
@@ -28,7 +28,7 @@ class Recorder:
     """Stands around the functions of megatron's training loop, on the rank that knows the loss."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._metrics, self._starts = run_dir / "metrics.jsonl", run_dir / "starts.jsonl"
+        self._metrics, self._starts = run_dir / METRICS, run_dir / STARTS
         self._optimizer: Any = None
         self._step_time = Stopwatch()
         self._optimizer_time = Stopwatch()

@@ -12,7 +12,7 @@ from typing import Any
 
 import megatron_dion
 
-CONFIG = "config.json"
+CONFIG, METRICS, STARTS = "config.json", "metrics.jsonl", "starts.jsonl"
 
 Record = dict[str, Any]
 
@@ -59,7 +59,7 @@ def set_aside(path: Path, iterations_done: float) -> None:
     its content, only a last line that a killed process left unfinished is lost.
     """
     kept: list[Record] = []
-    for record in read_metrics(path):
+    for record in _read(path):
         if record["iteration"] > iterations_done:
             append(path.with_suffix(".replaced.jsonl"), record)
         else:
@@ -76,8 +76,23 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Read a metrics file in the order of iterations, without a last line that is unfinished."""
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return sorted(records, key=lambda record: record["iteration"])  # an evaluation may come late
+    """Read a metrics file in the order of iterations, without a last line that is unfinished.
+
+    Raises:
+        ValueError: A line is damaged; the message names it.
+    """
+    # An evaluation may come late.
+    return sorted(_read(path), key=lambda record: record["iteration"])
+
+
+def _read(path: Path) -> list[Record]:
+    records = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is damaged: mend or remove the line") from error
+        records.append(record)
+    return records

@@ -98,6 +98,16 @@ def check_ignored(args: argparse.Namespace) -> None:
     )
 
 
+def check_muon(args: argparse.Namespace) -> None:
+    """Megatron's layer-wise optimizers have no loss scale, which training reads, without bf16."""
+    is_layer_wise = args.use_distributed_optimizer or args.optimizer.startswith("dist_")
+    is_emerging = args.optimizer not in ("adam", "sgd", "dion")
+    refuse(
+        f"--optimizer {args.optimizer} with --use-distributed-optimizer or --fp16: give it --bf16",
+        when=is_emerging and (is_layer_wise or args.fp16) and not args.bf16,
+    )
+
+
 def check_latent_attention(args: argparse.Namespace) -> None:
     """Megatron's plain-torch multi-latent attention loses gradients with tensor parallelism.
 
@@ -132,11 +142,14 @@ def check_schedule(args: argparse.Namespace) -> None:
         when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
     refuse("--eval-interval must be at least 1 (see --eval-iters)", when=not args.eval_interval)
+    for name in ("log_interval", "tensorboard_log_interval"):
+        flag = as_flag(name, value := getattr(args, name))
+        refuse(f"{flag}: it must be at least 1", when=value < 1)
 
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """What does not go with how checkpoints are saved and loaded."""
-    is_never = args.save and args.save_interval is None
+    is_never = args.save and (args.save_interval or 0) < 1
     refuse(f"--save {args.save} needs --save-interval ITERATIONS", when=is_never)
     for name, accepted in (("ckpt_format", "torch_dist"), ("enable_msc", False)):
         flag = as_flag(name, getattr(args, name))
@@ -180,7 +193,7 @@ OF_OUR_FLAGS = (check_hashes_of_others, check_packages)
 
 # What holds for any script that trains with Dion.
 OF_ALL_SCRIPTS: tuple[Callable[[argparse.Namespace], None], ...] = (
-    *(check_dion_surroundings, check_ignored, check_latent_attention, check_fp8),
+    *(check_dion_surroundings, check_ignored, check_muon, check_latent_attention, check_fp8),
     *(check_schedule, check_checkpoint_flags, check_packages),
 )
 

@@ -1,18 +1,21 @@
 """The chain of Dion and a scalar optimizer, which steps, saves and loads as one."""
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from megatron_dion.checkpointing.agreement import gather
 from megatron_dion.checkpointing.errors import CheckpointError
 from megatron_dion.optimizer.checkpoint import Loading, Source, sharded_state
 from megatron_dion.optimizer.diagnostics import MatrixDiagnostics
 from megatron_dion.optimizer.distributed import DionDistributedOptimizer
 from megatron_dion.optimizer.record import Record
-from megatron_dion.optimizer.routing import RoutingTable
+from megatron_dion.optimizer.routing import Route, RoutingTable, routes_by_rules
 from megatron_dion.optimizer.rules import in_order_of_layers
 
 
@@ -72,22 +75,26 @@ class DionChainedOptimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """As the base class; without a loss scaler a gradient that is not finite is an error.
+        """As the base class; without a loss scaler a norm that is not finite is an error.
 
-        The norm is known to the host of every rank, so all ranks raise, and no other number of the
-        gradients is waited for.
+        The host of every rank knows the norm, so all ranks raise, without a pass over gradients
+        that are finite. `--no-check-for-nan-in-loss-and-grad` turns off Megatron's own check only.
+        A step that `grad_norm_skip_threshold` skips is no error.
 
         Raises:
             FloatingPointError: names the parameters; nothing has changed.
         """
         norm: float = super().get_grad_norm()
-        if self.chained_optimizers[0].grad_scaler is None and not math.isfinite(norm):
-            here = {name for one in self._dions for name in one.optimizer.broken_gradients()}
-            everywhere: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, here)
-            if names := sorted(set().union(*everywhere), key=in_order_of_layers):
-                raise FloatingPointError(f"gradient is not finite: {', '.join(names)}")
-        return norm
+        is_skipped = norm > self.config.grad_norm_skip_threshold
+        has_scaler = self.chained_optimizers[0].grad_scaler is not None
+        if math.isfinite(norm) or is_skipped or has_scaler:
+            return norm
+        routes = (routes_by_rules(chunk, self.record.rules) for chunk in self.model_chunks)
+        parameters: Iterable[tuple[Any, Route]] = chain.from_iterable(routes)
+        broken = [r.parameter for p, r in parameters if not p.main_grad.isfinite().all()]
+        names = sorted(set(gather(broken)), key=in_order_of_layers)
+        named = ", ".join(names) or f"the norm of all together is {norm}"
+        raise FloatingPointError(f"gradient is not finite: {named}")
 
     def diagnose_next_step(self) -> None:
         """The next step is measured; all ranks must ask for it."""
@@ -137,7 +144,7 @@ class DionChainedOptimizer(ChainedOptimizer):
         saved = Record.of_state(state_dict)
         if saved is None:
             raise CheckpointError("the checkpoint has no state of Dion's")
-        factors, routes, scalars, _ = saved.differences(self.record).values()
+        factors, routes, scalars, *_ = saved.differences(self.record).values()
         if serious := "; ".join(filter(None, (factors, routes, scalars))):
             raise CheckpointError(f"the checkpoint is of another run: {serious}")
         self._loading.load_state_dict(state_dict)

@@ -50,6 +50,7 @@ class Source(NamedTuple):
     right_factors: bool = True
     scalars: bool = True  # the state of the parameters that Dion does not update
     keys: Mapping[str, str] | None = None  # of Megatron's optimizers, where they differ from ours
+    dtype: torch.dtype | None = None  # to which the checkpoint's model was rounded; None: unknown
 
 
 def megatron_keys(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
@@ -117,12 +118,13 @@ class Loading:
         Raises:
             RuntimeError: on all ranks; master weights of another optimizer are not of this model.
         """
-        weights = [] if self._source.keys is None else list(self._weights())
+        saved = self._source.dtype
+        weights = [] if saved is None else list(self._weights())
         for name, tensor in self._tensors.items():
             tensor.data.copy_(state_dict["state"][name])
             if f".{MOMENTUM}." in tensor.key:
                 tensor.data.mul_(self._source.momentum)
-        differing = [p for p, weight, master in weights if not _is_rounded(master, weight)]
+        differing = [p for p, w, master in weights if saved and not is_rounded(master, w, saved)]
         if names := gather([self._name_of(parameter) for parameter in differing]):
             raise RuntimeError(
                 "master weights in it are not the weights of the model beside them:"
@@ -155,9 +157,15 @@ class Loading:
         return next(route.parameter for one, route in routes if one is parameter)
 
 
-def _is_rounded(master: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is a master weight, rounded; also where a run in bf16 saved both."""
-    return torch.allclose(weight.float(), master.float(), rtol=2**-7, atol=2**-24)
+def is_rounded(master: Tensor, weight: Tensor, saved: torch.dtype) -> bool:
+    """Whether a weight is a master weight, rounded to the type in the checkpoint and to its own.
+
+    To the nearest number of each type, which one of a tie is open; float32 rounds nothing.
+    """
+    types = [torch.finfo(dtype) for dtype in {saved, weight.dtype} - {torch.float32}]
+    relative = prod(1 + one.eps / 2 for one in types) - 1
+    absolute = sum(one.smallest_normal * one.eps / 2 for one in types)
+    return torch.allclose(weight.float(), master.float(), rtol=relative, atol=absolute)
 
 
 def saved_steps(state_dict: dict[str, Any]) -> dict[str, int]:

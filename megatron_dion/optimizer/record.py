@@ -22,7 +22,17 @@ _MEANINGS = {
     "factors": ("rank_fraction", "rank_multiple_of", "right_factor", "split"),
     "routes": ("include", "exclude"),
     "scalars": ("scalar_optimizer",),
+    "rates": ("scale_mode", "extra_scale_factor"),
 }
+
+
+def changes(saved: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """Says in a line which values of flags a run has not kept; empty if it has kept all.
+
+    Such as `--dion-momentum 0.9 (saved), 0.95 (here); ...`. Flags that one lacks are left out.
+    """
+    both = ((flag, value, here[flag]) for flag, value in saved.items() if flag in here)
+    return "; ".join(f"{flag} {a} (saved), {b} (here)" for flag, a, b in both if a != b)
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,19 @@ class Record:
         """Flags in which this checkpoint and a run differ, by what the difference means.
 
         Right factors begin anew (`factors`), Dion updates other parameters (`routes`), the state of
-        all other parameters begins anew (`scalars`), or the run just goes on (`free`). Each has a
-        line such as `--dion-momentum 0.9 (saved), 0.95 (here); ...`, perhaps an empty one.
+        all other parameters begins anew (`scalars`), every step has another size (`rates`), or the
+        run just goes on (`free`). Each has a line of `changes`.
         """
-        lines: dict[str, list[str]] = {meaning: [] for meaning in (*_MEANINGS, "free")}
         current = here._flags()
-        for name, value in self._flags().items():
-            if value != current[name]:
-                meaning = next((m for m, names in _MEANINGS.items() if name in names), "free")
-                flag = "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
-                lines[meaning].append(f"{flag} {value} (saved), {current[name]} (here)")
-        return {meaning: "; ".join(differing) for meaning, differing in lines.items()}
+        return {meaning: changes(v, current[meaning]) for meaning, v in self._flags().items()}
 
-    def _flags(self) -> dict[str, Any]:
-        """Values by name, as the command line has them."""
+    def _flags(self) -> dict[str, dict[str, Any]]:
+        """Flags and their values as the command line has them, by what a difference means."""
         values = self.to_dict() | {"right_factor": self.right_factor} | asdict(self.config)
         del values["config"]
-        lists = {name: ",".join(v) or "none" for name, v in values.items() if isinstance(v, list)}
-        return values | lists
+        flags: dict[str, dict[str, Any]] = {meaning: {} for meaning in (*_MEANINGS, "free")}
+        for name, value in values.items():
+            meaning = next((m for m, names in _MEANINGS.items() if name in names), "free")
+            flag = "--seed" if name == "seed" else f"--dion-{name.replace('_', '-')}"
+            flags[meaning][flag] = ",".join(value) or "none" if isinstance(value, list) else value
+        return flags

@@ -1,5 +1,6 @@
 """A gradient element that is not finite, on one rank: nothing of it enters the state."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ NO_CHECK = "--no-check-for-nan-in-loss-and-grad"
 State = tuple[float, ...]
 
 
-def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
+def train_with_fault(
+    value: float | None, argv: Sequence[str], broken: int = 0, threshold: float = torch.inf
+) -> list[State]:
     """On a rank: breaks a gradient before one step, or leaves the step out if the value is None.
 
-    Only the last rank breaks, in a piece of a matrix that it holds. Returns norms of momenta and
-    weights after each step.
+    Only the last rank breaks, in a piece of a matrix that it holds, or of what another optimizer
+    of the chain holds. Steps are skipped where the norm is over the threshold. Returns norms of
+    momenta and weights after each step.
     """
     from megatron_dion.optimizer.chain import DionChainedOptimizer
     from megatron_dion.optimizer.checkpoint import flat_states
@@ -35,8 +39,11 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
         nonlocal calls
         calls += 1
         if calls == BROKEN_STEP and value is not None and torch.distributed.get_rank() == 3:
-            parameter, start, *_ = next(flat_states(self.chained_optimizers[0]))
+            held = flat_states(self.chained_optimizers[broken])
+            # Of weights that all tensor-parallel ranks have, the norm takes one copy.
+            parameter, start = next((p, at) for p, at, *_ in held if p.tensor_model_parallel)
             parameter.main_grad.view(-1)[start] = value
+        self.config.grad_norm_skip_threshold = threshold
         skips = calls == BROKEN_STEP and value is None
         result = (False, None, None) if skips else step(self)
         dion: Dion = self.chained_optimizers[0].optimizer
@@ -50,9 +57,23 @@ def train_with_fault(value: float | None, argv: Sequence[str]) -> list[State]:
     return norms
 
 
-def test_error_names_the_parameter() -> None:
-    with pytest.raises(RankError, match=r"gradient is not finite: decoder\.layers\.\d+\."):
-        world(4).fork(train_with_fault, torch.inf, [*TP2.split(), NO_CHECK])
+@pytest.mark.parametrize(
+    ("value", "broken", "named"),
+    [
+        (torch.inf, 0, r"decoder\.layers\.\d+\.[\w.]+weight$"),
+        (torch.nan, 1, r"(embedding|output_layer)\.[\w.]*weight$"),
+        (1e30, 0, "the norm of all together is inf$"),
+    ],
+)
+def test_error_names_the_parameter(value: float, broken: int, named: str) -> None:
+    with pytest.raises(RankError, match=re.compile(f"gradient is not finite: {named}", re.M)):
+        world(4).fork(train_with_fault, value, [*TP2.split(), NO_CHECK], broken)
+
+
+def test_threshold_skips_the_step() -> None:
+    for norms in world(4).fork(train_with_fault, 1e30, [*TP2.split(), NO_CHECK], 0, 1e9):
+        assert norms[BROKEN_STEP - 1] == norms[BROKEN_STEP - 2]
+        assert len(set(norms)) == 5
 
 
 def test_loss_scaler_skips_the_step(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dion import DionConfig
 from megatron_dion.checkpointing.contents import Contents
 from megatron_dion.checkpointing.folders import folder_of
 from megatron_dion.megatron.run_directory import read_metrics
+from megatron_dion.optimizer.record import Record
+from megatron_dion.optimizer.rules import RoutingRules
 from tests.distributed.tiny_gpt import DION, MODEL, TP2, TRAINING, losses, records_of
 from tests.unit.test_command_line import exit_of_rank
 from tests.worlds import in_host, world
@@ -147,6 +152,46 @@ def test_muon_to_dion_keeps_masters_and_momenta(tmp_path: Path, saving: str, the
     assert losses(tmp_path)[-1] < losses(muon / "run")[3]
 
 
+def roundings(master: Tensor) -> list[bool]:
+    """On a rank: what is taken for the master weights that a weight in bf16, fp16 or fp32 has."""
+    from megatron_dion.optimizer.checkpoint import is_rounded
+
+    found = []
+    for saved, here in product((torch.bfloat16, torch.float16, torch.float32), repeat=2):
+        weight = master.to(saved).to(here)
+        found.append(is_rounded(master, weight, saved))
+        wrong = master * (1 + (2e-7 if saved == here == torch.float32 else 5e-3))
+        found.append(not is_rounded(wrong, weight, saved))
+    return found
+
+
+def test_masters_are_known_by_their_rounding() -> None:
+    """Also ties and subnormal numbers."""
+    torch.manual_seed(1)
+    bits = torch.randint(0x3000, 0x4400, (10000,)) << 16  # 1e-10 to 500 as bf16 has them
+    masters = bits.int().view(torch.float32) + torch.randn(10000) * 1e-5
+    ties = (bits + 0x8000).int().view(torch.float32)
+    [found] = world(1).fork(roundings, torch.cat([masters, ties, -ties]))
+    assert all(found), found
+
+
+def rounded_to(saved: Sequence[dict[str, Any]]) -> list[torch.dtype | None]:
+    """On a rank: how the weights of AdamW's checkpoints are rounded that these arguments wrote."""
+    from megatron_dion.megatron.checkpoints import Choice, Facts, Loader
+
+    here = Namespace(optimizer="dion", switch_optimizer=True)
+    loader = Loader(Choice(Path(), 4), here, False)
+    record = Record(DionConfig(), RoutingRules(), "adam")
+    facts = (Facts("adam", None, True, Namespace(**args), {}, None) for args in saved)
+    return [loader._switch(one, record).dtype for one in facts]
+
+
+def test_masters_of_weights_with_scales_are_not_compared() -> None:
+    bf16: dict[str, Any] = {"params_dtype": torch.bfloat16}
+    [found] = world(1).fork(rounded_to, [bf16, bf16 | {"fp8_param_gather": True}])
+    assert found == [torch.bfloat16, None]
+
+
 @pytest.mark.parametrize("dtype", ["--bf16", "--no-gradient-accumulation-fusion"])
 def test_wrong_masters_are_refused(tmp_path: Path, dtype: str) -> None:
     """Megatron 0.19.2 writes them at wrong offsets behind a bucket that is padded."""
@@ -171,10 +216,15 @@ def test_vocabulary_of_another_padding(dion: Path, tmp_path: Path) -> None:
     argv = [*DION, *load(dion, tmp_path)]
     named = "--padded-vocab-size 256 (saved), 288 (here)"
     assert f"{named}: add --padded-vocab-size with" in run_argv(2, [*other, *argv], 2)
-    argv += ["--padded-vocab-size", "288", "--rotary-base", "20000"]
+    argv += (
+        "--padded-vocab-size 288 --vocab-size 249 --rotary-base 20000 --norm-epsilon 1e-4".split()
+    )
     said = run_argv(2, [*other, *argv])
     assert f"{named}: the rows" in said
-    assert "changed since it was saved: --rotary-base 10000 (saved), 20000 (here)" in said
+    changed = "vocab_size 250 (saved), 249 (here); rotary_base 10000 (saved), 20000 (here); "
+    changed += "layernorm_epsilon 1e-05 (saved), 0.0001 (here)"
+    assert f"the model has changed since it was saved: {changed}\n" in said
+    assert "it was trained with another tokenizer" in said
     assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=0.2)
 
 
@@ -188,6 +238,8 @@ def test_evaluating_loses_nothing(dion: Path, tmp_path: Path) -> None:
     after = {path.name: path.read_text() for path in folder.iterdir()}
     assert after["metrics.jsonl"].startswith(before.pop("metrics.jsonl"))
     assert after.items() >= before.items()
+    run("dp2", *DION, "--dion-rank-fraction", "0.5", *load(dion, folder), code=2)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == after
     run("dp2", *DION, *load(dion, folder), *"--train-iters 4".split())
     assert len(records_of(folder)) == 8
     run("dp2", *DION, *load(dion, folder), *"--train-iters 6".split())
@@ -208,11 +260,12 @@ def test_other_factors_have_to_be_asked_for(dion: Path, tmp_path: Path) -> None:
 
 
 def test_reinit_keeps_momenta_across_splits(dion: Path, tmp_path: Path) -> None:
-    argv = [*DION, *"--dion-momentum 0.9 --dion-reinit-factors".split()]
+    scale, momentum = "--dion-extra-scale-factor 2.0", "--dion-momentum 0.9"
+    argv = [*DION, *f"{scale} {momentum} --dion-reinit-factors".split()]
     whole, split = tmp_path / "whole", tmp_path / "split"
     resave = [*RESAVE, str(whole), "--dion-split", "none"]
     said = run("tp2-dp2", *argv, *load(dion), *resave)
-    assert "changed since it was saved: --dion-momentum 0.95 (saved)" in said
+    assert f"{scale.replace('2', '1')} (saved), 2.0 (here); --dion-momentum 0.95 (saved)" in said
     run("pp2-dp2", *argv, *load(whole), *RESAVE, str(split))
     before, fused, after = (state(folder, "dion.momentum") for folder in (dion, whole, split))
     assert len(fused) < len(before) == len(after)
@@ -227,7 +280,7 @@ def test_other_scalar_optimizer(dion: Path, tmp_path: Path) -> None:
 
 
 LION = "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1"
-RATES = ("--lr", "--decoupled-lr", "--dion-scalar-lr-mult", "--apply-wd")
+RATES = ("--lr", "--decoupled", "--dion-scalar-lr-mult", "--apply-wd", "--weight", "--dion-extra")
 SCHEDULE = "--use-checkpoint-opt-param-scheduler"
 OTHER = "saved with --optimizer {}, and this run has --optimizer {}: --switch-optimizer"
 # The optimizer, more flags, the checkpoint's optimizer, and what the error says.
@@ -239,6 +292,11 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (DION, "--lr 1e-3", "dion", "--lr 0.004 (saved), 0.001 (here): use the saved values, or --ov"),
     (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "--lr 0.004 (saved), 0.001 (here)"),
     (DION, "--decoupled-lr 1e-3", "dion", "--decoupled-lr None (saved), 0.001 (here)"),
+    (DION, "--decoupled-min-lr 1e-5", "dion", "--decoupled-min-lr None (saved), 1e-05 (here)"),
+    (DION, "--weight-decay 0.2", "dion", "--weight-decay 0.1 (saved), 0.2 (here): use the saved"),
+    (DION, "--lr-decay-iters 40 --global-batch-size 6", "dion", "for warmup iterations do not ma"),
+    (DION, "--lr-decay-iters 9", "dion", "--lr-decay-iters 20 (saved), 9 (here): use the saved"),
+    (DION, "--dion-extra-scale-factor 2", "dion", "1.0 (saved), 2.0 (here): use the saved values"),
     (DION, "--dion-scalar-lr-mult 2", "dion", "--dion-scalar-lr-mult 1.0 (saved), 2.0 (here)"),
     (DION, f"--apply-wd-to-qk-layernorm {SCHEDULE}", "dion", "--apply-wd-to-qk-layernorm"),
     (ADAM, "--decoupled-lr 1e-3", "adam", "--decoupled-lr None (saved), 0.001 (here)"),
@@ -308,8 +366,12 @@ def test_arguments_of_the_checkpoint(dion: Path, tmp_path: Path) -> None:
 
 def test_arguments_of_a_checkpoint_that_is_not_there_yet(tmp_path: Path) -> None:
     """The command line that starts a run is the one that goes on with it."""
-    argv = [*COMMON, *DION, "--use-checkpoint-args", "--load", str(tmp_path), *save(tmp_path)]
-    assert "starting from iteration 0" in run_argv(1, argv)
+    at = COMMON.index("--group-query-attention")  # Megatron changes the number of groups without
+    argv = [*COMMON[:at], *COMMON[at + 3 :], *DION, "--load", str(tmp_path), *save(tmp_path)]
+    assert "starting from iteration 0" in run_argv(1, [*argv, "--use-checkpoint-args"])
+    said = run_argv(1, argv)
+    assert f"[dion] {folder_of(tmp_path, 8)}: loaded" in said
+    assert "since it was saved" not in said
 
 
 def look_elsewhere(argv: Sequence[str]) -> list[str]:

@@ -310,6 +310,7 @@ NULL = "--tokenizer-type NullTokenizer --vocab-size 9"
             "l:1: token 9 is not",
         ),
         ('{"text": "8 -1"}\n', NULL, "l:1: token -1 is"),
+        ("{}", "--json-key a/b", "--json-key a/b: files are named after the key"),
         ("{}", "--tokenizer-model absent", "cannot load SentencePieceTokenizer from absent: "),
         (
             "{}",

@@ -31,6 +31,8 @@ def test_survives_being_written() -> None:
     [
         ({"rank_fraction": 0.5}, "factors", "--dion-rank-fraction 0.25 (saved), 0.5 (here)"),
         ({"rank_multiple_of": 8}, "factors", "--dion-rank-multiple-of 1 (saved), 8 (here)"),
+        ({"scale_mode": "dion"}, "rates", "--dion-scale-mode spectral (saved), dion (here)"),
+        ({"extra_scale_factor": 2}, "rates", "--dion-extra-scale-factor 1.0 (saved), 2 (here)"),
         ({"momentum": 0.9}, "free", "--dion-momentum 0.95 (saved), 0.9 (here)"),
         ({"seed": 8}, "free", "--seed 7 (saved), 8 (here)"),
     ],
@@ -45,6 +47,7 @@ def test_differences_of_rules_and_of_the_scalar_optimizer() -> None:
         "factors": "--dion-split gate,qkv (saved), none (here)",
         "routes": "--dion-exclude *.0.* (saved), none (here)",
         "scalars": "--dion-scalar-optimizer adam (saved), lion (here)",
+        "rates": "",
         "free": "",
     }
 

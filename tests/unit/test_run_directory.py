@@ -39,6 +39,17 @@ def test_what_is_done_again_is_set_aside(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.replaced.jsonl") == [record(3)]
 
 
+@pytest.mark.parametrize("line", [b'{"iteration": 2', b"[2]", b"{}", b"\xff", b""])
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"iteration": 1}\n' + line + b'\n{"iteration": 3}\n'
+    path.write_bytes(content)
+    for function in (read_metrics, lambda path: set_aside(path, 2)):
+        with pytest.raises(ValueError, match=rf"{path}:2 is damaged: mend or remove the line"):
+            function(path)
+    assert {one: one.read_bytes() for one in tmp_path.iterdir()} == {path: content}
+
+
 def test_config_says_how_the_run_was_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

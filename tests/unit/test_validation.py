@@ -50,6 +50,7 @@ MISTAKES = [
     ("--ckpt-format torch", "--ckpt-format torch is not supported"),
     ("--no-ckpt-fully-parallel-save", "--no-ckpt-fully-parallel-save writes checkpoints"),
     ("--save x", "--save x needs --save-interval"),
+    ("--save x --save-interval 0", "--save x needs --save-interval"),
     ("--dion-recenter-interval 5", "--dion-recenter-interval 5 needs --dion-compressed-sync"),
     ("--dion-recenter-interval 0", "--dion-recenter-interval must be at least 1, not 0"),
     ("--dion-log-interval 0", "--dion-log-interval must be at least 1, not 0"),
@@ -61,6 +62,9 @@ MISTAKES = [
     ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
     ("--eval-interval 0", "--eval-interval must be at least 1"),
+    ("--log-interval 0", "--log-interval 0: it must be at least 1"),
+    ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it must be at least 1"),
+    ("--optimizer muon", "--optimizer muon with --use-distributed-optimizer or --fp16: give it"),
     ("--dump-param-to-param-group-map x", "--dump-param-to-param-group-map x: its groups are"),
     ("--global-batch-size 10", "must be divisible by eval_micro_batch_size (3) * data_parallel"),
     ("--tensor-model-parallel-size 3", "not divisible by"),
@@ -71,6 +75,7 @@ MISTAKES = [
 RIGHT = [
     "",
     "--optimizer adam",
+    "--optimizer muon --bf16",
     "--dion-split none --dion-include a.* b.* --dion-scalar-optimizer lion",
     "--num-distributed-optimizer-instances 2 --dion-compressed-sync --dion-recenter-interval 5",
     f"{FP8} --transformer-impl transformer_engine --bf16",
@@ -219,6 +224,8 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
         ("--data-path nowhere", "the data nowhere cannot be read: One or both"),
         ("--data-args-path nowhere", "No such file or directory: 'nowhere'"),
         ("--mock-data --data-path a", "--mock-data does not go with the data a:"),
+        ("--data-path 1 {} nan {}", "--data-path nan {0}: the weight must be positive and finite"),
+        ("--valid-data-path 0 {} 1 {}", "--data-path 0 {0}: the weight must be positive"),
         ("--data-path {} --split 90,10,0", "--split 90,10,0 gives the validation set none of the"),
         ("--data-path {} --split 1,98,1", "--split 1,98,1 gives the"),
         ("--data-path {} --multiple-validation-sets", "-sets needs --full-validation, "),
@@ -227,10 +234,15 @@ def test_whole_data_pass(prefix: str, split: str) -> None:
             " --multiple-validation-sets --full-validation",
             "--multiple-validation-sets needs --full-validation, --valid-data-path with the sets",
         ),
+        (
+            "--train-data-path {0} --valid-data-path {0} {0} --multiple-validation-sets"
+            " --full-validation --validation-set-names a a",
+            "--validation-set-names a a: the 2 sets need a name each",
+        ),
     ],
 )
 def test_runs_without_data_are_refused(prefix: str, flags: str, named: str) -> None:
-    assert named in said_of(flags.format(prefix))
+    assert named.format(prefix) in said_of(flags.replace("{}", "{0}").format(prefix))
 
 
 @pytest.mark.parametrize(

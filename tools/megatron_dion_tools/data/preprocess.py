@@ -51,6 +51,11 @@ def run(args: argparse.Namespace) -> bool:
     """
     from megatron_dion.megatron.data_checks import has_end_token, identity_of
 
+    if "/" in args.json_key:
+        raise ToolError(
+            f"--json-key {args.json_key}: files are named after the key, so it cannot have a /:"
+            " give the text another key"
+        )
     dataset = args.output_prefix.with_name(f"{args.output_prefix.name}_{args.json_key}_document")
     tokenizer = build_tokenizer(args)
     if args.append_eod and not has_end_token(tokenizer):
