@@ -149,7 +149,7 @@ class Loader:
         self._verify(facts)
         self._check_vocabulary(facts.args)
         if changed := _differences(facts.args, self._args, _names_of_model(), False):
-            self._say(f"the model has changed since it was saved: {changed}")
+            self._say(f"the configuration of the model has changed since it was saved: {changed}")
         if _differences(facts.args, self._args, ["tokenizer_sha256"]):
             self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args

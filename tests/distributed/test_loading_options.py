@@ -223,7 +223,7 @@ def test_vocabulary_of_another_padding(dion: Path, tmp_path: Path) -> None:
     assert f"{named}: the rows" in said
     changed = "vocab_size 250 (saved), 249 (here); rotary_base 10000 (saved), 20000 (here); "
     changed += "layernorm_epsilon 1e-05 (saved), 0.0001 (here)"
-    assert f"the model has changed since it was saved: {changed}\n" in said
+    assert f"the configuration of the model has changed since it was saved: {changed}\n" in said
     assert "it was trained with another tokenizer" in said
     assert losses(tmp_path)[0] == pytest.approx(losses(dion / "run")[4], abs=0.2)
 
