@@ -1,7 +1,7 @@
 """What Megatron's loading and saving of checkpoints is replaced by or gets in addition."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -30,10 +30,12 @@ from megatron_dion.optimizer.record import Record, changes
 # What decides a group's learning rate or weight decay: in a checkpoint's schedule, and beside it.
 _SCHEDULE = (
     *("lr_decay_style", "lr_decay_iters", "lr_decay_samples", "weight_decay"),
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "train_iters", "train_samples"),
 )
+_OF_GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
 _RATES = (
-    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "dion_scalar_lr_mult", "lr_warmup_init"),
+    *(*_OF_GROUPS, "dion_scalar_lr_mult", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("apply_wd_to_qk_layernorm", "use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
@@ -49,8 +51,9 @@ _MUON = ("muon", "adaptive_muon")
 _REINIT = "--dion-reinit-factors to keep momenta and begin the right factors anew"
 _SWITCH = "--switch-optimizer to keep master weights and begin the state anew"
 _OVERRIDE = "use the saved values, or --override-opt-param-scheduler"
+_INSTEAD = " in place of --use-checkpoint-opt-param-scheduler"
 _ERRORS_OF_LOADING = (
-    *(AssertionError, KeyError, OSError, RuntimeError),
+    *(AssertionError, KeyError, OSError, RuntimeError, ValueError),
     *(CheckpointException, CheckpointingException),
 )
 
@@ -148,14 +151,15 @@ class Loader:
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         self._check_vocabulary(facts.args)
-        if changed := _differences(facts.args, self._args, _names_of_model(), False):
+        runs = [vars(args) for args in (facts.args, self._args)]
+        if changed := changes(*({n: r[n] for n in _names_of_model() if n in r} for r in runs)):
             self._say(f"the configuration of the model has changed since it was saved: {changed}")
-        if _differences(facts.args, self._args, ["tokenizer_sha256"]):
+        if changes(*({n: r[n] for n in ("tokenizer_sha256",) if n in r} for r in runs)):
             self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
             if args.no_load_optim:
-                self._say("--no-load-optim: all optimizer state begins anew")
+                self._say("--no-load-optim: all optimizer state and the schedule begin anew")
             else:
                 optimizer = self._prepare(optimizer, facts)
         # distrib_optimizer.py:2092 copies into fp32 weights, which are the model's parameters.
@@ -216,28 +220,30 @@ class Loader:
             raise CheckpointError(
                 f"{self._folder} was saved without optimizer state (--no-save-optim): {MODEL_ONLY}"
             )
-        self._check_rates(facts.args)
         here = optimizer.record if isinstance(optimizer, DionChainedOptimizer) else None
-        if here is None and facts.record is None:
+        is_stock = here is None and facts.record is None
+        self._check_rates(facts.args, is_stock)
+        if is_stock:
             return optimizer  # Megatron's own affair
         if here is not None and facts.record is not None:
             return Loading(optimizer, self._go_on(here, facts.record))
         with in_one_line("--switch-optimizer"):
             return Loading(optimizer, self._switch(facts, here))
 
-    def _check_rates(self, saved: argparse.Namespace) -> None:
+    def _check_rates(self, saved: argparse.Namespace, is_stock: bool) -> None:
         """Groups have the rates of the command line, whatever the scheduler takes."""
         here = self._args
-        names: tuple[str, ...] = _RATES
-        # Megatron's scheduler counts samples, and compares those of other batches itself.
-        is_same_batch = vars(saved).get("global_batch_size") == here.global_batch_size
-        if is_same_batch and not here.use_checkpoint_opt_param_scheduler:
-            names += _SCHEDULE
-        flags = _differences(saved, here, names)
-        if flags and not here.override_opt_param_scheduler:
-            raise CheckpointError(f"{self._folder}: {flags}: {_OVERRIDE}")
+        takes_saved = here.use_checkpoint_opt_param_scheduler
+        flags = _differences(saved, here, _RATES if takes_saved else (*_RATES, *_SCHEDULE))
+        advice = f"{_OVERRIDE}{_INSTEAD if takes_saved else ''}"
+        if is_stock and (of_groups := _differences(saved, here, _OF_GROUPS)):
+            flags, advice = of_groups, f"Megatron finds groups by these; {MODEL_ONLY}"
+        elif here.override_opt_param_scheduler:
+            if flags:
+                self._say(f"changed since it was saved: {flags}")
+            return
         if flags:
-            self._say(f"changed since it was saved: {flags}")
+            raise CheckpointError(f"{self._folder}: {flags}: {advice}")
 
     def _check_vocabulary(self, saved: argparse.Namespace) -> None:
         """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
@@ -304,13 +310,26 @@ class Loader:
         return Source(rules, momentum, False, keeps_scalars, facts.keys, dtype)
 
 
-def _differences(
-    saved: argparse.Namespace, here: argparse.Namespace, names: Iterable[str], is_flag: bool = True
-) -> str:
-    """A line of `changes`, of the arguments that both runs have."""
-    keys = {name: f"--{name.replace('_', '-')}" if is_flag else name for name in names}
-    runs = vars(saved), vars(here)
-    return changes(*({key: run[name] for name, key in keys.items() if name in run} for run in runs))
+def _differences(saved: argparse.Namespace, here: argparse.Namespace, names: Sequence[str]) -> str:
+    """A line of `changes`, of the flags that both runs have.
+
+    Megatron's scheduler counts samples: with another batch size, so does the line.
+    """
+    batches = [vars(args).get("global_batch_size") for args in (saved, here)]
+    is_by_samples = None not in batches and batches[0] != batches[1]
+    values: list[dict[str, object]] = [{}, {}]
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        for args, batch, flags in zip((saved, here), batches, values, strict=True):
+            if name == "train_iters" and vars(args).get("train_samples"):
+                continue  # which follow from them
+            if name in vars(args):
+                value = getattr(args, name)
+                if is_by_samples and name.endswith("_iters"):
+                    flags[f"{flag} x --global-batch-size"] = value and value * batch
+                else:
+                    flags[flag] = value
+    return changes(*values)
 
 
 def _names_of_model() -> list[str]:

@@ -182,8 +182,9 @@ class TrainingHooks:
         model, optimizer, *more = stock(*others, **options)
         args = get_args()
         folder = Path(args.run_dir) if args.run_dir and args.rank == 0 else None
+        is_over = args.skip_train or args.iteration >= args.train_iters
         # An evaluation says nothing new about the run that trained.
-        if folder and not (args.skip_train and (folder / CONFIG).exists()):
+        if folder and not (is_over and (folder / CONFIG).exists()):
             write_config(folder, args, self._defaults)
             if isinstance(optimizer, DionChainedOptimizer):
                 replace_file(folder / "routing.tsv", optimizer.routing_table.to_tsv())

@@ -141,6 +141,11 @@ def check_schedule(args: argparse.Namespace) -> None:
         f"--lr-warmup-iters {warmup} leaves nothing of {iterations} iterations: give fewer",
         when=iterations and not args.lr_warmup_fraction and warmup >= iterations,
     )
+    refuse(
+        "--override-opt-param-scheduler takes the schedule of the command line, and"
+        " --use-checkpoint-opt-param-scheduler the checkpoint's: leave one out",
+        when=args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
+    )
     refuse("--eval-interval must be at least 1 (see --eval-iters)", when=not args.eval_interval)
     for name in ("log_interval", "tensorboard_log_interval"):
         flag = as_flag(name, value := getattr(args, name))

@@ -100,6 +100,14 @@ class Loading:
         if not kinds <= {MOMENTUM} and self._source.scalars:
             self._source, self.lacks_scalars = self._source._replace(scalars=False), True
             return self.sharded_state_dict(model_state)
+        # Megatron cannot load a tensor twice, for the model and for a master weight in parts.
+        of_model = {key for key, saved in keys.items() if key == f"{PREFIX}.{MASTER}.{saved}"}
+        if self._optimizer.config.params_dtype != torch.float32 and gather(sorted(of_model)):
+            raise RuntimeError(
+                "its master weights are the weights of a model in float32, as this run's have to"
+                " be: leave out --bf16 and --fp16, or save it with --use-distributed-optimizer"
+            )
+        lacking |= of_model
         self._tensors = {n: t for n, t in self._tensors.items() if t.key not in lacking}
         # Not into the master weights: in float32 they are the model's weights.
         is_master = f".{MASTER}."

@@ -202,6 +202,16 @@ def test_wrong_masters_are_refused(tmp_path: Path, dtype: str) -> None:
     assert "master weights in it are not the weights of the model beside them: decoder." in said
 
 
+def test_a_model_in_fp32_is_its_own_master(tmp_path: Path) -> None:
+    """Where AdamW is not distributed, a checkpoint has its weights once."""
+    common = [word for word in COMMON if word != "--bf16"]
+    run_argv(2, [*common, "--optimizer", "adam", *save(tmp_path)])
+    argv = [*DION, "--switch-optimizer", *load(tmp_path, tmp_path / "dion")]
+    assert "master weights, and the state of scalar" in run_argv(2, [*common, *argv])
+    assert losses(tmp_path / "dion")[0] == pytest.approx(losses(tmp_path / "run")[4], abs=1e-6)
+    assert "leave out --bf16" in run_argv(2, [*COMMON, *argv], 2)
+
+
 def test_fp32_adam_goes_on_from_the_default_format(tmp_path: Path) -> None:
     """Megatron 0.19.2 by itself ends with an error of autograd."""
     common = [word for word in COMMON if word not in ("--bf16", "--override-opt-param-scheduler")]
@@ -242,6 +252,7 @@ def test_evaluating_loses_nothing(dion: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in folder.iterdir()} == after
     run("dp2", *DION, *load(dion, folder), *"--train-iters 4".split())
     assert len(records_of(folder)) == 8
+    assert (folder / "config.json").read_text() == after["config.json"]
     run("dp2", *DION, *load(dion, folder), *"--train-iters 6".split())
     assert [line["iteration"] for line in records_of(folder)] == [1, 2, 3, 4, 5, 6]
     assert [one["iteration"] for one in read_metrics(folder / "metrics.replaced.jsonl")] == [
@@ -283,6 +294,7 @@ LION = "--dion-scalar-optimizer lion --dion-scalar-lr-mult 0.1"
 RATES = ("--lr", "--decoupled", "--dion-scalar-lr-mult", "--apply-wd", "--weight", "--dion-extra")
 SCHEDULE = "--use-checkpoint-opt-param-scheduler"
 OTHER = "saved with --optimizer {}, and this run has --optimizer {}: --switch-optimizer"
+SIZES, WEIGHTS = "x --global-batch-size", "--start-weight-decay 0.01 --end-weight-decay 0.2"
 # The optimizer, more flags, the checkpoint's optimizer, and what the error says.
 REFUSED: list[tuple[list[str], str, str, str]] = [
     (DION, "", "adam", OTHER.format("adam", "dion")),
@@ -293,13 +305,16 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (DION, f"--lr 1e-3 {SCHEDULE}", "dion", "--lr 0.004 (saved), 0.001 (here)"),
     (DION, "--decoupled-lr 1e-3", "dion", "--decoupled-lr None (saved), 0.001 (here)"),
     (DION, "--decoupled-min-lr 1e-5", "dion", "--decoupled-min-lr None (saved), 1e-05 (here)"),
-    (DION, "--weight-decay 0.2", "dion", "--weight-decay 0.1 (saved), 0.2 (here): use the saved"),
-    (DION, "--lr-decay-iters 40 --global-batch-size 6", "dion", "for warmup iterations do not ma"),
+    (DION, "--weight-decay 0.2", "dion", "--weight-decay 0.1 (saved), 0.2 (here)"),
+    (DION, "--lr-decay-iters 40 --global-batch-size 6", "dion", f"warmup-iters {SIZES} 24 (saved)"),
+    (DION, "--weight-decay 0.2 --global-batch-size 6", "dion", "--weight-decay 0.1 (saved), 0.2"),
+    (DION, f"--weight-decay-incr-style linear {WEIGHTS}", "dion", "--start-weight-decay 0.1 (sav"),
     (DION, "--lr-decay-iters 9", "dion", "--lr-decay-iters 20 (saved), 9 (here): use the saved"),
     (DION, "--dion-extra-scale-factor 2", "dion", "1.0 (saved), 2.0 (here): use the saved values"),
     (DION, "--dion-scalar-lr-mult 2", "dion", "--dion-scalar-lr-mult 1.0 (saved), 2.0 (here)"),
     (DION, f"--apply-wd-to-qk-layernorm {SCHEDULE}", "dion", "--apply-wd-to-qk-layernorm"),
     (ADAM, "--decoupled-lr 1e-3", "adam", "--decoupled-lr None (saved), 0.001 (here)"),
+    (ADAM, "--min-lr 1e-3", "adam", "0.001 (here): Megatron finds groups by these"),
 ]
 
 
@@ -329,7 +344,7 @@ def test_model_only(dion: Path, tmp_path: Path) -> None:
         # What does not concern the model does not matter.
         argv = [*DION, flag, "--dion-rank-fraction", "0.5", *load(dion, run_dir)]
         said = run("dp2", *argv)
-        assert ("all optimizer state begins anew" in said) == (first == 5)
+        assert ("all optimizer state and the schedule begin anew" in said) == (first == 5)
         assert records_of(run_dir)[0]["iteration"] == first
     assert losses(run_dir)[0] == pytest.approx(losses(dion / "run")[4], abs=5e-3)
 

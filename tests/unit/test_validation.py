@@ -61,6 +61,10 @@ MISTAKES = [
         "needs a CPU and --tensor-model-parallel-size 1, not 2",
     ),
     ("--lr-warmup-iters 20", "--lr-warmup-iters 20 leaves nothing of 20 iterations"),
+    (
+        "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+        "--use-checkpoint-opt-param-scheduler the checkpoint's: leave one out",
+    ),
     ("--eval-interval 0", "--eval-interval must be at least 1"),
     ("--log-interval 0", "--log-interval 0: it must be at least 1"),
     ("--tensorboard-log-interval 0", "--tensorboard-log-interval 0: it must be at least 1"),
