@@ -112,6 +112,11 @@ def load_tokenizer(build: Callable[[argparse.Namespace], Any], args: argparse.Na
         when=package and not find_spec(package),
     )
     source = args.tokenizer_model or args.vocab_file
+    is_text, flag = kind != "NullTokenizer", "--tokenizer-model, or --vocab-file"
+    refuse(
+        f"--tokenizer-type {kind} needs {flag if is_text else '--vocab-size'}",
+        when=not (source if is_text else args.vocab_size),
+    )
     # Each library has exceptions of its own.
     with errors.in_one_line(ConfigurationError, f"cannot load {kind} from {source}", Exception):
         tokenizer = build(args)

@@ -319,6 +319,7 @@ NULL = "--tokenizer-type NullTokenizer --vocab-size 9"
         ),
         ("{}", "--vocab-file {folder}/vocab.json", "--vocab-file is not used: give"),
         ("{}", "--tokenizer-type NoSuch", "cannot load NoSuch from "),
+        ("{}", "--tokenizer-type NullTokenizer", "NullTokenizer needs --vocab-size"),
         ("{}", "--tokenizer-type SFTTokenizer", "SFTTokenizer is not for text: use another"),
         ("{}", "--tokenizer-type TikTokenizer", "TikTokenizer needs the package tiktoken: pip"),
     ],
