@@ -29,13 +29,14 @@ from megatron_dion.optimizer.record import Record, changes
 
 # What decides a group's learning rate or weight decay: in a checkpoint's schedule, and beside it.
 _SCHEDULE = (
-    *("lr_decay_style", "lr_decay_iters", "lr_decay_samples", "weight_decay"),
-    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+    *("lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "train_iters", "train_samples"),
 )
 _OF_GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
 _RATES = (
-    *(*_OF_GROUPS, "dion_scalar_lr_mult", "lr_warmup_init"),
+    *(*_OF_GROUPS, "dion_scalar_lr_mult", "lr_warmup_init", "weight_decay"),
+    # Of these the first step takes the command line's (optimizer_param_scheduler.py:390).
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("apply_wd_to_qk_layernorm", "use_mup", "mup_base_hidden_size", "mup_base_head_dim"),
 )
@@ -237,7 +238,10 @@ class Loader:
         flags = _differences(saved, here, _RATES if takes_saved else (*_RATES, *_SCHEDULE))
         advice = f"{_OVERRIDE}{_INSTEAD if takes_saved else ''}"
         if is_stock and (of_groups := _differences(saved, here, _OF_GROUPS)):
-            flags, advice = of_groups, f"Megatron finds groups by these; {MODEL_ONLY}"
+            flags, advice = (
+                of_groups,
+                f"Megatron finds groups by these: use the saved values; {MODEL_ONLY}",
+            )
         elif here.override_opt_param_scheduler:
             if flags:
                 self._say(f"changed since it was saved: {flags}")

@@ -105,7 +105,7 @@ class Loading:
         if self._optimizer.config.params_dtype != torch.float32 and gather(sorted(of_model)):
             raise RuntimeError(
                 "its master weights are the weights of a model in float32, as this run's have to"
-                " be: leave out --bf16 and --fp16, or save it with --use-distributed-optimizer"
+                " be: leave out --bf16 and --fp16"
             )
         lacking |= of_model
         self._tensors = {n: t for n, t in self._tensors.items() if t.key not in lacking}

@@ -308,6 +308,7 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (DION, "--weight-decay 0.2", "dion", "--weight-decay 0.1 (saved), 0.2 (here)"),
     (DION, "--lr-decay-iters 40 --global-batch-size 6", "dion", f"warmup-iters {SIZES} 24 (saved)"),
     (DION, "--weight-decay 0.2 --global-batch-size 6", "dion", "--weight-decay 0.1 (saved), 0.2"),
+    (DION, f"--weight-decay 0.3 {SCHEDULE}", "dion", "--weight-decay 0.1 (saved), 0.3 (here)"),
     (DION, f"--weight-decay-incr-style linear {WEIGHTS}", "dion", "--start-weight-decay 0.1 (sav"),
     (DION, "--lr-decay-iters 9", "dion", "--lr-decay-iters 20 (saved), 9 (here): use the saved"),
     (DION, "--dion-extra-scale-factor 2", "dion", "1.0 (saved), 2.0 (here): use the saved values"),
