@@ -152,10 +152,9 @@ class Loader:
         facts = on_first_rank(self._read_facts)
         self._verify(facts)
         self._check_vocabulary(facts.args)
-        runs = [vars(args) for args in (facts.args, self._args)]
-        if changed := changes(*({n: r[n] for n in _names_of_model() if n in r} for r in runs)):
+        if changed := _changes(facts.args, self._args, _names_of_model()):
             self._say(f"the configuration of the model has changed since it was saved: {changed}")
-        if changes(*({n: r[n] for n in ("tokenizer_sha256",) if n in r} for r in runs)):
+        if _changes(facts.args, self._args, ["tokenizer_sha256"]):
             self._say("it was trained with another tokenizer: tokens mean other words here")
         args = self._args
         if optimizer is not None and not args.finetune and self._choice.iteration is not None:
@@ -234,20 +233,16 @@ class Loader:
     def _check_rates(self, saved: argparse.Namespace, is_stock: bool) -> None:
         """Groups have the rates of the command line, whatever the scheduler takes."""
         here = self._args
+        if is_stock and (flags := _differences(saved, here, _OF_GROUPS)):
+            advice = f"Megatron finds groups by these: use the saved values; {MODEL_ONLY}"
+            raise CheckpointError(f"{self._folder}: {flags}: {advice}")
         takes_saved = here.use_checkpoint_opt_param_scheduler
         flags = _differences(saved, here, _RATES if takes_saved else (*_RATES, *_SCHEDULE))
-        advice = f"{_OVERRIDE}{_INSTEAD if takes_saved else ''}"
-        if is_stock and (of_groups := _differences(saved, here, _OF_GROUPS)):
-            flags, advice = (
-                of_groups,
-                f"Megatron finds groups by these: use the saved values; {MODEL_ONLY}",
-            )
-        elif here.override_opt_param_scheduler:
-            if flags:
-                self._say(f"changed since it was saved: {flags}")
-            return
-        if flags:
+        if flags and not here.override_opt_param_scheduler:
+            advice = f"{_OVERRIDE}{_INSTEAD if takes_saved else ''}"
             raise CheckpointError(f"{self._folder}: {flags}: {advice}")
+        if flags:
+            self._say(f"changed since it was saved: {flags}")
 
     def _check_vocabulary(self, saved: argparse.Namespace) -> None:
         """Megatron pads it to a multiple of the tensor-parallel size, and loads what fits."""
@@ -314,26 +309,33 @@ class Loader:
         return Source(rules, momentum, False, keeps_scalars, facts.keys, dtype)
 
 
+def _changes(saved: argparse.Namespace, here: argparse.Namespace, names: Sequence[str]) -> str:
+    """A line of `changes`, of the arguments that both runs have."""
+    runs = vars(saved), vars(here)
+    return changes(*({name: run[name] for name in names if name in run} for run in runs))
+
+
 def _differences(saved: argparse.Namespace, here: argparse.Namespace, names: Sequence[str]) -> str:
-    """A line of `changes`, of the flags that both runs have.
+    """As `_changes`, by flags.
 
     Megatron's scheduler counts samples: with another batch size, so does the line.
     """
     batches = [vars(args).get("global_batch_size") for args in (saved, here)]
     is_by_samples = None not in batches and batches[0] != batches[1]
-    values: list[dict[str, object]] = [{}, {}]
-    for name in names:
-        flag = f"--{name.replace('_', '-')}"
-        for args, batch, flags in zip((saved, here), batches, values, strict=True):
-            if name == "train_iters" and vars(args).get("train_samples"):
-                continue  # which follow from them
-            if name in vars(args):
-                value = getattr(args, name)
-                if is_by_samples and name.endswith("_iters"):
-                    flags[f"{flag} x --global-batch-size"] = value and value * batch
-                else:
-                    flags[flag] = value
-    return changes(*values)
+    return changes(*(_flags(args, names, is_by_samples) for args in (saved, here)))
+
+
+def _flags(
+    args: argparse.Namespace, names: Sequence[str], is_by_samples: bool
+) -> dict[str, object]:
+    """Values of the arguments that there are, by flag; of iterations perhaps in samples."""
+    flags = {f"--{n.replace('_', '-')}": vars(args)[n] for n in names if n in vars(args)}
+    if vars(args).get("train_samples"):
+        flags.pop("--train-iters", None)  # which follow from them
+    for flag in [flag for flag in flags if is_by_samples and flag.endswith("-iters")]:
+        iterations = flags.pop(flag)
+        flags[f"{flag} x --global-batch-size"] = iterations and iterations * args.global_batch_size
+    return flags
 
 
 def _names_of_model() -> list[str]:
